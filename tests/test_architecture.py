@@ -18,9 +18,9 @@ CLI = ROOT / "turboesm_cli"
 LEAVES = {"__init__", "errors", "files", "metrics", "timing", "console", "datasets"}
 STAGES = [
     {"archive", "quantizer", "results", "sequences"},
-    {"prompts", "variants"},
+    {"formats", "lengths", "prompts", "variants"},
     {"model", "tables", "plots"},
-    {"decode", "figures", "pages"},
+    {"decode", "dense", "figures", "pages"},
     {"batching", "generation", "recipes"},
     {"sensitivity", "axes", "allocation"},
     {"stats"},

@@ -13,7 +13,6 @@ from turboesm_cli import decode
 from turboesm_cli.archive import Archive
 from turboesm_cli.bundle import write_bundle
 from turboesm_cli.cache import (
-    DenseCache,
     PackedCache,
     PackedCodec,
     bytes_per_sequence,
@@ -22,7 +21,9 @@ from turboesm_cli.cache import (
 )
 from turboesm_cli.calibration import calibrate
 from turboesm_cli.codec import RECIPES, CodecSpec, fit
+from turboesm_cli.dense import DenseCache
 from turboesm_cli.errors import BundleError
+from turboesm_cli.formats import FORMATS
 from turboesm_cli.model import EsmModel, load_model
 from turboesm_cli.packfile import KIND, CachedProtein, file_sha256, read_packfile, write_packfile
 from turboesm_cli.prefill import cache_protein
@@ -60,6 +61,7 @@ def filled(
     ids = torch.randint(4, 24, (1, tokens), generator=torch.Generator().manual_seed(1))
     bounds = torch.tensor([0, *parts]).cumsum(0).tolist()
     for start, stop in pairwise(bounds):
+        cache.begin(stop - start)
         for layer in range(model.shape.layers):
             cache.append(layer, k[:, :, start:stop], v[:, :, start:stop], ids[:, start:stop])
     return cache, [k, v]
@@ -127,6 +129,7 @@ def test_truncate_forgets(models: dict[int, EsmModel], statistics: dict[int, obj
     cache.truncate(6)
     assert cache.length == 6 and cache.keys_values(0)[0].shape[2] == 6
     k, v = random_keys_values(model, 9)
+    cache.begin(3)
     for layer in range(2):
         cache.append(layer, k[:, :, 6:], v[:, :, 6:], torch.zeros(1, 3, dtype=torch.int64))
     assert torch.equal(cache.keys_values(1)[0], once.keys_values(1)[0])
@@ -134,16 +137,16 @@ def test_truncate_forgets(models: dict[int, EsmModel], statistics: dict[int, obj
 
 def test_a_full_cache_says_so(models: dict[int, EsmModel], statistics: dict[int, object]) -> None:
     spec = fit(models[16], statistics[16], RECIPES["flat"])  # type: ignore[arg-type]
-    cache, (k, v) = filled(models[16], spec, 4, [4])
+    cache, _ = filled(models[16], spec, 4, [4])
     with pytest.raises(ValueError, match="do not fit"):
-        cache.append(0, k, v, torch.zeros(1, 4, dtype=torch.int64))
+        cache.begin(4)
 
 
 def test_a_layer_may_keep_tokens_alone(tiny: EsmModel, calibration_proteins: list[Protein]) -> None:
     recipe = replace(RECIPES["flat"], exact_first=True)
     spec = fit(tiny, collect(tiny, calibration_proteins[:12]), recipe)
     tokens = to_tokens([Protein("a", "", "MKTAYIAKQR")], tiny.device)
-    cache, dense = PackedCache(tiny, spec, 1, 12), DenseCache(tiny, 1, 12)
+    cache, dense = PackedCache(tiny, spec, 1, 12), DenseCache(tiny, 1, 12, FORMATS["fp32"])
     with torch.no_grad():
         decode.prefill(tiny, tokens, cache)
         decode.prefill(tiny, tokens, dense)

@@ -8,8 +8,10 @@ import pytest
 import torch
 
 from turboesm_cli import decode
-from turboesm_cli.cache import DenseCache, DenseCodec, PackedCache, PackedCodec
+from turboesm_cli.cache import PackedCache, PackedCodec
 from turboesm_cli.codec import RECIPES, CodecSpec, fit
+from turboesm_cli.dense import DenseCache, DenseCodec
+from turboesm_cli.formats import FORMATS
 from turboesm_cli.model import EsmModel, load_model
 from turboesm_cli.sequences import MASK, PAD, Protein
 from turboesm_cli.stats import collect, to_tokens
@@ -42,7 +44,7 @@ def test_one_causal_pass_equals_decoding_token_by_token_fp32(
     tiny: EsmModel, peptides: list[Protein], prompt: int
 ) -> None:
     tokens = to_tokens(peptides[:1], tiny.device)
-    stepped = one_by_one(tiny, tokens, prompt, DenseCache(tiny, 1, tokens.shape[1]))
+    stepped = one_by_one(tiny, tokens, prompt, DenseCache(tiny, 1, tokens.shape[1], FORMATS["fp32"]))
     with torch.no_grad():
         passed = decode.teacher_forced(tiny, tokens, [prompt], None)
     assert torch.allclose(stepped, passed, atol=2e-5)
@@ -54,7 +56,7 @@ def test_one_causal_pass_equals_decoding_token_by_token_packed(
     precise: EsmModel, specs: dict[str, CodecSpec], peptides: list[Protein], prompt: int, recipe: str
 ) -> None:
     tokens = to_tokens(peptides[:1], precise.device)
-    cache = PackedCache(precise, specs[recipe], 1, tokens.shape[1])
+    cache = PackedCache(precise, specs[recipe], 1, tokens.shape[1], backend="torch")
     stepped = one_by_one(precise, tokens, prompt, cache)
     with torch.no_grad():
         passed = decode.teacher_forced(precise, tokens, [prompt], PackedCodec(specs[recipe], torch.device("cpu")))
@@ -66,9 +68,9 @@ def test_one_causal_pass_equals_decoding_token_by_token_packed(
 
 def test_fp16_cache_rounds_as_its_codec_says(tiny: EsmModel, peptides: list[Protein]) -> None:
     tokens = to_tokens(peptides[:1], tiny.device)
-    stepped = one_by_one(tiny, tokens, 3, DenseCache(tiny, 1, tokens.shape[1], torch.float16))
+    stepped = one_by_one(tiny, tokens, 3, DenseCache(tiny, 1, tokens.shape[1], FORMATS["fp16"]))
     with torch.no_grad():
-        passed = decode.teacher_forced(tiny, tokens, [3], DenseCodec(torch.float16))
+        passed = decode.teacher_forced(tiny, tokens, [3], DenseCodec(FORMATS["fp16"]))
     assert torch.allclose(stepped, passed, atol=2e-5)
 
 
@@ -107,7 +109,7 @@ def test_fp32_prefill_is_fair_esm_on_the_prompt(tiny: EsmModel, peptides: list[P
     tokens = to_tokens(peptides[:1], tiny.device)[:, :7]
     tokens[0, 3] = MASK
     with torch.no_grad():
-        found = decode.prefill(tiny, tokens, DenseCache(tiny, 1, 7))
+        found = decode.prefill(tiny, tokens, DenseCache(tiny, 1, 7, FORMATS["fp32"]))
         expected = tiny.net(tokens, repr_layers=[2])["representations"][2]
     assert torch.allclose(found, expected, atol=1e-5)
 
@@ -115,7 +117,7 @@ def test_fp32_prefill_is_fair_esm_on_the_prompt(tiny: EsmModel, peptides: list[P
 def test_the_prompts_mask_fraction_stays_in_force(tiny: EsmModel, peptides: list[Protein]) -> None:
     tokens = to_tokens(peptides[:1], tiny.device)
     tokens[0, 2:4] = MASK
-    stepped = one_by_one(tiny, tokens, 8, DenseCache(tiny, 1, tokens.shape[1]))
+    stepped = one_by_one(tiny, tokens, 8, DenseCache(tiny, 1, tokens.shape[1], FORMATS["fp32"]))
     with torch.no_grad():
         passed = decode.teacher_forced(tiny, tokens, [8], None)
     assert torch.allclose(stepped, passed, atol=2e-5)

@@ -1,4 +1,4 @@
-"""Key/value caches of one contract (`decode.Cache`): dense in any dtype, or packed by a codec.
+"""The packed key/value cache (`decode.Cache`).
 
 Memory is allocated once, for `capacity` tokens, and `nbytes` counts all of it. What a model's caches share
 (tables, rotations) is counted apart, by `codec_nbytes`.
@@ -7,64 +7,23 @@ Memory is allocated once, for `capacity` tokens, and `nbytes` counts all of it. 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Self
 
 import torch
 from torch import Tensor
-from turboesm_kernels import reference
+from turboesm_kernels import lookup, ops, reference
+from turboesm_kernels.ops import Held, PreparedLayer, put
 from turboesm_kernels.reference import Packed, Rope, SideSpec
 
+from turboesm_cli import decode
 from turboesm_cli.codec import CodecSpec, LayerSpec
-from turboesm_cli.decode import token_keys_values, unmasked_fraction
+from turboesm_cli.lengths import Ragged
 from turboesm_cli.model import EsmModel
 
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 SINK_DTYPE = torch.float16
-
-
-class DenseCache:
-    """Keys and values as they are, [layers, 2, B, H, capacity, d] in one dtype."""
-
-    def __init__(self, model: EsmModel, batch: int, capacity: int, dtype: torch.dtype = torch.float32) -> None:
-        shape = (model.shape.layers, 2, batch, model.shape.heads, capacity, model.shape.head_dim)
-        self._store = torch.zeros(shape, dtype=dtype, device=model.device)
-        self._lengths = [0] * model.shape.layers
-
-    @property
-    def length(self) -> int:
-        """Tokens that every layer holds."""
-        return min(self._lengths)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes held."""
-        return self._store.nbytes
-
-    def truncate(self, length: int) -> None:
-        """Forget all tokens from `length` on."""
-        self._lengths = [min(length, own) for own in self._lengths]
-
-    def append(self, layer: int, k: Tensor, v: Tensor, tokens: Tensor) -> None:
-        """Store keys and values [B, H, T, d] of the next T tokens."""
-        start = self._lengths[layer]
-        self._lengths[layer] = stop = start + tokens.shape[1]
-        self._store[layer, 0, :, :, start:stop] = k.to(self._store.dtype)
-        self._store[layer, 1, :, :, start:stop] = v.to(self._store.dtype)
-
-    def attend(self, layer: int, q: Tensor) -> Tensor:
-        """Attention of q [B, H, Q, d] over all that `layer` holds, computed in q's dtype."""
-        k, v = self._store[layer, :, :, :, : self._lengths[layer]].to(q.dtype)
-        return reference.attend(q, k, v)
-
-
-class DenseCodec:
-    """What a dense cache of a dtype does to keys and values: rounding."""
-
-    def __init__(self, dtype: torch.dtype) -> None:
-        self._dtype = dtype
-
-    def roundtrip(self, layer: int, k: Tensor, v: Tensor, rope: Rope) -> tuple[Tensor, Tensor]:
-        """Keys and values as they come back from the cache."""
-        return k.to(self._dtype).to(k.dtype), v.to(self._dtype).to(v.dtype)
+ALIGNMENT = 16
+"""Tokens that a cache on a GPU is rounded up to: the fast kernels read 16 at a time."""
 
 
 class PackedCodec:
@@ -86,24 +45,27 @@ class PackedCodec:
         return back_k, back_v
 
 
-class PackedCache:
+class PackedCache(Ragged):
     """Keys and values packed by a codec; leading tokens (sinks) in float16; layers that keep tokens alone.
 
-    `tensors` are all the bytes of a sequence: what is written to disk is what is held in memory.
+    `tensors` are all the bytes of a sequence: what is written to disk is what is held in memory. `backend` as in
+    `ops.attend`.
     """
 
-    def __init__(self, model: EsmModel, spec: CodecSpec, batch: int, capacity: int) -> None:
-        self._model = model
-        self._spec = spec = on_device(spec, model.device)
-        self._capacity = capacity
-        self._lengths = [0] * model.shape.layers
+    def __init__(
+        self, model: EsmModel, spec: CodecSpec, batch: int, capacity: int, backend: ops.Backend | None = None
+    ) -> None:
+        super().__init__(batch, capacity, model.device)
+        self._codec = _prepare(model, spec)
+        self._backend = backend
         self._unmasked = torch.ones(batch, 1, 1, device=model.device)
-        self._layers = [_LayerStore.empty(layer, spec, batch, capacity, model.device) for layer in spec.layers]
-
-    @property
-    def length(self) -> int:
-        """Tokens that every layer holds."""
-        return min(self._lengths)
+        self._rope = decode.rope_at(model, 0, _room(capacity, model.device))
+        sinks = min(spec.recipe.sinks, capacity)
+        self._packed_rope = Rope(self._rope.cos[sinks:], self._rope.sin[sinks:])
+        self._layers = [
+            _LayerStore.empty(layer, spec, batch, _room(capacity, model.device), model.device)
+            for layer in spec.layers
+        ]
 
     @property
     def unmasked(self) -> Tensor:
@@ -112,27 +74,35 @@ class PackedCache:
 
     @property
     def tensors(self) -> dict[str, Tensor]:
-        """Everything held, by name."""
+        """All that `capacity` tokens of each sequence take, by name."""
         held = {"unmasked": self._unmasked}
         for index, store in enumerate(self._layers):
-            held |= {f"layers.{index}.{name}": tensor for name, tensor in store.tensors.items()}
+            own = store.upto(self.capacity).tensors
+            held |= {f"layers.{index}.{name}": tensor for name, tensor in own.items()}
         return held
 
     @property
     def nbytes(self) -> int:
         """Bytes held."""
-        return sum(tensor.nbytes for tensor in self.tensors.values())
+        stored = sum(tensor.nbytes for store in self._layers for tensor in store.tensors.values())
+        return stored + self._unmasked.nbytes
 
-    def truncate(self, length: int) -> None:
-        """Forget all tokens from `length` on."""
-        self._lengths = [min(length, own) for own in self._lengths]
+    def rows(self, start: int, stop: int) -> Self:
+        """Sequences start..stop - 1: a view of the same memory."""
+        part = super().rows(start, stop)
+        part._unmasked = self._unmasked[start:stop]
+        part._layers = [store.rows(start, stop) for store in self._layers]
+        return part
 
     def load(self, tensors: dict[str, Tensor], length: int) -> None:
         """Take over the `tensors` of a cache of the same codec and batch that is full with `length` tokens.
 
         Raises ValueError where they are not such a cache's.
         """
-        own, full = self.tensors, PackedCache(self._model, self._spec, len(self._unmasked), length).tensors
+        full = {"unmasked": self._unmasked}
+        for index, layer in enumerate(self._codec.spec.layers):
+            empty = _LayerStore.empty(layer, self._codec.spec, self.batch, length, torch.device("meta"))
+            full |= {f"layers.{index}.{name}": tensor for name, tensor in empty.tensors.items()}
         if set(full) != set(tensors):
             raise ValueError("the cache was packed by another codec")
         for name, tensor in tensors.items():
@@ -140,49 +110,64 @@ class PackedCache:
                 raise ValueError(f"{name} is {tensor.dtype} {list(tensor.shape)}, not {list(full[name].shape)}")
         if not bool(((tensors["unmasked"] > 0) & (tensors["unmasked"] <= 1)).all()):
             raise ValueError("the fraction of tokens that are not masked is not in 0..1")
+        own = self.tensors
         for name, tensor in tensors.items():
             _leading_tokens(own[name], tensor).copy_(tensor)
-        self._lengths = [length] * len(self._lengths)
+        self.truncate(0)
+        self.begin(length)
 
     def append(self, layer: int, k: Tensor, v: Tensor, tokens: Tensor) -> None:
-        """Pack keys and values [B, H, T, d] of the next T tokens, ids int64 [B, T]."""
-        start, stop = self._lengths[layer], self._lengths[layer] + tokens.shape[1]
-        if stop > self._capacity:
-            raise ValueError(f"{stop} tokens do not fit in a cache of {self._capacity}")
-        if start == 0 and layer == 0:
-            self._unmasked.copy_(unmasked_fraction(tokens))
-        self._lengths[layer] = stop
-        spec, store = self._spec.layers[layer], self._layers[layer]
-        if spec is None:
-            store.tokens[:, start:stop] = tokens.to(torch.uint8)
-        else:
-            rope = self._rope(start, stop)
-            store.append(spec, k, v, rope, start)
+        """Pack keys and values [B, H, T, d] of the tokens int64 [B, T] that were begun."""
+        start: int | Tensor = self.starts if tokens.shape[1] == 1 else self.common_start()
+        if layer == 0 and start is not self.starts and start == 0:
+            self._unmasked.copy_(decode.unmasked_fraction(tokens))
+        prepared, store = self._codec.layers[layer], self._layers[layer]
+        if prepared is None:
+            put(store.tokens, tokens.to(torch.uint8), start, 1)
+            return
+        sinks = store.sinks
+        if sinks and self.shortest < sinks:
+            store.put_sinks(k, v, start)
+            if isinstance(start, int):
+                k, v = (x[:, :, max(0, sinks - start) :] for x in (k, v))
+        if k.shape[2] and store.room:
+            first = max(0, start - sinks) if isinstance(start, int) else (start - sinks).clamp_min(0)
+            ops.append(k, v, prepared, self._held_by(layer), first, self._backend)
 
     def attend(self, layer: int, q: Tensor) -> Tensor:
         """Attention of q [B, H, Q, d] over all that `layer` holds."""
-        k, v = self.keys_values(layer)
-        return reference.attend(q, k.to(q.dtype), v.to(q.dtype))
+        reach = self._layers[layer].room + self._layers[layer].sinks if q.is_cuda else self.length
+        lengths = None if self.is_even and self.length == reach else self.lengths
+        prepared, store = self._codec.layers[layer], self._layers[layer]
+        if prepared is None:
+            factors = decode.token_factors(self._codec.model, self._codec.sigma, self._unmasked)
+            tokens = store.tokens[:, :reach]
+            return lookup.attend_tokens(q, tokens, self._codec.tokens, factors, self._rope, lengths)
+        return ops.attend(q, self._held_by(layer, reach, lengths), prepared, self._backend)
 
     def keys_values(self, layer: int) -> tuple[Tensor, Tensor]:
         """Keys (after RoPE) and values [B, H, length, d] of one layer, unpacked: float32, or the model's dtype."""
-        stop = self._lengths[layer]
-        rope = self._rope(0, stop)
-        spec, store = self._spec.layers[layer], self._layers[layer]
-        if spec is None:
-            return self._from_tokens(store.tokens[:, :stop].long(), rope)
-        return store.expand(spec, rope)
+        prepared, store = self._codec.layers[layer], self._layers[layer].upto(self.length)
+        rope = Rope(self._rope.cos[: self.length], self._rope.sin[: self.length])
+        if prepared is None:
+            return self._from_tokens(store.tokens.long(), rope)
+        held = self._held_by(layer, self.length)
+        return ops.expand(held, prepared)
+
+    def _held_by(self, layer: int, reach: int | None = None, lengths: Tensor | None = None) -> Held:
+        """What a layer holds of the first `reach` tokens, for the kernels."""
+        store = self._layers[layer] if reach is None else self._layers[layer].upto(reach)
+        return Held(
+            store.packed("k"), store.packed("v"), self._packed_rope, lengths,
+            store.tensors.get("k.sinks"), store.tensors.get("v.sinks"),
+        )  # fmt: skip
 
     def _from_tokens(self, tokens: Tensor, rope: Rope) -> tuple[Tensor, Tensor]:
-        keys, values = token_keys_values(self._model, self._unmasked)
+        keys, values = decode.token_keys_values(self._codec.model, self._unmasked)
         index = tokens[:, None, :, None].expand(-1, keys.shape[1], -1, keys.shape[3])
         batch = len(tokens)
         keys = keys.expand(batch, -1, -1, -1).gather(2, index)
         return rope.rotate(keys), values.expand(batch, -1, -1, -1).gather(2, index)
-
-    def _rope(self, start: int, stop: int) -> Rope:
-        positions = torch.arange(start, stop, device=self._model.device)
-        return Rope.at(positions, self._model.inverse_frequencies)
 
 
 def on_device(spec: CodecSpec, device: torch.device) -> CodecSpec:
@@ -209,6 +194,29 @@ def dense_bytes_per_sequence(spec: CodecSpec, tokens: int, dtype: torch.dtype) -
 
 
 @dataclass(frozen=True)
+class _Prepared:
+    """A model's codec, ready for the kernels; `tokens` and `sigma`, of `decode.token_tables`, serve None."""
+
+    model: EsmModel
+    spec: CodecSpec
+    layers: list[PreparedLayer | None]
+    tokens: lookup.TokenTables
+    sigma: Tensor
+
+
+@lru_cache(maxsize=4)
+def _prepare(model: EsmModel, spec: CodecSpec) -> _Prepared:
+    spec = on_device(spec, model.device)
+    layers = [None if layer is None else PreparedLayer.of(layer.k, layer.v) for layer in spec.layers]
+    return _Prepared(model, spec, layers, *decode.token_tables(model))
+
+
+def _room(capacity: int, device: torch.device) -> int:
+    """Tokens that buffers are made for."""
+    return -(-capacity // ALIGNMENT) * ALIGNMENT if device.type == "cuda" else capacity
+
+
+@dataclass(frozen=True)
 class _LayerStore:
     """One layer's buffers. Packed token 0 is the sequence's token number `sinks`."""
 
@@ -218,6 +226,15 @@ class _LayerStore:
     def tokens(self) -> Tensor:
         return self.tensors["tokens"]
 
+    @property
+    def sinks(self) -> int:
+        return self.tensors["k.sinks"].shape[2] if "k.sinks" in self.tensors else 0
+
+    @property
+    def room(self) -> int:
+        """Tokens beyond the sinks."""
+        return self.tokens.shape[1] if "tokens" in self.tensors else self.tensors["v.codes"].shape[3]
+
     @classmethod
     def empty(
         cls, layer: LayerSpec | None, spec: CodecSpec, batch: int, capacity: int, device: torch.device
@@ -225,7 +242,7 @@ class _LayerStore:
         if layer is None:
             return cls({"tokens": torch.zeros(batch, capacity, dtype=torch.uint8, device=device)})
         sinks = min(spec.recipe.sinks, capacity)
-        rest = capacity - sinks
+        rest = capacity - sinks if device.type != "cuda" else _room(capacity - sinks, device)
         tensors: dict[str, Tensor] = {}
         for name, side in (("k", layer.k), ("v", layer.v)):
             shape = (batch, spec.heads, sinks, spec.head_dim)
@@ -238,41 +255,37 @@ class _LayerStore:
                 tensors[f"{name}.scales"] = torch.zeros(batch, spec.heads, rest, dtype=torch.uint8, device=device)
         return cls(tensors)
 
-    def append(self, spec: LayerSpec, k: Tensor, v: Tensor, rope: Rope, start: int) -> None:
-        for name, side, x in (("k", spec.k, k), ("v", spec.v, v)):
-            sinks = self._sinks(name)
-            kept = max(0, min(sinks - start, x.shape[2]))
-            if kept:
-                self.tensors[f"{name}.sinks"][:, :, start : start + kept] = x[:, :, :kept].to(SINK_DTYPE)
-            if kept < x.shape[2]:
-                rest = Rope(rope.cos[kept:], rope.sin[kept:])
-                packed = reference.compress(x[:, :, kept:], side, rest)
-                self._store(name, side, packed, start + kept - sinks)
+    def rows(self, start: int, stop: int) -> _LayerStore:
+        """Some sequences: a view."""
+        return _LayerStore({name: tensor[start:stop] for name, tensor in self.tensors.items()})
 
-    def expand(self, spec: LayerSpec, rope: Rope) -> tuple[Tensor, Tensor]:
-        return self._expand_side("k", spec.k, rope), self._expand_side("v", spec.v, rope)
+    def upto(self, length: int) -> _LayerStore:
+        """The first `length` tokens: a view."""
+        sinks = min(self.sinks, length)
+        upto = {
+            "tokens": (1, length),
+            "codes": (3, length - sinks),
+            "scales": (2, length - sinks),
+            "sinks": (2, sinks),
+        }
+        return _LayerStore(
+            {name: tensor.narrow(upto[kind][0], 0, min(upto[kind][1], tensor.shape[upto[kind][0]]))
+             for name, tensor in self.tensors.items() for kind in [name.split(".")[-1]]}
+        )  # fmt: skip
 
-    def _expand_side(self, name: str, side: SideSpec, rope: Rope) -> Tensor:
-        sinks = min(self._sinks(name), len(rope.cos))
-        rest = Rope(rope.cos[sinks:], rope.sin[sinks:])
-        body = reference.expand(self._packed(name, side, len(rest.cos)), side, rest)
-        if not sinks:
-            return body
-        return torch.cat((self.tensors[f"{name}.sinks"][:, :, :sinks].float(), body), 2)
+    def packed(self, name: str) -> Packed:
+        return Packed(self.tensors[f"{name}.codes"], self.tensors.get(f"{name}.scales"))
 
-    def _sinks(self, name: str) -> int:
-        return self.tensors[f"{name}.sinks"].shape[2] if f"{name}.sinks" in self.tensors else 0
-
-    def _packed(self, name: str, side: SideSpec, stop: int) -> Packed:
-        codes = self.tensors[f"{name}.codes"].narrow(3, 0, stop)
-        scales = self.tensors.get(f"{name}.scales")
-        return Packed(codes, None if scales is None else scales[:, :, :stop])
-
-    def _store(self, name: str, side: SideSpec, packed: Packed, start: int) -> None:
-        count = packed.codes.shape[3]
-        self.tensors[f"{name}.codes"].narrow(3, start, count).copy_(packed.codes)
-        if packed.scales is not None:
-            self.tensors[f"{name}.scales"][:, :, start : start + count] = packed.scales
+    def put_sinks(self, k: Tensor, v: Tensor, start: int | Tensor) -> None:
+        """Keep what of k, v [B, H, T, d] from token `start` on are sinks."""
+        for name, x in (("k", k), ("v", v)):
+            into = self.tensors[f"{name}.sinks"]
+            if isinstance(start, int):
+                kept = max(0, min(self.sinks - start, x.shape[2]))
+                into[:, :, start : start + kept] = x[:, :, :kept].to(SINK_DTYPE)
+            else:
+                there = (torch.arange(self.sinks, device=x.device) == start[:, None])[:, None, :, None]
+                into.copy_(torch.where(there, x.to(SINK_DTYPE), into))
 
 
 def _codes_shape(side: SideSpec, batch: int, tokens: int) -> tuple[int, ...]:

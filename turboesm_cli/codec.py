@@ -36,7 +36,7 @@ class LayerSpec:
     v: SideSpec
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class CodecSpec:
     """The codec of a model: a LayerSpec for each layer, or None where a layer keeps tokens instead.
 

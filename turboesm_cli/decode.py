@@ -14,8 +14,8 @@ from typing import Protocol
 import torch
 import torch.nn.functional as F
 from esm.modules import gelu
-from torch import Tensor
-from turboesm_kernels import reference
+from torch import Tensor, nn
+from turboesm_kernels import lookup, reference
 from turboesm_kernels.reference import Rope
 
 from turboesm_cli.model import EsmModel
@@ -26,25 +26,30 @@ MASK_RATIO_IN_TRAINING = 0.15 * 0.8
 Attention = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 """(layer, q, k, v), each [B, H, T, d] with q scaled and q, k after RoPE -> attention output [B, H, T, d]."""
 
+Projection = Callable[[int, Tensor], tuple[Tensor, Tensor, Tensor]]
+"""(layer, normed hidden states [B, T, E]) -> q, k, v as `Attention` takes them."""
+
 
 class Cache(Protocol):
-    """What decoding needs of a key/value cache of B sequences of one common length."""
+    """What decoding needs of a key/value cache of B sequences (see `lengths.Ragged`)."""
 
-    @property
-    def length(self) -> int:
-        """Tokens cached so far."""
+    lengths: Tensor
+    starts: Tensor
+
+    def begin(self, counts: int | Sequence[int]) -> None:
+        """Make room for the next tokens of each sequence."""
         ...
 
     def append(self, layer: int, k: Tensor, v: Tensor, tokens: Tensor) -> None:
-        """Store keys (after RoPE) and values [B, H, T, d] of the next T tokens, ids int64 [B, T]."""
+        """Store keys (after RoPE) and values [B, H, T, d] of the tokens int64 [B, T] that were begun."""
         ...
 
     def attend(self, layer: int, q: Tensor) -> Tensor:
         """Attention of q [B, H, Q, d] over all that `layer` holds; result like q."""
         ...
 
-    def truncate(self, length: int) -> None:
-        """Forget all tokens from `length` on."""
+    def rewind(self, count: int = 1) -> None:
+        """Forget each sequence's last `count` tokens."""
         ...
 
 
@@ -62,13 +67,16 @@ def encode(model: EsmModel, tokens: Tensor, observe: Attention | None = None) ->
     `observe` replaces the attention, see `Attention`.
     """
     attention = observe or bidirectional(tokens)
-    return _layers(model, tokens, rope_at(model, 0, tokens.shape[1]), unmasked_fraction(tokens), attention)
+    project = _projection(model, rope_at(model, 0, tokens.shape[1]))
+    return _layers(model, tokens, project, unmasked_fraction(tokens), attention)
 
 
 def bidirectional(tokens: Tensor) -> Attention:
     """ESM-2's own attention: every token sees all that is not padding. On a CPU, fair-esm's result to the bit."""
     lengths = tokens.ne(PAD).sum(-1)
-    mask = torch.arange(tokens.shape[1], device=tokens.device) < lengths[:, None, None, None]
+    mask = None
+    if not bool((lengths == tokens.shape[1]).all()):
+        mask = torch.arange(tokens.shape[1], device=tokens.device) < lengths[:, None, None, None]
 
     def attend(_layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         if q.device.type == "cpu":
@@ -79,10 +87,12 @@ def bidirectional(tokens: Tensor) -> Attention:
 
 
 def prefill(model: EsmModel, tokens: Tensor, cache: Cache) -> Tensor:
-    """Encode prompts [B, P] without padding, fill the empty cache with their keys and values, layer by layer.
+    """Encode prompts int64 [B, P], padded on the right, and fill the empty cache with them layer by layer.
 
-    Returns the final hidden states [B, P, E]; they are exact, whatever the cache.
+    Keys and values of one layer at a time are in memory. Returns the final hidden states [B, P, E]; they are
+    exact, whatever the cache.
     """
+    cache.begin(tokens.ne(PAD).sum(-1).tolist())
     exact = bidirectional(tokens)
 
     def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -92,20 +102,26 @@ def prefill(model: EsmModel, tokens: Tensor, cache: Cache) -> Tensor:
     return encode(model, tokens, attend)
 
 
-def step(model: EsmModel, tokens: Tensor, cache: Cache, unmasked: Tensor) -> Tensor:
+def step(
+    model: EsmModel, tokens: Tensor, cache: Cache, unmasked: Tensor, joint: JointProjection | None = None
+) -> Tensor:
     """Decode one token of each sequence, int64 [B]: append its keys and values, then attend to all cached.
 
     `unmasked` [B, 1, 1] is the prompt's `unmasked_fraction`: token dropout's factor stays what it was at prefill.
+    `joint` projects queries, keys and values at once, for GPUs. Nothing is synchronized: safe in a CUDA graph.
     Returns the final hidden states [B, E].
     """
     tokens = tokens[:, None]
-    rope = rope_at(model, cache.length, 1)
+    project = joint or _projection(model, Rope.at(cache.lengths[:, None, None], model.inverse_frequencies))
+    cache.begin(1)
 
     def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         cache.append(layer, k, v, tokens)
         return cache.attend(layer, q)
 
-    return _layers(model, tokens, rope, unmasked, attend)[:, 0]
+    if joint is not None:
+        joint.at(cache.starts)
+    return _layers(model, tokens, project, unmasked, attend)[:, 0]
 
 
 def replay(model: EsmModel, tokens: Tensor, cache: Cache, unmasked: Tensor) -> Tensor:
@@ -141,7 +157,7 @@ def teacher_forced(
             trace(decoded)
         return decoded
 
-    return _layers(model, tokens, rope, _prompt_unmasked(tokens, prompts), attend)
+    return _layers(model, tokens, _projection(model, rope), _prompt_unmasked(tokens, prompts), attend)
 
 
 def lm_logits(model: EsmModel, hidden: Tensor) -> Tensor:
@@ -175,26 +191,107 @@ def token_keys_values(model: EsmModel, unmasked: Tensor) -> tuple[Tensor, Tensor
     return _split(layer.self_attn.k_proj(x), heads), _split(layer.self_attn.v_proj(x), heads)
 
 
-def _layers(model: EsmModel, tokens: Tensor, rope: Rope, unmasked: Tensor, attention: Attention) -> Tensor:
+@torch.no_grad()
+def token_tables(model: EsmModel) -> tuple[lookup.TokenTables, Tensor]:
+    """Layer 0's keys and values of all kinds of token but for `token_factors`, and what those need: sigma [33]."""
+    kinds = torch.arange(len(model.net.embed_tokens.weight), device=model.device)[None]
+    embedded = _embed(model, kinds, torch.ones(1, 1, 1, device=model.device))[0] / _embedding_scale(model)
+    centred = embedded - embedded.mean(-1, keepdim=True)
+    sigma = centred.square().mean(-1, keepdim=True).sqrt()
+    attention, norm = model.net.layers[0].self_attn, model.net.layers[0].self_attn_layer_norm
+    scaled = centred / sigma.clamp_min(1e-30) * norm.weight  # 0 for kinds whose embedding is 0
+    parts = [
+        (_split(scaled[None] @ linear.weight.T, model.shape.heads)[0].contiguous(), linear(norm.bias))
+        for linear in (attention.k_proj, attention.v_proj)
+    ]
+    (k, k_const), (v, v_const) = parts
+    shape = (model.shape.heads, model.shape.head_dim)
+    return lookup.TokenTables(k, v, k_const.view(shape), v_const.view(shape)), sigma[:, 0]
+
+
+def token_factors(model: EsmModel, sigma: Tensor, unmasked: Tensor) -> Tensor:
+    """What layer 0's keys and values of each kind of token are multiplied with, [B, 33]; see `token_tables`.
+
+    Token dropout scales an embedding by s; layer norm takes that out again but for its epsilon, which leaves
+    s sigma / sqrt(s^2 sigma^2 + epsilon), sigma the embedding's deviation.
+    """
+    scaled = sigma * _embedding_scale(model)
+    if model.net.token_dropout:
+        scaled = scaled / unmasked[:, 0].to(sigma.dtype)
+    epsilon: float = model.net.layers[0].self_attn_layer_norm.eps
+    return (scaled * (scaled * scaled + epsilon).rsqrt()).expand(len(unmasked), -1)
+
+
+def _embedding_scale(model: EsmModel) -> float:
+    return 1 - MASK_RATIO_IN_TRAINING if model.net.token_dropout else 1.0
+
+
+def _layers(
+    model: EsmModel, tokens: Tensor, project: Projection, unmasked: Tensor, attention: Attention
+) -> Tensor:
     x = _embed(model, tokens, unmasked)
+    activation = F.gelu if x.is_cuda else gelu  # one kernel, or fair-esm's result to the bit
     for index, layer in enumerate(model.net.layers):
-        attend = layer.self_attn
-        normed = layer.self_attn_layer_norm(x)
-        q = _split(attend.q_proj(normed) * attend.scaling, model.shape.heads)
-        k = _split(attend.k_proj(normed), model.shape.heads)
-        v = _split(attend.v_proj(normed), model.shape.heads)
-        out = attention(index, rope.rotate(q).to(v.dtype), rope.rotate(k).to(v.dtype), v)
-        x = x + attend.out_proj(out.transpose(1, 2).flatten(2))
-        x = x + layer.fc2(gelu(layer.fc1(layer.final_layer_norm(x))))
+        out = attention(index, *project(index, layer.self_attn_layer_norm(x)))
+        x = x + layer.self_attn.out_proj(out.transpose(1, 2).flatten(2))
+        x = x + layer.fc2(activation(layer.fc1(layer.final_layer_norm(x))))
     hidden: Tensor = model.net.emb_layer_norm_after(x)
     return hidden
+
+
+def _projection(model: EsmModel, rope: Rope) -> Projection:
+    """The layers' own projections at the positions of `rope`."""
+    heads = model.shape.heads
+
+    def project(index: int, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        attend = model.net.layers[index].self_attn
+        q, k = _split(attend.q_proj(x) * attend.scaling, heads), _split(attend.k_proj(x), heads)
+        v = _split(attend.v_proj(x), heads)
+        return rope.rotate(q).to(v.dtype), rope.rotate(k).to(v.dtype), v
+
+    return project
+
+
+class JointProjection:
+    """One matrix for a layer's queries, keys and values, and one kernel that turns them: for steps on a GPU.
+
+    The model's own weights become views of the joint ones, so that nothing is held twice.
+    """
+
+    def __init__(self, model: EsmModel, capacity: int) -> None:
+        self._heads = model.shape.heads
+        self._scaling = model.shape.head_dim**-0.5
+        self._rope = rope_at(model, 0, capacity)
+        self._positions = torch.zeros(0, dtype=torch.int32)
+        self._weights = [_join(layer.self_attn) for layer in model.net.layers]
+
+    def at(self, positions: Tensor) -> None:
+        """Where the sequences' tokens stand, int32 [B]."""
+        self._positions = positions
+
+    def __call__(self, index: int, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """q (scaled), k (both after RoPE) and v [B, H, 1, d] of normed hidden states [B, 1, E]."""
+        from turboesm_kernels.rotary import rotate
+
+        return rotate(F.linear(x, *self._weights[index]), self._heads, self._scaling, self._rope, self._positions)
+
+
+def _join(attention: nn.Module) -> tuple[Tensor, Tensor]:
+    linears = [attention.q_proj, attention.k_proj, attention.v_proj]
+    joined = []
+    for name in ("weight", "bias"):
+        whole = torch.cat([getattr(linear, name).data for linear in linears])
+        for linear, part in zip(linears, whole.chunk(3), strict=True):
+            getattr(linear, name).data = part
+        joined.append(whole)
+    return joined[0], joined[1]
 
 
 def _embed(model: EsmModel, tokens: Tensor, unmasked: Tensor) -> Tensor:
     x: Tensor = model.net.embed_tokens(tokens)
     if model.net.token_dropout:
         x = x.masked_fill(tokens.eq(MASK)[..., None], 0.0)
-        x = x * (1 - MASK_RATIO_IN_TRAINING) / unmasked.to(x.dtype)
+        x = x * _embedding_scale(model) / unmasked.to(x.dtype)
     return x.masked_fill(tokens.eq(PAD)[..., None], 0.0)
 
 

@@ -38,9 +38,8 @@ def generate(
     model.require_lm_head("--generate")
     residues: list[int] = []
     for _ in range(count):
-        length = cache.length
         hidden = step(model, torch.tensor([MASK], device=model.device), cache, unmasked)
-        cache.truncate(length)
+        cache.rewind()
         residues.append(pick(lm_logits(model, hidden)[0].float().cpu(), sampling, generator))
         step(model, torch.tensor(residues[-1:], device=model.device), cache, unmasked)
     return residues

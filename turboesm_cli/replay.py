@@ -8,9 +8,11 @@ import torch
 from torch import Tensor
 
 from turboesm_cli import decode, metrics
-from turboesm_cli.cache import DTYPES, DenseCache, PackedCache
+from turboesm_cli.cache import PackedCache
 from turboesm_cli.codec import CodecSpec
+from turboesm_cli.dense import DenseCache
 from turboesm_cli.evaluation import ProteinResult, compare_predictions
+from turboesm_cli.formats import FORMATS
 from turboesm_cli.model import EsmModel
 from turboesm_cli.sequences import Protein
 from turboesm_cli.stats import to_tokens
@@ -42,7 +44,7 @@ def new_cache(model: EsmModel, spec: CodecSpec, kv: str, capacity: int) -> Dense
     """An empty cache of one sequence: packed, fp32, fp16 or bf16."""
     if kv == "packed":
         return PackedCache(model, spec, 1, capacity)
-    return DenseCache(model, 1, capacity, DTYPES[kv])
+    return DenseCache(model, 1, capacity, FORMATS[kv])
 
 
 @torch.no_grad()

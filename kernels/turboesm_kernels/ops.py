@@ -1,9 +1,9 @@
 """Decode attention over packed keys and values: validate, choose a backend, launch.
 
-`attend` runs on the first backend of `BACKENDS` that can: "ptx" (fast path: inline PTX, one query token a
-sequence), "triton" (portable), "torch" (the plain reference). A backend that is asked for and cannot run
-raises `BackendError` that says why; none is swapped for another silently. Imports neither Triton nor a kernel
-before one is needed.
+`attend` runs on the first backend that can: "ptx" (fast path: inline PTX, one query token a sequence), "triton"
+(portable), "lookup" (CPU: bytes looked up, never unpacked), "torch" (the plain reference). A backend that is
+asked for and cannot run raises `BackendError` that says why; none is swapped for another silently. Imports neither
+Triton nor a kernel before one is needed. `append` is the other direction: it packs new tokens into a cache.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from turboesm_kernels import reference
+from turboesm_kernels import lookup, reference
 from turboesm_kernels.prepared import PreparedSide
 from turboesm_kernels.reference import Packed, Rope, SideSpec
 
-Backend = Literal["ptx", "triton", "torch"]
+Backend = Literal["ptx", "triton", "lookup", "torch"]
 MAX_QUERIES = 16
 HEAD_DIMS = range(8, 257)
 
@@ -87,7 +87,7 @@ def attend(q: Tensor, held: Held, layer: PreparedLayer, backend: Backend | None 
 
 
 def choose(q: Tensor, held: Held, layer: PreparedLayer, backend: Backend | None = None) -> Backend:
-    """The backend that `attend` runs on: the one asked for, or the first of ptx, triton, torch that can."""
+    """The backend that `attend` runs on: the one asked for, or the first that can."""
     if backend is not None:
         if backend not in _OBSTACLES:
             raise BackendError(f"no backend {backend!r}; there are {', '.join(_OBSTACLES)}")
@@ -95,6 +95,49 @@ def choose(q: Tensor, held: Held, layer: PreparedLayer, backend: Backend | None 
             raise BackendError(f"backend {backend!r} cannot run: {reason}")
         return backend
     return next(name for name, obstacle in _OBSTACLES.items() if not obstacle(q, held, layer))
+
+
+def append(
+    k: Tensor, v: Tensor, layer: PreparedLayer, held: Held, start: int | Tensor, backend: Backend | None = None
+) -> None:
+    """Pack keys (after RoPE) and values float [B, H, n, d] into `held` from packed token `start` on.
+
+    `start` is one number for all sequences, or int [B] on the device for n = 1: then nothing is synchronized, and
+    it is safe in a CUDA graph. The angles of packed token i are row i of `held.rope`. Raises ValueError where the
+    tokens do not fit.
+    """
+    if isinstance(start, int) and not 0 <= start <= held.tokens - k.shape[2]:
+        raise ValueError(f"{k.shape[2]} tokens from {start} on do not fit in {held.tokens}")
+    for x, side, into, rope in (
+        (k, layer.k, held.k, _rope_from(held, start, k.shape[2])),
+        (v, layer.v, held.v, None),
+    ):
+        if side.bits is None or backend == "torch":
+            found = reference.compress(x, side.spec, rope)
+        else:
+            found = lookup.compress(x, side, rope)
+        put(into.codes, found.codes, start, 3)
+        if into.scales is not None and found.scales is not None:
+            put(into.scales, found.scales, start, 2)
+
+
+def _rope_from(held: Held, start: int | Tensor, count: int) -> Rope | None:
+    rope = held.rope
+    if rope is None:
+        return None
+    if isinstance(start, int):
+        return Rope(rope.cos[start : start + count], rope.sin[start : start + count])
+    at = start.long()
+    return Rope(rope.cos[at][:, None, None], rope.sin[at][:, None, None])
+
+
+def put(into: Tensor, found: Tensor, start: int | Tensor, dim: int) -> None:
+    """Put tokens, which lie along `dim`, where each sequence goes on."""
+    if isinstance(start, int):
+        into.narrow(dim, start, found.shape[dim]).copy_(found)
+    else:
+        index = start.long().view(-1, *[1] * (found.dim() - 1)).expand(found.shape)
+        into.scatter_(dim, index, found)
 
 
 def _no_triton(q: Tensor, held: Held, layer: PreparedLayer) -> str | None:
@@ -117,6 +160,14 @@ def _no_ptx(q: Tensor, held: Held, layer: PreparedLayer) -> str | None:
     return fast.obstacle(q, held, layer)
 
 
+def _no_lookup(q: Tensor, held: Held, layer: PreparedLayer) -> str | None:
+    if q.is_cuda:
+        return "it serves CPUs"
+    if layer.k.bits is None or layer.v.bits is None:
+        return "it needs codes on a uniform grid"
+    return None
+
+
 def _no_torch(q: Tensor, held: Held, layer: PreparedLayer) -> str | None:
     return None
 
@@ -124,6 +175,7 @@ def _no_torch(q: Tensor, held: Held, layer: PreparedLayer) -> str | None:
 _OBSTACLES: dict[Backend, Callable[[Tensor, Held, PreparedLayer], str | None]] = {
     "ptx": _no_ptx,
     "triton": _no_triton,
+    "lookup": _no_lookup,
     "torch": _no_torch,
 }
 
@@ -134,20 +186,26 @@ def _interpreted() -> bool:
 
 
 def _run_torch(q: Tensor, held: Held, layer: PreparedLayer) -> Tensor:
-    """The plain reference: expand everything, then attend in float32."""
-    return plain_attend(q.float(), held, layer).to(q.dtype)
+    """The plain reference: expand everything, then attend in float32, or float64 where q is."""
+    return plain_attend(_widened(q), held, layer).to(q.dtype)
 
 
 def plain_attend(q: Tensor, held: Held, layer: PreparedLayer) -> Tensor:
     """`attend` in plain torch, in q's precision: the oracle of the kernels' tests, given a float64 q."""
-    k = reference.expand(held.k, layer.k.spec, _rope(held, layer))
-    v = reference.expand(held.v, layer.v.spec)
-    if held.sink_k is not None and held.sink_v is not None:
-        k, v = torch.cat((held.sink_k, k), 2), torch.cat((held.sink_v, v), 2)
+    k, v = expand(held, layer)
     result = reference.attend(q, k.to(q.dtype), v.to(q.dtype), held.lengths)
     if held.lengths is None:
         return result
     return result.masked_fill((held.lengths == 0)[:, None, None, None], 0.0)
+
+
+def expand(held: Held, layer: PreparedLayer) -> tuple[Tensor, Tensor]:
+    """All keys and values held, float32 [B, H, s + T, d], by the plain reference."""
+    k = reference.expand(held.k, layer.k.spec, _rope(held, layer))
+    v = reference.expand(held.v, layer.v.spec)
+    if held.sink_k is None or held.sink_v is None:
+        return k, v
+    return torch.cat((held.sink_k, k), 2), torch.cat((held.sink_v, v), 2)
 
 
 def _rope(held: Held, layer: PreparedLayer) -> Rope:
@@ -169,9 +227,18 @@ def _run_ptx(q: Tensor, held: Held, layer: PreparedLayer) -> Tensor:
     return fast.attend(q, held, layer)
 
 
+def _run_lookup(q: Tensor, held: Held, layer: PreparedLayer) -> Tensor:
+    return lookup.attend(_widened(q), held, layer).to(q.dtype)
+
+
+def _widened(q: Tensor) -> Tensor:
+    return q if q.dtype == torch.float64 else q.float()
+
+
 _RUN: dict[Backend, Callable[[Tensor, Held, PreparedLayer], Tensor]] = {
     "ptx": _run_ptx,
     "triton": _run_triton,
+    "lookup": _run_lookup,
     "torch": _run_torch,
 }
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from turboesm_kernels.layout import Profile
+from turboesm_kernels.lookup import Bits
 from turboesm_kernels.reference import Side, SideSpec, table_slice
 
 PIECE_FIELDS = 5
@@ -93,6 +94,12 @@ class PreparedSide:
         """The code in groups of 4 lanes for the fast path, or None where the spec does not allow it."""
         return Fields.of(self)
 
+    @cached_property
+    def bits(self) -> Bits | None:
+        """The code bit by bit for `lookup`, or None where levels are not on a uniform grid."""
+        steps = None if self.spec.residual_axes else grid_steps(self.spec)
+        return None if steps is None else Bits.of(self, steps)
+
 
 @dataclass(frozen=True)
 class Fields:
@@ -126,7 +133,7 @@ class Fields:
     def of(cls, side: PreparedSide) -> Fields | None:
         """Fields of a side, or None: it has not 4 lanes, or its levels are not an arithmetic progression."""
         spec = side.spec
-        steps = _steps(spec) if spec.lanes == FIELD_LANES else None
+        steps = grid_steps(spec) if spec.lanes == FIELD_LANES else None
         if steps is None:
             return None
         heads = [
@@ -203,7 +210,7 @@ def _padded_table(rows: list[list[int]]) -> Tensor:
     return torch.nn.functional.pad(table, (0, -table.shape[1] % 4)).contiguous()
 
 
-def _steps(spec: SideSpec) -> list[dict[int, float]] | None:
+def grid_steps(spec: SideSpec) -> list[dict[int, float]] | None:
     """For each head, the step of each width it uses; None where levels are not step (code - middle)."""
     found = []
     for head, index in enumerate(spec.profile_of_head):

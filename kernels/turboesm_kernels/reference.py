@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 import torch
@@ -223,6 +224,12 @@ class Rope:
 
     cos: Tensor
     sin: Tensor
+
+    @cached_property
+    def half(self) -> Tensor:
+        """Cosines, then sines, of the first half of channels: [d, T] for angles [T, d]."""
+        half = self.cos.shape[-1] // 2
+        return torch.cat((self.cos[:, :half], self.sin[:, :half]), 1).mT
 
     @classmethod
     def at(cls, positions: Tensor, inverse_frequencies: Tensor) -> Rope:

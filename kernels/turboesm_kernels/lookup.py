@@ -1,0 +1,296 @@
+"""The cache on a CPU: attend to packed bytes by table lookup, and pack a token in a few operations.
+
+On a uniform grid a level is linear in the bits of its code, whichever bytes they lie in. So each bit of a packed
+vector has a weight of its own for a query, and each byte a table of 256 sums of such weights:
+
+    score_j = n_j sum_b table_b[byte_bj]        table_b[x] = sum_s weight_bs bit_s(x)
+
+The weighted sum of values goes the other way: add up the softmax's weights by the value of each byte, then by
+bit. A byte is looked up once and never unpacked: for `B` bytes a vector that is B operations, not head_dim.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from turboesm_kernels.layout import BYTE
+from turboesm_kernels.reference import SCALE_STEPS_PER_OCTAVE, SCALE_ZERO, Packed, Rope, scale_to_byte
+
+if TYPE_CHECKING:
+    from turboesm_kernels.ops import Held, PreparedLayer
+    from turboesm_kernels.prepared import PreparedSide
+
+VALUES = 1 << BYTE
+INDICES = 1 << 17
+"""Bytes looked up at once: their indices, 8 bytes each, stay in a core's cache."""
+
+
+@dataclass(frozen=True)
+class Bits:
+    """A uniform-grid code bit by bit. H heads, A axes, head_dim d, `bits` = 8 nbytes places.
+
+    map       float32, keys [H, d, bits + 1 + d]: a query times it is what each bit that is set adds to the score,
+              what all codes 0 stand for, and the phases of the centre's score (`phase_map`);
+              values [H, bits + 1, d]: what each bit adds to the sum, and what all codes 0 and the centre stand for
+    axis      int64 [H, bits]: the axis whose code has a bit there, 0 where none
+    place     int64 [H, bits]: which bit of that code
+    used      uint8 [H, bits]: 1 where there is one
+    analysis  float32 [H, d, A], divided by the deviation, 0 where an axis is not coded
+    per_step, half, top   float32 [H, 1, A]: code = floor(y per_step + half), 0..top
+    level, zero   float32 [H, 1, A]: a code's coordinate is level code - zero; 0 where an axis is not coded
+    deviation float32 [H, 1, A]
+    norm      float32 [H, 1, 1]: 1 / sqrt(coded axes)
+    turned    float32 [H, 1, d]: the keys' centre as RoPE pairs its halves
+    """
+
+    map: Tensor
+    axis: Tensor
+    place: Tensor
+    used: Tensor
+    analysis: Tensor
+    per_step: Tensor
+    half: Tensor
+    top: Tensor
+    level: Tensor
+    zero: Tensor
+    deviation: Tensor
+    norm: Tensor
+    turned: Tensor
+
+    @classmethod
+    def of(cls, side: PreparedSide, steps: list[dict[int, float]]) -> Bits:
+        """Bits of a side whose heads have these steps, by width (`prepared.grid_steps`)."""
+        spec = side.spec
+        profiles = [spec.profiles[index] for index in spec.profile_of_head]
+        axis, place = torch.zeros((2, spec.heads, spec.nbytes * BYTE), dtype=torch.int64)
+        used = torch.zeros(axis.shape, dtype=torch.uint8)
+        for head, profile in enumerate(profiles):
+            for p in profile.pieces:
+                at = torch.arange(p.width) + p.byte * BYTE + p.shift
+                axis[head, at], place[head, at], used[head, at] = p.axis, p.low + torch.arange(p.width), 1
+        step = torch.tensor([[own.get(w, 1.0) for w in p.widths] for own, p in zip(steps, profiles, strict=True)])
+        width = torch.tensor([p.widths for p in profiles])
+        coded = (width > 0).float()
+        levels = side.map.mT.cpu() if spec.side == "k" else side.map.cpu()  # [H, A, d]
+        levels = levels * (step * coded)[..., None]
+        weight = (1 << place).float() * used
+        of_bit = levels.gather(1, axis[..., None].expand(-1, -1, spec.head_dim)) * weight[..., None]
+        top = (1 << width).float() - 1
+        turned = torch.cat((-spec.centre[:, spec.head_dim // 2 :], spec.centre[:, : spec.head_dim // 2]), 1)
+        offset = -torch.einsum("ha,had->hd", top / 2, levels)[:, None]
+        if spec.side == "k":
+            whole = torch.cat((of_bit.mT, offset.mT, phase_map(spec.centre.cpu())), 2)
+        else:
+            whole = torch.cat((of_bit, offset), 1)
+        tensors = (
+            whole,
+            axis,
+            place,
+            used,
+            spec.analysis.cpu() * (coded / spec.deviation.cpu())[:, None],
+            1 / step[:, None],
+            ((1 << width).float() / 2)[:, None],
+            (top * coded)[:, None],
+            (spec.deviation.cpu() * step * coded)[:, None],
+            (spec.deviation.cpu() * step * coded * top / 2)[:, None],
+            spec.deviation.cpu()[:, None],
+            coded.sum(-1).rsqrt()[:, None, None],
+            turned.cpu()[:, None],
+        )
+        return cls(*(tensor.to(spec.centre.device) for tensor in tensors))
+
+
+def attend(q: Tensor, held: Held, layer: PreparedLayer) -> Tensor:
+    """`ops.attend` by lookup; both sides have `bits`. q float32 or float64."""
+    weights = _scores(q, held, layer).softmax(-1)
+    if held.lengths is not None:
+        weights = weights.masked_fill((held.lengths == 0)[:, None, None, None], 0.0)
+    packed = weights[..., held.sinks :]
+    out = _values(packed, held.v, layer.v)
+    out += packed.sum(-1, keepdim=True) * layer.v.centre[:, None].to(q.dtype)
+    if held.sink_v is not None:
+        out += weights[..., : held.sinks] @ held.sink_v.to(q.dtype)
+    return out
+
+
+def _scores(q: Tensor, held: Held, layer: PreparedLayer) -> Tensor:
+    """Scores [B, H, Q, s + T], -inf where there is no token."""
+    bits, nbits = layer.k.bits, layer.k.spec.nbytes * BYTE
+    assert bits is not None
+    weights, offset, phases = (q @ bits.map.to(q.dtype)).tensor_split((nbits, nbits + 1), -1)
+    table = weights.unflatten(-1, (-1, BYTE)) @ _bit_values(q)
+    parts = []
+    for part in _parts(held.k.codes):
+        index = _for_queries(_key_bytes(held.k.codes[:, :, :, part]), q)
+        parts.append(table.gather(-1, index).sum(-2))
+    found = parts[0] if len(parts) == 1 else torch.cat(parts, -1)
+    found += offset
+    if held.k.scales is not None:
+        found *= _scales(held.k.scales, q)
+    if layer.k.centred and held.rope is not None:
+        found += phases @ held.rope.half[:, : held.tokens].to(q.dtype)
+    if held.sink_k is not None:
+        found = torch.cat((q @ held.sink_k.to(q.dtype).mT, found), -1)
+    if held.lengths is not None:
+        beyond = torch.arange(found.shape[-1], device=q.device) >= held.lengths[:, None, None, None]
+        found = found.masked_fill(beyond, -torch.inf).masked_fill((held.lengths == 0)[:, None, None, None], 0.0)
+    return found
+
+
+def phase_map(centre: Tensor) -> Tensor:
+    """[..., d, d] that takes a query to phases of <q, R_j c>: the rest is a product with `Rope.half`.
+
+    <q, R_j c> = sum_i cos_ij (q_i c_i + q_i' c_i') + sin_ij (q_i' c_i - q_i c_i'), i' = i + d/2; c [..., d].
+    """
+    first, second = (torch.diag_embed(half) for half in centre.chunk(2, -1))
+    return torch.cat((torch.cat((first, -second), -1), torch.cat((second, first), -1)), -2)
+
+
+def _scales(scales: Tensor, like: Tensor) -> Tensor:
+    """[B, H, T] bytes -> factors [B, H, 1, T]."""
+    octaves = scales[:, :, None].to(like.dtype) / SCALE_STEPS_PER_OCTAVE
+    return torch.exp2(octaves - SCALE_ZERO / SCALE_STEPS_PER_OCTAVE)
+
+
+def _values(weights: Tensor, packed: Packed, side: PreparedSide) -> Tensor:
+    """sum_j weights_j n_j levels_j in head_dim, [B, H, Q, d]; weights [B, H, Q, T]."""
+    bits = side.bits
+    assert bits is not None
+    if packed.scales is not None:
+        weights = weights * _scales(packed.scales, weights)
+    sums = weights.new_zeros((*weights.shape[:3], packed.codes.shape[2], VALUES))
+    for part in _parts(packed.codes):
+        index = _for_queries(packed.codes[..., part].long(), weights)
+        sums.scatter_add_(-1, index, weights[..., None, part].expand(index.shape))
+    by_bit = (sums @ _bit_values(weights).mT).flatten(-2)
+    return torch.cat((by_bit, weights.sum(-1, keepdim=True)), -1) @ bits.map.to(weights.dtype)
+
+
+def _parts(codes: Tensor) -> list[slice]:
+    """Ranges of tokens, of which `INDICES` bytes are looked up at once."""
+    tokens = codes.shape[3]
+    each = max(64, INDICES * tokens // max(1, codes.numel()))
+    return [slice(start, min(tokens, start + each)) for start in range(0, tokens, each)]
+
+
+def _key_bytes(codes: Tensor) -> Tensor:
+    """[B, H, words, T, lanes] -> indices int64 [B, H, nbytes, T]."""
+    return codes.movedim(-1, 3).long().flatten(2, 3)
+
+
+def _for_queries(index: Tensor, like: Tensor) -> Tensor:
+    """Indices [B, H, nbytes, T] for each of the Q queries of `like` [B, H, Q, ...]: a view."""
+    return index[:, :, None].expand(-1, -1, like.shape[2], -1, -1)
+
+
+def _bit_values(like: Tensor) -> Tensor:
+    """bit_s(x) for each s and each byte x, [8, 256]."""
+    return _bit_table(like.device, like.dtype)
+
+
+@cache
+def _bit_table(device: torch.device, dtype: torch.dtype) -> Tensor:
+    values = torch.arange(VALUES, device=device)
+    return ((values >> torch.arange(BYTE, device=device)[:, None]) & 1).to(dtype)
+
+
+def _bias(q: Tensor, constant: Tensor, rope: Rope) -> Tensor:
+    """<q, R_j constant> at each position j, [B, H, Q, T]; constant [H, d]."""
+    return q @ phase_map(constant.to(q.dtype)) @ rope.half.to(q.dtype)
+
+
+def compress(x: Tensor, side: PreparedSide, rope: Rope | None = None) -> Packed:
+    """`reference.compress` of x float [B, H, n, d] for a uniform grid, in few operations; `side` has `bits`."""
+    spec, bits = side.spec, side.bits
+    assert bits is not None
+    centre = side.centre[:, None]
+    if spec.side == "k":
+        if rope is None:
+            raise ValueError("keys need their positions")
+        centre = torch.addcmul(centre * rope.cos, bits.turned, rope.sin)
+    y = (x.float() - centre).float() @ bits.analysis
+    norm = None
+    if spec.scale != "none":
+        norm = torch.linalg.vector_norm(y, dim=-1, keepdim=True) * bits.norm
+        if spec.scale == "least-squares":
+            norm = norm.add_(y.abs().amax(-1, keepdim=True), alpha=0.25)
+        norm = norm.clamp_min_(1e-12)
+    code = torch.addcmul(bits.half, y if norm is None else y / norm, bits.per_step).floor_()
+    code = torch.minimum(code, bits.top).clamp_min_(0)
+    return Packed(_bytes(code, side), _scale_bytes(y, code, norm, side))
+
+
+def _scale_bytes(y: Tensor, code: Tensor, norm: Tensor | None, side: PreparedSide) -> Tensor | None:
+    if norm is None:
+        return None
+    if side.spec.scale == "norm":
+        return scale_to_byte(norm[..., 0])
+    bits = side.bits
+    assert bits is not None
+    guess = code * bits.level - bits.zero
+    return scale_to_byte((y * bits.deviation * guess).sum(-1) / guess.square().sum(-1).clamp_min(1e-30))
+
+
+def _bytes(code: Tensor, side: PreparedSide) -> Tensor:
+    """Codes [B, H, n, A] -> `Packed.codes`."""
+    bits, spec = side.bits, side.spec
+    assert bits is not None
+    index = bits.axis[:, None].expand(*code.shape[:3], -1)
+    found = (code.to(torch.uint8).gather(-1, index) >> bits.place[:, None].to(torch.uint8)) & bits.used[:, None]
+    packed = (found.unflatten(-1, (-1, BYTE)).float() @ _powers(code.device)).to(torch.uint8)
+    if spec.side == "v":
+        return packed.transpose(2, 3).contiguous()
+    return packed.unflatten(-1, (-1, spec.lanes)).transpose(2, 3).contiguous()
+
+
+@cache
+def _powers(device: torch.device) -> Tensor:
+    return (1 << torch.arange(BYTE, device=device)).float()
+
+
+@dataclass(frozen=True)
+class TokenTables:
+    """Keys (before RoPE) and values of a layer that depend on the token alone, N kinds of token:
+
+        key of kind t = factor_t k_t + k_const        value likewise
+
+    k, v [H, N, d], k_const, v_const [H, d]; a sequence's factors are [N].
+    """
+
+    k: Tensor
+    v: Tensor
+    k_const: Tensor
+    v_const: Tensor
+
+
+def attend_tokens(
+    q: Tensor, ids: Tensor, tables: TokenTables, factors: Tensor, rope: Rope, lengths: Tensor | None = None
+) -> Tensor:
+    """Attention of q [B, H, Q, d] (scaled, after RoPE) over tokens of which only the kind is kept.
+
+    ids uint8 [B, T] of tokens at positions 0.., factors [B, N], rope [T' >= T, d], lengths int [B] or None. Scores
+    of every kind at every position are one product; softmax's weights are added up by kind.
+    """
+    tokens = ids.shape[1]
+    first, second = (q[:, :, :, None] * factors[:, None, None, :, None].to(q.dtype)).chunk(
+        2, -1
+    )  # [B, H, Q, N, d/2]
+    k_first, k_second = tables.k[:, None].to(q.dtype).chunk(2, -1)
+    phases = torch.cat((first * k_first + second * k_second, second * k_first - first * k_second), -1)
+    scores = phases @ rope.half[:, :tokens].to(q.dtype)
+    index = ids.long()[:, None, None, None].expand(*q.shape[:3], 1, tokens)
+    found = scores.gather(3, index)[:, :, :, 0] + _bias(q, tables.k_const, rope)[..., :tokens]
+    if lengths is not None:
+        found = found.masked_fill(
+            torch.arange(tokens, device=q.device) >= lengths[:, None, None, None], -torch.inf
+        )
+    weights = found.softmax(-1)
+    kinds = weights.new_zeros((*q.shape[:3], factors.shape[1])).scatter_add_(-1, index[:, :, :, 0], weights)
+    return (kinds * factors[:, None, None].to(q.dtype)) @ tables.v.to(q.dtype) + tables.v_const[:, None].to(
+        q.dtype
+    )

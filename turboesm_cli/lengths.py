@@ -1,0 +1,85 @@
+"""How many tokens each sequence of a batch holds: what all caches share."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Self
+
+import torch
+
+
+class Ragged:
+    """B sequences, each with tokens of its own number, in memory for `capacity` tokens each.
+
+    A step is: `begin` (how many tokens each sequence gets), then for each layer what stores and reads them.
+    `lengths` and `starts` int32 [B] are on the device, for kernels and CUDA graphs; the same numbers are kept on
+    the host, so that nothing needs to ask the device.
+    """
+
+    def __init__(self, batch: int, capacity: int, device: torch.device) -> None:
+        self.capacity = capacity
+        self.lengths = torch.zeros(batch, dtype=torch.int32, device=device)
+        self.starts = torch.zeros(batch, dtype=torch.int32, device=device)
+        self._held = torch.zeros(batch, dtype=torch.int64)
+        self._from = torch.zeros(batch, dtype=torch.int64)
+
+    @property
+    def batch(self) -> int:
+        """Sequences B."""
+        return len(self._held)
+
+    @property
+    def length(self) -> int:
+        """Tokens of the longest sequence."""
+        return int(self._held.max())
+
+    @property
+    def shortest(self) -> int:
+        """Tokens of the shortest sequence, before those that are being appended."""
+        return int(self._from.min())
+
+    @property
+    def is_even(self) -> bool:
+        """Whether all sequences hold the same number of tokens."""
+        return bool((self._held == self._held[0]).all())
+
+    def begin(self, counts: int | Sequence[int]) -> None:
+        """Make room for the next tokens of each sequence. Raises ValueError where they do not fit."""
+        more = torch.as_tensor(counts).expand(self.batch)
+        longest = int((self._held + more).max())
+        if longest > self.capacity:
+            raise ValueError(f"{longest} tokens do not fit in a cache of {self.capacity}")
+        self._from.copy_(self._held)
+        self._held += more
+        self.starts.copy_(self.lengths)
+        self.lengths += counts if isinstance(counts, int) else more.to(self.lengths)
+
+    def replayed(self, count: int = 1) -> None:
+        """Count on the host what a CUDA graph did on the device: each sequence has `count` tokens more."""
+        self._from.copy_(self._held)
+        self._held += count
+
+    def truncate(self, length: int) -> None:
+        """Forget all tokens from `length` on."""
+        self._held.clamp_(max=length)
+        self.lengths.clamp_(max=length)
+
+    def rewind(self, count: int = 1) -> None:
+        """Forget each sequence's last `count` tokens."""
+        self._held -= count
+        self.lengths -= count
+
+    def rows(self, start: int, stop: int) -> Self:
+        """Sequences start..stop - 1: a view of the same memory."""
+        part = copy.copy(self)
+        for name in ("lengths", "starts", "_held", "_from"):
+            setattr(part, name, getattr(self, name)[start:stop])
+        return part
+
+    def common_start(self) -> int:
+        """Where the tokens that are being appended start, the same for all. Raises ValueError where it is not."""
+        start = int(self._from[0])
+        if not bool((self._from == start).all()):
+            raise ValueError("several tokens at once need sequences of one length")
+        return start

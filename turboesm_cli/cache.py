@@ -131,7 +131,7 @@ class PackedCache(Ragged):
             if isinstance(start, int):
                 k, v = (x[:, :, max(0, sinks - start) :] for x in (k, v))
         if k.shape[2] and store.room:
-            first = max(0, start - sinks) if isinstance(start, int) else (start - sinks).clamp_min(0)
+            first = max(sinks, start) if isinstance(start, int) else start
             ops.append(k, v, prepared, self._held_by(layer), first, self._backend)
 
     def attend(self, layer: int, q: Tensor) -> Tensor:

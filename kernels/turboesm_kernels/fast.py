@@ -17,8 +17,8 @@ ALIGNMENT = 16
 """Bytes, and for values tokens, that a lane reads at once."""
 
 MAX_FIELDS = 48
-FOLD_PROGRAMS = 660
-"""Programs that the bias is cut into: about five a multiprocessor of the largest devices."""
+FEW_ROWS = 40
+"""Sequences and heads up to which each query is folded by a program of its own: latency counts."""
 
 WAVES = 32
 """One-warp programs a multiprocessor is given before ranges of tokens are made longer instead of more."""
@@ -66,17 +66,13 @@ class Folded:
 def attend(q: Tensor, held: Held, layer: PreparedLayer) -> Tensor:
     """`ops.attend` with the fast kernels; `obstacle` was None for these inputs."""
     assert layer.k.fields is not None and layer.v.fields is not None
-    folded = fold(q, held, layer, layer.k.fields)
+    early = portable.launches_early(q)
+    folded = fold(q, held, layer, layer.k.fields, early)
     chunk = chunk_of(q, held.tokens)
     splits = -(-held.tokens // chunk)
     partials = Partials.empty(q, splits, FIELD_LANES * layer.v.fields.count, weighted=True)
-    _split(q, held, layer, folded, partials, chunk)
-    return portable.finish(q, held, layer, partials, splits, _early(q))
-
-
-def _early(q: Tensor) -> bool:
-    """Whether a kernel may be launched while the one before it still runs (Hopper's programmatic launch)."""
-    return torch.cuda.get_device_capability(q.device) >= (9, 0)
+    _split(q, held, layer, folded, partials, chunk, early)
+    return portable.finish(q, held, layer, partials, splits, early)
 
 
 def chunk_of(q: Tensor, tokens: int) -> int:
@@ -87,34 +83,37 @@ def chunk_of(q: Tensor, tokens: int) -> int:
     return -(-blocks // min(wanted, blocks)) * ptx.BLOCK
 
 
-def fold(q: Tensor, held: Held, layer: PreparedLayer, fields: Fields) -> Folded:
+def fold(q: Tensor, held: Held, layer: PreparedLayer, fields: Fields, early: bool) -> Folded:
     """Integer queries and the centre's scores; see `fast_fold_kernel`."""
     batch, heads, _, dim = q.shape
     descriptors = torch.empty((batch, heads, fields.count, 4), dtype=torch.int32, device=q.device)
     scalars = torch.empty((batch, heads, 4), dtype=torch.float32, device=q.device)
-    bias, rope = None, held.rope
+    bias, halves, strides = None, scalars, (0, 0)
     stride = -(-held.tokens // ALIGNMENT) * ALIGNMENT
-    if layer.k.centred:
+    if layer.k.centred and held.rope is not None:
         bias = torch.empty((batch, heads, stride), dtype=torch.int16, device=q.device)
-    cos, sin = (rope.cos, rope.sin) if bias is not None and rope is not None else (scalars[0], scalars[0])
+        halves = held.rope.halves
+        strides = (halves.stride(1), halves.stride(0))
     rows = batch * heads
-    row_block, token_block, warps = (64, 128, 4) if rows > 640 else (32, 64, 4)
-    fold_block = 16 if batch < 128 else 64  # a head's map is read once a block
+    fold_block = 1 if rows <= FEW_ROWS else 16 if batch < 128 else 64  # a head's map is read once a block
+    row_block, token_block = (64, 128) if rows > 2 * FEW_ROWS else (32, 64)
+    folds = heads * -(-batch // fold_block)
     blocks = 0 if bias is None else -(-held.tokens // token_block)
-    groups = -(-FOLD_PROGRAMS // max(blocks, 1))
-    rows_each = -(-rows // (groups * row_block)) * row_block
-    ptx.fast_fold_kernel[(blocks + heads, max(-(-rows // rows_each), -(-batch // fold_block)))](
+    ptx.fast_fold_kernel[(folds + blocks * -(-rows // row_block),)](
         q, q.stride(0), q.stride(1), q.stride(3), fields.map, fields.middle, fields.shifts, fields.masks,
-        layer.k.centre, cos, sin, cos.stride(-2), cos.stride(-1),
-        descriptors, scalars, scalars if bias is None else bias, batch, held.tokens, stride, blocks, rows_each,
+        layer.k.centre, halves, *strides,
+        descriptors, scalars, scalars if bias is None else bias, batch, held.tokens, stride, folds, blocks,
         HEADS=heads, DIM=dim, FIELDS=fields.count, FIELDS_PAD=padded(fields.count, 4),
-        TABLE=fields.shifts.shape[1], PAIRS_PAD=padded(dim // 2), FOLD_BLOCK=fold_block, ROW_BLOCK=row_block,
-        TOKEN_BLOCK=token_block, num_warps=warps, num_stages=1, EARLY=_early(q),
+        TABLE=fields.shifts.shape[1], DIM_PAD=padded(dim), FOLD_BLOCK=fold_block, ROW_BLOCK=row_block,
+        TOKEN_BLOCK=token_block, num_warps=4 if dim <= 64 else 8, num_stages=1, EARLY=early,
+        **portable.early_launch(early),
     )  # fmt: skip
     return Folded(descriptors, scalars, bias)
 
 
-def _split(q: Tensor, held: Held, layer: PreparedLayer, folded: Folded, partials: Partials, chunk: int) -> None:
+def _split(
+    q: Tensor, held: Held, layer: PreparedLayer, folded: Folded, partials: Partials, chunk: int, early: bool
+) -> None:
     batch, heads, _, _ = q.shape
     k, v, k_fields, v_fields = held.k, held.v, layer.k.fields, layer.v.fields
     assert k.scales is not None and v.scales is not None and k_fields is not None and v_fields is not None
@@ -131,6 +130,6 @@ def _split(q: Tensor, held: Held, layer: PreparedLayer, folded: Folded, partials
         LOAD_CODE=ptx.load_code(k_words, v_words), LOAD_KINDS=ptx.load_constraints(k_words + v_words),
         KEY_CODE=ptx.key_code(k_fields.shape), KEY_KINDS=ptx.key_constraints(k_fields.shape),
         VALUE_CODE=ptx.value_code(v_fields.shape), VALUE_KINDS=ptx.value_constraints(v_fields.shape),
-        HAS_BIAS=folded.bias is not None, HAS_LENGTHS=held.lengths is not None,
-        K_WORDS=k_words, V_WORDS=v_words, num_warps=1, EARLY=_early(q), **portable.early_launch(_early(q)),
+        HAS_BIAS=folded.bias is not None, HAS_LENGTHS=held.lengths is not None, ONE_BLOCK=chunk == ptx.BLOCK,
+        K_WORDS=k_words, V_WORDS=v_words, num_warps=1, EARLY=early, **portable.early_launch(early),
     )  # fmt: skip

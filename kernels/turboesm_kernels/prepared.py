@@ -90,6 +90,43 @@ class PreparedSide:
         return torch.tensor(rows, dtype=torch.int32, device=self.spec.centre.device)
 
     @cached_property
+    def deviation(self) -> Tensor:
+        """float32 [H, A]: deviations of the axes."""
+        return self.spec.deviation.contiguous()
+
+    @cached_property
+    def _coded(self) -> Tensor:
+        """float32 [H, A]: 1 where an axis has a code of its own."""
+        coded = (self.widths > 0).float()
+        coded[:, self.head_dim :] = 0
+        return coded
+
+    @cached_property
+    def analysis(self) -> tuple[Tensor, Tensor]:
+        """The analysis matrix over the deviations, 0 where an axis is not coded, for products in float16.
+
+        float16 [2, H, d, A], whose sum is the matrix but for a factor of each axis, a power of 2: float32 [H, A].
+        """
+        whole = self.spec.analysis * (self._coded / self.deviation)[:, None]
+        factor = torch.exp2(whole.abs().amax(1).clamp_min(2.0**-100).log2().ceil())
+        scaled = whole / factor[:, None]
+        high = scaled.half()
+        return torch.stack((high, (scaled - high).half())), factor
+
+    @cached_property
+    def coded_norm(self) -> Tensor:
+        """float32 [H]: what turns the norm of normalised coordinates into their root mean square."""
+        return self._coded.sum(-1).rsqrt()
+
+    @cached_property
+    def grid(self) -> Tensor | None:
+        """float32 [H, 6, A]: `per_step`, `half`, `top`, `level`, `zero`, `deviation` of `bits`, for `pack`."""
+        bits = self.bits
+        if bits is None:
+            return None
+        return torch.cat((bits.per_step, bits.half, bits.top, bits.level, bits.zero, bits.deviation), 1)
+
+    @cached_property
     def fields(self) -> Fields | None:
         """The code in groups of 4 lanes for the fast path, or None where the spec does not allow it."""
         return Fields.of(self)

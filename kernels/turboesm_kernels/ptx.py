@@ -31,7 +31,10 @@ QUERY_UNIT = tl.constexpr(32767.0)
 ROUNDER = tl.constexpr(12582912.0)  # 1.5 * 2^23: added to a float, its low bits are the nearest integer's
 
 
-STREAM = "ld.global.L1::no_allocate.v4.b32"
+STREAM = "ld.global.L1::no_allocate.L2::cache_hint.v4.b32"
+ONCE = "createpolicy.fractional.L2::evict_first.b64 once, 1.0;"
+"""What is read once leaves the L2 first: code, maps, biases and partial results stay."""
+
 FENCE = "bar.warp.sync 0xffffffff;"
 """Keeps the assembler from putting off a batch of loads until each is used: one latency, not one for each word."""
 
@@ -44,7 +47,7 @@ def load_code(key_words: int, value_words: int) -> str:
     """
     outputs = [f"${i}" for i in range(4 * (key_words + value_words))]
     base = [f"${len(outputs) + i}" for i in range(6)]
-    lines = [f".reg .b32 place<{4 * -(-max(key_words, value_words) // 4)}>;", ".reg .b64 at;"]
+    lines = [f".reg .b32 place<{4 * -(-max(key_words, value_words) // 4)}>;", ".reg .b64 at, once;", ONCE]
     lines += _load_words(value_words, base[3:], outputs[4 * key_words :])
     lines += _load_words(key_words, base[:3], outputs)
     return _block([*lines, FENCE])
@@ -87,7 +90,7 @@ def _load_words(count: int, operands: list[str], registers: list[str]) -> list[s
             )
     for w in range(count):
         lines.append(f"mad.wide.u32 at, place{w}, {stride}, {base};")
-        lines.append(f"{STREAM} {{{', '.join(registers[4 * w : 4 * w + 4])}}}, [at];")
+        lines.append(f"{STREAM} {{{', '.join(registers[4 * w : 4 * w + 4])}}}, [at], once;")
     return lines
 
 
@@ -160,22 +163,29 @@ def _score(total, word, i: tl.constexpr, gain, constant, bias, token, end):
 
 
 @triton.jit
-def _phase(query, q_d, row_at, live, centre, head, pair, HALF: tl.constexpr):
-    """<q, R_j c> as cosine and sine coefficients f32 [rows, pairs], and the queries' halves, in units of log 2."""
-    mask = live[:, None] & (pair < HALF)[None, :]
-    at = query + row_at[:, None] + pair[None, :] * q_d
-    first = tl.load(at, mask=mask, other=0.0).to(tl.float32) * LOG2E
-    second = tl.load(at + HALF * q_d, mask=mask, other=0.0).to(tl.float32) * LOG2E
-    c_at = centre + head[:, None] * (2 * HALF) + pair[None, :]
-    c_first = tl.load(c_at, mask=mask, other=0.0)
-    c_second = tl.load(c_at + HALF, mask=mask, other=0.0)
-    return first, second, first * c_first + second * c_second, second * c_first - first * c_second
+def _phase(query, q_d, row_at, live, centre, head, dim, DIM: tl.constexpr):
+    """<q, R_j c> as coefficients f32 [rows, d] of RoPE's cosines and sines at j, in units of log 2.
+
+    With i < d/2 and i' = i + d/2: q_i c_i + q_i' c_i' of the cosine, q_i' c_i - q_i c_i' of the sine, at i and i'.
+    """
+    half: tl.constexpr = DIM // 2
+    front = dim < half
+    mask = live[:, None] & (dim < DIM)[None, :]
+    other = tl.where(front, dim + half, dim - half)
+    at = query + row_at[:, None]
+    own_q = tl.load(at + dim[None, :] * q_d, mask=mask, other=0.0).to(tl.float32)
+    other_q = tl.load(at + other[None, :] * q_d, mask=mask, other=0.0).to(tl.float32)
+    c_at = centre + head[:, None] * DIM
+    first = tl.load(c_at + tl.where(front, dim, other)[None, :], mask=mask, other=0.0)
+    second = tl.load(c_at + tl.where(front, other, dim)[None, :], mask=mask, other=0.0)
+    return (own_q * first + tl.where(front[None, :], other_q, -other_q) * second) * LOG2E
 
 
 @triton.jit
-def _reach(even, odd):
-    """The greatest value that coefficients can add up to, at any position."""
-    return tl.sum(tl.sqrt(even * even + odd * odd), 1) + 1e-30
+def _pass_on():
+    """Wait for what was launched before, then let what comes after start: it may read the cache at once."""
+    gdc_wait()
+    gdc_launch_dependents()
 
 
 @triton.jit
@@ -186,11 +196,55 @@ def _two_halves(x):
 
 
 @triton.jit
-def fast_fold_kernel(
-    query, q_b, q_h, q_d, key_map, middle, shifts, masks, centre, cos, sin, rope_t, rope_d,
-    descriptors, scalars, bias, batch, tokens, bias_stride, token_blocks, rows_each,
+def _fold_queries(
+    query, q_b, q_h, q_d, key_map, middle, shifts, masks, descriptors, scalars, batch, head, group,
     HEADS: tl.constexpr, DIM: tl.constexpr, FIELDS: tl.constexpr, FIELDS_PAD: tl.constexpr, TABLE: tl.constexpr,
-    PAIRS_PAD: tl.constexpr, FOLD_BLOCK: tl.constexpr, ROW_BLOCK: tl.constexpr, TOKEN_BLOCK: tl.constexpr,
+    DIM_PAD: tl.constexpr, FOLD_BLOCK: tl.constexpr, EARLY: tl.constexpr,
+):  # fmt: skip
+    """The first half of `fast_fold_kernel`, for the group-th block of sequences and a head."""
+    item = group * FOLD_BLOCK + tl.arange(0, FOLD_BLOCK)
+    live = item < batch
+    dim = tl.arange(0, DIM_PAD)
+    column = tl.arange(0, 4 * FIELDS_PAD)
+    own = column < 4 * FIELDS
+    weight_at = key_map + (head * DIM + dim[:, None]) * (4 * FIELDS) + column[None, :]
+    weight = tl.load(weight_at, mask=(dim < DIM)[:, None] & own[None, :], other=0.0)
+    centre_of_piece = tl.load(middle + head * 4 * FIELDS + column, mask=own, other=0.0)
+    field = tl.arange(0, FIELDS_PAD)
+    shift = tl.load(shifts + head * TABLE + field, mask=field < FIELDS, other=0)
+    bits = tl.load(masks + head * TABLE + field, mask=field < FIELDS, other=0)
+    if EARLY:
+        _pass_on()
+    if FOLD_BLOCK == 1:
+        q = tl.load(query + group.to(tl.int64) * q_b + head * q_h + dim * q_d, mask=dim < DIM, other=0.0)
+        r = tl.sum((q.to(tl.float32) * LOG2E)[:, None] * weight, 0)[None, :]
+    else:
+        at = query + (item.to(tl.int64) * q_b + head * q_h)[:, None] + dim[None, :] * q_d
+        q = tl.load(at, mask=live[:, None] & (dim < DIM)[None, :], other=0.0)
+        r = tl.dot(q.to(tl.float32) * LOG2E, weight, input_precision="tf32x3")
+    gain = tl.max(tl.abs(r), 1) / QUERY_UNIT + 1e-30
+    whole = tl.floor(r / gain[:, None] + 0.5)
+    constant = -gain * tl.sum(whole * centre_of_piece[None, :], 1)
+    low, high = tl.split(tl.reshape(whole.to(tl.int32), (FOLD_BLOCK, 2 * FIELDS_PAD, 2)))
+    words = (low & 0xFFFF) | (high << 16)
+    front, back = tl.split(tl.reshape(words, (FOLD_BLOCK, FIELDS_PAD, 2)))
+    row = item.to(tl.int64) * HEADS + head
+    target = descriptors + (row[:, None] * FIELDS + field[None, :]) * 4
+    written = live[:, None] & (field < FIELDS)[None, :]
+    tl.store(target, tl.broadcast_to(shift[None, :], (FOLD_BLOCK, FIELDS_PAD)), mask=written)
+    tl.store(target + 1, tl.broadcast_to(bits[None, :], (FOLD_BLOCK, FIELDS_PAD)), mask=written)
+    tl.store(target + 2, front, mask=written)
+    tl.store(target + 3, back, mask=written)
+    tl.store(scalars + row * 4, gain, mask=live)
+    tl.store(scalars + row * 4 + 1, constant, mask=live)
+
+
+@triton.jit
+def fast_fold_kernel(
+    query, q_b, q_h, q_d, key_map, middle, shifts, masks, centre, halves, h_t, h_half,
+    descriptors, scalars, bias, batch, tokens, bias_stride, folds, token_blocks,
+    HEADS: tl.constexpr, DIM: tl.constexpr, FIELDS: tl.constexpr, FIELDS_PAD: tl.constexpr, TABLE: tl.constexpr,
+    DIM_PAD: tl.constexpr, FOLD_BLOCK: tl.constexpr, ROW_BLOCK: tl.constexpr, TOKEN_BLOCK: tl.constexpr,
     EARLY: tl.constexpr,
 ):  # fmt: skip
     """Queries in coded axes as 16-bit integers, and the scores of the keys' centre likewise.
@@ -199,77 +253,112 @@ def fast_fold_kernel(
         bias_j = round(log2(e) <q, R_j c[h]> / unit)         unit: what keeps every j within 16 bits
 
     query any float [B, H, 1, d], key_map f32 [H, d, 4 F], middle f32 [H, 4 F], shifts and masks int32 [H, TABLE],
-    centre f32 [H, d], cos and sin f32 [T, d]; descriptors int32 [B, H, F, 4] (see `key_code`), scalars f32
-    [B, H, 4] = (gain, constant, unit, unused), bias int16 [B, H, bias_stride]. Programs (t, g) with t <
-    token_blocks do the t-th block of the bias of rows (b, h) g rows_each ..; programs (token_blocks + h, g) fold
-    the g-th block of the queries of head h.
+    centre f32 [H, d], halves f16 [2, T, d] (`Rope.halves`); descriptors int32 [B, H, F, 4] (see `key_code`),
+    scalars f32 [B, H, 4] = (gain, constant, unit, unused), bias int16 [B, H, bias_stride]. Programs p < folds:
+    head p % HEADS, the p / HEADS-th block of its sequences. The others: a block of tokens and a block of rows
+    (b, h) of the bias, as a product of float16 parts; what their products of low parts give is below rounding.
     """
-    if EARLY:
-        gdc_launch_dependents()
-    half: tl.constexpr = DIM // 2
-    pair = tl.arange(0, PAIRS_PAD)
     task = tl.program_id(0)
-    if task >= token_blocks:
-        head = task - token_blocks
-        item = tl.program_id(1) * FOLD_BLOCK + tl.arange(0, FOLD_BLOCK)
-        if tl.program_id(1) * FOLD_BLOCK < batch:
-            live = item < batch
-            at = item.to(tl.int64) * q_b + head * q_h
-            first, second, even, odd = _phase(query, q_d, at, live, centre, item * 0 + head, pair, half)
-            column = tl.arange(0, 4 * FIELDS_PAD)
-            own = column < 4 * FIELDS
-            weight_at = key_map + (head * DIM + pair[:, None]) * (4 * FIELDS) + column[None, :]
-            inside = (pair < half)[:, None] & own[None, :]
-            r = tl.dot(first, tl.load(weight_at, mask=inside, other=0.0), input_precision="tf32x3")
-            weight_at += half * 4 * FIELDS
-            r = tl.dot(second, tl.load(weight_at, mask=inside, other=0.0), r, input_precision="tf32x3")
-            gain = tl.max(tl.abs(r), 1) / QUERY_UNIT + 1e-30
-            whole = tl.floor(r / gain[:, None] + 0.5)
-            centre_of_piece = tl.load(middle + head * 4 * FIELDS + column, mask=own, other=0.0)
-            constant = -gain * tl.sum(whole * centre_of_piece[None, :], 1)
-            low, high = tl.split(tl.reshape(whole.to(tl.int32), (FOLD_BLOCK, 2 * FIELDS_PAD, 2)))
-            words = (low & 0xFFFF) | (high << 16)
-            front, back = tl.split(tl.reshape(words, (FOLD_BLOCK, FIELDS_PAD, 2)))
-            field = tl.arange(0, FIELDS_PAD)
-            shift = tl.load(shifts + head * TABLE + field, mask=field < FIELDS, other=0)
-            bits = tl.load(masks + head * TABLE + field, mask=field < FIELDS, other=0)
-            row = item.to(tl.int64) * HEADS + head
-            target = descriptors + (row[:, None] * FIELDS + field[None, :]) * 4
-            written = live[:, None] & (field < FIELDS)[None, :]
-            tl.store(target, tl.broadcast_to(shift[None, :], (FOLD_BLOCK, FIELDS_PAD)), mask=written)
-            tl.store(target + 1, tl.broadcast_to(bits[None, :], (FOLD_BLOCK, FIELDS_PAD)), mask=written)
-            tl.store(target + 2, front, mask=written)
-            tl.store(target + 3, back, mask=written)
-            tl.store(scalars + row * 4, gain, mask=live)
-            tl.store(scalars + row * 4 + 1, constant, mask=live)
-            tl.store(scalars + row * 4 + 2, _reach(even, odd) / QUERY_UNIT, mask=live)
+    if task < folds:
+        _fold_queries(
+            query, q_b, q_h, q_d, key_map, middle, shifts, masks, descriptors, scalars, batch,
+            task % HEADS, task // HEADS, HEADS, DIM, FIELDS, FIELDS_PAD, TABLE, DIM_PAD, FOLD_BLOCK, EARLY,
+        )  # fmt: skip
     else:
-        token = task * TOKEN_BLOCK + tl.arange(0, TOKEN_BLOCK)
-        angle = token[None, :].to(tl.int64) * rope_t + pair[:, None] * rope_d
-        there = (token < tokens)[None, :] & (pair < half)[:, None]
-        cos_high, cos_low = _two_halves(tl.load(cos + angle, mask=there, other=0.0))
-        sin_high, sin_low = _two_halves(tl.load(sin + angle, mask=there, other=0.0))
-        begin = tl.program_id(1) * rows_each
-        end = tl.minimum(begin + rows_each, batch * HEADS)
-        for start in range(begin, end, ROW_BLOCK):
-            pair_row = start + tl.arange(0, ROW_BLOCK)
-            asked = pair_row < end
-            row_head = pair_row % HEADS
-            row_at = (pair_row // HEADS).to(tl.int64) * q_b + row_head * q_h
-            _, _, cosine, sine = _phase(query, q_d, row_at, asked, centre, row_head, pair, half)
-            reach = _reach(cosine, sine)
-            steps = QUERY_UNIT / reach[:, None]
-            even_high, even_low = _two_halves(cosine * steps)
-            odd_high, odd_low = _two_halves(sine * steps)
-            total = tl.dot(even_low, cos_high)
-            total = tl.dot(odd_low, sin_high, total)
-            total = tl.dot(even_high, cos_low, total)
-            total = tl.dot(odd_high, sin_low, total)
-            total = tl.dot(even_high, cos_high, total)
-            total = tl.dot(odd_high, sin_high, total)
-            bias_at = bias + pair_row[:, None].to(tl.int64) * bias_stride + token[None, :]
-            fits = asked[:, None] & (token < bias_stride)[None, :]
-            tl.store(bias_at, (total + ROUNDER).to(tl.int32, bitcast=True).to(tl.int16), mask=fits)
+        dim = tl.arange(0, DIM_PAD)
+        token_block = (task - folds) % token_blocks
+        token = token_block * TOKEN_BLOCK + tl.arange(0, TOKEN_BLOCK)
+        angle = halves + token[:, None].to(tl.int64) * h_t + dim[None, :]
+        there = (token < tokens)[:, None] & (dim < DIM)[None, :]
+        turn_high = tl.load(angle, mask=there, other=0.0)
+        turn_low = tl.load(angle + h_half, mask=there, other=0.0)
+        if EARLY:
+            _pass_on()
+        row = (task - folds) // token_blocks * ROW_BLOCK + tl.arange(0, ROW_BLOCK)
+        asked = row < batch * HEADS
+        head = row % HEADS
+        row_at = (row // HEADS).to(tl.int64) * q_b + head * q_h
+        phase = _phase(query, q_d, row_at, asked, centre, head, dim, DIM)
+        unit = tl.sum(tl.abs(phase), 1) / QUERY_UNIT + 1e-30
+        high, low = _two_halves(phase / unit[:, None])
+        total = tl.dot(low, tl.trans(turn_high))
+        total = tl.dot(high, tl.trans(turn_low), total)
+        total = tl.dot(high, tl.trans(turn_high), total)
+        bias_at = bias + row[:, None].to(tl.int64) * bias_stride + token[None, :]
+        fits = asked[:, None] & (token < bias_stride)[None, :]
+        tl.store(bias_at, (total + ROUNDER).to(tl.int32, bitcast=True).to(tl.int16), mask=fits)
+        if token_block == 0:
+            tl.store(scalars + row.to(tl.int64) * 4 + 2, unit, mask=asked)
+
+
+@triton.jit
+def _read(
+    first, end, lane, k_row, k_word, k_place, v_row, v_plane, v_place, k_scale, v_scale,
+    LOAD_CODE: tl.constexpr, LOAD_KINDS: tl.constexpr, WORDS: tl.constexpr,
+):  # fmt: skip
+    """A lane's part of a block: the scales of its 4 tokens, keys' and values', and the words of `load_code`.
+
+    Past the end, lanes read what the last tokens' lanes read.
+    """
+    last = tl.maximum(end - 1, 0)
+    k_token = tl.minimum(first + lane * 4, last // 4 * 4)
+    v_token = tl.minimum(first + lane // 4 * 16, last // 16 * 16)
+    kn = tl.load(k_scale + k_token // 4, eviction_policy="evict_first")
+    vn = tl.load(v_scale + k_token // 4, eviction_policy="evict_first")
+    words = tl.inline_asm_elementwise(
+        LOAD_CODE, LOAD_KINDS, (k_row + k_token * 4, k_word, k_place, v_row + v_token, v_plane * 4, v_place),
+        dtype=(tl.int32,) * WORDS, is_pure=False, pack=1,
+    )  # fmt: skip
+    return kn, vn, words
+
+
+@triton.jit
+def _attend_block(
+    first, end, lane, kn, vn, words, state, row, masks, bias_row, gain, constant, unit,
+    KEY_CODE: tl.constexpr, KEY_KINDS: tl.constexpr, VALUE_CODE: tl.constexpr, VALUE_KINDS: tl.constexpr,
+    HAS_BIAS: tl.constexpr, K_WORDS: tl.constexpr, V_FIELDS: tl.constexpr,
+):  # fmt: skip
+    """The online softmax over one more block: state (top, mass, weight, sums) before and after."""
+    top, mass, weight, sums = state
+    token = first + lane * 4
+    b0, b1, b2, b3 = 0.0, 0.0, 0.0, 0.0
+    if HAS_BIAS:
+        four = tl.load(bias_row + tl.minimum(token, tl.maximum(end - 1, 0) // 4 * 4) // 4)
+        b0 = four.to(tl.int16).to(tl.float32) * unit
+        b1 = (four >> 16).to(tl.int16).to(tl.float32) * unit
+        b2 = (four >> 32).to(tl.int16).to(tl.float32) * unit
+        b3 = (four >> 48).to(tl.int16).to(tl.float32) * unit
+    totals = tl.inline_asm_elementwise(
+        KEY_CODE, KEY_KINDS, (row,) + words[: 4 * K_WORDS],  # noqa: RUF005  Triton 3.6 unpacks no tuples
+        dtype=(tl.int32,) * 4, is_pure=False, pack=1,
+    )  # fmt: skip
+    s0 = _score(totals[0], kn, 0, gain, constant, b0, token, end)
+    s1 = _score(totals[1], kn, 1, gain, constant, b1, token, end)
+    s2 = _score(totals[2], kn, 2, gain, constant, b2, token, end)
+    s3 = _score(totals[3], kn, 3, gain, constant, b3, token, end)
+    x0 = s0 + _byte_steps(vn, 0)
+    x1 = s1 + _byte_steps(vn, 1)
+    x2 = s2 + _byte_steps(vn, 2)
+    x3 = s3 + _byte_steps(vn, 3)
+    new_top = tl.maximum(top, _quad_max(tl.maximum(tl.maximum(x0, x1), tl.maximum(x2, x3))))
+    # A quad without a token yet has `NEGATIVE` as its maximum; its weights must still be 0.
+    safe = tl.maximum(new_top, 0.5 * NEGATIVE)
+    alpha = tl.exp2(top - safe)
+    mass = mass * alpha + (
+        (tl.exp2(s0 - safe) + tl.exp2(s1 - safe)) + (tl.exp2(s2 - safe) + tl.exp2(s3 - safe))
+    )
+    dither = lane.to(tl.float32) * 0.4721359  # 4 golden ratios; a token's is 1 golden ratio after the one before
+    w0 = (tl.exp2(x0 - safe) * UNIT + (dither - tl.floor(dither))).to(tl.int32)
+    w1 = (tl.exp2(x1 - safe) * UNIT + (dither + 0.6180340 - tl.floor(dither + 0.6180340))).to(tl.int32)
+    w2 = (tl.exp2(x2 - safe) * UNIT + (dither + 0.2360680 - tl.floor(dither + 0.2360680))).to(tl.int32)
+    w3 = (tl.exp2(x3 - safe) * UNIT + (dither + 0.8541020 - tl.floor(dither + 0.8541020))).to(tl.int32)
+    weight = weight * alpha + (w0 + w1 + w2 + w3).to(tl.float32)
+    sums = tl.inline_asm_elementwise(
+        VALUE_CODE, VALUE_KINDS,
+        (w0 | (w1 << 16), w2 | (w3 << 16), masks, alpha) + words[4 * K_WORDS :] + sums,  # noqa: RUF005
+        dtype=(tl.float32,) * V_FIELDS, is_pure=True, pack=1,
+    )  # fmt: skip
+    return new_top, mass, weight, sums
 
 
 @triton.jit
@@ -281,7 +370,7 @@ def fast_split_kernel(
     HEADS: tl.constexpr, K_FIELDS: tl.constexpr, V_FIELDS: tl.constexpr, V_TABLE: tl.constexpr,
     LOAD_CODE: tl.constexpr, LOAD_KINDS: tl.constexpr,
     KEY_CODE: tl.constexpr, KEY_KINDS: tl.constexpr, VALUE_CODE: tl.constexpr, VALUE_KINDS: tl.constexpr,
-    HAS_BIAS: tl.constexpr, HAS_LENGTHS: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_LENGTHS: tl.constexpr, ONE_BLOCK: tl.constexpr,
     K_WORDS: tl.constexpr, V_WORDS: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """One range of `chunk` tokens of one sequence and head, with one warp.
@@ -313,72 +402,38 @@ def fast_split_kernel(
     k_scale = (k_scales + batch * ks_b + head * ks_h).to(tl.pointer_type(tl.int32), bitcast=True)
     v_scale = (v_scales + batch * vs_b + head * vs_h).to(tl.pointer_type(tl.int32), bitcast=True)
     bias_row = (bias + pair * bias_stride).to(tl.pointer_type(tl.int64), bitcast=True)
-    dither = lane.to(tl.float32) * 0.4721359  # 4 golden ratios; a token's is 1 golden ratio after the one before
-    dither0 = dither - tl.floor(dither)
-    dither1 = (dither + 0.6180340) - tl.floor(dither + 0.6180340)
-    dither2 = (dither + 0.2360680) - tl.floor(dither + 0.2360680)
-    dither3 = (dither + 0.8541020) - tl.floor(dither + 0.8541020)
-
     top = tl.full((32,), NEGATIVE, tl.float32)
-    mass = tl.zeros((32,), tl.float32)
-    weight = tl.zeros((32,), tl.float32)
-    sums = (tl.zeros((32,), tl.float32),) * V_FIELDS
+    zero = tl.zeros((32,), tl.float32)
+    state = (top, zero, zero, (zero,) * V_FIELDS)
     if EARLY:
         gdc_launch_dependents()
+    # The codes do not wait for `fast_fold_kernel`: what there is time for is read before it ends.
+    if ONE_BLOCK:
+        kn, vn, words = _read(
+            begin, end, lane, k_row, k_word, k_place, v_row, v_plane, v_place, k_scale, v_scale,
+            LOAD_CODE, LOAD_KINDS, 4 * (K_WORDS + V_WORDS),
+        )  # fmt: skip
     if EARLY:
         gdc_wait()
     gain = tl.load(scalars + pair * 4)
     constant = tl.load(scalars + pair * 4 + 1)
     unit = tl.load(scalars + pair * 4 + 2)
-    for first in range(begin, end, 128):
-        token = first + lane * 4
-        # Past the end, lanes read what the last tokens' lanes read.
-        k_token = tl.minimum(token, (end - 1) // 4 * 4)
-        v_token = tl.minimum(first + lane // 4 * 16, (end - 1) // 16 * 16)
-        kn = tl.load(k_scale + k_token // 4)
-        vn = tl.load(v_scale + k_token // 4)
-        b0, b1, b2, b3 = 0.0, 0.0, 0.0, 0.0
-        if HAS_BIAS:
-            four = tl.load(bias_row + k_token // 4)
-            b0 = four.to(tl.int16).to(tl.float32) * unit
-            b1 = (four >> 16).to(tl.int16).to(tl.float32) * unit
-            b2 = (four >> 32).to(tl.int16).to(tl.float32) * unit
-            b3 = (four >> 48).to(tl.int16).to(tl.float32) * unit
-        read = tl.inline_asm_elementwise(
-            LOAD_CODE, LOAD_KINDS,
-            (k_row + k_token * 4, k_word, k_place, v_row + v_token, v_plane * 4, v_place),
-            dtype=(tl.int32,) * (4 * K_WORDS + 4 * V_WORDS), is_pure=False, pack=1,
+    if ONE_BLOCK:
+        state = _attend_block(
+            begin, end, lane, kn, vn, words, state, row, masks, bias_row, gain, constant, unit,
+            KEY_CODE, KEY_KINDS, VALUE_CODE, VALUE_KINDS, HAS_BIAS, K_WORDS, V_FIELDS,
         )  # fmt: skip
-        totals = tl.inline_asm_elementwise(
-            KEY_CODE, KEY_KINDS, (row,) + read[: 4 * K_WORDS],  # noqa: RUF005  Triton 3.6 unpacks no tuples
-            dtype=(tl.int32,) * 4, is_pure=False, pack=1,
-        )  # fmt: skip
-        s0 = _score(totals[0], kn, 0, gain, constant, b0, token, end)
-        s1 = _score(totals[1], kn, 1, gain, constant, b1, token, end)
-        s2 = _score(totals[2], kn, 2, gain, constant, b2, token, end)
-        s3 = _score(totals[3], kn, 3, gain, constant, b3, token, end)
-        x0 = s0 + _byte_steps(vn, 0)
-        x1 = s1 + _byte_steps(vn, 1)
-        x2 = s2 + _byte_steps(vn, 2)
-        x3 = s3 + _byte_steps(vn, 3)
-        new_top = tl.maximum(top, _quad_max(tl.maximum(tl.maximum(x0, x1), tl.maximum(x2, x3))))
-        # A quad without a token yet has `NEGATIVE` as its maximum; its weights must still be 0.
-        safe = tl.maximum(new_top, 0.5 * NEGATIVE)
-        alpha = tl.exp2(top - safe)
-        mass = mass * alpha + (
-            (tl.exp2(s0 - safe) + tl.exp2(s1 - safe)) + (tl.exp2(s2 - safe) + tl.exp2(s3 - safe))
-        )
-        w0 = (tl.exp2(x0 - safe) * UNIT + dither0).to(tl.int32)
-        w1 = (tl.exp2(x1 - safe) * UNIT + dither1).to(tl.int32)
-        w2 = (tl.exp2(x2 - safe) * UNIT + dither2).to(tl.int32)
-        w3 = (tl.exp2(x3 - safe) * UNIT + dither3).to(tl.int32)
-        weight = weight * alpha + (w0 + w1 + w2 + w3).to(tl.float32)
-        sums = tl.inline_asm_elementwise(
-            VALUE_CODE, VALUE_KINDS,
-            (w0 | (w1 << 16), w2 | (w3 << 16), masks, alpha) + read[4 * K_WORDS :] + sums,  # noqa: RUF005
-            dtype=(tl.float32,) * V_FIELDS, is_pure=True, pack=1,
-        )  # fmt: skip
-        top = new_top
+    else:
+        for first in range(begin, end, 128):
+            kn, vn, words = _read(
+                first, end, lane, k_row, k_word, k_place, v_row, v_plane, v_place, k_scale, v_scale,
+                LOAD_CODE, LOAD_KINDS, 4 * (K_WORDS + V_WORDS),
+            )  # fmt: skip
+            state = _attend_block(
+                first, end, lane, kn, vn, words, state, row, masks, bias_row, gain, constant, unit,
+                KEY_CODE, KEY_KINDS, VALUE_CODE, VALUE_KINDS, HAS_BIAS, K_WORDS, V_FIELDS,
+            )  # fmt: skip
+    top, mass, weight, sums = state
 
     part = pair * tl.num_programs(1) + split
     warp_top = tl.max(top, 0)

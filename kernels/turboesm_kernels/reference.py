@@ -231,6 +231,16 @@ class Rope:
         half = self.cos.shape[-1] // 2
         return torch.cat((self.cos[:, :half], self.sin[:, :half]), 1).mT
 
+    @cached_property
+    def halves(self) -> Tensor:
+        """Cosines and sines of the first half of channels side by side, as a sum of two float16 [2, T, d].
+
+        Made when first asked for, so ask once before a CUDA graph is captured.
+        """
+        turns = self.half.mT
+        high = turns.half()
+        return torch.stack((high, (turns - high).half()))
+
     @classmethod
     def at(cls, positions: Tensor, inverse_frequencies: Tensor) -> Rope:
         """Angles of `positions` int [..., T] for inverse frequencies float [d / 2]."""

@@ -6,6 +6,7 @@ Triton is imported; with a GPU the larger set runs there on every backend that c
 
 from __future__ import annotations
 
+import math
 import os
 import subprocess
 import sys
@@ -88,6 +89,33 @@ def poison(q: torch.Tensor) -> None:
 @pytest.mark.parametrize("case", SMALL, ids=str)
 def test_portable(case: Case) -> None:
     check(case, "triton")
+
+
+@interpreted
+@pytest.mark.parametrize(
+    "case", [Case(tokens=100, batch=1), Case(tokens=70, batch=9, heads=5, bits=2.5), Case(dim=128, tokens=33)], ids=str
+)
+def test_fast_fold(case: Case) -> None:
+    """The part of the fast path that holds no PTX: integer queries, and the scores of the keys' centre."""
+    from turboesm_kernels import fast
+    from turboesm_kernels.lookup import phase_map
+
+    q, held, layer = make(case)
+    fields = layer.k.fields
+    assert fields is not None and held.rope is not None
+    poison(q)
+    found = fast.fold(q, held, layer, fields, early=False)
+    gain, constant, unit = found.scalars[..., :3].unbind(-1)
+    assert torch.equal(found.descriptors[..., 0], fields.shifts[:, : fields.count].expand(*q.shape[:2], -1))
+    assert torch.equal(found.descriptors[..., 1], fields.masks[:, : fields.count].expand(*q.shape[:2], -1))
+    folded = found.descriptors[..., 2:].contiguous().view(torch.int16).flatten(2)  # little-endian halves
+    wanted = (q @ fields.map)[:, :, 0] / math.log(2)
+    assert torch.allclose(folded * gain[..., None], wanted, atol=0.51 * gain.max().item())
+    assert torch.allclose(constant, -(folded * gain[..., None] * fields.middle).sum(-1), rtol=1e-4, atol=1e-4)
+    bias = (q @ phase_map(layer.k.centre) @ held.rope.half)[:, :, 0] / math.log(2)
+    assert found.bias is not None
+    stored = found.bias[..., : case.tokens] * unit[..., None]
+    assert torch.allclose(stored, bias, atol=0.51 * unit.max().item(), rtol=1e-5)
 
 
 @interpreted

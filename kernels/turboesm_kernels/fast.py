@@ -17,6 +17,12 @@ ALIGNMENT = 16
 """Bytes, and for values tokens, that a lane reads at once."""
 
 MAX_FIELDS = 48
+FOLD_TOKENS = 128
+FOLD_STAGES = 1
+
+FOLD_PROGRAMS = 160
+"""Programs that the bias is cut into at least, where there are so many blocks."""
+
 FEW_ROWS = 40
 """Sequences and heads up to which each query is folded by a program of its own: latency counts."""
 
@@ -95,17 +101,19 @@ def fold(q: Tensor, held: Held, layer: PreparedLayer, fields: Fields, early: boo
         halves = held.rope.halves
         strides = (halves.stride(1), halves.stride(0))
     rows = batch * heads
-    fold_block = 1 if rows <= FEW_ROWS else 16 if batch < 128 else 64  # a head's map is read once a block
-    row_block, token_block = (64, 128) if rows > 2 * FEW_ROWS else (32, 64)
+    fold_block = 1 if rows <= FEW_ROWS else 16
+    row_block, token_block = (64, FOLD_TOKENS) if rows > FEW_ROWS else (32, 64)
     folds = heads * -(-batch // fold_block)
     blocks = 0 if bias is None else -(-held.tokens // token_block)
-    ptx.fast_fold_kernel[(folds + blocks * -(-rows // row_block),)](
-        q, q.stride(0), q.stride(1), q.stride(3), fields.map, fields.middle, fields.shifts, fields.masks,
+    row_blocks = -(-rows // row_block)
+    blocks_each = max(1, blocks * row_blocks // FOLD_PROGRAMS)
+    ptx.fast_fold_kernel[(folds + -(-blocks // blocks_each) * row_blocks,)](
+        q, q.stride(0), q.stride(1), q.stride(3), *fields.halves, fields.middle, fields.shifts, fields.masks,
         layer.k.centre, halves, *strides,
-        descriptors, scalars, scalars if bias is None else bias, batch, held.tokens, stride, folds, blocks,
+        descriptors, scalars, scalars if bias is None else bias, batch, held.tokens, stride, folds, blocks, blocks_each,
         HEADS=heads, DIM=dim, FIELDS=fields.count, FIELDS_PAD=padded(fields.count, 4),
         TABLE=fields.shifts.shape[1], DIM_PAD=padded(dim), FOLD_BLOCK=fold_block, ROW_BLOCK=row_block,
-        TOKEN_BLOCK=token_block, num_warps=4 if dim <= 64 else 8, num_stages=1, EARLY=early,
+        TOKEN_BLOCK=token_block, num_warps=4 if dim <= 64 else 8, num_stages=FOLD_STAGES, EARLY=early,
         **portable.early_launch(early),
     )  # fmt: skip
     return Folded(descriptors, scalars, bias)

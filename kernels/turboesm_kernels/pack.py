@@ -71,6 +71,20 @@ def _table_codes(
 
 
 @triton.jit
+def _piece(
+    pieces, places, head, piece, axis,
+    AXES: tl.constexpr, BYTES: tl.constexpr, BYTES_PAD: tl.constexpr, PIECES: tl.constexpr,
+):  # fmt: skip
+    """Of a piece of each axis' code: its mask and lowest bit, int32 [A], and where it goes, float16 [A, bytes]."""
+    fields = pieces + (head * PIECES + piece) * 5 * AXES + axis
+    mask = tl.load(fields + 3 * AXES, mask=axis < AXES, other=0)
+    low_bit = tl.load(fields + 4 * AXES, mask=axis < AXES, other=0)
+    index = tl.arange(0, BYTES_PAD)
+    place_at = places + ((head * PIECES + piece) * AXES + axis[:, None]) * BYTES + index[None, :]
+    return mask, low_bit, tl.load(place_at, mask=(axis < AXES)[:, None] & (index < BYTES)[None, :], other=0.0)
+
+
+@triton.jit
 def _pack_rows(
     x, x_b, x_h, x_t, x_d, starts, first_token, batches, tokens, head, block,
     centre, analysis, factors, coded_norm, grid, widths, table_start, levels, thresholds, deviation, pieces, places,
@@ -89,6 +103,7 @@ def _pack_rows(
     turn_low = tl.load(turn_at + HEADS * DIM * AXES, mask=matrix, other=0.0)
     factor_of_axis = tl.load(factors + head * AXES + axis, mask=axis < AXES, other=0.0)
     constant = tl.load(centre + head * DIM + dim, mask=dim < DIM, other=0.0)
+    mask, low_bit, where = _piece(pieces, places, head, 0, axis, AXES, BYTES, BYTES_PAD, PIECES)
     if EARLY:
         gdc_wait()
     row = block * BLOCK + tl.arange(0, BLOCK)
@@ -136,13 +151,9 @@ def _pack_rows(
     index = tl.arange(0, BYTES_PAD)
     packed = tl.zeros((BLOCK, BYTES_PAD), tl.float32)
     for piece in tl.static_range(PIECES):
-        fields = pieces + (head * PIECES + piece) * 5 * AXES + axis
-        mask = tl.load(fields + 3 * AXES, mask=axis < AXES, other=0)
-        low = tl.load(fields + 4 * AXES, mask=axis < AXES, other=0)
-        part = ((code >> low[None, :]) & mask[None, :]).to(tl.float16)
-        place_at = places + ((head * PIECES + piece) * AXES + axis[:, None]) * BYTES + index[None, :]
-        where = tl.load(place_at, mask=(axis < AXES)[:, None] & (index < BYTES)[None, :], other=0.0)
-        packed += tl.dot(part, where)
+        if piece:
+            mask, low_bit, where = _piece(pieces, places, head, piece, axis, AXES, BYTES, BYTES_PAD, PIECES)
+        packed += tl.dot(((code >> low_bit[None, :]) & mask[None, :]).to(tl.float16), where)
     target = codes + batch * c_b + head * c_h + place.to(tl.int64) * c_token
     if LANES == 4:  # whole words
         shifted = packed.to(tl.int32) << (index % 4 * 8)[None, :]

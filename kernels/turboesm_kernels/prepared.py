@@ -103,15 +103,8 @@ class PreparedSide:
 
     @cached_property
     def analysis(self) -> tuple[Tensor, Tensor]:
-        """The analysis matrix over the deviations, 0 where an axis is not coded, for products in float16.
-
-        float16 [2, H, d, A], whose sum is the matrix but for a factor of each axis, a power of 2: float32 [H, A].
-        """
-        whole = self.spec.analysis * (self._coded / self.deviation)[:, None]
-        factor = torch.exp2(whole.abs().amax(1).clamp_min(2.0**-100).log2().ceil())
-        scaled = whole / factor[:, None]
-        high = scaled.half()
-        return torch.stack((high, (scaled - high).half())), factor
+        """The analysis matrix over the deviations, 0 where an axis is not coded, see `in_halves`."""
+        return in_halves(self.spec.analysis * (self._coded / self.deviation)[:, None])
 
     @cached_property
     def coded_norm(self) -> Tensor:
@@ -138,12 +131,24 @@ class PreparedSide:
         return None if steps is None else Bits.of(self, steps)
 
 
+def in_halves(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """A matrix float32 [H, d, A] for products in float16 that are as exact as in float32.
+
+    float16 [2, H, d, A], whose sum is the matrix but for a factor of each column, a power of 2: float32 [H, A].
+    """
+    factor = torch.exp2(matrix.abs().amax(1).clamp_min(2.0**-100).log2().ceil())
+    scaled = matrix / factor[:, None]
+    high = scaled.half()
+    return torch.stack((high, (scaled - high).half())), factor
+
+
 @dataclass(frozen=True)
 class Fields:
     """A uniform-grid code as fields of 32-bit words, each the piece of 4 neighbouring axes' codes. For `fast`.
 
     A head's words come in order of how many fields they hold, most first; `shape` is the greatest count of any
-    head for the first word, the second ..., and a head with fewer has fields of mask 0. So which word and which
+    head for the first word, the second ..., and a head with fewer has fields of mask 0. A word's first field is the
+    one at bit 0. So which word and which
     bits a field has is data, and one compiled kernel serves all heads, and all layers of that shape.
 
     With levels step (code - middle), a level is the sum over its fields of weight (piece - piece's middle). Keys'
@@ -201,6 +206,11 @@ class Fields:
             offset.contiguous(),
         )
 
+    @cached_property
+    def halves(self) -> tuple[Tensor, Tensor]:
+        """`map` of keys, see `in_halves`."""
+        return in_halves(self.map)
+
     @property
     def count(self) -> int:
         """Fields of a head, F."""
@@ -238,7 +248,9 @@ def _fields_by_word(profile: Profile, steps: dict[int, float], side: Side) -> li
                 _middle(piece.width) * 2.0**stays,
             )
             words[piece.byte // FIELD_LANES][1].append(field)
-    return sorted(words, key=lambda entry: -len(entry[1]))
+    by_place = [(word, sorted(fields, key=lambda field: field.mask & 0xFF if side == "v" else field.shift))
+                for word, fields in words]  # fmt: skip
+    return sorted(by_place, key=lambda entry: -len(entry[1]))
 
 
 def _padded_table(rows: list[list[int]]) -> Tensor:

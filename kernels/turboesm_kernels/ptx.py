@@ -65,11 +65,16 @@ def key_code(shape: tuple[int, ...]) -> str:
     words of `load_code`.
     """
     lines = [".reg .b32 t, d<4>;", *(f"mov.b32 ${token}, 0;" for token in range(4))]
-    for f, word in enumerate(_word_of_field(shape)):
+    words = _word_of_field(shape)
+    for f, word in enumerate(words):
+        is_first = f == 0 or words[f - 1] != word  # at bit 0
         lines.append(f"ld.global.v4.b32 {{d0, d1, d2, d3}}, [$4+{16 * f}];")
         for token in range(4):
-            lines.append(f"shr.u32 t, ${5 + 4 * word + token}, d0;")
-            lines.append("and.b32 t, t, d1;")
+            if is_first:
+                lines.append(f"and.b32 t, ${5 + 4 * word + token}, d1;")
+            else:
+                lines.append(f"shr.u32 t, ${5 + 4 * word + token}, d0;")
+                lines.append("and.b32 t, t, d1;")
             lines.append(f"dp2a.lo.s32.u32 ${token}, d2, t, ${token};")
             lines.append(f"dp2a.hi.s32.u32 ${token}, d3, t, ${token};")
     return _block(lines)
@@ -197,7 +202,7 @@ def _two_halves(x):
 
 @triton.jit
 def _fold_queries(
-    query, q_b, q_h, q_d, key_map, middle, shifts, masks, descriptors, scalars, batch, head, group,
+    query, q_b, q_h, q_d, key_map, factors, middle, shifts, masks, descriptors, scalars, batch, head, group,
     HEADS: tl.constexpr, DIM: tl.constexpr, FIELDS: tl.constexpr, FIELDS_PAD: tl.constexpr, TABLE: tl.constexpr,
     DIM_PAD: tl.constexpr, FOLD_BLOCK: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
@@ -208,7 +213,10 @@ def _fold_queries(
     column = tl.arange(0, 4 * FIELDS_PAD)
     own = column < 4 * FIELDS
     weight_at = key_map + (head * DIM + dim[:, None]) * (4 * FIELDS) + column[None, :]
-    weight = tl.load(weight_at, mask=(dim < DIM)[:, None] & own[None, :], other=0.0)
+    inside = (dim < DIM)[:, None] & own[None, :]
+    weight_high = tl.load(weight_at, mask=inside, other=0.0)
+    weight_low = tl.load(weight_at + HEADS * DIM * 4 * FIELDS, mask=inside, other=0.0)
+    factor = tl.load(factors + head * 4 * FIELDS + column, mask=own, other=0.0) * LOG2E
     centre_of_piece = tl.load(middle + head * 4 * FIELDS + column, mask=own, other=0.0)
     field = tl.arange(0, FIELDS_PAD)
     shift = tl.load(shifts + head * TABLE + field, mask=field < FIELDS, other=0)
@@ -217,11 +225,15 @@ def _fold_queries(
         _pass_on()
     if FOLD_BLOCK == 1:
         q = tl.load(query + group.to(tl.int64) * q_b + head * q_h + dim * q_d, mask=dim < DIM, other=0.0)
-        r = tl.sum((q.to(tl.float32) * LOG2E)[:, None] * weight, 0)[None, :]
+        weight = weight_high.to(tl.float32) + weight_low.to(tl.float32)
+        r = tl.sum(q.to(tl.float32)[:, None] * weight, 0)[None, :] * factor[None, :]
     else:
         at = query + (item.to(tl.int64) * q_b + head * q_h)[:, None] + dim[None, :] * q_d
-        q = tl.load(at, mask=live[:, None] & (dim < DIM)[None, :], other=0.0)
-        r = tl.dot(q.to(tl.float32) * LOG2E, weight, input_precision="tf32x3")
+        q = tl.load(at, mask=live[:, None] & (dim < DIM)[None, :], other=0.0).to(tl.float32)
+        q_high, q_low = _two_halves(q)
+        r = tl.dot(q_low, weight_high)
+        r = tl.dot(q_high, weight_low, r)
+        r = tl.dot(q_high, weight_high, r) * factor[None, :]
     gain = tl.max(tl.abs(r), 1) / QUERY_UNIT + 1e-30
     whole = tl.floor(r / gain[:, None] + 0.5)
     constant = -gain * tl.sum(whole * centre_of_piece[None, :], 1)
@@ -229,20 +241,19 @@ def _fold_queries(
     words = (low & 0xFFFF) | (high << 16)
     front, back = tl.split(tl.reshape(words, (FOLD_BLOCK, FIELDS_PAD, 2)))
     row = item.to(tl.int64) * HEADS + head
-    target = descriptors + (row[:, None] * FIELDS + field[None, :]) * 4
-    written = live[:, None] & (field < FIELDS)[None, :]
-    tl.store(target, tl.broadcast_to(shift[None, :], (FOLD_BLOCK, FIELDS_PAD)), mask=written)
-    tl.store(target + 1, tl.broadcast_to(bits[None, :], (FOLD_BLOCK, FIELDS_PAD)), mask=written)
-    tl.store(target + 2, front, mask=written)
-    tl.store(target + 3, back, mask=written)
+    shift = tl.broadcast_to(shift[None, :], (FOLD_BLOCK, FIELDS_PAD))
+    bits = tl.broadcast_to(bits[None, :], (FOLD_BLOCK, FIELDS_PAD))
+    fours = tl.join(tl.join(shift, front), tl.join(bits, back))  # shift, bits, front, back
+    target = descriptors + row[:, None] * (4 * FIELDS) + column[None, :]
+    tl.store(target, tl.reshape(fours, (FOLD_BLOCK, 4 * FIELDS_PAD)), mask=live[:, None] & own[None, :])
     tl.store(scalars + row * 4, gain, mask=live)
     tl.store(scalars + row * 4 + 1, constant, mask=live)
 
 
 @triton.jit
 def fast_fold_kernel(
-    query, q_b, q_h, q_d, key_map, middle, shifts, masks, centre, halves, h_t, h_half,
-    descriptors, scalars, bias, batch, tokens, bias_stride, folds, token_blocks,
+    query, q_b, q_h, q_d, key_map, factors, middle, shifts, masks, centre, halves, h_t, h_half,
+    descriptors, scalars, bias, batch, tokens, bias_stride, folds, token_blocks, blocks_each,
     HEADS: tl.constexpr, DIM: tl.constexpr, FIELDS: tl.constexpr, FIELDS_PAD: tl.constexpr, TABLE: tl.constexpr,
     DIM_PAD: tl.constexpr, FOLD_BLOCK: tl.constexpr, ROW_BLOCK: tl.constexpr, TOKEN_BLOCK: tl.constexpr,
     EARLY: tl.constexpr,
@@ -252,43 +263,45 @@ def fast_fold_kernel(
         r = log2(e) q map[h]     gain = max |r| / 32767     r~ = round(r / gain)     constant = -gain <r~, middle>
         bias_j = round(log2(e) <q, R_j c[h]> / unit)         unit: what keeps every j within 16 bits
 
-    query any float [B, H, 1, d], key_map f32 [H, d, 4 F], middle f32 [H, 4 F], shifts and masks int32 [H, TABLE],
+    query any float [B, H, 1, d], key_map f16 [2, H, d, 4 F] and factors f32 [H, 4 F] (`in_halves`), middle f32 [H, 4 F], shifts and masks int32 [H, TABLE],
     centre f32 [H, d], halves f16 [2, T, d] (`Rope.halves`); descriptors int32 [B, H, F, 4] (see `key_code`),
     scalars f32 [B, H, 4] = (gain, constant, unit, unused), bias int16 [B, H, bias_stride]. Programs p < folds:
-    head p % HEADS, the p / HEADS-th block of its sequences. The others: a block of tokens and a block of rows
-    (b, h) of the bias, as a product of float16 parts; what their products of low parts give is below rounding.
+    head p % HEADS, the p / HEADS-th block of its sequences. The others: a block of rows (b, h) of the
+    bias and `blocks_each` blocks of tokens, as products of float16 parts; those of two low parts are below rounding.
     """
     task = tl.program_id(0)
     if task < folds:
         _fold_queries(
-            query, q_b, q_h, q_d, key_map, middle, shifts, masks, descriptors, scalars, batch,
+            query, q_b, q_h, q_d, key_map, factors, middle, shifts, masks, descriptors, scalars, batch,
             task % HEADS, task // HEADS, HEADS, DIM, FIELDS, FIELDS_PAD, TABLE, DIM_PAD, FOLD_BLOCK, EARLY,
         )  # fmt: skip
     else:
         dim = tl.arange(0, DIM_PAD)
-        token_block = (task - folds) % token_blocks
-        token = token_block * TOKEN_BLOCK + tl.arange(0, TOKEN_BLOCK)
-        angle = halves + token[:, None].to(tl.int64) * h_t + dim[None, :]
-        there = (token < tokens)[:, None] & (dim < DIM)[None, :]
-        turn_high = tl.load(angle, mask=there, other=0.0)
-        turn_low = tl.load(angle + h_half, mask=there, other=0.0)
-        if EARLY:
-            _pass_on()
-        row = (task - folds) // token_blocks * ROW_BLOCK + tl.arange(0, ROW_BLOCK)
+        ranges = (token_blocks + blocks_each - 1) // blocks_each
+        begin = (task - folds) % ranges * blocks_each
+        row = (task - folds) // ranges * ROW_BLOCK + tl.arange(0, ROW_BLOCK)
         asked = row < batch * HEADS
         head = row % HEADS
         row_at = (row // HEADS).to(tl.int64) * q_b + head * q_h
+        if EARLY:
+            _pass_on()
         phase = _phase(query, q_d, row_at, asked, centre, head, dim, DIM)
         unit = tl.sum(tl.abs(phase), 1) / QUERY_UNIT + 1e-30
         high, low = _two_halves(phase / unit[:, None])
-        total = tl.dot(low, tl.trans(turn_high))
-        total = tl.dot(high, tl.trans(turn_low), total)
-        total = tl.dot(high, tl.trans(turn_high), total)
-        bias_at = bias + row[:, None].to(tl.int64) * bias_stride + token[None, :]
-        fits = asked[:, None] & (token < bias_stride)[None, :]
-        tl.store(bias_at, (total + ROUNDER).to(tl.int32, bitcast=True).to(tl.int16), mask=fits)
-        if token_block == 0:
+        if begin == 0:
             tl.store(scalars + row.to(tl.int64) * 4 + 2, unit, mask=asked)
+        for block in range(begin, tl.minimum(begin + blocks_each, token_blocks)):
+            token = block * TOKEN_BLOCK + tl.arange(0, TOKEN_BLOCK)
+            angle = halves + token[None, :] * h_t + dim[:, None]
+            there = (token < tokens)[None, :] & (dim < DIM)[:, None]
+            turn_high = tl.load(angle, mask=there, other=0.0)
+            turn_low = tl.load(angle + h_half, mask=there, other=0.0)
+            total = tl.dot(low, turn_high)
+            total = tl.dot(high, turn_low, total)
+            total = tl.dot(high, turn_high, total)
+            bias_at = bias + row[:, None].to(tl.int64) * bias_stride + token[None, :]
+            fits = asked[:, None] & (token < bias_stride)[None, :]
+            tl.store(bias_at, (total + ROUNDER).to(tl.int32, bitcast=True).to(tl.int16), mask=fits)
 
 
 @triton.jit

@@ -11,18 +11,12 @@ from turboesm_kernels import portable, ptx
 from turboesm_kernels.ops import Held, PreparedLayer, padded
 from turboesm_kernels.portable import Partials
 from turboesm_kernels.prepared import FIELD_LANES, Fields
-from turboesm_kernels.reference import Packed
+from turboesm_kernels.reference import Packed, Rope
 
 ALIGNMENT = 16
 """Bytes, and for values tokens, that a lane reads at once."""
 
 MAX_FIELDS = 48
-FOLD_TOKENS = 128
-FOLD_STAGES = 1
-
-FOLD_PROGRAMS = 160
-"""Programs that the bias is cut into at least, where there are so many blocks."""
-
 FEW_ROWS = 40
 """Sequences and heads up to which each query is folded by a program of its own: latency counts."""
 
@@ -43,6 +37,8 @@ def obstacle(q: Tensor, held: Held, layer: PreparedLayer) -> str | None:
         return f"a code has more than {MAX_FIELDS} fields"
     if held.k.scales is None or held.v.scales is None:
         return "it needs a scale for each token"
+    if layer.k.centred and held.rope is not None and not _aligned_angles(held.rope):
+        return "RoPE's angles must be dense float32, at multiples of 16 bytes"
     if held.tokens == 0:
         return "there are no packed tokens"
     return _misaligned("keys", held.k, FIELD_LANES) or _misaligned("values", held.v, 1)
@@ -59,21 +55,42 @@ def _misaligned(name: str, packed: Packed, token_bytes: int) -> str | None:
     return f"packed {name} must have dense tokens, at addresses and strides that are multiples of {ALIGNMENT}"
 
 
+def _aligned_angles(rope: Rope) -> bool:
+    return (
+        all(
+            x.dtype == torch.float32
+            and x.stride(1) == 1
+            and x.stride(0) % 4 == 0
+            and x.data_ptr() % ALIGNMENT == 0
+            for x in (rope.cos, rope.sin)
+        )
+        and rope.cos.stride() == rope.sin.stride()
+    )
+
+
+def _angles(held: Held, layer: PreparedLayer) -> tuple[Tensor | int, ...]:
+    """Turns, cosines, sines, floats between their rows, rows; where keys have no centre, something never read."""
+    rope = held.rope
+    if rope is None or not layer.k.centred:
+        return layer.k.centre, layer.k.centre, layer.k.centre, 0, 0
+    return rope.turns, rope.cos, rope.sin, rope.cos.stride(0), rope.cos.shape[0]
+
+
 @dataclass(frozen=True)
 class Folded:
-    """What `fast_fold_kernel` makes of the queries: descriptors int32 [B, H, F, 4], scalars f32 [B, H, 4] and
-    the bias int16 [B, H, T rounded up], or None."""
+    """What `fast_fold_kernel` makes of the queries: descriptors int32 [B, H, F, 4], scalars f32 [B, H, 4] and, where
+    keys have a centre, phases f32 [B, H, d]."""
 
     descriptors: Tensor
     scalars: Tensor
-    bias: Tensor | None
+    phases: Tensor
 
 
 def attend(q: Tensor, held: Held, layer: PreparedLayer) -> Tensor:
     """`ops.attend` with the fast kernels; `obstacle` was None for these inputs."""
     assert layer.k.fields is not None and layer.v.fields is not None
     early = portable.launches_early(q)
-    folded = fold(q, held, layer, layer.k.fields, early)
+    folded = fold(q, layer, layer.k.fields, early)
     chunk = chunk_of(q, held.tokens)
     splits = -(-held.tokens // chunk)
     partials = Partials.empty(q, splits, FIELD_LANES * layer.v.fields.count, weighted=True)
@@ -89,55 +106,41 @@ def chunk_of(q: Tensor, tokens: int) -> int:
     return -(-blocks // min(wanted, blocks)) * ptx.BLOCK
 
 
-def fold(q: Tensor, held: Held, layer: PreparedLayer, fields: Fields, early: bool) -> Folded:
-    """Integer queries and the centre's scores; see `fast_fold_kernel`."""
+def fold(q: Tensor, layer: PreparedLayer, fields: Fields, early: bool) -> Folded:
+    """Integer queries and the phases of the centre's scores; see `fast_fold_kernel`."""
     batch, heads, _, dim = q.shape
     descriptors = torch.empty((batch, heads, fields.count, 4), dtype=torch.int32, device=q.device)
     scalars = torch.empty((batch, heads, 4), dtype=torch.float32, device=q.device)
-    bias, halves, strides = None, scalars, (0, 0)
-    stride = -(-held.tokens // ALIGNMENT) * ALIGNMENT
-    if layer.k.centred and held.rope is not None:
-        bias = torch.empty((batch, heads, stride), dtype=torch.int16, device=q.device)
-        halves = held.rope.halves
-        strides = (halves.stride(1), halves.stride(0))
-    rows = batch * heads
-    fold_block = 1 if rows <= FEW_ROWS else 16
-    row_block, token_block = (64, FOLD_TOKENS) if rows > FEW_ROWS else (32, 64)
-    folds = heads * -(-batch // fold_block)
-    blocks = 0 if bias is None else -(-held.tokens // token_block)
-    row_blocks = -(-rows // row_block)
-    blocks_each = max(1, blocks * row_blocks // FOLD_PROGRAMS)
-    ptx.fast_fold_kernel[(folds + -(-blocks // blocks_each) * row_blocks,)](
+    phases = torch.empty((batch, heads, dim if layer.k.centred else 1), dtype=torch.float32, device=q.device)
+    fold_block = 1 if batch * heads <= FEW_ROWS else 16
+    ptx.fast_fold_kernel[(heads, -(-batch // fold_block))](
         q, q.stride(0), q.stride(1), q.stride(3), *fields.halves, fields.middle, fields.shifts, fields.masks,
-        layer.k.centre, halves, *strides,
-        descriptors, scalars, scalars if bias is None else bias, batch, held.tokens, stride, folds, blocks, blocks_each,
+        layer.k.centre, descriptors, scalars, phases, batch,
         HEADS=heads, DIM=dim, FIELDS=fields.count, FIELDS_PAD=padded(fields.count, 4),
-        TABLE=fields.shifts.shape[1], DIM_PAD=padded(dim), FOLD_BLOCK=fold_block, ROW_BLOCK=row_block,
-        TOKEN_BLOCK=token_block, num_warps=4 if dim <= 64 else 8, num_stages=FOLD_STAGES, EARLY=early,
-        **portable.early_launch(early),
+        TABLE=fields.shifts.shape[1], DIM_PAD=padded(dim), FOLD_BLOCK=fold_block, HAS_BIAS=layer.k.centred,
+        EARLY=early, num_warps=4, **portable.early_launch(early),
     )  # fmt: skip
-    return Folded(descriptors, scalars, bias)
+    return Folded(descriptors, scalars, phases)
 
 
 def _split(
     q: Tensor, held: Held, layer: PreparedLayer, folded: Folded, partials: Partials, chunk: int, early: bool
 ) -> None:
-    batch, heads, _, _ = q.shape
+    batch, heads = q.shape[:2]
     k, v, k_fields, v_fields = held.k, held.v, layer.k.fields, layer.v.fields
     assert k.scales is not None and v.scales is not None and k_fields is not None and v_fields is not None
     k_words, v_words = len(k_fields.shape), len(v_fields.shape)
     ptx.fast_split_kernel[(batch * heads, partials.top.shape[3])](
-        folded.descriptors, folded.scalars, folded.scalars if folded.bias is None else folded.bias,
+        folded.descriptors, folded.scalars, folded.phases, *_angles(held, layer),
         q if held.lengths is None else held.lengths,
         k.codes, *k.codes.stride()[:3], k.scales, *k.scales.stride()[:2],
         v.codes, *v.codes.stride()[:3], v.scales, *v.scales.stride()[:2],
         k_fields.places, v_fields.places, v_fields.masks,
         partials.top, partials.mass, partials.weight, partials.out, held.tokens, chunk, held.sinks,
-        0 if folded.bias is None else folded.bias.shape[2],
-        HEADS=heads, K_FIELDS=k_fields.count, V_FIELDS=v_fields.count, V_TABLE=v_fields.masks.shape[1],
+        HEADS=heads, DIM=q.shape[3], K_FIELDS=k_fields.count, V_FIELDS=v_fields.count, V_TABLE=v_fields.masks.shape[1],
         LOAD_CODE=ptx.load_code(k_words, v_words), LOAD_KINDS=ptx.load_constraints(k_words + v_words),
         KEY_CODE=ptx.key_code(k_fields.shape), KEY_KINDS=ptx.key_constraints(k_fields.shape),
         VALUE_CODE=ptx.value_code(v_fields.shape), VALUE_KINDS=ptx.value_constraints(v_fields.shape),
-        HAS_BIAS=folded.bias is not None, HAS_LENGTHS=held.lengths is not None, ONE_BLOCK=chunk == ptx.BLOCK,
+        BIAS_CODE=ptx.bias_code(q.shape[3]), BIAS_KINDS=ptx.BIAS_KINDS, HAS_BIAS=layer.k.centred, HAS_LENGTHS=held.lengths is not None, ONE_BLOCK=chunk == ptx.BLOCK,
         K_WORDS=k_words, V_WORDS=v_words, num_warps=1, EARLY=early, **portable.early_launch(early),
     )  # fmt: skip

@@ -28,7 +28,7 @@ BLOCK = 128
 LANE_TOKENS = 4
 UNIT = tl.constexpr(65534.0)  # of a weight; with its dither, below 2^16
 QUERY_UNIT = tl.constexpr(32767.0)
-ROUNDER = tl.constexpr(12582912.0)  # 1.5 * 2^23: added to a float, its low bits are the nearest integer's
+PHASE_UNIT = tl.constexpr(1024.0)  # what coefficients add up to at most: well within float16
 
 
 STREAM = "ld.global.L1::no_allocate.L2::cache_hint.v4.b32"
@@ -125,6 +125,51 @@ def value_code(shape: tuple[int, ...]) -> str:
     return _block(lines)
 
 
+def bias_code(dim: int) -> str:
+    """PTX: $0..$3 = the centre's scores of the lane's tokens 4 l .. 4 l + 3 of a block, in units of the row.
+
+    After the outputs: addresses of the lane's 16 bytes in `Rope.turns`, of its pairs' coefficients of the cosines
+    (those of the sines are dim / 2 further), of its pairs' cosines and of their sines at token 2 (l / 4) of the
+    block. Tokens are 16 g + 2 c + {0, 1}: the coefficients are turned by 2 c first, one column c a quad, then
+    meet the turns by 16 g and 16 g + 1 in a matrix product, m16n8k16, whose results lie where they are needed.
+    Both factors are sums of two float16; the product of the low parts is below rounding.
+    """
+    lines = [
+        ".reg .f32 e<4>, o<4>, x<4>, y<4>, a, b, r, s;",
+        ".reg .b16 p, q;",
+        ".reg .b32 high<2>, low<2>, m<4>;",
+    ]
+    lines += [f"mov.f32 ${token}, 0f00000000;" for token in range(4)]
+    acc = "{$0, $2, $1, $3}"
+    for four in range(dim // 32):
+        for name, operand, offset in (("e", 5, 0), ("o", 5, 2 * dim), ("x", 6, 0), ("y", 7, 0)):
+            four_of = ", ".join(f"{name}{j}" for j in range(4))
+            lines.append(f"ld.global.v4.f32 {{{four_of}}}, [${operand}+{16 * four + offset}];")
+        for two in range(2):
+            for j in range(2):
+                n = 2 * two + j
+                lines += [
+                    f"mul.f32 a, o{n}, y{n};", f"fma.rn.f32 a, e{n}, x{n}, a;",
+                    f"mul.f32 b, e{n}, y{n};", "neg.f32 b, b;", f"fma.rn.f32 b, o{n}, x{n}, b;",
+                    f"cvt.rn.f16x2.f32 high{j}, b, a;", f"mov.b32 {{p, q}}, high{j};",
+                    "cvt.f32.f16 r, p;", "cvt.f32.f16 s, q;", "sub.f32 a, a, r;", "sub.f32 b, b, s;",
+                    f"cvt.rn.f16x2.f32 low{j}, b, a;",
+                ]  # fmt: skip
+            at = 512 * (2 * four + two)
+            product = "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32"
+            lines += [
+                f"ld.global.v4.b32 {{m0, m1, m2, m3}}, [$4+{at}];",
+                f"{product} {acc}, {{m0, m1, m2, m3}}, {{low0, low1}}, {acc};",
+                f"{product} {acc}, {{m0, m1, m2, m3}}, {{high0, high1}}, {acc};",
+                f"ld.global.v4.b32 {{m0, m1, m2, m3}}, [$4+{at + 32 * dim}];",
+                f"{product} {acc}, {{m0, m1, m2, m3}}, {{high0, high1}}, {acc};",
+            ]
+    return _block(lines)
+
+
+BIAS_KINDS = "=&f,=&f,=&f,=&f,l,l,l,l"
+
+
 def key_constraints(shape: tuple[int, ...]) -> str:
     """Operand kinds of `key_code`."""
     return ",".join(["=&r"] * 4 + ["l"] + ["r"] * (4 * len(shape)))
@@ -169,7 +214,7 @@ def _score(total, word, i: tl.constexpr, gain, constant, bias, token, end):
 
 @triton.jit
 def _phase(query, q_d, row_at, live, centre, head, dim, DIM: tl.constexpr):
-    """<q, R_j c> as coefficients f32 [rows, d] of RoPE's cosines and sines at j, in units of log 2.
+    """<q, R_j c> as coefficients f32 [rows, d] of RoPE's cosines, then sines, at j, in units of log 2.
 
     With i < d/2 and i' = i + d/2: q_i c_i + q_i' c_i' of the cosine, q_i' c_i - q_i c_i' of the sine, at i and i'.
     """
@@ -180,17 +225,10 @@ def _phase(query, q_d, row_at, live, centre, head, dim, DIM: tl.constexpr):
     at = query + row_at[:, None]
     own_q = tl.load(at + dim[None, :] * q_d, mask=mask, other=0.0).to(tl.float32)
     other_q = tl.load(at + other[None, :] * q_d, mask=mask, other=0.0).to(tl.float32)
-    c_at = centre + head[:, None] * DIM
-    first = tl.load(c_at + tl.where(front, dim, other)[None, :], mask=mask, other=0.0)
-    second = tl.load(c_at + tl.where(front, other, dim)[None, :], mask=mask, other=0.0)
+    c_at = centre + head * DIM
+    first = tl.load(c_at + tl.where(front, dim, other), mask=dim < DIM, other=0.0)[None, :]
+    second = tl.load(c_at + tl.where(front, other, dim), mask=dim < DIM, other=0.0)[None, :]
     return (own_q * first + tl.where(front[None, :], other_q, -other_q) * second) * LOG2E
-
-
-@triton.jit
-def _pass_on():
-    """Wait for what was launched before, then let what comes after start: it may read the cache at once."""
-    gdc_wait()
-    gdc_launch_dependents()
 
 
 @triton.jit
@@ -201,12 +239,22 @@ def _two_halves(x):
 
 
 @triton.jit
-def _fold_queries(
-    query, q_b, q_h, q_d, key_map, factors, middle, shifts, masks, descriptors, scalars, batch, head, group,
+def fast_fold_kernel(
+    query, q_b, q_h, q_d, key_map, factors, middle, shifts, masks, centre, descriptors, scalars, phases, batch,
     HEADS: tl.constexpr, DIM: tl.constexpr, FIELDS: tl.constexpr, FIELDS_PAD: tl.constexpr, TABLE: tl.constexpr,
-    DIM_PAD: tl.constexpr, FOLD_BLOCK: tl.constexpr, EARLY: tl.constexpr,
+    DIM_PAD: tl.constexpr, FOLD_BLOCK: tl.constexpr, HAS_BIAS: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    """The first half of `fast_fold_kernel`, for the group-th block of sequences and a head."""
+    """Queries in coded axes as 16-bit integers, and what the scores of the keys' centre follow from.
+
+        r = log2(e) q map[h]     gain = max |r| / 32767     r~ = round(r / gain)     constant = -gain <r~, middle>
+        phases as in `_phase`, in units of their sum's 1024th
+
+    query any float [B, H, 1, d], key_map f16 [2, H, d, 4 F] and factors f32 [H, 4 F] (`in_halves`), middle f32
+    [H, 4 F], shifts and masks int32 [H, TABLE], centre f32 [H, d]; descriptors int32 [B, H, F, 4] (see
+    `key_code`), scalars f32 [B, H, 4] = (gain, constant, unit, unused), phases f32 [B, H, d]. Program (h, g): the
+    g-th block of the sequences of head h.
+    """
+    head, group = tl.program_id(0), tl.program_id(1)
     item = group * FOLD_BLOCK + tl.arange(0, FOLD_BLOCK)
     live = item < batch
     dim = tl.arange(0, DIM_PAD)
@@ -221,15 +269,16 @@ def _fold_queries(
     field = tl.arange(0, FIELDS_PAD)
     shift = tl.load(shifts + head * TABLE + field, mask=field < FIELDS, other=0)
     bits = tl.load(masks + head * TABLE + field, mask=field < FIELDS, other=0)
-    if EARLY:
-        _pass_on()
+    if EARLY:  # wait for what was launched before, then let what comes after start: it may read the cache at once
+        gdc_wait()
+        gdc_launch_dependents()
+    q_at = item.to(tl.int64) * q_b + head * q_h
+    q = tl.load(query + q_at[:, None] + dim[None, :] * q_d, mask=live[:, None] & (dim < DIM)[None, :], other=0.0)
+    q = q.to(tl.float32)
     if FOLD_BLOCK == 1:
-        q = tl.load(query + group.to(tl.int64) * q_b + head * q_h + dim * q_d, mask=dim < DIM, other=0.0)
         weight = weight_high.to(tl.float32) + weight_low.to(tl.float32)
-        r = tl.sum(q.to(tl.float32)[:, None] * weight, 0)[None, :] * factor[None, :]
+        r = tl.sum(tl.sum(q, 0)[:, None] * weight, 0)[None, :] * factor[None, :]
     else:
-        at = query + (item.to(tl.int64) * q_b + head * q_h)[:, None] + dim[None, :] * q_d
-        q = tl.load(at, mask=live[:, None] & (dim < DIM)[None, :], other=0.0).to(tl.float32)
         q_high, q_low = _two_halves(q)
         r = tl.dot(q_low, weight_high)
         r = tl.dot(q_high, weight_low, r)
@@ -248,60 +297,12 @@ def _fold_queries(
     tl.store(target, tl.reshape(fours, (FOLD_BLOCK, 4 * FIELDS_PAD)), mask=live[:, None] & own[None, :])
     tl.store(scalars + row * 4, gain, mask=live)
     tl.store(scalars + row * 4 + 1, constant, mask=live)
-
-
-@triton.jit
-def fast_fold_kernel(
-    query, q_b, q_h, q_d, key_map, factors, middle, shifts, masks, centre, halves, h_t, h_half,
-    descriptors, scalars, bias, batch, tokens, bias_stride, folds, token_blocks, blocks_each,
-    HEADS: tl.constexpr, DIM: tl.constexpr, FIELDS: tl.constexpr, FIELDS_PAD: tl.constexpr, TABLE: tl.constexpr,
-    DIM_PAD: tl.constexpr, FOLD_BLOCK: tl.constexpr, ROW_BLOCK: tl.constexpr, TOKEN_BLOCK: tl.constexpr,
-    EARLY: tl.constexpr,
-):  # fmt: skip
-    """Queries in coded axes as 16-bit integers, and the scores of the keys' centre likewise.
-
-        r = log2(e) q map[h]     gain = max |r| / 32767     r~ = round(r / gain)     constant = -gain <r~, middle>
-        bias_j = round(log2(e) <q, R_j c[h]> / unit)         unit: what keeps every j within 16 bits
-
-    query any float [B, H, 1, d], key_map f16 [2, H, d, 4 F] and factors f32 [H, 4 F] (`in_halves`), middle f32 [H, 4 F], shifts and masks int32 [H, TABLE],
-    centre f32 [H, d], halves f16 [2, T, d] (`Rope.halves`); descriptors int32 [B, H, F, 4] (see `key_code`),
-    scalars f32 [B, H, 4] = (gain, constant, unit, unused), bias int16 [B, H, bias_stride]. Programs p < folds:
-    head p % HEADS, the p / HEADS-th block of its sequences. The others: a block of rows (b, h) of the
-    bias and `blocks_each` blocks of tokens, as products of float16 parts; those of two low parts are below rounding.
-    """
-    task = tl.program_id(0)
-    if task < folds:
-        _fold_queries(
-            query, q_b, q_h, q_d, key_map, factors, middle, shifts, masks, descriptors, scalars, batch,
-            task % HEADS, task // HEADS, HEADS, DIM, FIELDS, FIELDS_PAD, TABLE, DIM_PAD, FOLD_BLOCK, EARLY,
-        )  # fmt: skip
-    else:
-        dim = tl.arange(0, DIM_PAD)
-        ranges = (token_blocks + blocks_each - 1) // blocks_each
-        begin = (task - folds) % ranges * blocks_each
-        row = (task - folds) // ranges * ROW_BLOCK + tl.arange(0, ROW_BLOCK)
-        asked = row < batch * HEADS
-        head = row % HEADS
-        row_at = (row // HEADS).to(tl.int64) * q_b + head * q_h
-        if EARLY:
-            _pass_on()
-        phase = _phase(query, q_d, row_at, asked, centre, head, dim, DIM)
-        unit = tl.sum(tl.abs(phase), 1) / QUERY_UNIT + 1e-30
-        high, low = _two_halves(phase / unit[:, None])
-        if begin == 0:
-            tl.store(scalars + row.to(tl.int64) * 4 + 2, unit, mask=asked)
-        for block in range(begin, tl.minimum(begin + blocks_each, token_blocks)):
-            token = block * TOKEN_BLOCK + tl.arange(0, TOKEN_BLOCK)
-            angle = halves + token[None, :] * h_t + dim[:, None]
-            there = (token < tokens)[None, :] & (dim < DIM)[:, None]
-            turn_high = tl.load(angle, mask=there, other=0.0)
-            turn_low = tl.load(angle + h_half, mask=there, other=0.0)
-            total = tl.dot(low, turn_high)
-            total = tl.dot(high, turn_low, total)
-            total = tl.dot(high, turn_high, total)
-            bias_at = bias + row[:, None].to(tl.int64) * bias_stride + token[None, :]
-            fits = asked[:, None] & (token < bias_stride)[None, :]
-            tl.store(bias_at, (total + ROUNDER).to(tl.int32, bitcast=True).to(tl.int16), mask=fits)
+    if HAS_BIAS:
+        phase = _phase(query, q_d, q_at, live, centre, head, dim, DIM)
+        unit = tl.sum(tl.abs(phase), 1) / PHASE_UNIT + 1e-30
+        written = live[:, None] & (dim < DIM)[None, :]
+        tl.store(phases + row[:, None] * DIM + dim[None, :], phase / unit[:, None], mask=written)
+        tl.store(scalars + row * 4 + 2, unit, mask=live)
 
 
 @triton.jit
@@ -327,28 +328,29 @@ def _read(
 
 @triton.jit
 def _attend_block(
-    first, end, lane, kn, vn, words, state, row, masks, bias_row, gain, constant, unit,
+    first, end, lane, kn, vn, words, state, row, masks, gain, constant, unit,
+    turns, phase_row, cos, sin, rope_t, angles,
     KEY_CODE: tl.constexpr, KEY_KINDS: tl.constexpr, VALUE_CODE: tl.constexpr, VALUE_KINDS: tl.constexpr,
-    HAS_BIAS: tl.constexpr, K_WORDS: tl.constexpr, V_FIELDS: tl.constexpr,
+    BIAS_CODE: tl.constexpr, BIAS_KINDS: tl.constexpr, DIM: tl.constexpr, HAS_BIAS: tl.constexpr, K_WORDS: tl.constexpr, V_FIELDS: tl.constexpr,
 ):  # fmt: skip
     """The online softmax over one more block: state (top, mass, weight, sums) before and after."""
     top, mass, weight, sums = state
     token = first + lane * 4
-    b0, b1, b2, b3 = 0.0, 0.0, 0.0, 0.0
+    b = (0.0, 0.0, 0.0, 0.0)
     if HAS_BIAS:
-        four = tl.load(bias_row + tl.minimum(token, tl.maximum(end - 1, 0) // 4 * 4) // 4)
-        b0 = four.to(tl.int16).to(tl.float32) * unit
-        b1 = (four >> 16).to(tl.int16).to(tl.float32) * unit
-        b2 = (four >> 32).to(tl.int16).to(tl.float32) * unit
-        b3 = (four >> 48).to(tl.int16).to(tl.float32) * unit
+        angle = tl.minimum(first + lane // 4 * 2, angles - 1) * rope_t + lane % 4 * (DIM // 8)
+        b = tl.inline_asm_elementwise(
+            BIAS_CODE, BIAS_KINDS, (turns, phase_row, cos + angle.to(tl.int64) * 4, sin + angle.to(tl.int64) * 4),
+            dtype=(tl.float32,) * 4, is_pure=True, pack=1,
+        )  # fmt: skip
     totals = tl.inline_asm_elementwise(
         KEY_CODE, KEY_KINDS, (row,) + words[: 4 * K_WORDS],  # noqa: RUF005  Triton 3.6 unpacks no tuples
         dtype=(tl.int32,) * 4, is_pure=False, pack=1,
     )  # fmt: skip
-    s0 = _score(totals[0], kn, 0, gain, constant, b0, token, end)
-    s1 = _score(totals[1], kn, 1, gain, constant, b1, token, end)
-    s2 = _score(totals[2], kn, 2, gain, constant, b2, token, end)
-    s3 = _score(totals[3], kn, 3, gain, constant, b3, token, end)
+    s0 = _score(totals[0], kn, 0, gain, constant, b[0] * unit, token, end)
+    s1 = _score(totals[1], kn, 1, gain, constant, b[1] * unit, token, end)
+    s2 = _score(totals[2], kn, 2, gain, constant, b[2] * unit, token, end)
+    s3 = _score(totals[3], kn, 3, gain, constant, b[3] * unit, token, end)
     x0 = s0 + _byte_steps(vn, 0)
     x1 = s1 + _byte_steps(vn, 1)
     x2 = s2 + _byte_steps(vn, 2)
@@ -357,9 +359,7 @@ def _attend_block(
     # A quad without a token yet has `NEGATIVE` as its maximum; its weights must still be 0.
     safe = tl.maximum(new_top, 0.5 * NEGATIVE)
     alpha = tl.exp2(top - safe)
-    mass = mass * alpha + (
-        (tl.exp2(s0 - safe) + tl.exp2(s1 - safe)) + (tl.exp2(s2 - safe) + tl.exp2(s3 - safe))
-    )
+    mass = mass * alpha + ((tl.exp2(s0 - safe) + tl.exp2(s1 - safe)) + (tl.exp2(s2 - safe) + tl.exp2(s3 - safe)))
     dither = lane.to(tl.float32) * 0.4721359  # 4 golden ratios; a token's is 1 golden ratio after the one before
     w0 = (tl.exp2(x0 - safe) * UNIT + (dither - tl.floor(dither))).to(tl.int32)
     w1 = (tl.exp2(x1 - safe) * UNIT + (dither + 0.6180340 - tl.floor(dither + 0.6180340))).to(tl.int32)
@@ -376,13 +376,14 @@ def _attend_block(
 
 @triton.jit
 def fast_split_kernel(
-    descriptors, scalars, bias, lengths,
+    descriptors, scalars, phases, turns, cos, sin, rope_t, angles, lengths,
     k_codes, k_b, k_h, k_word, k_scales, ks_b, ks_h,
     v_codes, v_b, v_h, v_plane, v_scales, vs_b, vs_h, k_places, v_places, v_masks,
-    part_max, part_sum, part_weight, part_out, tokens, chunk, sinks, bias_stride,
-    HEADS: tl.constexpr, K_FIELDS: tl.constexpr, V_FIELDS: tl.constexpr, V_TABLE: tl.constexpr,
+    part_max, part_sum, part_weight, part_out, tokens, chunk, sinks,
+    HEADS: tl.constexpr, DIM: tl.constexpr, K_FIELDS: tl.constexpr, V_FIELDS: tl.constexpr, V_TABLE: tl.constexpr,
     LOAD_CODE: tl.constexpr, LOAD_KINDS: tl.constexpr,
     KEY_CODE: tl.constexpr, KEY_KINDS: tl.constexpr, VALUE_CODE: tl.constexpr, VALUE_KINDS: tl.constexpr,
+    BIAS_CODE: tl.constexpr, BIAS_KINDS: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_LENGTHS: tl.constexpr, ONE_BLOCK: tl.constexpr,
     K_WORDS: tl.constexpr, V_WORDS: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
@@ -391,8 +392,9 @@ def fast_split_kernel(
         m = max_j (score_j + log2 n'_j)     w_j = 2^(score_j + log2 n'_j - m), in units of 2^-16
         part_sum = sum_j 2^(score_j - m)    part_weight = sum_j w_j    part_out[f, i] = sum_j w_j byte_jfi
 
-    scores in units of log 2; descriptors, scalars and bias as `fast_fold_kernel` leaves them, codes and scales as
-    in `Packed` with aligned strides, k_places, v_places and v_masks as in `Fields`; part_max, part_sum and
+    scores in units of log 2; descriptors, scalars and phases as `fast_fold_kernel` leaves them, turns as in
+    `Rope.turns`, cos and sin f32 [angles, d], rows rope_t apart, of packed token 0 on; codes and scales as in
+    `Packed` with aligned strides, k_places, v_places and v_masks as in `Fields`; part_max, part_sum and
     part_weight f32 [B, H, S], part_out f32 [B, H, S, 4 F'].
     """
     pair = tl.program_id(0).to(tl.int64)
@@ -414,7 +416,9 @@ def fast_split_kernel(
     v_row = v_plane0 + (lane % 4) * v_plane
     k_scale = (k_scales + batch * ks_b + head * ks_h).to(tl.pointer_type(tl.int32), bitcast=True)
     v_scale = (v_scales + batch * vs_b + head * vs_h).to(tl.pointer_type(tl.int32), bitcast=True)
-    bias_row = (bias + pair * bias_stride).to(tl.pointer_type(tl.int64), bitcast=True)
+    turn = turns.to(tl.int64, bitcast=True) + lane * 16
+    phase_row = (phases + pair * DIM + lane % 4 * (DIM // 8)).to(tl.int64, bitcast=True)
+    cos_at, sin_at = cos.to(tl.int64, bitcast=True), sin.to(tl.int64, bitcast=True)
     top = tl.full((32,), NEGATIVE, tl.float32)
     zero = tl.zeros((32,), tl.float32)
     state = (top, zero, zero, (zero,) * V_FIELDS)
@@ -433,8 +437,10 @@ def fast_split_kernel(
     unit = tl.load(scalars + pair * 4 + 2)
     if ONE_BLOCK:
         state = _attend_block(
-            begin, end, lane, kn, vn, words, state, row, masks, bias_row, gain, constant, unit,
-            KEY_CODE, KEY_KINDS, VALUE_CODE, VALUE_KINDS, HAS_BIAS, K_WORDS, V_FIELDS,
+            begin, end, lane, kn, vn, words, state, row, masks, gain, constant, unit,
+            turn, phase_row, cos_at, sin_at, rope_t, angles,
+            KEY_CODE, KEY_KINDS, VALUE_CODE, VALUE_KINDS,
+            BIAS_CODE, BIAS_KINDS, DIM, HAS_BIAS, K_WORDS, V_FIELDS,
         )  # fmt: skip
     else:
         for first in range(begin, end, 128):
@@ -443,8 +449,10 @@ def fast_split_kernel(
                 LOAD_CODE, LOAD_KINDS, 4 * (K_WORDS + V_WORDS),
             )  # fmt: skip
             state = _attend_block(
-                first, end, lane, kn, vn, words, state, row, masks, bias_row, gain, constant, unit,
-                KEY_CODE, KEY_KINDS, VALUE_CODE, VALUE_KINDS, HAS_BIAS, K_WORDS, V_FIELDS,
+                first, end, lane, kn, vn, words, state, row, masks, gain, constant, unit,
+                turn, phase_row, cos_at, sin_at, rope_t, angles,
+                KEY_CODE, KEY_KINDS, VALUE_CODE, VALUE_KINDS,
+            BIAS_CODE, BIAS_KINDS, DIM, HAS_BIAS, K_WORDS, V_FIELDS,
             )  # fmt: skip
     top, mass, weight, sums = state
 

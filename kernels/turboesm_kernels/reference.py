@@ -232,14 +232,28 @@ class Rope:
         return torch.cat((self.cos[:, :half], self.sin[:, :half]), 1).mT
 
     @cached_property
-    def halves(self) -> Tensor:
-        """Cosines and sines of the first half of channels side by side, as a sum of two float16 [2, T, d].
+    def turns(self) -> Tensor:
+        """Cosines and sines of the turns by 16 g and 16 g + 1 tokens, g < 8, as `ptx.bias_code` multiplies them.
 
-        Made when first asked for, so ask once before a CUDA graph is captured.
+        A sum of two float16 [2, d / 16, 32 lanes, 4 registers, (cosine, sine)]; angles [T, d] of consecutive
+        positions. Turns by T tokens or more are 0: nothing asks for them. Made when first asked for, so ask once
+        before a CUDA graph is captured.
         """
-        turns = self.half.mT
-        high = turns.half()
-        return torch.stack((high, (turns - high).half()))
+        half = self.cos.shape[-1] // 2
+        lane = torch.arange(32, device=self.cos.device)
+        register = torch.arange(4, device=lane.device)
+        offset = 16 * (lane // 4)[:, None] + register % 2  # [32, 4]
+        first_pair = half // 4 * (lane % 4)[:, None] + register // 2
+        pair = first_pair + 2 * torch.arange(half // 8, device=lane.device)[:, None, None]
+        there = (offset < len(self.cos))[None]
+        row = offset.clamp(max=len(self.cos) - 1).expand(pair.shape)
+        cos, sin = (x.double()[:, :half] for x in (self.cos, self.sin))
+        cos_0, sin_0 = cos[0][pair], sin[0][pair]
+        cosine = cos[row, pair] * cos_0 + sin[row, pair] * sin_0
+        sine = sin[row, pair] * cos_0 - cos[row, pair] * sin_0
+        whole = torch.stack((cosine * there, sine * there), -1)
+        high = whole.half()
+        return torch.stack((high, (whole - high).half()))
 
     @classmethod
     def at(cls, positions: Tensor, inverse_frequencies: Tensor) -> Rope:

@@ -39,23 +39,28 @@ FENCE = "bar.warp.sync 0xffffffff;"
 """Keeps the assembler from putting off a batch of loads until each is used: one latency, not one for each word."""
 
 
-def load_code(key_words: int, value_words: int) -> str:
-    """PTX: $0.. = 4 tokens of the lane's key words, then 16 tokens of the lane's value words, 4 registers a word.
+def load_code(words: int) -> str:
+    """PTX: $0.. = 16 bytes of a lane from each of `words` planes, 4 registers a word: 4 tokens of keys, 16 of values.
 
-    After the outputs: address of the lane's bytes in plane 0, bytes between words, the head's places; for keys,
-    then for values. Either count may be 0.
+    After the outputs: address of the lane's bytes in plane 0, bytes between words, the head's places, whether to
+    read at all (else the outputs hold anything).
     """
-    outputs = [f"${i}" for i in range(4 * (key_words + value_words))]
-    base = [f"${len(outputs) + i}" for i in range(6)]
-    lines = [f".reg .b32 place<{4 * -(-max(key_words, value_words) // 4)}>;", ".reg .b64 at, once;", ONCE]
-    lines += _load_words(value_words, base[3:], outputs[4 * key_words :])
-    lines += _load_words(key_words, base[:3], outputs)
+    base, stride, places, wanted = (f"${4 * words + i}" for i in range(4))
+    lines = [f".reg .b32 place<{4 * -(-words // 4)}>;", ".reg .b64 at, once;", ".reg .pred wanted;", ONCE]
+    lines.append(f"setp.ne.b32 wanted, {wanted}, 0;")
+    for w in range(0, words, 4):
+        four = ", ".join(f"place{w + i}" for i in range(4))
+        lines.append(f"ld.global.v4.b32 {{{four}}}, [{places}+{4 * w}];")
+    for w in range(words):
+        four = ", ".join(f"${4 * w + i}" for i in range(4))
+        lines.append(f"mad.wide.u32 at, place{w}, {stride}, {base};")
+        lines.append(f"@wanted {STREAM} {{{four}}}, [at], once;")
     return _block([*lines, FENCE])
 
 
 def load_constraints(words: int) -> str:
     """Operand kinds of `load_code`."""
-    return ",".join(["=&r"] * (4 * words) + ["l", "r", "l"] * 2)
+    return ",".join(["=&r"] * (4 * words) + ["l", "r", "l", "r"])
 
 
 def key_code(shape: tuple[int, ...]) -> str:
@@ -82,21 +87,6 @@ def key_code(shape: tuple[int, ...]) -> str:
 
 def _word_of_field(shape: tuple[int, ...]) -> list[int]:
     return [word for word, count in enumerate(shape) for _ in range(count)]
-
-
-def _load_words(count: int, operands: list[str], registers: list[str]) -> list[str]:
-    """Load 16 bytes at `base` of each of `count` planes, in the order of the head's places."""
-    base, stride, places = operands
-    lines = []
-    for w in range(count):
-        if w % 4 == 0:
-            lines.append(
-                f"ld.global.v4.b32 {{{', '.join(f'place{w + i}' for i in range(4))}}}, [{places}+{4 * w}];"
-            )
-    for w in range(count):
-        lines.append(f"mad.wide.u32 at, place{w}, {stride}, {base};")
-        lines.append(f"{STREAM} {{{', '.join(registers[4 * w : 4 * w + 4])}}}, [at], once;")
-    return lines
 
 
 def value_code(shape: tuple[int, ...]) -> str:
@@ -134,13 +124,10 @@ def bias_code(dim: int) -> str:
     meet the turns by 16 g and 16 g + 1 in a matrix product, m16n8k16, whose results lie where they are needed.
     Both factors are sums of two float16; the product of the low parts is below rounding.
     """
-    lines = [
-        ".reg .f32 e<4>, o<4>, x<4>, y<4>, a, b, r, s;",
-        ".reg .b16 p, q;",
-        ".reg .b32 high<2>, low<2>, m<4>;",
-    ]
-    lines += [f"mov.f32 ${token}, 0f00000000;" for token in range(4)]
-    acc = "{$0, $2, $1, $3}"
+    lines = [".reg .f32 e<4>, o<4>, x<4>, y<4>, c<4>, a, b, r, s;", ".reg .b16 p, q;"]
+    lines.append(".reg .b32 high<2>, low<2>, m<4>;")
+    lines += [f"mov.f32 {name}{token}, 0f00000000;" for name in "$c" for token in range(4)]
+    acc, more = "{$0, $2, $1, $3}", "{c0, c2, c1, c3}"  # two sums, for half the latency
     for four in range(dim // 32):
         for name, operand, offset in (("e", 5, 0), ("o", 5, 2 * dim), ("x", 6, 0), ("y", 7, 0)):
             four_of = ", ".join(f"{name}{j}" for j in range(4))
@@ -160,10 +147,11 @@ def bias_code(dim: int) -> str:
             lines += [
                 f"ld.global.v4.b32 {{m0, m1, m2, m3}}, [$4+{at}];",
                 f"{product} {acc}, {{m0, m1, m2, m3}}, {{low0, low1}}, {acc};",
-                f"{product} {acc}, {{m0, m1, m2, m3}}, {{high0, high1}}, {acc};",
+                f"{product} {more}, {{m0, m1, m2, m3}}, {{high0, high1}}, {more};",
                 f"ld.global.v4.b32 {{m0, m1, m2, m3}}, [$4+{at + 32 * dim}];",
                 f"{product} {acc}, {{m0, m1, m2, m3}}, {{high0, high1}}, {acc};",
             ]
+    lines += [f"add.f32 ${token}, ${token}, c{token};" for token in range(4)]
     return _block(lines)
 
 
@@ -307,46 +295,43 @@ def fast_fold_kernel(
 
 @triton.jit
 def _read(
-    first, end, lane, k_row, k_word, k_place, v_row, v_plane, v_place, k_scale, v_scale,
+    first, token, end, row, stride, places, token_bytes, scale, scale_token,
     LOAD_CODE: tl.constexpr, LOAD_KINDS: tl.constexpr, WORDS: tl.constexpr,
 ):  # fmt: skip
-    """A lane's part of a block: the scales of its 4 tokens, keys' and values', and the words of `load_code`.
+    """A lane's part of a side's block: the scales of its 4 tokens from `scale_token` on, the words of `load_code`.
 
-    Past the end, lanes read what the last tokens' lanes read.
+    Past the end, lanes read what the last tokens' lanes read, and a block that starts there not at all.
     """
-    last = tl.maximum(end - 1, 0)
-    k_token = tl.minimum(first + lane * 4, last // 4 * 4)
-    v_token = tl.minimum(first + lane // 4 * 16, last // 16 * 16)
-    kn = tl.load(k_scale + k_token // 4, eviction_policy="evict_first")
-    vn = tl.load(v_scale + k_token // 4, eviction_policy="evict_first")
+    own = tl.minimum(scale_token, tl.maximum(end - 1, 0) // 4 * 4)
+    n = tl.load(scale + own // 4, eviction_policy="evict_first")
+    wanted = (first < end).to(tl.int32)
     words = tl.inline_asm_elementwise(
-        LOAD_CODE, LOAD_KINDS, (k_row + k_token * 4, k_word, k_place, v_row + v_token, v_plane * 4, v_place),
-        dtype=(tl.int32,) * WORDS, is_pure=False, pack=1,
+        LOAD_CODE, LOAD_KINDS, (row + token * token_bytes, stride, places, token * 0 + wanted),
+        dtype=(tl.int32,) * (4 * WORDS), is_pure=False, pack=1,
     )  # fmt: skip
-    return kn, vn, words
+    return n, words
 
 
 @triton.jit
-def _attend_block(
-    first, end, lane, kn, vn, words, state, row, masks, gain, constant, unit,
-    turns, phase_row, cos, sin, rope_t, angles,
-    KEY_CODE: tl.constexpr, KEY_KINDS: tl.constexpr, VALUE_CODE: tl.constexpr, VALUE_KINDS: tl.constexpr,
-    BIAS_CODE: tl.constexpr, BIAS_KINDS: tl.constexpr, DIM: tl.constexpr, HAS_BIAS: tl.constexpr, K_WORDS: tl.constexpr, V_FIELDS: tl.constexpr,
+def _bias(
+    first, lane, turns, phase_row, cos, sin, rope_t, angles,
+    BIAS_CODE: tl.constexpr, BIAS_KINDS: tl.constexpr, DIM: tl.constexpr, HAS_BIAS: tl.constexpr,
 ):  # fmt: skip
-    """The online softmax over one more block: state (top, mass, weight, sums) before and after."""
-    top, mass, weight, sums = state
-    token = first + lane * 4
+    """The centre's scores of a lane's 4 tokens, in units of the row."""
     b = (0.0, 0.0, 0.0, 0.0)
     if HAS_BIAS:
         angle = tl.minimum(first + lane // 4 * 2, angles - 1) * rope_t + lane % 4 * (DIM // 8)
         b = tl.inline_asm_elementwise(
             BIAS_CODE, BIAS_KINDS, (turns, phase_row, cos + angle.to(tl.int64) * 4, sin + angle.to(tl.int64) * 4),
-            dtype=(tl.float32,) * 4, is_pure=True, pack=1,
+            dtype=(tl.float32,) * 4, is_pure=False, pack=1,
         )  # fmt: skip
-    totals = tl.inline_asm_elementwise(
-        KEY_CODE, KEY_KINDS, (row,) + words[: 4 * K_WORDS],  # noqa: RUF005  Triton 3.6 unpacks no tuples
-        dtype=(tl.int32,) * 4, is_pure=False, pack=1,
-    )  # fmt: skip
+    return b
+
+
+@triton.jit
+def _weigh(first, end, lane, totals, kn, vn, b, gain, constant, unit, top, mass, weight):
+    """The online softmax over a lane's 4 tokens: its state after, the weights as 16-bit integers, what shrank."""
+    token = first + lane * 4
     s0 = _score(totals[0], kn, 0, gain, constant, b[0] * unit, token, end)
     s1 = _score(totals[1], kn, 1, gain, constant, b[1] * unit, token, end)
     s2 = _score(totals[2], kn, 2, gain, constant, b[2] * unit, token, end)
@@ -366,12 +351,7 @@ def _attend_block(
     w2 = (tl.exp2(x2 - safe) * UNIT + (dither + 0.2360680 - tl.floor(dither + 0.2360680))).to(tl.int32)
     w3 = (tl.exp2(x3 - safe) * UNIT + (dither + 0.8541020 - tl.floor(dither + 0.8541020))).to(tl.int32)
     weight = weight * alpha + (w0 + w1 + w2 + w3).to(tl.float32)
-    sums = tl.inline_asm_elementwise(
-        VALUE_CODE, VALUE_KINDS,
-        (w0 | (w1 << 16), w2 | (w3 << 16), masks, alpha) + words[4 * K_WORDS :] + sums,  # noqa: RUF005
-        dtype=(tl.float32,) * V_FIELDS, is_pure=True, pack=1,
-    )  # fmt: skip
-    return new_top, mass, weight, sums
+    return new_top, mass, weight, w0 | (w1 << 16), w2 | (w3 << 16), alpha
 
 
 @triton.jit
@@ -381,7 +361,8 @@ def fast_split_kernel(
     v_codes, v_b, v_h, v_plane, v_scales, vs_b, vs_h, k_places, v_places, v_masks,
     part_max, part_sum, part_weight, part_out, tokens, chunk, sinks,
     HEADS: tl.constexpr, DIM: tl.constexpr, K_FIELDS: tl.constexpr, V_FIELDS: tl.constexpr, V_TABLE: tl.constexpr,
-    LOAD_CODE: tl.constexpr, LOAD_KINDS: tl.constexpr,
+    LOAD_KEYS: tl.constexpr, LOAD_KEY_KINDS: tl.constexpr,
+    LOAD_VALUES: tl.constexpr, LOAD_VALUE_KINDS: tl.constexpr,
     KEY_CODE: tl.constexpr, KEY_KINDS: tl.constexpr, VALUE_CODE: tl.constexpr, VALUE_KINDS: tl.constexpr,
     BIAS_CODE: tl.constexpr, BIAS_KINDS: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_LENGTHS: tl.constexpr, ONE_BLOCK: tl.constexpr,
@@ -420,15 +401,22 @@ def fast_split_kernel(
     phase_row = (phases + pair * DIM + lane % 4 * (DIM // 8)).to(tl.int64, bitcast=True)
     cos_at, sin_at = cos.to(tl.int64, bitcast=True), sin.to(tl.int64, bitcast=True)
     top = tl.full((32,), NEGATIVE, tl.float32)
-    zero = tl.zeros((32,), tl.float32)
-    state = (top, zero, zero, (zero,) * V_FIELDS)
+    mass, weight = tl.zeros((32,), tl.float32), tl.zeros((32,), tl.float32)
+    sums = (tl.zeros((32,), tl.float32),) * V_FIELDS
     if EARLY:
         gdc_launch_dependents()
-    # The codes do not wait for `fast_fold_kernel`: what there is time for is read before it ends.
+    # The codes do not wait for `fast_fold_kernel`. A block's keys are read while the values of the one before are
+    # summed, its values while its keys are asked, so that few registers hold much that is under way.
+    last = tl.maximum(end - 1, 0)
+    k_token = tl.minimum(begin + lane * 4, last // 4 * 4)
+    v_token = tl.minimum(begin + lane // 4 * 16, last // 16 * 16)
+    kn, k_words_of = _read(
+        begin, k_token, end, k_row, k_word, k_place, 4, k_scale, begin + lane * 4, LOAD_KEYS, LOAD_KEY_KINDS, K_WORDS
+    )
     if ONE_BLOCK:
-        kn, vn, words = _read(
-            begin, end, lane, k_row, k_word, k_place, v_row, v_plane, v_place, k_scale, v_scale,
-            LOAD_CODE, LOAD_KINDS, 4 * (K_WORDS + V_WORDS),
+        vn, v_words_of = _read(
+            begin, v_token, end, v_row, v_plane * 4, v_place, 1, v_scale, begin + lane * 4,
+            LOAD_VALUES, LOAD_VALUE_KINDS, V_WORDS,
         )  # fmt: skip
     if EARLY:
         gdc_wait()
@@ -436,25 +424,45 @@ def fast_split_kernel(
     constant = tl.load(scalars + pair * 4 + 1)
     unit = tl.load(scalars + pair * 4 + 2)
     if ONE_BLOCK:
-        state = _attend_block(
-            begin, end, lane, kn, vn, words, state, row, masks, gain, constant, unit,
-            turn, phase_row, cos_at, sin_at, rope_t, angles,
-            KEY_CODE, KEY_KINDS, VALUE_CODE, VALUE_KINDS,
-            BIAS_CODE, BIAS_KINDS, DIM, HAS_BIAS, K_WORDS, V_FIELDS,
+        b = _bias(begin, lane, turn, phase_row, cos_at, sin_at, rope_t, angles, BIAS_CODE, BIAS_KINDS, DIM, HAS_BIAS)
+        totals = tl.inline_asm_elementwise(
+            KEY_CODE, KEY_KINDS, (row,) + k_words_of,  # noqa: RUF005  Triton 3.6 unpacks no tuples
+            dtype=(tl.int32,) * 4, is_pure=False, pack=1,
+        )  # fmt: skip
+        top, mass, weight, low, high, alpha = _weigh(
+            begin, end, lane, totals, kn, vn, b, gain, constant, unit, top, mass, weight
+        )
+        sums = tl.inline_asm_elementwise(
+            VALUE_CODE, VALUE_KINDS, (low, high, masks, alpha) + v_words_of + sums,  # noqa: RUF005
+            dtype=(tl.float32,) * V_FIELDS, is_pure=True, pack=1,
         )  # fmt: skip
     else:
         for first in range(begin, end, 128):
-            kn, vn, words = _read(
-                first, end, lane, k_row, k_word, k_place, v_row, v_plane, v_place, k_scale, v_scale,
-                LOAD_CODE, LOAD_KINDS, 4 * (K_WORDS + V_WORDS),
+            v_token = tl.minimum(first + lane // 4 * 16, last // 16 * 16)
+            vn, v_words_of = _read(
+                first, v_token, end, v_row, v_plane * 4, v_place, 1, v_scale, first + lane * 4,
+                LOAD_VALUES, LOAD_VALUE_KINDS, V_WORDS,
             )  # fmt: skip
-            state = _attend_block(
-                first, end, lane, kn, vn, words, state, row, masks, gain, constant, unit,
-                turn, phase_row, cos_at, sin_at, rope_t, angles,
-                KEY_CODE, KEY_KINDS, VALUE_CODE, VALUE_KINDS,
-            BIAS_CODE, BIAS_KINDS, DIM, HAS_BIAS, K_WORDS, V_FIELDS,
+            b = _bias(
+                first, lane, turn, phase_row, cos_at, sin_at, rope_t, angles, BIAS_CODE, BIAS_KINDS, DIM, HAS_BIAS
+            )
+            totals = tl.inline_asm_elementwise(
+                KEY_CODE, KEY_KINDS, (row,) + k_words_of,  # noqa: RUF005
+                dtype=(tl.int32,) * 4, is_pure=False, pack=1,
             )  # fmt: skip
-    top, mass, weight, sums = state
+            own_kn = kn
+            k_token = tl.minimum(first + 128 + lane * 4, last // 4 * 4)
+            kn, k_words_of = _read(
+                first + 128, k_token, end, k_row, k_word, k_place, 4, k_scale, first + 128 + lane * 4,
+                LOAD_KEYS, LOAD_KEY_KINDS, K_WORDS,
+            )  # fmt: skip
+            top, mass, weight, low, high, alpha = _weigh(
+                first, end, lane, totals, own_kn, vn, b, gain, constant, unit, top, mass, weight
+            )
+            sums = tl.inline_asm_elementwise(
+                VALUE_CODE, VALUE_KINDS, (low, high, masks, alpha) + v_words_of + sums,  # noqa: RUF005
+                dtype=(tl.float32,) * V_FIELDS, is_pure=False, pack=1,
+            )  # fmt: skip
 
     part = pair * tl.num_programs(1) + split
     warp_top = tl.max(top, 0)

@@ -69,11 +69,14 @@ def _aligned_angles(rope: Rope) -> bool:
 
 
 def _angles(held: Held, layer: PreparedLayer) -> tuple[Tensor | int, ...]:
-    """Turns, cosines, sines, floats between their rows, rows; where keys have no centre, something never read."""
+    """Turns, a block's turn, cosines, sines, floats between their rows, rows.
+
+    Where keys have no centre, something that is never read.
+    """
     rope = held.rope
     if rope is None or not layer.k.centred:
-        return layer.k.centre, layer.k.centre, layer.k.centre, 0, 0
-    return rope.turns, rope.cos, rope.sin, rope.cos.stride(0), rope.cos.shape[0]
+        return (layer.k.centre,) * 4 + (0, 0)
+    return rope.turns, rope.block_turn, rope.cos, rope.sin, rope.cos.stride(0), rope.cos.shape[0]
 
 
 @dataclass(frozen=True)
@@ -130,6 +133,7 @@ def _split(
     k, v, k_fields, v_fields = held.k, held.v, layer.k.fields, layer.v.fields
     assert k.scales is not None and v.scales is not None and k_fields is not None and v_fields is not None
     k_words, v_words = len(k_fields.shape), len(v_fields.shape)
+    shared = ptx.Shared(q.shape[3], k_fields.count, v_fields.count, k_words, v_words)
     ptx.fast_split_kernel[(batch * heads, partials.top.shape[3])](
         folded.descriptors, folded.scalars, folded.phases, *_angles(held, layer),
         q if held.lengths is None else held.lengths,
@@ -138,10 +142,12 @@ def _split(
         k_fields.places, v_fields.places, v_fields.masks,
         partials.top, partials.mass, partials.weight, partials.out, held.tokens, chunk, held.sinks,
         HEADS=heads, DIM=q.shape[3], K_FIELDS=k_fields.count, V_FIELDS=v_fields.count, V_TABLE=v_fields.masks.shape[1],
-        LOAD_KEYS=ptx.load_code(k_words), LOAD_KEY_KINDS=ptx.load_constraints(k_words),
-        LOAD_VALUES=ptx.load_code(v_words), LOAD_VALUE_KINDS=ptx.load_constraints(v_words),
+        OPEN_CODE=ptx.open_code(shared, layer.k.centred), OPEN_KINDS=ptx.OPEN_KINDS,
+        ROW_CODE=ptx.row_code(shared, layer.k.centred), ROW_KINDS=ptx.ROW_KINDS, ROTATION=shared.rotation,
+        LOAD_KEYS=ptx.load_code(k_words, shared.k_places), LOAD_KEY_KINDS=ptx.load_constraints(k_words),
+        LOAD_VALUES=ptx.load_code(v_words, shared.v_places), LOAD_VALUE_KINDS=ptx.load_constraints(v_words),
         KEY_CODE=ptx.key_code(k_fields.shape), KEY_KINDS=ptx.key_constraints(k_fields.shape),
-        VALUE_CODE=ptx.value_code(v_fields.shape), VALUE_KINDS=ptx.value_constraints(v_fields.shape),
-        BIAS_CODE=ptx.bias_code(q.shape[3]), BIAS_KINDS=ptx.BIAS_KINDS, HAS_BIAS=layer.k.centred, HAS_LENGTHS=held.lengths is not None, ONE_BLOCK=chunk == ptx.BLOCK,
+        VALUE_CODE=ptx.value_code(v_fields.shape, shared.masks), VALUE_KINDS=ptx.value_constraints(v_fields.shape),
+        BIAS_CODE=ptx.bias_code(shared), BIAS_KINDS=ptx.BIAS_KINDS, HAS_BIAS=layer.k.centred, HAS_LENGTHS=held.lengths is not None, ONE_BLOCK=chunk == ptx.BLOCK,
         K_WORDS=k_words, V_WORDS=v_words, num_warps=1, EARLY=early, **portable.early_launch(early),
     )  # fmt: skip

@@ -18,6 +18,8 @@ their sum.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
@@ -39,18 +41,140 @@ FENCE = "bar.warp.sync 0xffffffff;"
 """Keeps the assembler from putting off a batch of loads until each is used: one latency, not one for each word."""
 
 
-def load_code(words: int) -> str:
+@dataclass(frozen=True)
+class Shared:
+    """Where a warp keeps, in shared memory, what it reads for every block: a load of it from global memory would
+    queue behind the codes on their way. Offsets in bytes.
+
+        descriptors   of the row, 16 bytes a field (see `key_code`)
+        masks         of the head's value fields
+        k_places, v_places   of the head's words
+        rotation      cosines, then sines, of RoPE's turn by a block: float32 [d]
+        state         the coefficients of the centre's scores at the block, each lane's own: float32 [d / 16, 32, 4]
+        turns         `Rope.turns`
+    """
+
+    dim: int
+    k_fields: int
+    v_fields: int
+    k_words: int
+    v_words: int
+
+    @property
+    def masks(self) -> int:
+        return 16 * self.k_fields
+
+    @property
+    def k_places(self) -> int:
+        return self.masks + _row(self.v_fields)
+
+    @property
+    def v_places(self) -> int:
+        return self.k_places + _row(self.k_words)
+
+    @property
+    def rotation(self) -> int:
+        return self.v_places + _row(self.v_words)
+
+    @property
+    def state(self) -> int:
+        return self.rotation + 4 * self.dim
+
+    @property
+    def turns(self) -> int:
+        return self.state + 32 * self.dim
+
+    @property
+    def size(self) -> int:
+        return self.turns + 64 * self.dim
+
+
+def _row(numbers: int) -> int:
+    """Bytes of a row of int32, padded to 16."""
+    return -(-numbers // 4) * 16
+
+
+def open_code(at: Shared, has_bias: bool) -> str:
+    """PTX: $0 = address of the shared memory, filled but for descriptors and state.
+
+    After the output: the lane, addresses of the head's masks and places of keys and of values; of `Rope.turns` and
+    `Rope.block_turn`.
+    """
+    lines = [f".shared .align 16 .b8 held[{at.size}];", *COPY_REGISTERS, "mov.u32 $0, held;"]
+    for operand, offset, size in (
+        (2, at.masks, _row(at.v_fields)), (3, at.k_places, _row(at.k_words)), (4, at.v_places, _row(at.v_words)),
+    ):  # fmt: skip
+        lines += _copy("$0", operand, offset, size)
+    if has_bias:
+        lines += _copy("$0", 5, at.turns, 64 * at.dim) + _copy("$0", 6, at.rotation, 4 * at.dim)
+    return _block([*lines, FENCE])
+
+
+OPEN_KINDS = "=&r,r,l,l,l,l,l"
+
+
+def row_code(at: Shared, has_bias: bool) -> str:
+    """PTX: fill in descriptors and state. $0 = 0; the lane, address of the shared memory, of the row's descriptors;
+
+    of the lane's pairs' coefficients (those of the sines are dim / 2 further), of their cosines and sines at token
+    2 (l / 4) of the first block.
+    """
+    lines = [*COPY_REGISTERS, ".reg .f32 e<4>, o<4>, x<4>, y<4>;", "mov.u32 $0, 0;"]
+    lines += _copy("$2", 3, 0, 16 * at.k_fields)
+    lines += ["shl.b32 to, $1, 4;", "add.u32 to, to, $2;"]
+    for four in range(at.dim // 32 if has_bias else 0):
+        for name, operand, offset in (("e", 4, 0), ("o", 4, 2 * at.dim), ("x", 5, 0), ("y", 6, 0)):
+            lines.append(f"ld.global.v4.f32 {_four(name)}, [${operand}+{16 * four + offset}];")
+        lines += _turned(four, at)
+    return _block([*lines, FENCE])
+
+
+ROW_KINDS = "=&r,r,r,l,l,l,l"
+COPY_REGISTERS = (".reg .pred there;", ".reg .b32 to, c<4>;", ".reg .b64 from;")
+
+
+def _copy(base: str, operand: int, offset: int, size: int) -> list[str]:
+    """Copy `size` bytes from address `operand` to `offset` of shared memory; $1 is the lane."""
+    lines = []
+    for done in range(0, size, 512):
+        least = min(512, size - done) // 16
+        lines += [
+            f"setp.lt.u32 there, $1, {least};", f"mad.wide.u32 from, $1, 16, ${operand};",
+            f"shl.b32 to, $1, 4;", f"add.u32 to, to, {base};",
+            f"@there ld.global.v4.b32 {_four('c')}, [from+{done}];",
+            f"@there st.shared.v4.b32 [to+{offset + done}], {_four('c')};",
+        ]  # fmt: skip
+    return lines
+
+
+def _four(name: str) -> str:
+    return "{" + ", ".join(f"{name}{i}" for i in range(4)) + "}"
+
+
+def _turned(four: int, at: Shared) -> list[str]:
+    """Turn coefficients e of cosines, o of sines, by the angles of cosine x and sine y: the lane's new state."""
+    lines = [".reg .f32 a<4>, b<4>;"] if not four else []
+    for n in range(4):
+        lines += [
+            f"mul.f32 a{n}, o{n}, y{n};", f"fma.rn.f32 a{n}, e{n}, x{n}, a{n};",
+            f"mul.f32 b{n}, e{n}, y{n};", f"neg.f32 b{n}, b{n};", f"fma.rn.f32 b{n}, o{n}, x{n}, b{n};",
+        ]  # fmt: skip
+    place = at.state + 1024 * four
+    return [*lines, f"st.shared.v4.f32 [to+{place}], {_four('a')};", f"st.shared.v4.f32 [to+{place + 512}], {_four('b')};"]
+
+
+def load_code(words: int, places: int) -> str:
     """PTX: $0.. = 16 bytes of a lane from each of `words` planes, 4 registers a word: 4 tokens of keys, 16 of values.
 
-    After the outputs: address of the lane's bytes in plane 0, bytes between words, the head's places, whether to
-    read at all (else the outputs hold anything).
+    After the outputs: address of the lane's bytes in plane 0, bytes between words, address of the shared memory,
+    whether to read at all (else the outputs hold anything). `places`: offset of the head's places.
     """
-    base, stride, places, wanted = (f"${4 * words + i}" for i in range(4))
+    base, stride, shared, wanted = (f"${4 * words + i}" for i in range(4))
     lines = [f".reg .b32 place<{4 * -(-words // 4)}>;", ".reg .b64 at, once;", ".reg .pred wanted;", ONCE]
     lines.append(f"setp.ne.b32 wanted, {wanted}, 0;")
     for w in range(0, words, 4):
         four = ", ".join(f"place{w + i}" for i in range(4))
-        lines.append(f"ld.global.v4.b32 {{{four}}}, [{places}+{4 * w}];")
+        lines.append(f"ld.shared.v4.b32 {{{four}}}, [{shared}+{places + 4 * w}];")
     for w in range(words):
         four = ", ".join(f"${4 * w + i}" for i in range(4))
         lines.append(f"mad.wide.u32 at, place{w}, {stride}, {base};")
@@ -60,20 +184,20 @@ def load_code(words: int) -> str:
 
 def load_constraints(words: int) -> str:
     """Operand kinds of `load_code`."""
-    return ",".join(["=&r"] * (4 * words) + ["l", "r", "l", "r"])
+    return ",".join(["=&r"] * (4 * words) + ["l", "r", "r", "r"])
 
 
 def key_code(shape: tuple[int, ...]) -> str:
     """PTX: $0..$3 = sum over fields and lanes of query * piece, of 4 tokens.
 
-    After the outputs: the row's descriptors, F times (shift, mask, query of lanes 0 and 1, of lanes 2 and 3); the
-    words of `load_code`.
+    After the outputs: address of the shared memory, with the row's descriptors, F times (shift, mask, query of
+    lanes 0 and 1, of lanes 2 and 3); the words of `load_code`.
     """
     lines = [".reg .b32 t, d<4>;", *(f"mov.b32 ${token}, 0;" for token in range(4))]
     words = _word_of_field(shape)
     for f, word in enumerate(words):
         is_first = f == 0 or words[f - 1] != word  # at bit 0
-        lines.append(f"ld.global.v4.b32 {{d0, d1, d2, d3}}, [$4+{16 * f}];")
+        lines.append(f"ld.shared.v4.b32 {{d0, d1, d2, d3}}, [$4+{16 * f}];")
         for token in range(4):
             if is_first:
                 lines.append(f"and.b32 t, ${5 + 4 * word + token}, d1;")
@@ -89,14 +213,14 @@ def _word_of_field(shape: tuple[int, ...]) -> list[int]:
     return [word for word, count in enumerate(shape) for _ in range(count)]
 
 
-def value_code(shape: tuple[int, ...]) -> str:
+def value_code(shape: tuple[int, ...], masks_at: int) -> str:
     """PTX: $f = acc * alpha + sum over 16 tokens of weight * masked byte, for each of F fields.
 
-    After the outputs: the lane's own 4 weights as 2 words, the head's masks, alpha, the words of `key_code`, the
-    F accumulators.
+    After the outputs: the lane's own 4 weights as 2 words, address of the shared memory, alpha, the words of
+    `load_code`, the F accumulators. `masks_at`: offset of the head's masks.
     """
     fields = sum(shape)
-    low, high, masks, alpha = (f"${fields + i}" for i in range(4))
+    low, high, shared, alpha = (f"${fields + i}" for i in range(4))
     word_at = fields + 4
     acc_at = word_at + 4 * len(shape)
     lines = [".reg .b32 p<8>, t, sum, m<4>;", ".reg .f32 x;"]
@@ -105,7 +229,7 @@ def value_code(shape: tuple[int, ...]) -> str:
         lines.append(f"shfl.sync.idx.b32 p{2 * owner + 1}, {high}, {owner}, 0x1c1f, 0xffffffff;")
     for f, word in enumerate(_word_of_field(shape)):
         if f % 4 == 0:
-            lines.append(f"ld.global.v4.b32 {{m0, m1, m2, m3}}, [{masks}+{4 * f}];")
+            lines.append(f"ld.shared.v4.b32 {{m0, m1, m2, m3}}, [{shared}+{masks_at + 4 * f}];")
         lines.append("mov.b32 sum, 0;")
         for i in range(4):
             lines.append(f"and.b32 t, ${word_at + 4 * word + i}, m{f % 4};")
@@ -115,58 +239,59 @@ def value_code(shape: tuple[int, ...]) -> str:
     return _block(lines)
 
 
-def bias_code(dim: int) -> str:
+def bias_code(at: Shared) -> str:
     """PTX: $0..$3 = the centre's scores of the lane's tokens 4 l .. 4 l + 3 of a block, in units of the row.
 
-    After the outputs: addresses of the lane's 16 bytes in `Rope.turns`, of its pairs' coefficients of the cosines
-    (those of the sines are dim / 2 further), of its pairs' cosines and of their sines at token 2 (l / 4) of the
-    block. Tokens are 16 g + 2 c + {0, 1}: the coefficients are turned by 2 c first, one column c a quad, then
-    meet the turns by 16 g and 16 g + 1 in a matrix product, m16n8k16, whose results lie where they are needed.
-    Both factors are sums of two float16; the product of the low parts is below rounding.
+    After the outputs: the lane's addresses in shared memory, 16 bytes a lane, and of its pairs' rotation. Tokens are
+    16 g + 2 c + {0, 1}: the state is the coefficients turned by the block and 2 c, one column c a quad; they meet
+    the turns by 16 g and 16 g + 1 in a matrix product, m16n8k16, whose results lie where they are needed. Both
+    factors are sums of two float16; the product of the low parts is below rounding. Then the state is turned by a
+    block.
     """
-    lines = [".reg .f32 e<4>, o<4>, x<4>, y<4>, c<4>, a, b, r, s;", ".reg .b16 p, q;"]
-    lines.append(".reg .b32 high<2>, low<2>, m<4>;")
+    lines = [".reg .f32 e<4>, o<4>, x<4>, y<4>, c<4>, r, s;", ".reg .b16 p, q;"]
+    lines += [".reg .b32 to, high<2>, low<2>, m<4>;", "mov.u32 to, $4;"]
     lines += [f"mov.f32 {name}{token}, 0f00000000;" for name in "$c" for token in range(4)]
     acc, more = "{$0, $2, $1, $3}", "{c0, c2, c1, c3}"  # two sums, for half the latency
-    for four in range(dim // 32):
-        for name, operand, offset in (("e", 5, 0), ("o", 5, 2 * dim), ("x", 6, 0), ("y", 7, 0)):
-            four_of = ", ".join(f"{name}{j}" for j in range(4))
-            lines.append(f"ld.global.v4.f32 {{{four_of}}}, [${operand}+{16 * four + offset}];")
+    product = "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32"
+    for four in range(at.dim // 32):
+        for name, operand, offset in (
+            ("e", 4, at.state + 1024 * four), ("o", 4, at.state + 1024 * four + 512),
+            ("x", 5, 16 * four), ("y", 5, 16 * four + 2 * at.dim),
+        ):  # fmt: skip
+            lines.append(f"ld.shared.v4.f32 {_four(name)}, [${operand}+{offset}];")
         for two in range(2):
             for j in range(2):
                 n = 2 * two + j
                 lines += [
-                    f"mul.f32 a, o{n}, y{n};", f"fma.rn.f32 a, e{n}, x{n}, a;",
-                    f"mul.f32 b, e{n}, y{n};", "neg.f32 b, b;", f"fma.rn.f32 b, o{n}, x{n}, b;",
-                    f"cvt.rn.f16x2.f32 high{j}, b, a;", f"mov.b32 {{p, q}}, high{j};",
-                    "cvt.f32.f16 r, p;", "cvt.f32.f16 s, q;", "sub.f32 a, a, r;", "sub.f32 b, b, s;",
-                    f"cvt.rn.f16x2.f32 low{j}, b, a;",
+                    f"cvt.rn.f16x2.f32 high{j}, o{n}, e{n};", f"mov.b32 {{p, q}}, high{j};",
+                    "cvt.f32.f16 r, p;", "cvt.f32.f16 s, q;", f"sub.f32 r, e{n}, r;", f"sub.f32 s, o{n}, s;",
+                    f"cvt.rn.f16x2.f32 low{j}, s, r;",
                 ]  # fmt: skip
-            at = 512 * (2 * four + two)
-            product = "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32"
+            place = at.turns + 512 * (2 * four + two)
             lines += [
-                f"ld.global.v4.b32 {{m0, m1, m2, m3}}, [$4+{at}];",
-                f"{product} {acc}, {{m0, m1, m2, m3}}, {{low0, low1}}, {acc};",
-                f"{product} {more}, {{m0, m1, m2, m3}}, {{high0, high1}}, {more};",
-                f"ld.global.v4.b32 {{m0, m1, m2, m3}}, [$4+{at + 32 * dim}];",
-                f"{product} {acc}, {{m0, m1, m2, m3}}, {{high0, high1}}, {acc};",
+                f"ld.shared.v4.b32 {_four('m')}, [$4+{place}];",
+                f"{product} {acc}, {_four('m')}, {{low0, low1}}, {acc};",
+                f"{product} {more}, {_four('m')}, {{high0, high1}}, {more};",
+                f"ld.shared.v4.b32 {_four('m')}, [$4+{place + 32 * at.dim}];",
+                f"{product} {acc}, {_four('m')}, {{high0, high1}}, {acc};",
             ]
+        lines += _turned(four, at)
     lines += [f"add.f32 ${token}, ${token}, c{token};" for token in range(4)]
     return _block(lines)
 
 
-BIAS_KINDS = "=&f,=&f,=&f,=&f,l,l,l,l"
+BIAS_KINDS = "=&f,=&f,=&f,=&f,r,r"
 
 
 def key_constraints(shape: tuple[int, ...]) -> str:
     """Operand kinds of `key_code`."""
-    return ",".join(["=&r"] * 4 + ["l"] + ["r"] * (4 * len(shape)))
+    return ",".join(["=&r"] * 4 + ["r"] + ["r"] * (4 * len(shape)))
 
 
 def value_constraints(shape: tuple[int, ...]) -> str:
     """Operand kinds of `value_code`."""
     fields = sum(shape)
-    return ",".join(["=&f"] * fields + ["r", "r", "l", "f"] + ["r"] * (4 * len(shape)) + ["f"] * fields)
+    return ",".join(["=&f"] * fields + ["r", "r", "r", "f"] + ["r"] * (4 * len(shape)) + ["f"] * fields)
 
 
 def _block(lines: list[str]) -> str:
@@ -295,7 +420,7 @@ def fast_fold_kernel(
 
 @triton.jit
 def _read(
-    first, token, end, row, stride, places, token_bytes, scale, scale_token,
+    first, token, end, row, stride, shared, token_bytes, scale, scale_token,
     LOAD_CODE: tl.constexpr, LOAD_KINDS: tl.constexpr, WORDS: tl.constexpr,
 ):  # fmt: skip
     """A lane's part of a side's block: the scales of its 4 tokens from `scale_token` on, the words of `load_code`.
@@ -304,25 +429,22 @@ def _read(
     """
     own = tl.minimum(scale_token, tl.maximum(end - 1, 0) // 4 * 4)
     n = tl.load(scale + own // 4, eviction_policy="evict_first")
-    wanted = (first < end).to(tl.int32)
+    wanted = token * 0 + (first < end).to(tl.int32)
     words = tl.inline_asm_elementwise(
-        LOAD_CODE, LOAD_KINDS, (row + token * token_bytes, stride, places, token * 0 + wanted),
+        LOAD_CODE, LOAD_KINDS, (row + token * token_bytes, stride, shared, wanted),
         dtype=(tl.int32,) * (4 * WORDS), is_pure=False, pack=1,
     )  # fmt: skip
     return n, words
 
 
 @triton.jit
-def _bias(
-    first, lane, turns, phase_row, cos, sin, rope_t, angles,
-    BIAS_CODE: tl.constexpr, BIAS_KINDS: tl.constexpr, DIM: tl.constexpr, HAS_BIAS: tl.constexpr,
-):  # fmt: skip
-    """The centre's scores of a lane's 4 tokens, in units of the row."""
+def _bias(lane, shared, ROTATION: tl.constexpr, BIAS_CODE: tl.constexpr, BIAS_KINDS: tl.constexpr, DIM: tl.constexpr,
+          HAS_BIAS: tl.constexpr):  # fmt: skip
+    """The centre's scores of a lane's 4 tokens of the block, in units of the row."""
     b = (0.0, 0.0, 0.0, 0.0)
     if HAS_BIAS:
-        angle = tl.minimum(first + lane // 4 * 2, angles - 1) * rope_t + lane % 4 * (DIM // 8)
         b = tl.inline_asm_elementwise(
-            BIAS_CODE, BIAS_KINDS, (turns, phase_row, cos + angle.to(tl.int64) * 4, sin + angle.to(tl.int64) * 4),
+            BIAS_CODE, BIAS_KINDS, (shared + lane * 16, shared + ROTATION + lane % 4 * (DIM // 2)),
             dtype=(tl.float32,) * 4, is_pure=False, pack=1,
         )  # fmt: skip
     return b
@@ -356,12 +478,13 @@ def _weigh(first, end, lane, totals, kn, vn, b, gain, constant, unit, top, mass,
 
 @triton.jit
 def fast_split_kernel(
-    descriptors, scalars, phases, turns, cos, sin, rope_t, angles, lengths,
+    descriptors, scalars, phases, turns, block_turn, cos, sin, rope_t, angles, lengths,
     k_codes, k_b, k_h, k_word, k_scales, ks_b, ks_h,
     v_codes, v_b, v_h, v_plane, v_scales, vs_b, vs_h, k_places, v_places, v_masks,
     part_max, part_sum, part_weight, part_out, tokens, chunk, sinks,
     HEADS: tl.constexpr, DIM: tl.constexpr, K_FIELDS: tl.constexpr, V_FIELDS: tl.constexpr, V_TABLE: tl.constexpr,
-    LOAD_KEYS: tl.constexpr, LOAD_KEY_KINDS: tl.constexpr,
+    OPEN_CODE: tl.constexpr, OPEN_KINDS: tl.constexpr, ROW_CODE: tl.constexpr, ROW_KINDS: tl.constexpr,
+    ROTATION: tl.constexpr, LOAD_KEYS: tl.constexpr, LOAD_KEY_KINDS: tl.constexpr,
     LOAD_VALUES: tl.constexpr, LOAD_VALUE_KINDS: tl.constexpr,
     KEY_CODE: tl.constexpr, KEY_KINDS: tl.constexpr, VALUE_CODE: tl.constexpr, VALUE_KINDS: tl.constexpr,
     BIAS_CODE: tl.constexpr, BIAS_KINDS: tl.constexpr,
@@ -373,8 +496,8 @@ def fast_split_kernel(
         m = max_j (score_j + log2 n'_j)     w_j = 2^(score_j + log2 n'_j - m), in units of 2^-16
         part_sum = sum_j 2^(score_j - m)    part_weight = sum_j w_j    part_out[f, i] = sum_j w_j byte_jfi
 
-    scores in units of log 2; descriptors, scalars and phases as `fast_fold_kernel` leaves them, turns as in
-    `Rope.turns`, cos and sin f32 [angles, d], rows rope_t apart, of packed token 0 on; codes and scales as in
+    scores in units of log 2; descriptors, scalars and phases as `fast_fold_kernel` leaves them, turns and
+    block_turn as in `Rope`, cos and sin f32 [angles, d], rows rope_t apart, of packed token 0 on; codes and scales as in
     `Packed` with aligned strides, k_places, v_places and v_masks as in `Fields`; part_max, part_sum and
     part_weight f32 [B, H, S], part_out f32 [B, H, S, 4 F'].
     """
@@ -397,9 +520,6 @@ def fast_split_kernel(
     v_row = v_plane0 + (lane % 4) * v_plane
     k_scale = (k_scales + batch * ks_b + head * ks_h).to(tl.pointer_type(tl.int32), bitcast=True)
     v_scale = (v_scales + batch * vs_b + head * vs_h).to(tl.pointer_type(tl.int32), bitcast=True)
-    turn = turns.to(tl.int64, bitcast=True) + lane * 16
-    phase_row = (phases + pair * DIM + lane % 4 * (DIM // 8)).to(tl.int64, bitcast=True)
-    cos_at, sin_at = cos.to(tl.int64, bitcast=True), sin.to(tl.int64, bitcast=True)
     top = tl.full((32,), NEGATIVE, tl.float32)
     mass, weight = tl.zeros((32,), tl.float32), tl.zeros((32,), tl.float32)
     sums = (tl.zeros((32,), tl.float32),) * V_FIELDS
@@ -407,60 +527,70 @@ def fast_split_kernel(
         gdc_launch_dependents()
     # The codes do not wait for `fast_fold_kernel`. A block's keys are read while the values of the one before are
     # summed, its values while its keys are asked, so that few registers hold much that is under way.
+    shared = tl.inline_asm_elementwise(
+        OPEN_CODE, OPEN_KINDS,
+        (lane, masks, k_place, v_place, turns.to(tl.int64, bitcast=True), block_turn.to(tl.int64, bitcast=True)),
+        dtype=tl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
     last = tl.maximum(end - 1, 0)
     k_token = tl.minimum(begin + lane * 4, last // 4 * 4)
     v_token = tl.minimum(begin + lane // 4 * 16, last // 16 * 16)
     kn, k_words_of = _read(
-        begin, k_token, end, k_row, k_word, k_place, 4, k_scale, begin + lane * 4, LOAD_KEYS, LOAD_KEY_KINDS, K_WORDS
+        begin, k_token, end, k_row, k_word, shared, 4, k_scale, begin + lane * 4, LOAD_KEYS, LOAD_KEY_KINDS, K_WORDS
     )
     if ONE_BLOCK:
         vn, v_words_of = _read(
-            begin, v_token, end, v_row, v_plane * 4, v_place, 1, v_scale, begin + lane * 4,
+            begin, v_token, end, v_row, v_plane * 4, shared, 1, v_scale, begin + lane * 4,
             LOAD_VALUES, LOAD_VALUE_KINDS, V_WORDS,
         )  # fmt: skip
     if EARLY:
         gdc_wait()
+    phase_row = (phases + pair * DIM + lane % 4 * (DIM // 8)).to(tl.int64, bitcast=True)
+    angle = (tl.minimum(begin + lane // 4 * 2, angles - 1) * rope_t + lane % 4 * (DIM // 8)).to(tl.int64) * 4
+    tl.inline_asm_elementwise(
+        ROW_CODE, ROW_KINDS,
+        (lane, shared, row, phase_row, cos.to(tl.int64, bitcast=True) + angle, sin.to(tl.int64, bitcast=True) + angle),
+        dtype=tl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
     gain = tl.load(scalars + pair * 4)
     constant = tl.load(scalars + pair * 4 + 1)
     unit = tl.load(scalars + pair * 4 + 2)
     if ONE_BLOCK:
-        b = _bias(begin, lane, turn, phase_row, cos_at, sin_at, rope_t, angles, BIAS_CODE, BIAS_KINDS, DIM, HAS_BIAS)
+        b = _bias(lane, shared, ROTATION, BIAS_CODE, BIAS_KINDS, DIM, HAS_BIAS)
         totals = tl.inline_asm_elementwise(
-            KEY_CODE, KEY_KINDS, (row,) + k_words_of,  # noqa: RUF005  Triton 3.6 unpacks no tuples
+            KEY_CODE, KEY_KINDS, (shared,) + k_words_of,  # noqa: RUF005  Triton 3.6 unpacks no tuples
             dtype=(tl.int32,) * 4, is_pure=False, pack=1,
         )  # fmt: skip
         top, mass, weight, low, high, alpha = _weigh(
             begin, end, lane, totals, kn, vn, b, gain, constant, unit, top, mass, weight
         )
         sums = tl.inline_asm_elementwise(
-            VALUE_CODE, VALUE_KINDS, (low, high, masks, alpha) + v_words_of + sums,  # noqa: RUF005
+            VALUE_CODE, VALUE_KINDS, (low, high, shared, alpha) + v_words_of + sums,  # noqa: RUF005
             dtype=(tl.float32,) * V_FIELDS, is_pure=True, pack=1,
         )  # fmt: skip
     else:
         for first in range(begin, end, 128):
             v_token = tl.minimum(first + lane // 4 * 16, last // 16 * 16)
             vn, v_words_of = _read(
-                first, v_token, end, v_row, v_plane * 4, v_place, 1, v_scale, first + lane * 4,
+                first, v_token, end, v_row, v_plane * 4, shared, 1, v_scale, first + lane * 4,
                 LOAD_VALUES, LOAD_VALUE_KINDS, V_WORDS,
             )  # fmt: skip
-            b = _bias(
-                first, lane, turn, phase_row, cos_at, sin_at, rope_t, angles, BIAS_CODE, BIAS_KINDS, DIM, HAS_BIAS
-            )
+            b = _bias(lane, shared, ROTATION, BIAS_CODE, BIAS_KINDS, DIM, HAS_BIAS)
             totals = tl.inline_asm_elementwise(
-                KEY_CODE, KEY_KINDS, (row,) + k_words_of,  # noqa: RUF005
+                KEY_CODE, KEY_KINDS, (shared,) + k_words_of,  # noqa: RUF005
                 dtype=(tl.int32,) * 4, is_pure=False, pack=1,
             )  # fmt: skip
             own_kn = kn
             k_token = tl.minimum(first + 128 + lane * 4, last // 4 * 4)
             kn, k_words_of = _read(
-                first + 128, k_token, end, k_row, k_word, k_place, 4, k_scale, first + 128 + lane * 4,
+                first + 128, k_token, end, k_row, k_word, shared, 4, k_scale, first + 128 + lane * 4,
                 LOAD_KEYS, LOAD_KEY_KINDS, K_WORDS,
             )  # fmt: skip
             top, mass, weight, low, high, alpha = _weigh(
                 first, end, lane, totals, own_kn, vn, b, gain, constant, unit, top, mass, weight
             )
             sums = tl.inline_asm_elementwise(
-                VALUE_CODE, VALUE_KINDS, (low, high, masks, alpha) + v_words_of + sums,  # noqa: RUF005
+                VALUE_CODE, VALUE_KINDS, (low, high, shared, alpha) + v_words_of + sums,  # noqa: RUF005
                 dtype=(tl.float32,) * V_FIELDS, is_pure=False, pack=1,
             )  # fmt: skip
 

@@ -31,6 +31,9 @@ Scale = Literal["none", "norm", "least-squares"]
 SCALE_STEPS_PER_OCTAVE = 32
 SCALE_ZERO = 128
 
+TURN = 128
+"""Tokens of a block of the fast kernel: see `Rope.turns`."""
+
 
 @dataclass(frozen=True)
 class SideSpec:
@@ -254,6 +257,16 @@ class Rope:
         whole = torch.stack((cosine * there, sine * there), -1)
         high = whole.half()
         return torch.stack((high, (whole - high).half()))
+
+    @cached_property
+    def block_turn(self) -> Tensor:
+        """Cosines, then sines, of the turn by 128 tokens, float32 [d]; 0 where there are no more angles [T, d]."""
+        half = self.cos.shape[-1] // 2
+        if len(self.cos) <= TURN:
+            return torch.zeros(2 * half, device=self.cos.device)
+        cos, sin = (x.double()[:, :half] for x in (self.cos, self.sin))
+        turn = (cos[TURN] * cos[0] + sin[TURN] * sin[0], sin[TURN] * cos[0] - cos[TURN] * sin[0])
+        return torch.cat(turn).float()
 
     @classmethod
     def at(cls, positions: Tensor, inverse_frequencies: Tensor) -> Rope:

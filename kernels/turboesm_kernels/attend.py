@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-from triton.language.extra.cuda import gdc_wait
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from turboesm_kernels.reference import SCALE_STEPS_PER_OCTAVE, SCALE_ZERO
 
@@ -243,6 +243,7 @@ def finish_kernel(
             top = new_top
     if EARLY:
         gdc_wait()
+        gdc_launch_dependents()  # of our own kernels, none reads before its own wait
     coded = tl.zeros((ROW_BLOCK,), tl.float32)
     heavy = tl.zeros((ROW_BLOCK,), tl.float32)
     acc = tl.zeros((ROW_BLOCK, AXES_PAD), tl.float32)

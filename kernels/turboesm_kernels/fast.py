@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -20,11 +21,11 @@ MAX_FIELDS = 48
 FEW_ROWS = 40
 """Sequences and heads up to which each query is folded by a program of its own: latency counts."""
 
-WAVES = 32
-"""One-warp programs a multiprocessor is given before ranges of tokens are made longer instead of more."""
+WARPS = 16
+"""Warps that a multiprocessor runs at once: 128 registers a thread."""
 
-LONGEST = 5
-"""Blocks of tokens in the longest range: beyond, more ranges fill the device more evenly."""
+OPENING = 3
+"""What beginning and ending a range costs, in blocks."""
 
 
 def obstacle(q: Tensor, held: Held, layer: PreparedLayer) -> str | None:
@@ -102,11 +103,16 @@ def attend(q: Tensor, held: Held, layer: PreparedLayer) -> Tensor:
 
 
 def chunk_of(q: Tensor, tokens: int) -> int:
-    """Tokens a warp goes over: whole blocks, of which no range has more than one more than another needs."""
+    """Tokens a warp goes over, in whole blocks."""
     processors = torch.cuda.get_device_properties(q.device).multi_processor_count if q.is_cuda else 1
-    blocks = -(-tokens // ptx.BLOCK)
-    wanted = max(WAVES * processors // (q.shape[0] * q.shape[1]), -(-blocks // LONGEST))
-    return -(-blocks // min(wanted, blocks)) * ptx.BLOCK
+    return ptx.BLOCK * _blocks_each(q.shape[0] * q.shape[1], -(-tokens // ptx.BLOCK), WARPS * processors)
+
+
+@lru_cache(maxsize=1024)
+def _blocks_each(rows: int, blocks: int, slots: int) -> int:
+    """Blocks a warp goes over, so that `slots` warps at a time have the least to do one after another."""
+    lengths = {-(-blocks // splits) for splits in range(1, blocks + 1)}
+    return min(lengths, key=lambda each: (-(-rows * -(-blocks // each) // slots) * (each + OPENING), each))
 
 
 def fold(q: Tensor, layer: PreparedLayer, fields: Fields, early: bool) -> Folded:
@@ -144,8 +150,11 @@ def _split(
         HEADS=heads, DIM=q.shape[3], K_FIELDS=k_fields.count, V_FIELDS=v_fields.count, V_TABLE=v_fields.masks.shape[1],
         OPEN_CODE=ptx.open_code(shared, layer.k.centred), OPEN_KINDS=ptx.OPEN_KINDS,
         ROW_CODE=ptx.row_code(shared, layer.k.centred), ROW_KINDS=ptx.ROW_KINDS, ROTATION=shared.rotation,
-        LOAD_KEYS=ptx.load_code(k_words, shared.k_places), LOAD_KEY_KINDS=ptx.load_constraints(k_words),
-        LOAD_VALUES=ptx.load_code(v_words, shared.v_places), LOAD_VALUE_KINDS=ptx.load_constraints(v_words),
+        FIRST_KEYS=ptx.load_code(k_words, None), FIRST_KEY_KINDS=ptx.load_constraints(k_words, False),
+        FIRST_VALUES=ptx.load_code(v_words, None), FIRST_VALUE_KINDS=ptx.load_constraints(v_words, False),
+        LOAD_KEYS=ptx.load_code(k_words, shared.k_places), LOAD_KEY_KINDS=ptx.load_constraints(k_words, True),
+        LOAD_VALUES=ptx.load_code(v_words, shared.v_places),
+        LOAD_VALUE_KINDS=ptx.load_constraints(v_words, True),
         KEY_CODE=ptx.key_code(k_fields.shape), KEY_KINDS=ptx.key_constraints(k_fields.shape),
         VALUE_CODE=ptx.value_code(v_fields.shape, shared.masks), VALUE_KINDS=ptx.value_constraints(v_fields.shape),
         BIAS_CODE=ptx.bias_code(shared), BIAS_KINDS=ptx.BIAS_KINDS, HAS_BIAS=layer.k.centred, HAS_LENGTHS=held.lengths is not None, ONE_BLOCK=chunk == ptx.BLOCK,

@@ -14,7 +14,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.language.extra.cuda import gdc_wait
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from turboesm_kernels.ops import Held, PreparedLayer, padded
 from turboesm_kernels.portable import early_launch, launches_early
@@ -106,6 +106,7 @@ def _pack_rows(
     mask, low_bit, where = _piece(pieces, places, head, 0, axis, AXES, BYTES, BYTES_PAD, PIECES)
     if EARLY:
         gdc_wait()
+        gdc_launch_dependents()
     row = block * BLOCK + tl.arange(0, BLOCK)
     live = row < batches * tokens
     batch, token = (row // tokens).to(tl.int64), row % tokens

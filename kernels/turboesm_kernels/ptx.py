@@ -163,18 +163,20 @@ def _turned(four: int, at: Shared) -> list[str]:
     return [*lines, f"st.shared.v4.f32 [to+{place}], {_four('a')};", f"st.shared.v4.f32 [to+{place + 512}], {_four('b')};"]
 
 
-def load_code(words: int, places: int) -> str:
+def load_code(words: int, places: int | None) -> str:
     """PTX: $0.. = 16 bytes of a lane from each of `words` planes, 4 registers a word: 4 tokens of keys, 16 of values.
 
     After the outputs: address of the lane's bytes in plane 0, bytes between words, address of the shared memory,
-    whether to read at all (else the outputs hold anything). `places`: offset of the head's places.
+    whether to read at all (else the outputs hold anything). `places`: offset of the head's places; None where the
+    third operand is their own address, in global memory.
     """
+    space, offset = ("global", 0) if places is None else ("shared", places)
     base, stride, shared, wanted = (f"${4 * words + i}" for i in range(4))
     lines = [f".reg .b32 place<{4 * -(-words // 4)}>;", ".reg .b64 at, once;", ".reg .pred wanted;", ONCE]
     lines.append(f"setp.ne.b32 wanted, {wanted}, 0;")
     for w in range(0, words, 4):
         four = ", ".join(f"place{w + i}" for i in range(4))
-        lines.append(f"ld.shared.v4.b32 {{{four}}}, [{shared}+{places + 4 * w}];")
+        lines.append(f"ld.{space}.v4.b32 {{{four}}}, [{shared}+{offset + 4 * w}];")
     for w in range(words):
         four = ", ".join(f"${4 * w + i}" for i in range(4))
         lines.append(f"mad.wide.u32 at, place{w}, {stride}, {base};")
@@ -182,9 +184,9 @@ def load_code(words: int, places: int) -> str:
     return _block([*lines, FENCE])
 
 
-def load_constraints(words: int) -> str:
+def load_constraints(words: int, from_shared: bool) -> str:
     """Operand kinds of `load_code`."""
-    return ",".join(["=&r"] * (4 * words) + ["l", "r", "r", "r"])
+    return ",".join(["=&r"] * (4 * words) + ["l", "r", "r" if from_shared else "l", "r"])
 
 
 def key_code(shape: tuple[int, ...]) -> str:
@@ -484,8 +486,9 @@ def fast_split_kernel(
     part_max, part_sum, part_weight, part_out, tokens, chunk, sinks,
     HEADS: tl.constexpr, DIM: tl.constexpr, K_FIELDS: tl.constexpr, V_FIELDS: tl.constexpr, V_TABLE: tl.constexpr,
     OPEN_CODE: tl.constexpr, OPEN_KINDS: tl.constexpr, ROW_CODE: tl.constexpr, ROW_KINDS: tl.constexpr,
-    ROTATION: tl.constexpr, LOAD_KEYS: tl.constexpr, LOAD_KEY_KINDS: tl.constexpr,
-    LOAD_VALUES: tl.constexpr, LOAD_VALUE_KINDS: tl.constexpr,
+    ROTATION: tl.constexpr, FIRST_KEYS: tl.constexpr, FIRST_KEY_KINDS: tl.constexpr,
+    FIRST_VALUES: tl.constexpr, FIRST_VALUE_KINDS: tl.constexpr, LOAD_KEYS: tl.constexpr,
+    LOAD_KEY_KINDS: tl.constexpr, LOAD_VALUES: tl.constexpr, LOAD_VALUE_KINDS: tl.constexpr,
     KEY_CODE: tl.constexpr, KEY_KINDS: tl.constexpr, VALUE_CODE: tl.constexpr, VALUE_KINDS: tl.constexpr,
     BIAS_CODE: tl.constexpr, BIAS_KINDS: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_LENGTHS: tl.constexpr, ONE_BLOCK: tl.constexpr,
@@ -527,22 +530,23 @@ def fast_split_kernel(
         gdc_launch_dependents()
     # The codes do not wait for `fast_fold_kernel`. A block's keys are read while the values of the one before are
     # summed, its values while its keys are asked, so that few registers hold much that is under way.
+    last = tl.maximum(end - 1, 0)
+    k_token = tl.minimum(begin + lane * 4, last // 4 * 4)
+    v_token = tl.minimum(begin + lane // 4 * 16, last // 16 * 16)
+    kn, k_words_of = _read(
+        begin, k_token, end, k_row, k_word, k_place, 4, k_scale, begin + lane * 4,
+        FIRST_KEYS, FIRST_KEY_KINDS, K_WORDS,
+    )  # fmt: skip
+    if ONE_BLOCK:
+        vn, v_words_of = _read(
+            begin, v_token, end, v_row, v_plane * 4, v_place, 1, v_scale, begin + lane * 4,
+            FIRST_VALUES, FIRST_VALUE_KINDS, V_WORDS,
+        )  # fmt: skip
     shared = tl.inline_asm_elementwise(
         OPEN_CODE, OPEN_KINDS,
         (lane, masks, k_place, v_place, turns.to(tl.int64, bitcast=True), block_turn.to(tl.int64, bitcast=True)),
         dtype=tl.int32, is_pure=False, pack=1,
     )  # fmt: skip
-    last = tl.maximum(end - 1, 0)
-    k_token = tl.minimum(begin + lane * 4, last // 4 * 4)
-    v_token = tl.minimum(begin + lane // 4 * 16, last // 16 * 16)
-    kn, k_words_of = _read(
-        begin, k_token, end, k_row, k_word, shared, 4, k_scale, begin + lane * 4, LOAD_KEYS, LOAD_KEY_KINDS, K_WORDS
-    )
-    if ONE_BLOCK:
-        vn, v_words_of = _read(
-            begin, v_token, end, v_row, v_plane * 4, shared, 1, v_scale, begin + lane * 4,
-            LOAD_VALUES, LOAD_VALUE_KINDS, V_WORDS,
-        )  # fmt: skip
     if EARLY:
         gdc_wait()
     phase_row = (phases + pair * DIM + lane % 4 * (DIM // 8)).to(tl.int64, bitcast=True)

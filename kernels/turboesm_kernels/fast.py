@@ -21,8 +21,14 @@ MAX_FIELDS = 48
 FEW_ROWS = 40
 """Sequences and heads up to which each query is folded by a program of its own: latency counts."""
 
-WARPS = 16
-"""Warps that a multiprocessor runs at once: 128 registers a thread."""
+REGISTERS = 96
+"""Of a thread, so that 21 warps fit a multiprocessor; codes of more words or fields get what they need."""
+
+FEW_REGISTERS = 42
+"""Registers of a block's words and sums up to which REGISTERS suffice."""
+
+WARPS = 21
+"""Warps that a multiprocessor runs at once."""
 
 OPENING = 3
 """What beginning and ending a range costs, in blocks."""
@@ -82,12 +88,10 @@ def _angles(held: Held, layer: PreparedLayer) -> tuple[Tensor | int, ...]:
 
 @dataclass(frozen=True)
 class Folded:
-    """What `fast_fold_kernel` makes of the queries: descriptors int32 [B, H, F, 4], scalars f32 [B, H, 4] and, where
-    keys have a centre, phases f32 [B, H, d]."""
+    """What `fast_fold_kernel` makes of the queries: descriptors int32 [B, H, F, 4], scalars f32 [B, H, 2]."""
 
     descriptors: Tensor
     scalars: Tensor
-    phases: Tensor
 
 
 def attend(q: Tensor, held: Held, layer: PreparedLayer) -> Tensor:
@@ -116,20 +120,19 @@ def _blocks_each(rows: int, blocks: int, slots: int) -> int:
 
 
 def fold(q: Tensor, layer: PreparedLayer, fields: Fields, early: bool) -> Folded:
-    """Integer queries and the phases of the centre's scores; see `fast_fold_kernel`."""
+    """Queries as integers; see `fast_fold_kernel`."""
     batch, heads, _, dim = q.shape
     descriptors = torch.empty((batch, heads, fields.count, 4), dtype=torch.int32, device=q.device)
-    scalars = torch.empty((batch, heads, 4), dtype=torch.float32, device=q.device)
-    phases = torch.empty((batch, heads, dim if layer.k.centred else 1), dtype=torch.float32, device=q.device)
+    scalars = torch.empty((batch, heads, 2), dtype=torch.float32, device=q.device)
     fold_block = 1 if batch * heads <= FEW_ROWS else 16
     ptx.fast_fold_kernel[(heads, -(-batch // fold_block))](
         q, q.stride(0), q.stride(1), q.stride(3), *fields.halves, fields.middle, fields.shifts, fields.masks,
-        layer.k.centre, descriptors, scalars, phases, batch,
+        descriptors, scalars, batch,
         HEADS=heads, DIM=dim, FIELDS=fields.count, FIELDS_PAD=padded(fields.count, 4),
-        TABLE=fields.shifts.shape[1], DIM_PAD=padded(dim), FOLD_BLOCK=fold_block, HAS_BIAS=layer.k.centred,
+        TABLE=fields.shifts.shape[1], DIM_PAD=padded(dim), FOLD_BLOCK=fold_block, 
         EARLY=early, num_warps=4, **portable.early_launch(early),
     )  # fmt: skip
-    return Folded(descriptors, scalars, phases)
+    return Folded(descriptors, scalars)
 
 
 def _split(
@@ -139,17 +142,22 @@ def _split(
     k, v, k_fields, v_fields = held.k, held.v, layer.k.fields, layer.v.fields
     assert k.scales is not None and v.scales is not None and k_fields is not None and v_fields is not None
     k_words, v_words = len(k_fields.shape), len(v_fields.shape)
-    shared = ptx.Shared(q.shape[3], k_fields.count, v_fields.count, k_words, v_words)
+    dim, one_block = q.shape[3], chunk == ptx.BLOCK
+    moving = layer.k.centred and not one_block
+    shared = ptx.Shared(dim, k_fields.count, v_fields.count, k_words, v_words, moving)
+    crowded = max(k_words, v_words) * 4 + v_fields.count > FEW_REGISTERS
     ptx.fast_split_kernel[(batch * heads, partials.top.shape[3])](
-        folded.descriptors, folded.scalars, folded.phases, *_angles(held, layer),
+        q, q.stride(0), q.stride(1), q.stride(3), layer.k.centre,
+        folded.descriptors, folded.scalars, *_angles(held, layer),
         q if held.lengths is None else held.lengths,
         k.codes, *k.codes.stride()[:3], k.scales, *k.scales.stride()[:2],
         v.codes, *v.codes.stride()[:3], v.scales, *v.scales.stride()[:2],
         k_fields.places, v_fields.places, v_fields.masks,
         partials.top, partials.mass, partials.weight, partials.out, held.tokens, chunk, held.sinks,
-        HEADS=heads, DIM=q.shape[3], K_FIELDS=k_fields.count, V_FIELDS=v_fields.count, V_TABLE=v_fields.masks.shape[1],
-        OPEN_CODE=ptx.open_code(shared, layer.k.centred), OPEN_KINDS=ptx.OPEN_KINDS,
-        ROW_CODE=ptx.row_code(shared, layer.k.centred), ROW_KINDS=ptx.ROW_KINDS, ROTATION=shared.rotation,
+        HEADS=heads, DIM=dim, K_FIELDS=k_fields.count, V_FIELDS=v_fields.count, V_TABLE=v_fields.masks.shape[1],
+        OPEN_CODE=ptx.open_code(shared), OPEN_KINDS=ptx.OPEN_KINDS,
+        ROW_CODE=ptx.row_code(shared), ROW_KINDS=ptx.ROW_KINDS,
+        STATE_CODE=ptx.state_code(shared), STATE_KINDS=ptx.state_constraints(dim), ROTATION=shared.rotation,
         FIRST_KEYS=ptx.load_code(k_words, None), FIRST_KEY_KINDS=ptx.load_constraints(k_words, False),
         FIRST_VALUES=ptx.load_code(v_words, None), FIRST_VALUE_KINDS=ptx.load_constraints(v_words, False),
         LOAD_KEYS=ptx.load_code(k_words, shared.k_places), LOAD_KEY_KINDS=ptx.load_constraints(k_words, True),
@@ -157,6 +165,8 @@ def _split(
         LOAD_VALUE_KINDS=ptx.load_constraints(v_words, True),
         KEY_CODE=ptx.key_code(k_fields.shape), KEY_KINDS=ptx.key_constraints(k_fields.shape),
         VALUE_CODE=ptx.value_code(v_fields.shape, shared.masks), VALUE_KINDS=ptx.value_constraints(v_fields.shape),
-        BIAS_CODE=ptx.bias_code(shared), BIAS_KINDS=ptx.BIAS_KINDS, HAS_BIAS=layer.k.centred, HAS_LENGTHS=held.lengths is not None, ONE_BLOCK=chunk == ptx.BLOCK,
-        K_WORDS=k_words, V_WORDS=v_words, num_warps=1, EARLY=early, **portable.early_launch(early),
+        BIAS_CODE=ptx.bias_once_code(dim) if one_block else ptx.bias_code(shared),
+        BIAS_KINDS=ptx.bias_once_constraints(dim) if one_block else ptx.BIAS_KINDS, HAS_BIAS=layer.k.centred, HAS_LENGTHS=held.lengths is not None, ONE_BLOCK=one_block,
+        K_WORDS=k_words, V_WORDS=v_words, num_warps=1, maxnreg=None if crowded else REGISTERS, EARLY=early,
+        **portable.early_launch(early),
     )  # fmt: skip

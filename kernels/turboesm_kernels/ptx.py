@@ -18,6 +18,7 @@ their sum.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import triton
@@ -30,7 +31,6 @@ BLOCK = 128
 LANE_TOKENS = 4
 UNIT = tl.constexpr(65534.0)  # of a weight; with its dither, below 2^16
 QUERY_UNIT = tl.constexpr(32767.0)
-PHASE_UNIT = tl.constexpr(1024.0)  # what coefficients add up to at most: well within float16
 
 
 STREAM = "ld.global.L1::no_allocate.L2::cache_hint.v4.b32"
@@ -44,7 +44,8 @@ FENCE = "bar.warp.sync 0xffffffff;"
 @dataclass(frozen=True)
 class Shared:
     """Where a warp keeps, in shared memory, what it reads for every block: a load of it from global memory would
-    queue behind the codes on their way. Offsets in bytes.
+    queue behind the codes on their way. Offsets in bytes. The last three are for `moving` ranges alone, those of
+    more than one block of keys that have a centre.
 
         descriptors   of the row, 16 bytes a field (see `key_code`)
         masks         of the head's value fields
@@ -59,6 +60,7 @@ class Shared:
     v_fields: int
     k_words: int
     v_words: int
+    moving: bool
 
     @property
     def masks(self) -> int:
@@ -86,7 +88,7 @@ class Shared:
 
     @property
     def size(self) -> int:
-        return self.turns + 64 * self.dim
+        return self.turns + 64 * self.dim if self.moving else self.rotation
 
 
 def _row(numbers: int) -> int:
@@ -94,7 +96,7 @@ def _row(numbers: int) -> int:
     return -(-numbers // 4) * 16
 
 
-def open_code(at: Shared, has_bias: bool) -> str:
+def open_code(at: Shared) -> str:
     """PTX: $0 = address of the shared memory, filled but for descriptors and state.
 
     After the output: the lane, addresses of the head's masks and places of keys and of values; of `Rope.turns` and
@@ -105,7 +107,7 @@ def open_code(at: Shared, has_bias: bool) -> str:
         (2, at.masks, _row(at.v_fields)), (3, at.k_places, _row(at.k_words)), (4, at.v_places, _row(at.v_words)),
     ):  # fmt: skip
         lines += _copy("$0", operand, offset, size)
-    if has_bias:
+    if at.moving:
         lines += _copy("$0", 5, at.turns, 64 * at.dim) + _copy("$0", 6, at.rotation, 4 * at.dim)
     return _block([*lines, FENCE])
 
@@ -113,23 +115,56 @@ def open_code(at: Shared, has_bias: bool) -> str:
 OPEN_KINDS = "=&r,r,l,l,l,l,l"
 
 
-def row_code(at: Shared, has_bias: bool) -> str:
-    """PTX: fill in descriptors and state. $0 = 0; the lane, address of the shared memory, of the row's descriptors;
-
-    of the lane's pairs' coefficients (those of the sines are dim / 2 further), of their cosines and sines at token
-    2 (l / 4) of the first block.
-    """
-    lines = [*COPY_REGISTERS, ".reg .f32 e<4>, o<4>, x<4>, y<4>;", "mov.u32 $0, 0;"]
-    lines += _copy("$2", 3, 0, 16 * at.k_fields)
-    lines += ["shl.b32 to, $1, 4;", "add.u32 to, to, $2;"]
-    for four in range(at.dim // 32 if has_bias else 0):
-        for name, operand, offset in (("e", 4, 0), ("o", 4, 2 * at.dim), ("x", 5, 0), ("y", 6, 0)):
-            lines.append(f"ld.global.v4.f32 {_four(name)}, [${operand}+{16 * four + offset}];")
-        lines += _turned(four, at)
-    return _block([*lines, FENCE])
+def row_code(at: Shared) -> str:
+    """PTX: fill in the descriptors. $0 = 0; the lane, address of the shared memory, of the row's descriptors."""
+    return _block([*COPY_REGISTERS, "mov.u32 $0, 0;", *_copy("$2", 3, 0, 16 * at.k_fields), FENCE])
 
 
-ROW_KINDS = "=&r,r,r,l,l,l,l"
+ROW_KINDS = "=&r,r,r,l"
+
+
+def state_code(at: Shared) -> str:
+    """PTX: fill in the state for the first block. $0 = 0; the lane's address in shared memory, 16 bytes a lane; of
+    the lane's pairs' cosines and sines at token 2 (l / 4) of the block; the pairs' coefficients (`_phase`)."""
+    lines = [".reg .b32 to;", ".reg .f32 x<4>, y<4>, a<4>, b<4>;", "mov.u32 $0, 0;", "mov.u32 to, $1;"]
+    for four in range(at.dim // 32):
+        lines += _angles(four, "$2", "$3") + _turn(*_coefficients(4, four, at.dim)) + _keep(four, at)
+    return _block(lines)
+
+
+def state_constraints(dim: int) -> str:
+    """Operand kinds of `state_code`."""
+    return ",".join(["=&r", "r", "l", "l"] + ["f"] * (dim // 4))
+
+
+def _angles(four: int, cos: str, sin: str) -> list[str]:
+    """Load the cosines x and sines y of four pairs."""
+    return [f"ld.global.v4.f32 {_four(x)}, [{at}+{16 * four}];" for x, at in (("x", cos), ("y", sin))]
+
+
+def _coefficients(operand: int, four: int, dim: int) -> tuple[list[str], list[str]]:
+    """Operands that hold the coefficients of four pairs: of cosines from `operand` on, then those of sines."""
+    first = operand + 4 * four
+    return [f"${first + n}" for n in range(4)], [f"${first + dim // 8 + n}" for n in range(4)]
+
+
+def _turn(even: Sequence[str], odd: Sequence[str]) -> list[str]:
+    """Coefficients a, b of cosines and sines: those of even and odd turned by the angles of cosine x and sine y."""
+    lines = []
+    for n in range(4):
+        lines += [
+            f"mul.f32 a{n}, {odd[n]}, y{n};", f"fma.rn.f32 a{n}, {even[n]}, x{n}, a{n};",
+            f"mul.f32 b{n}, {even[n]}, y{n};", f"neg.f32 b{n}, b{n};", f"fma.rn.f32 b{n}, {odd[n]}, x{n}, b{n};",
+        ]  # fmt: skip
+    return lines
+
+
+def _keep(four: int, at: Shared) -> list[str]:
+    """Store a and b as the lane's state."""
+    place = at.state + 1024 * four
+    return [f"st.shared.v4.f32 [to+{place}], {_four('a')};", f"st.shared.v4.f32 [to+{place + 512}], {_four('b')};"]
+
+
 COPY_REGISTERS = (".reg .pred there;", ".reg .b32 to, c<4>;", ".reg .b64 from;")
 
 
@@ -149,18 +184,6 @@ def _copy(base: str, operand: int, offset: int, size: int) -> list[str]:
 
 def _four(name: str) -> str:
     return "{" + ", ".join(f"{name}{i}" for i in range(4)) + "}"
-
-
-def _turned(four: int, at: Shared) -> list[str]:
-    """Turn coefficients e of cosines, o of sines, by the angles of cosine x and sine y: the lane's new state."""
-    lines = [".reg .f32 a<4>, b<4>;"] if not four else []
-    for n in range(4):
-        lines += [
-            f"mul.f32 a{n}, o{n}, y{n};", f"fma.rn.f32 a{n}, e{n}, x{n}, a{n};",
-            f"mul.f32 b{n}, e{n}, y{n};", f"neg.f32 b{n}, b{n};", f"fma.rn.f32 b{n}, o{n}, x{n}, b{n};",
-        ]  # fmt: skip
-    place = at.state + 1024 * four
-    return [*lines, f"st.shared.v4.f32 [to+{place}], {_four('a')};", f"st.shared.v4.f32 [to+{place + 512}], {_four('b')};"]
 
 
 def load_code(words: int, places: int | None) -> str:
@@ -242,47 +265,75 @@ def value_code(shape: tuple[int, ...], masks_at: int) -> str:
 
 
 def bias_code(at: Shared) -> str:
-    """PTX: $0..$3 = the centre's scores of the lane's tokens 4 l .. 4 l + 3 of a block, in units of the row.
+    """PTX: $0..$3 = the centre's scores of the lane's tokens 4 l .. 4 l + 3 of a block.
 
-    After the outputs: the lane's addresses in shared memory, 16 bytes a lane, and of its pairs' rotation. Tokens are
-    16 g + 2 c + {0, 1}: the state is the coefficients turned by the block and 2 c, one column c a quad; they meet
-    the turns by 16 g and 16 g + 1 in a matrix product, m16n8k16, whose results lie where they are needed. Both
-    factors are sums of two float16; the product of the low parts is below rounding. Then the state is turned by a
-    block.
+    After the outputs: the lane's address in shared memory, 16 bytes a lane, and that of its pairs' rotation. Tokens
+    are 16 g + 2 c + {0, 1}: the state is the coefficients turned by the block and 2 c, one column c a quad; they
+    meet the turns by 16 g and 16 g + 1 in a matrix product, m16n8k16, whose results lie where they are needed. Then
+    the state is turned by a block.
     """
-    lines = [".reg .f32 e<4>, o<4>, x<4>, y<4>, c<4>, r, s;", ".reg .b16 p, q;"]
-    lines += [".reg .b32 to, high<2>, low<2>, m<4>;", "mov.u32 to, $4;"]
-    lines += [f"mov.f32 {name}{token}, 0f00000000;" for name in "$c" for token in range(4)]
-    acc, more = "{$0, $2, $1, $3}", "{c0, c2, c1, c3}"  # two sums, for half the latency
-    product = "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32"
+    lines = [*PRODUCT_REGISTERS, ".reg .f32 e<4>, o<4>;", ".reg .b32 to;", "mov.u32 to, $4;"]
     for four in range(at.dim // 32):
         for name, operand, offset in (
             ("e", 4, at.state + 1024 * four), ("o", 4, at.state + 1024 * four + 512),
             ("x", 5, 16 * four), ("y", 5, 16 * four + 2 * at.dim),
         ):  # fmt: skip
             lines.append(f"ld.shared.v4.f32 {_four(name)}, [${operand}+{offset}];")
-        for two in range(2):
-            for j in range(2):
-                n = 2 * two + j
-                lines += [
-                    f"cvt.rn.f16x2.f32 high{j}, o{n}, e{n};", f"mov.b32 {{p, q}}, high{j};",
-                    "cvt.f32.f16 r, p;", "cvt.f32.f16 s, q;", f"sub.f32 r, e{n}, r;", f"sub.f32 s, o{n}, s;",
-                    f"cvt.rn.f16x2.f32 low{j}, s, r;",
-                ]  # fmt: skip
-            place = at.turns + 512 * (2 * four + two)
-            lines += [
-                f"ld.shared.v4.b32 {_four('m')}, [$4+{place}];",
-                f"{product} {acc}, {_four('m')}, {{low0, low1}}, {acc};",
-                f"{product} {more}, {_four('m')}, {{high0, high1}}, {more};",
-                f"ld.shared.v4.b32 {_four('m')}, [$4+{place + 32 * at.dim}];",
-                f"{product} {acc}, {_four('m')}, {{high0, high1}}, {acc};",
-            ]
-        lines += _turned(four, at)
-    lines += [f"add.f32 ${token}, ${token}, c{token};" for token in range(4)]
-    return _block(lines)
+        even, odd = [f"e{n}" for n in range(4)], [f"o{n}" for n in range(4)]
+        lines += _multiply(four, even, odd, "shared", at.turns, at.dim)
+        lines += _turn(even, odd) + _keep(four, at)
+    return _block([*lines, *SUMS])
 
 
 BIAS_KINDS = "=&f,=&f,=&f,=&f,r,r"
+
+
+def bias_once_code(dim: int) -> str:
+    """PTX: the same for a range of one block, from global memory: the lane's address in `Rope.turns`, of its pairs'
+    cosines and sines at token 2 (l / 4) of the block, the pairs' coefficients."""
+    lines = list(PRODUCT_REGISTERS)
+    a, b = [f"a{n}" for n in range(4)], [f"b{n}" for n in range(4)]
+    for four in range(dim // 32):
+        lines += _angles(four, "$5", "$6") + _turn(*_coefficients(7, four, dim))
+        lines += _multiply(four, a, b, "global", 0, dim)
+    return _block([*lines, *SUMS])
+
+
+def bias_once_constraints(dim: int) -> str:
+    """Operand kinds of `bias_once_code`."""
+    return ",".join(["=&f"] * 4 + ["l", "l", "l"] + ["f"] * (dim // 4))
+
+
+PRODUCT_REGISTERS = (
+    ".reg .f32 x<4>, y<4>, a<4>, b<4>, c<4>, r, s;", ".reg .b16 p, q;", ".reg .b32 high<2>, low<2>, m<4>;",
+    *(f"mov.f32 {name}{token}, 0f00000000;" for name in "$c" for token in range(4)),
+)  # fmt: skip
+SUMS = tuple(f"add.f32 ${token}, ${token}, c{token};" for token in range(4))
+
+
+def _multiply(four: int, even: Sequence[str], odd: Sequence[str], space: str, turns: int, dim: int) -> list[str]:
+    """Add the products of four pairs' coefficients and turns: both sums of two float16; those of two low parts are
+    below rounding. There are two sums, c and the outputs, for half the latency."""
+    product = "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32"
+    acc, more = "{$0, $2, $1, $3}", "{c0, c2, c1, c3}"
+    lines = []
+    for two in range(2):
+        for j in range(2):
+            n = 2 * two + j
+            lines += [
+                f"cvt.rn.f16x2.f32 high{j}, {odd[n]}, {even[n]};", f"mov.b32 {{p, q}}, high{j};",
+                "cvt.f32.f16 r, p;", "cvt.f32.f16 s, q;", f"sub.f32 r, {even[n]}, r;", f"sub.f32 s, {odd[n]}, s;",
+                f"cvt.rn.f16x2.f32 low{j}, s, r;",
+            ]  # fmt: skip
+        place = turns + 512 * (2 * four + two)
+        lines += [
+            f"ld.{space}.v4.b32 {_four('m')}, [$4+{place}];",
+            f"{product} {acc}, {_four('m')}, {{low0, low1}}, {acc};",
+            f"{product} {more}, {_four('m')}, {{high0, high1}}, {more};",
+            f"ld.{space}.v4.b32 {_four('m')}, [$4+{place + 32 * dim}];",
+            f"{product} {acc}, {_four('m')}, {{high0, high1}}, {acc};",
+        ]
+    return lines
 
 
 def key_constraints(shape: tuple[int, ...]) -> str:
@@ -328,22 +379,22 @@ def _score(total, word, i: tl.constexpr, gain, constant, bias, token, end):
 
 
 @triton.jit
-def _phase(query, q_d, row_at, live, centre, head, dim, DIM: tl.constexpr):
-    """<q, R_j c> as coefficients f32 [rows, d] of RoPE's cosines, then sines, at j, in units of log 2.
+def _phase(query, q_d, centre, pair, DIM: tl.constexpr):
+    """<q, R_j c> as coefficients of RoPE's cosines, then sines, at j, of each lane's pairs from `pair` on.
 
-    With i < d/2 and i' = i + d/2: q_i c_i + q_i' c_i' of the cosine, q_i' c_i - q_i c_i' of the sine, at i and i'.
+    In units of log 2, with i < d/2 and i' = i + d/2: q_i c_i + q_i' c_i' of the cosine, q_i' c_i - q_i c_i' of the
+    sine. Those beyond float16's range, which no model has, are clamped.
     """
-    half: tl.constexpr = DIM // 2
-    front = dim < half
-    mask = live[:, None] & (dim < DIM)[None, :]
-    other = tl.where(front, dim + half, dim - half)
-    at = query + row_at[:, None]
-    own_q = tl.load(at + dim[None, :] * q_d, mask=mask, other=0.0).to(tl.float32)
-    other_q = tl.load(at + other[None, :] * q_d, mask=mask, other=0.0).to(tl.float32)
-    c_at = centre + head * DIM
-    first = tl.load(c_at + tl.where(front, dim, other), mask=dim < DIM, other=0.0)[None, :]
-    second = tl.load(c_at + tl.where(front, other, dim), mask=dim < DIM, other=0.0)[None, :]
-    return (own_q * first + tl.where(front[None, :], other_q, -other_q) * second) * LOG2E
+    even = ()
+    odd = ()
+    for i in tl.static_range(DIM // 8):
+        q = tl.load(query + (pair + i) * q_d).to(tl.float32) * LOG2E
+        r = tl.load(query + (pair + i + DIM // 2) * q_d).to(tl.float32) * LOG2E
+        c = tl.load(centre + pair + i)
+        d = tl.load(centre + pair + i + DIM // 2)
+        even = even + (tl.clamp(q * c + r * d, -60000.0, 60000.0),)  # noqa: RUF005  Triton 3.6 unpacks no tuples
+        odd = odd + (tl.clamp(r * c - q * d, -60000.0, 60000.0),)  # noqa: RUF005
+    return even + odd
 
 
 @triton.jit
@@ -355,19 +406,17 @@ def _two_halves(x):
 
 @triton.jit
 def fast_fold_kernel(
-    query, q_b, q_h, q_d, key_map, factors, middle, shifts, masks, centre, descriptors, scalars, phases, batch,
+    query, q_b, q_h, q_d, key_map, factors, middle, shifts, masks, descriptors, scalars, batch,
     HEADS: tl.constexpr, DIM: tl.constexpr, FIELDS: tl.constexpr, FIELDS_PAD: tl.constexpr, TABLE: tl.constexpr,
-    DIM_PAD: tl.constexpr, FOLD_BLOCK: tl.constexpr, HAS_BIAS: tl.constexpr, EARLY: tl.constexpr,
+    DIM_PAD: tl.constexpr, FOLD_BLOCK: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    """Queries in coded axes as 16-bit integers, and what the scores of the keys' centre follow from.
+    """Queries in coded axes as 16-bit integers.
 
         r = log2(e) q map[h]     gain = max |r| / 32767     r~ = round(r / gain)     constant = -gain <r~, middle>
-        phases as in `_phase`, in units of their sum's 1024th
 
     query any float [B, H, 1, d], key_map f16 [2, H, d, 4 F] and factors f32 [H, 4 F] (`in_halves`), middle f32
-    [H, 4 F], shifts and masks int32 [H, TABLE], centre f32 [H, d]; descriptors int32 [B, H, F, 4] (see
-    `key_code`), scalars f32 [B, H, 4] = (gain, constant, unit, unused), phases f32 [B, H, d]. Program (h, g): the
-    g-th block of the sequences of head h.
+    [H, 4 F], shifts and masks int32 [H, TABLE]; descriptors int32 [B, H, F, 4] (see `key_code`), scalars f32
+    [B, H, 2] = (gain, constant). Program (h, g): the g-th block of the sequences of head h.
     """
     head, group = tl.program_id(0), tl.program_id(1)
     item = group * FOLD_BLOCK + tl.arange(0, FOLD_BLOCK)
@@ -410,14 +459,8 @@ def fast_fold_kernel(
     fours = tl.join(tl.join(shift, front), tl.join(bits, back))  # shift, bits, front, back
     target = descriptors + row[:, None] * (4 * FIELDS) + column[None, :]
     tl.store(target, tl.reshape(fours, (FOLD_BLOCK, 4 * FIELDS_PAD)), mask=live[:, None] & own[None, :])
-    tl.store(scalars + row * 4, gain, mask=live)
-    tl.store(scalars + row * 4 + 1, constant, mask=live)
-    if HAS_BIAS:
-        phase = _phase(query, q_d, q_at, live, centre, head, dim, DIM)
-        unit = tl.sum(tl.abs(phase), 1) / PHASE_UNIT + 1e-30
-        written = live[:, None] & (dim < DIM)[None, :]
-        tl.store(phases + row[:, None] * DIM + dim[None, :], phase / unit[:, None], mask=written)
-        tl.store(scalars + row * 4 + 2, unit, mask=live)
+    tl.store(scalars + row * 2, gain, mask=live)
+    tl.store(scalars + row * 2 + 1, constant, mask=live)
 
 
 @triton.jit
@@ -442,7 +485,7 @@ def _read(
 @triton.jit
 def _bias(lane, shared, ROTATION: tl.constexpr, BIAS_CODE: tl.constexpr, BIAS_KINDS: tl.constexpr, DIM: tl.constexpr,
           HAS_BIAS: tl.constexpr):  # fmt: skip
-    """The centre's scores of a lane's 4 tokens of the block, in units of the row."""
+    """The centre's scores of a lane's 4 tokens of the block."""
     b = (0.0, 0.0, 0.0, 0.0)
     if HAS_BIAS:
         b = tl.inline_asm_elementwise(
@@ -453,13 +496,13 @@ def _bias(lane, shared, ROTATION: tl.constexpr, BIAS_CODE: tl.constexpr, BIAS_KI
 
 
 @triton.jit
-def _weigh(first, end, lane, totals, kn, vn, b, gain, constant, unit, top, mass, weight):
+def _weigh(first, end, lane, totals, kn, vn, b, gain, constant, top, mass, weight):
     """The online softmax over a lane's 4 tokens: its state after, the weights as 16-bit integers, what shrank."""
     token = first + lane * 4
-    s0 = _score(totals[0], kn, 0, gain, constant, b[0] * unit, token, end)
-    s1 = _score(totals[1], kn, 1, gain, constant, b[1] * unit, token, end)
-    s2 = _score(totals[2], kn, 2, gain, constant, b[2] * unit, token, end)
-    s3 = _score(totals[3], kn, 3, gain, constant, b[3] * unit, token, end)
+    s0 = _score(totals[0], kn, 0, gain, constant, b[0], token, end)
+    s1 = _score(totals[1], kn, 1, gain, constant, b[1], token, end)
+    s2 = _score(totals[2], kn, 2, gain, constant, b[2], token, end)
+    s3 = _score(totals[3], kn, 3, gain, constant, b[3], token, end)
     x0 = s0 + _byte_steps(vn, 0)
     x1 = s1 + _byte_steps(vn, 1)
     x2 = s2 + _byte_steps(vn, 2)
@@ -480,13 +523,13 @@ def _weigh(first, end, lane, totals, kn, vn, b, gain, constant, unit, top, mass,
 
 @triton.jit
 def fast_split_kernel(
-    descriptors, scalars, phases, turns, block_turn, cos, sin, rope_t, angles, lengths,
+    query, q_b, q_h, q_d, centre, descriptors, scalars, turns, block_turn, cos, sin, rope_t, angles, lengths,
     k_codes, k_b, k_h, k_word, k_scales, ks_b, ks_h,
     v_codes, v_b, v_h, v_plane, v_scales, vs_b, vs_h, k_places, v_places, v_masks,
     part_max, part_sum, part_weight, part_out, tokens, chunk, sinks,
     HEADS: tl.constexpr, DIM: tl.constexpr, K_FIELDS: tl.constexpr, V_FIELDS: tl.constexpr, V_TABLE: tl.constexpr,
     OPEN_CODE: tl.constexpr, OPEN_KINDS: tl.constexpr, ROW_CODE: tl.constexpr, ROW_KINDS: tl.constexpr,
-    ROTATION: tl.constexpr, FIRST_KEYS: tl.constexpr, FIRST_KEY_KINDS: tl.constexpr,
+    STATE_CODE: tl.constexpr, STATE_KINDS: tl.constexpr, ROTATION: tl.constexpr, FIRST_KEYS: tl.constexpr, FIRST_KEY_KINDS: tl.constexpr,
     FIRST_VALUES: tl.constexpr, FIRST_VALUE_KINDS: tl.constexpr, LOAD_KEYS: tl.constexpr,
     LOAD_KEY_KINDS: tl.constexpr, LOAD_VALUES: tl.constexpr, LOAD_VALUE_KINDS: tl.constexpr,
     KEY_CODE: tl.constexpr, KEY_KINDS: tl.constexpr, VALUE_CODE: tl.constexpr, VALUE_KINDS: tl.constexpr,
@@ -499,14 +542,14 @@ def fast_split_kernel(
         m = max_j (score_j + log2 n'_j)     w_j = 2^(score_j + log2 n'_j - m), in units of 2^-16
         part_sum = sum_j 2^(score_j - m)    part_weight = sum_j w_j    part_out[f, i] = sum_j w_j byte_jfi
 
-    scores in units of log 2; descriptors, scalars and phases as `fast_fold_kernel` leaves them, turns and
-    block_turn as in `Rope`, cos and sin f32 [angles, d], rows rope_t apart, of packed token 0 on; codes and scales as in
+    scores in units of log 2; query any float [B, H, 1, d], centre f32 [H, d]; descriptors and scalars as
+    `fast_fold_kernel` leaves them, turns and block_turn as in `Rope`, cos and sin f32 [angles, d], rows rope_t apart, of packed token 0 on; codes and scales as in
     `Packed` with aligned strides, k_places, v_places and v_masks as in `Fields`; part_max, part_sum and
     part_weight f32 [B, H, S], part_out f32 [B, H, S, 4 F'].
     """
-    pair = tl.program_id(0).to(tl.int64)
+    pair_row = tl.program_id(0).to(tl.int64)
     split = tl.program_id(1)
-    batch, head = pair // HEADS, pair % HEADS
+    batch, head = pair_row // HEADS, pair_row % HEADS
     end = tokens
     if HAS_LENGTHS:
         end = tl.minimum(tl.maximum(tl.load(lengths + batch).to(tl.int32) - sinks, 0), tokens)
@@ -514,7 +557,7 @@ def fast_split_kernel(
     end = tl.minimum(end, begin + chunk)
 
     lane = tl.arange(0, 32)
-    row = (descriptors + pair * (4 * K_FIELDS)).to(tl.int64, bitcast=True)
+    row = (descriptors + pair_row * (4 * K_FIELDS)).to(tl.int64, bitcast=True)
     k_place = (k_places + head * ((K_WORDS + 3) // 4 * 4)).to(tl.int64, bitcast=True)
     v_place = (v_places + head * ((V_WORDS + 3) // 4 * 4)).to(tl.int64, bitcast=True)
     masks = (v_masks + head * V_TABLE).to(tl.int64, bitcast=True)
@@ -547,26 +590,34 @@ def fast_split_kernel(
         (lane, masks, k_place, v_place, turns.to(tl.int64, bitcast=True), block_turn.to(tl.int64, bitcast=True)),
         dtype=tl.int32, is_pure=False, pack=1,
     )  # fmt: skip
+    b = (tl.zeros((32,), tl.float32),) * 4
+    if HAS_BIAS:  # the queries were there before `fast_fold_kernel` began
+        pair = lane % 4 * (DIM // 8)
+        phase = _phase(query + batch * q_b + head * q_h, q_d, centre + head * DIM, pair, DIM)
+        angle = (tl.minimum(begin + lane // 4 * 2, angles - 1) * rope_t + pair).to(tl.int64) * 4
+        cos_at, sin_at = cos.to(tl.int64, bitcast=True) + angle, sin.to(tl.int64, bitcast=True) + angle
+        if ONE_BLOCK:
+            b = tl.inline_asm_elementwise(
+                BIAS_CODE, BIAS_KINDS, (turns.to(tl.int64, bitcast=True) + lane * 16, cos_at, sin_at) + phase,  # noqa: RUF005
+                dtype=(tl.float32,) * 4, is_pure=False, pack=1,
+            )  # fmt: skip
+        else:
+            tl.inline_asm_elementwise(
+                STATE_CODE, STATE_KINDS, (shared + lane * 16, cos_at, sin_at) + phase,  # noqa: RUF005
+                dtype=tl.int32, is_pure=False, pack=1,
+            )  # fmt: skip
     if EARLY:
         gdc_wait()
-    phase_row = (phases + pair * DIM + lane % 4 * (DIM // 8)).to(tl.int64, bitcast=True)
-    angle = (tl.minimum(begin + lane // 4 * 2, angles - 1) * rope_t + lane % 4 * (DIM // 8)).to(tl.int64) * 4
-    tl.inline_asm_elementwise(
-        ROW_CODE, ROW_KINDS,
-        (lane, shared, row, phase_row, cos.to(tl.int64, bitcast=True) + angle, sin.to(tl.int64, bitcast=True) + angle),
-        dtype=tl.int32, is_pure=False, pack=1,
-    )  # fmt: skip
-    gain = tl.load(scalars + pair * 4)
-    constant = tl.load(scalars + pair * 4 + 1)
-    unit = tl.load(scalars + pair * 4 + 2)
+    tl.inline_asm_elementwise(ROW_CODE, ROW_KINDS, (lane, shared, row), dtype=tl.int32, is_pure=False, pack=1)
+    gain = tl.load(scalars + pair_row * 2)
+    constant = tl.load(scalars + pair_row * 2 + 1)
     if ONE_BLOCK:
-        b = _bias(lane, shared, ROTATION, BIAS_CODE, BIAS_KINDS, DIM, HAS_BIAS)
         totals = tl.inline_asm_elementwise(
             KEY_CODE, KEY_KINDS, (shared,) + k_words_of,  # noqa: RUF005  Triton 3.6 unpacks no tuples
             dtype=(tl.int32,) * 4, is_pure=False, pack=1,
         )  # fmt: skip
         top, mass, weight, low, high, alpha = _weigh(
-            begin, end, lane, totals, kn, vn, b, gain, constant, unit, top, mass, weight
+            begin, end, lane, totals, kn, vn, b, gain, constant, top, mass, weight
         )
         sums = tl.inline_asm_elementwise(
             VALUE_CODE, VALUE_KINDS, (low, high, shared, alpha) + v_words_of + sums,  # noqa: RUF005
@@ -574,31 +625,31 @@ def fast_split_kernel(
         )  # fmt: skip
     else:
         for first in range(begin, end, 128):
-            v_token = tl.minimum(first + lane // 4 * 16, last // 16 * 16)
-            vn, v_words_of = _read(
-                first, v_token, end, v_row, v_plane * 4, shared, 1, v_scale, first + lane * 4,
-                LOAD_VALUES, LOAD_VALUE_KINDS, V_WORDS,
-            )  # fmt: skip
-            b = _bias(lane, shared, ROTATION, BIAS_CODE, BIAS_KINDS, DIM, HAS_BIAS)
+            own_b = _bias(lane, shared, ROTATION, BIAS_CODE, BIAS_KINDS, DIM, HAS_BIAS)
             totals = tl.inline_asm_elementwise(
                 KEY_CODE, KEY_KINDS, (shared,) + k_words_of,  # noqa: RUF005
                 dtype=(tl.int32,) * 4, is_pure=False, pack=1,
             )  # fmt: skip
             own_kn = kn
+            v_token = tl.minimum(first + lane // 4 * 16, last // 16 * 16)
+            vn, v_words_of = _read(
+                first, v_token, end, v_row, v_plane * 4, shared, 1, v_scale, first + lane * 4,
+                LOAD_VALUES, LOAD_VALUE_KINDS, V_WORDS,
+            )  # fmt: skip
             k_token = tl.minimum(first + 128 + lane * 4, last // 4 * 4)
             kn, k_words_of = _read(
                 first + 128, k_token, end, k_row, k_word, shared, 4, k_scale, first + 128 + lane * 4,
                 LOAD_KEYS, LOAD_KEY_KINDS, K_WORDS,
             )  # fmt: skip
             top, mass, weight, low, high, alpha = _weigh(
-                first, end, lane, totals, own_kn, vn, b, gain, constant, unit, top, mass, weight
+                first, end, lane, totals, own_kn, vn, own_b, gain, constant, top, mass, weight
             )
             sums = tl.inline_asm_elementwise(
                 VALUE_CODE, VALUE_KINDS, (low, high, shared, alpha) + v_words_of + sums,  # noqa: RUF005
                 dtype=(tl.float32,) * V_FIELDS, is_pure=False, pack=1,
             )  # fmt: skip
 
-    part = pair * tl.num_programs(1) + split
+    part = pair_row * tl.num_programs(1) + split
     warp_top = tl.max(top, 0)
     shrink = tl.exp2(top - tl.maximum(warp_top, 0.5 * NEGATIVE))
     tl.store(part_max + part, warp_top)

@@ -23,7 +23,7 @@ from turboesm_kernels.reference import SCALE_STEPS_PER_OCTAVE, SCALE_ZERO, Packe
 
 STEPS = tl.constexpr(SCALE_STEPS_PER_OCTAVE)
 ZERO = tl.constexpr(SCALE_ZERO)
-FEW_ROWS, ROW_BLOCK = 16, 64
+FEW_ROWS, ROW_BLOCK = 16, 32
 """Rows of a head that a program packs: few where a step brings one token a sequence."""
 
 
@@ -71,20 +71,6 @@ def _table_codes(
 
 
 @triton.jit
-def _piece(
-    pieces, places, head, piece, axis,
-    AXES: tl.constexpr, BYTES: tl.constexpr, BYTES_PAD: tl.constexpr, PIECES: tl.constexpr,
-):  # fmt: skip
-    """Of a piece of each axis' code: its mask and lowest bit, int32 [A], and where it goes, float16 [A, bytes]."""
-    fields = pieces + (head * PIECES + piece) * 5 * AXES + axis
-    mask = tl.load(fields + 3 * AXES, mask=axis < AXES, other=0)
-    low_bit = tl.load(fields + 4 * AXES, mask=axis < AXES, other=0)
-    index = tl.arange(0, BYTES_PAD)
-    place_at = places + ((head * PIECES + piece) * AXES + axis[:, None]) * BYTES + index[None, :]
-    return mask, low_bit, tl.load(place_at, mask=(axis < AXES)[:, None] & (index < BYTES)[None, :], other=0.0)
-
-
-@triton.jit
 def _pack_rows(
     x, x_b, x_h, x_t, x_d, starts, first_token, batches, tokens, head, block,
     centre, analysis, factors, coded_norm, grid, widths, table_start, levels, thresholds, deviation, pieces, places,
@@ -103,7 +89,13 @@ def _pack_rows(
     turn_low = tl.load(turn_at + HEADS * DIM * AXES, mask=matrix, other=0.0)
     factor_of_axis = tl.load(factors + head * AXES + axis, mask=axis < AXES, other=0.0)
     constant = tl.load(centre + head * DIM + dim, mask=dim < DIM, other=0.0)
-    mask, low_bit, where = _piece(pieces, places, head, 0, axis, AXES, BYTES, BYTES_PAD, PIECES)
+    slot = tl.arange(0, AXES_PAD * PIECES)
+    index = tl.arange(0, BYTES_PAD)
+    bits_at = pieces + head * 2 * AXES * PIECES + slot
+    mask = tl.load(bits_at, mask=slot < AXES * PIECES, other=0)
+    low_bit = tl.load(bits_at + AXES * PIECES, mask=slot < AXES * PIECES, other=0)
+    where_at = places + (head * AXES * PIECES + slot[:, None]) * BYTES + index[None, :]
+    where = tl.load(where_at, mask=(slot < AXES * PIECES)[:, None] & (index < BYTES)[None, :], other=0.0)
     if EARLY:
         gdc_wait()
         gdc_launch_dependents()
@@ -149,12 +141,9 @@ def _pack_rows(
         steps = tl.log2(tl.maximum(factor, 1e-30)) * STEPS + ZERO
         byte = tl.minimum(tl.maximum(tl.floor(steps + 0.5), 0.0), 255.0).to(tl.uint8)
         tl.store(scales + batch * s_b + head * s_h + place, byte, mask=live)
-    index = tl.arange(0, BYTES_PAD)
-    packed = tl.zeros((BLOCK, BYTES_PAD), tl.float32)
-    for piece in tl.static_range(PIECES):
-        if piece:
-            mask, low_bit, where = _piece(pieces, places, head, piece, axis, AXES, BYTES, BYTES_PAD, PIECES)
-        packed += tl.dot(((code >> low_bit[None, :]) & mask[None, :]).to(tl.float16), where)
+    spread_code = tl.broadcast_to(code[:, :, None], (BLOCK, AXES_PAD, PIECES))
+    part = (tl.reshape(spread_code, (BLOCK, AXES_PAD * PIECES)) >> low_bit[None, :]) & mask[None, :]
+    packed = tl.dot(part.to(tl.float16), where)
     target = codes + batch * c_b + head * c_h + place.to(tl.int64) * c_token
     if LANES == 4:  # whole words
         shifted = packed.to(tl.int32) << (index % 4 * 8)[None, :]
@@ -242,7 +231,7 @@ def _tables(side: PreparedSide) -> tuple[Tensor, ...]:
     grid = side.deviation if side.grid is None else side.grid
     return (
         side.centre, *side.analysis, side.coded_norm, grid, side.widths, side.start, side.table, spec.thresholds,
-        side.deviation, side.pieces, side.places,
+        side.deviation, side.piece_bits, side.places,
     )  # fmt: skip
 
 
@@ -256,7 +245,7 @@ def _constants(side: PreparedSide, name: str) -> dict[str, Any]:
     spec = side.spec
     values = {
         "AXES": side.axes, "PAD": padded(side.axes), "BYTES": spec.nbytes, "BYTES_PAD": padded(spec.nbytes),
-        "PIECES": side.pieces.shape[1], "WIDEST": max(profile.widths[0] for profile in spec.profiles),
+        "PIECES": side.piece_bits.shape[3], "WIDEST": max(profile.widths[0] for profile in spec.profiles),
         "LEVELS": side.table.shape[1], "THRESHOLDS": spec.thresholds.shape[1], "SCALE": spec.scale,
         "UNIFORM": side.grid is not None,
     }  # fmt: skip

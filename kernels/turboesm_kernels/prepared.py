@@ -71,17 +71,27 @@ class PreparedSide:
         return self.spec.centre.shape[-1]
 
     @cached_property
+    def piece_bits(self) -> Tensor:
+        """int32 [H, 2, A, P], P a power of 2: mask and place in the code of each piece, for `pack`."""
+        grown = torch.nn.functional.pad(self.pieces[:, :, 3:], (0, 0, 0, 0, 0, self._slots - self.pieces.shape[1]))
+        return grown.permute(0, 2, 3, 1).contiguous()
+
+    @cached_property
     def places(self) -> Tensor:
-        """float16 [H, P, A, nbytes]: 2^shift where a piece of an axis' code goes, 0 elsewhere. For `pack`."""
+        """float16 [H, A, P, nbytes]: 2^shift where a piece of an axis' code goes, 0 elsewhere. For `pack`."""
         spec = self.spec
-        table = torch.zeros(spec.heads, self.pieces.shape[1], self.axes, spec.nbytes, dtype=torch.float16)
+        table = torch.zeros(spec.heads, self.axes, self._slots, spec.nbytes, dtype=torch.float16)
         for head, index in enumerate(spec.profile_of_head):
             seen: dict[int, int] = {}
             for piece in spec.profiles[index].pieces:
                 count = seen.setdefault(piece.axis, 0)
-                table[head, count, piece.axis, piece.byte] = 2**piece.shift
+                table[head, piece.axis, count, piece.byte] = 2**piece.shift
                 seen[piece.axis] += 1
         return table.to(spec.centre.device)
+
+    @property
+    def _slots(self) -> int:
+        return 1 << (self.pieces.shape[1] - 1).bit_length()
 
     @cached_property
     def widths(self) -> Tensor:

@@ -8,7 +8,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from turboesm_kernels import portable, ptx
+from turboesm_kernels import assembly, portable, ptx
 from turboesm_kernels.ops import Held, PreparedLayer, padded
 from turboesm_kernels.portable import Partials
 from turboesm_kernels.prepared import FIELD_LANES, Fields
@@ -129,7 +129,7 @@ def fold(q: Tensor, layer: PreparedLayer, fields: Fields, early: bool) -> Folded
         q, q.stride(0), q.stride(1), q.stride(3), *fields.halves, fields.middle, fields.shifts, fields.masks,
         descriptors, scalars, batch,
         HEADS=heads, DIM=dim, FIELDS=fields.count, FIELDS_PAD=padded(fields.count, 4),
-        TABLE=fields.shifts.shape[1], DIM_PAD=padded(dim), FOLD_BLOCK=fold_block, 
+        TABLE=fields.shifts.shape[1], DIM_PAD=padded(dim), FOLD_BLOCK=fold_block,
         EARLY=early, num_warps=4, **portable.early_launch(early),
     )  # fmt: skip
     return Folded(descriptors, scalars)
@@ -138,14 +138,11 @@ def fold(q: Tensor, layer: PreparedLayer, fields: Fields, early: bool) -> Folded
 def _split(
     q: Tensor, held: Held, layer: PreparedLayer, folded: Folded, partials: Partials, chunk: int, early: bool
 ) -> None:
-    batch, heads = q.shape[:2]
+    batch, heads, _, dim = q.shape
     k, v, k_fields, v_fields = held.k, held.v, layer.k.fields, layer.v.fields
     assert k.scales is not None and v.scales is not None and k_fields is not None and v_fields is not None
-    k_words, v_words = len(k_fields.shape), len(v_fields.shape)
-    dim, one_block = q.shape[3], chunk == ptx.BLOCK
-    moving = layer.k.centred and not one_block
-    shared = ptx.Shared(dim, k_fields.count, v_fields.count, k_words, v_words, moving)
-    crowded = max(k_words, v_words) * 4 + v_fields.count > FEW_REGISTERS
+    code = _code(dim, k_fields.shape, v_fields.shape, layer.k.centred, chunk == ptx.BLOCK)
+    crowded = max(len(k_fields.shape), len(v_fields.shape)) * 4 + v_fields.count > FEW_REGISTERS
     ptx.fast_split_kernel[(batch * heads, partials.top.shape[3])](
         q, q.stride(0), q.stride(1), q.stride(3), layer.k.centre,
         folded.descriptors, folded.scalars, *_angles(held, layer),
@@ -155,18 +152,34 @@ def _split(
         k_fields.places, v_fields.places, v_fields.masks,
         partials.top, partials.mass, partials.weight, partials.out, held.tokens, chunk, held.sinks,
         HEADS=heads, DIM=dim, K_FIELDS=k_fields.count, V_FIELDS=v_fields.count, V_TABLE=v_fields.masks.shape[1],
-        OPEN_CODE=ptx.open_code(shared), OPEN_KINDS=ptx.OPEN_KINDS,
-        ROW_CODE=ptx.row_code(shared), ROW_KINDS=ptx.ROW_KINDS,
-        STATE_CODE=ptx.state_code(shared), STATE_KINDS=ptx.state_constraints(dim), ROTATION=shared.rotation,
-        FIRST_KEYS=ptx.load_code(k_words, None), FIRST_KEY_KINDS=ptx.load_constraints(k_words, False),
-        FIRST_VALUES=ptx.load_code(v_words, None), FIRST_VALUE_KINDS=ptx.load_constraints(v_words, False),
-        LOAD_KEYS=ptx.load_code(k_words, shared.k_places), LOAD_KEY_KINDS=ptx.load_constraints(k_words, True),
-        LOAD_VALUES=ptx.load_code(v_words, shared.v_places),
-        LOAD_VALUE_KINDS=ptx.load_constraints(v_words, True),
-        KEY_CODE=ptx.key_code(k_fields.shape), KEY_KINDS=ptx.key_constraints(k_fields.shape),
-        VALUE_CODE=ptx.value_code(v_fields.shape, shared.masks), VALUE_KINDS=ptx.value_constraints(v_fields.shape),
-        BIAS_CODE=ptx.bias_once_code(dim) if one_block else ptx.bias_code(shared),
-        BIAS_KINDS=ptx.bias_once_constraints(dim) if one_block else ptx.BIAS_KINDS, HAS_BIAS=layer.k.centred, HAS_LENGTHS=held.lengths is not None, ONE_BLOCK=one_block,
-        K_WORDS=k_words, V_WORDS=v_words, num_warps=1, maxnreg=None if crowded else REGISTERS, EARLY=early,
-        **portable.early_launch(early),
+        K_WORDS=len(k_fields.shape), V_WORDS=len(v_fields.shape), HAS_BIAS=layer.k.centred,
+        HAS_LENGTHS=held.lengths is not None, ONE_BLOCK=chunk == ptx.BLOCK, **code, EARLY=early, num_warps=1,
+        maxnreg=None if crowded else REGISTERS, **portable.early_launch(early),
     )  # fmt: skip
+
+
+@lru_cache(maxsize=256)
+def _code(
+    dim: int, keys: tuple[int, ...], values: tuple[int, ...], centred: bool, one_block: bool
+) -> dict[str, str | int]:
+    """The PTX of the kernel for fields of these shapes, and the kinds of its operands, by the kernel's names."""
+    k_words, v_words = len(keys), len(values)
+    shared = assembly.Shared(dim, sum(keys), sum(values), k_words, v_words, centred and not one_block)
+    bias = (assembly.bias_code(shared), assembly.BIAS_KINDS)
+    if one_block:
+        bias = (assembly.bias_once_code(dim), assembly.bias_once_constraints(dim))
+    code = {
+        "OPEN": (assembly.open_code(shared), assembly.OPEN_KINDS),
+        "ROW": (assembly.row_code(shared), assembly.ROW_KINDS),
+        "STATE": (assembly.state_code(shared), assembly.state_constraints(dim)),
+        "FIRST_KEYS": (assembly.load_code(k_words, None), assembly.load_constraints(k_words, False)),
+        "FIRST_VALUES": (assembly.load_code(v_words, None), assembly.load_constraints(v_words, False)),
+        "KEYS": (assembly.load_code(k_words, shared.k_places), assembly.load_constraints(k_words, True)),
+        "VALUES": (assembly.load_code(v_words, shared.v_places), assembly.load_constraints(v_words, True)),
+        "SCORE": (assembly.key_code(keys), assembly.key_constraints(keys)),
+        "SUM": (assembly.value_code(values, shared.masks), assembly.value_constraints(values)),
+        "BIAS": bias,
+    }
+    texts = {f"{name}_CODE": text for name, (text, _) in code.items()}
+    kinds = {f"{name}_KINDS": own for name, (_, own) in code.items()}
+    return {"ROTATION": shared.rotation, **texts, **kinds}

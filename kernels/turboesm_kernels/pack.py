@@ -24,7 +24,10 @@ from turboesm_kernels.reference import SCALE_STEPS_PER_OCTAVE, SCALE_ZERO, Packe
 STEPS = tl.constexpr(SCALE_STEPS_PER_OCTAVE)
 ZERO = tl.constexpr(SCALE_ZERO)
 FEW_ROWS, ROW_BLOCK = 16, 32
-"""Rows of a head that a program packs: few where a step brings one token a sequence."""
+"""Rows of a head that a program packs: few where a step brings one token a sequence.
+
+Fewer than 64, so that products are `mma` and not `wgmma`: in blocks of 64, two products added up in `wgmma` lost
+what the second added (Triton 3.6, H200), which `test_pack_on_gpu` saw."""
 
 
 @triton.jit
@@ -73,8 +76,8 @@ def _table_codes(
 @triton.jit
 def _pack_rows(
     x, x_b, x_h, x_t, x_d, starts, first_token, batches, tokens, head, block,
-    centre, analysis, factors, coded_norm, grid, widths, table_start, levels, thresholds, deviation, pieces, places,
-    cos, sin, rope_t, rope_d, codes, c_b, c_h, c_word, c_token, scales, s_b, s_h,
+    centre, analysis, factors, coded_norm, grid, widths, table_start, levels, thresholds, deviation,
+    pieces, places, cos, sin, rope_t, rope_d, codes, c_b, c_h, c_word, c_token, scales, s_b, s_h,
     HEADS: tl.constexpr, DIM: tl.constexpr, AXES: tl.constexpr, DIM_PAD: tl.constexpr, AXES_PAD: tl.constexpr,
     BYTES: tl.constexpr, BYTES_PAD: tl.constexpr, LANES: tl.constexpr, PIECES: tl.constexpr, WIDEST: tl.constexpr,
     LEVELS: tl.constexpr, THRESHOLDS: tl.constexpr, SCALE: tl.constexpr, UNIFORM: tl.constexpr,
@@ -161,11 +164,14 @@ def _pack_rows(
 @triton.jit
 def pack_kernel(
     k, k_b, k_h, k_t, k_d, v, v_b, v_h, v_t, v_d, starts, first_token, batches, tokens,
-    k_centre, k_analysis, k_factors, k_norm, k_grid, k_widths, k_start, k_levels, k_thresholds, k_deviation, k_pieces, k_places,
-    v_centre, v_analysis, v_factors, v_norm, v_grid, v_widths, v_start, v_levels, v_thresholds, v_deviation, v_pieces, v_places,
+    k_centre, k_analysis, k_factors, k_norm, k_grid, k_widths, k_start, k_levels, k_thresholds, k_deviation,
+    k_pieces, k_places,
+    v_centre, v_analysis, v_factors, v_norm, v_grid, v_widths, v_start, v_levels, v_thresholds, v_deviation,
+    v_pieces, v_places,
     cos, sin, rope_t, rope_d, k_codes, kc_b, kc_h, kc_word, kc_token, k_scales, ks_b, ks_h,
     v_codes, vc_b, vc_h, vc_plane, vc_token, v_scales, vs_b, vs_h,
-    HEADS: tl.constexpr, DIM: tl.constexpr, DIM_PAD: tl.constexpr, K_AXES: tl.constexpr, V_AXES: tl.constexpr, K_PAD: tl.constexpr,
+    HEADS: tl.constexpr, DIM: tl.constexpr, DIM_PAD: tl.constexpr, K_AXES: tl.constexpr,
+    V_AXES: tl.constexpr, K_PAD: tl.constexpr,
     V_PAD: tl.constexpr, K_BYTES: tl.constexpr, V_BYTES: tl.constexpr, K_BYTES_PAD: tl.constexpr,
     V_BYTES_PAD: tl.constexpr, LANES: tl.constexpr, K_PIECES: tl.constexpr, V_PIECES: tl.constexpr,
     K_WIDEST: tl.constexpr, V_WIDEST: tl.constexpr, K_LEVELS: tl.constexpr, V_LEVELS: tl.constexpr,
@@ -178,28 +184,30 @@ def pack_kernel(
         y = (x - R c) E / s    code = #{thresholds below y / start(y)}    scale = <s y, z^> / <z^, z^>
 
     with z^ = s T[code]; SCALE "norm" keeps norm(y) instead, "none" neither divides nor keeps. Every symbol as in
-    `reference`: x any float, centre f32 [H, d], analysis f16 [2, H, d, A] and factors f32 [H, A] of E / s, norm f32 [H], grid f32
-    [H, 6, A] (`PreparedSide.grid`), widths and table_start int32 [H, A], levels f32 [H, LEVELS] (with a 0 at the
-    end), thresholds f32 [H, THRESHOLDS], pieces and places as in `PreparedSide`, cos and sin f32 [T, d] of packed
-    token 0 on. `first_token` is the first packed token's number, or what to subtract from `starts` int [B].
+    `reference`: x any float, centre f32 [H, d], analysis f16 [2, H, d, A] and factors f32 [H, A] of E / s, norm f32
+    [H], grid f32 [H, 6, A] (`PreparedSide.grid`), widths and table_start int32 [H, A], levels f32 [H, LEVELS] (with
+    a 0 at the end), thresholds f32 [H, THRESHOLDS], pieces (`piece_bits`) and places as in `PreparedSide`, cos and
+    sin f32 [T, d] of packed token 0 on. `first_token` is the first packed token's number, or what to subtract from `starts` int [B].
     Program (h, r, s): the r-th block of rows (b, token) of head h, keys where s is 0.
     """
     head, block = tl.program_id(0), tl.program_id(1)
     if tl.program_id(2) == 0:
         _pack_rows(
             k, k_b, k_h, k_t, k_d, starts, first_token, batches, tokens, head, block,
-            k_centre, k_analysis, k_factors, k_norm, k_grid, k_widths, k_start, k_levels, k_thresholds, k_deviation, k_pieces,
-            k_places, cos, sin, rope_t, rope_d, k_codes, kc_b, kc_h, kc_word, kc_token, k_scales, ks_b, ks_h,
-            HEADS, DIM, K_AXES, DIM_PAD, K_PAD, K_BYTES, K_BYTES_PAD, LANES, K_PIECES, K_WIDEST, K_LEVELS, K_THRESHOLDS,
-            K_SCALE, K_UNIFORM, HAS_STARTS, TURNED, BLOCK, EARLY,
+            k_centre, k_analysis, k_factors, k_norm, k_grid, k_widths, k_start, k_levels, k_thresholds,
+            k_deviation, k_pieces, k_places,
+            cos, sin, rope_t, rope_d, k_codes, kc_b, kc_h, kc_word, kc_token, k_scales, ks_b, ks_h,
+            HEADS, DIM, K_AXES, DIM_PAD, K_PAD, K_BYTES, K_BYTES_PAD, LANES, K_PIECES, K_WIDEST, K_LEVELS,
+            K_THRESHOLDS, K_SCALE, K_UNIFORM, HAS_STARTS, TURNED, BLOCK, EARLY,
         )  # fmt: skip
     else:
         _pack_rows(
             v, v_b, v_h, v_t, v_d, starts, first_token, batches, tokens, head, block,
-            v_centre, v_analysis, v_factors, v_norm, v_grid, v_widths, v_start, v_levels, v_thresholds, v_deviation, v_pieces,
-            v_places, cos, sin, rope_t, rope_d, v_codes, vc_b, vc_h, vc_plane, vc_token, v_scales, vs_b, vs_h,
-            HEADS, DIM, V_AXES, DIM_PAD, V_PAD, V_BYTES, V_BYTES_PAD, 1, V_PIECES, V_WIDEST, V_LEVELS, V_THRESHOLDS,
-            V_SCALE, V_UNIFORM, HAS_STARTS, False, BLOCK, EARLY,
+            v_centre, v_analysis, v_factors, v_norm, v_grid, v_widths, v_start, v_levels, v_thresholds,
+            v_deviation, v_pieces, v_places,
+            cos, sin, rope_t, rope_d, v_codes, vc_b, vc_h, vc_plane, vc_token, v_scales, vs_b, vs_h,
+            HEADS, DIM, V_AXES, DIM_PAD, V_PAD, V_BYTES, V_BYTES_PAD, 1, V_PIECES, V_WIDEST, V_LEVELS,
+            V_THRESHOLDS, V_SCALE, V_UNIFORM, HAS_STARTS, False, BLOCK, EARLY,
         )  # fmt: skip
 
 
@@ -253,10 +261,12 @@ def _constants(side: PreparedSide, name: str) -> dict[str, Any]:
 
 
 def _validate(k: Tensor, v: Tensor, layer: PreparedLayer, held: Held) -> None:
-    batch, heads, tokens, dim = k.shape
-    if k.shape != v.shape or (heads, dim) != (layer.k.spec.heads, layer.k.head_dim):
-        raise ValueError(f"keys {tuple(k.shape)}, values {tuple(v.shape)} do not fit the codec's {layer.k.spec.heads}"
-                         f" heads of {layer.k.head_dim}")  # fmt: skip
+    batch, heads, _, dim = k.shape
+    own = (layer.k.spec.heads, layer.k.head_dim)
+    if k.shape != v.shape or (heads, dim) != own:
+        raise ValueError(
+            f"keys {tuple(k.shape)}, values {tuple(v.shape)}: the codec has {own[0]} heads of {own[1]}"
+        )
     for side, into in ((layer.k, held.k), (layer.v, held.v)):
         spec = side.spec
         words = spec.nbytes // spec.lanes if spec.side == "k" else spec.nbytes

@@ -157,8 +157,8 @@ class Fields:
     """A uniform-grid code as fields of 32-bit words, each the piece of 4 neighbouring axes' codes. For `fast`.
 
     A head's words come in order of how many fields they hold, most first; `shape` is the greatest count of any
-    head for the first word, the second ..., and a head with fewer has fields of mask 0. A word's first field is the
-    one at bit 0. So which word and which
+    head for the first word, the second ..., and a head with fewer has fields of mask 0. A word's first field is
+    the one at bit 0. So which word and which
     bits a field has is data, and one compiled kernel serves all heads, and all layers of that shape.
 
     With levels step (code - middle), a level is the sum over its fields of weight (piece - piece's middle). Keys'

@@ -75,9 +75,13 @@ class PackedCache(Ragged):
     @property
     def tensors(self) -> dict[str, Tensor]:
         """All that `capacity` tokens of each sequence take, by name."""
+        return self.leading(self.capacity)
+
+    def leading(self, length: int) -> dict[str, Tensor]:
+        """The part of `tensors` that the first `length` tokens take."""
         held = {"unmasked": self._unmasked}
         for index, store in enumerate(self._layers):
-            own = store.upto(self.capacity).tensors
+            own = store.upto(length).tensors
             held |= {f"layers.{index}.{name}": tensor for name, tensor in own.items()}
         return held
 

@@ -40,6 +40,11 @@ class Ragged:
         return int(self._from.min())
 
     @property
+    def fewest(self) -> int:
+        """Tokens of the shortest sequence."""
+        return int(self._held.min())
+
+    @property
     def is_even(self) -> bool:
         """Whether all sequences hold the same number of tokens."""
         return bool((self._held == self._held[0]).all())
@@ -69,6 +74,12 @@ class Ragged:
         """Forget each sequence's last `count` tokens."""
         self._held -= count
         self.lengths -= count
+
+    def park(self, idle: Sequence[int], length: int) -> None:
+        """Keep sequences that nobody uses at `length` tokens, so that steps never fill them."""
+        if idle:
+            self._held[idle] = length
+            self.lengths[torch.tensor(idle, device=self.lengths.device)] = length
 
     def rows(self, start: int, stop: int) -> Self:
         """Sequences start..stop - 1: a view of the same memory."""

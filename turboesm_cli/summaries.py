@@ -12,6 +12,7 @@ from turboesm_cli import __version__, metrics
 from turboesm_cli.bundle import Bundle
 from turboesm_cli.codec import Recipe
 from turboesm_cli.evaluation import ProteinResult
+from turboesm_cli.formats import FORMATS
 from turboesm_cli.model import EsmModel
 from turboesm_cli.results import ResultRow, commit_of_source
 
@@ -157,7 +158,7 @@ def _cells(name: str, results: Sequence[ProteinResult], drift: Sequence[ProteinR
 
 def _identity(recipe: Recipe | str) -> tuple[str, float, float]:
     if isinstance(recipe, str):
-        bits = {"fp32": 32.0, "fp16": 16.0, "bf16": 16.0}[recipe]
+        bits = 8.0 * FORMATS[recipe].dtype.itemsize
         return recipe, bits, bits
     return recipe.name, recipe.bits_k, recipe.bits_v
 
@@ -172,7 +173,7 @@ def _cpu_name() -> str:
 
 
 def bench_tables(
-    rows: Sequence[ResultRow], recipes: Sequence[Recipe], families: Sequence[str]
+    rows: Sequence[ResultRow], recipes: Sequence[Recipe | str], families: Sequence[str]
 ) -> list[tuple[str, list[str], list[list[str]]]]:
     """Title, columns and rows of the tables that `bench` shows: accuracy by family, then memory and time."""
     found = {
@@ -201,7 +202,7 @@ def bench_tables(
         title = "Decoded hidden states against an fp32 cache: error = 1 - mean cosine"
         tables.append((title, columns, [*accuracy, [*drift, ""]]))
     cost = []
-    caches: list[Recipe | str] = ["fp32", "fp16", *recipes]
+    caches: list[Recipe | str] = list(dict.fromkeys(["fp32", "fp16", *recipes]))
     for cache in caches:
         figures = [value(cache, "", "memory", name, 1024) for name in _MEMORY_METRICS]
         figures += [

@@ -175,7 +175,7 @@ def _parts(codes: Tensor) -> list[slice]:
     """Ranges of tokens, of which `INDICES` bytes are looked up at once."""
     tokens = codes.shape[3]
     each = max(64, INDICES * tokens // max(1, codes.numel()))
-    return [slice(start, min(tokens, start + each)) for start in range(0, tokens, each)]
+    return [slice(start, min(tokens, start + each)) for start in range(0, max(1, tokens), each)]
 
 
 def _key_bytes(codes: Tensor) -> Tensor:

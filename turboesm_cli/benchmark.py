@@ -23,7 +23,7 @@ from turboesm_cli.bundle import Bundle, read_bundle, seen, write_bundle
 from turboesm_cli.cache import PackedCodec, bytes_per_sequence, codec_nbytes, dense_bytes_per_sequence
 from turboesm_cli.calibration import bundle_of
 from turboesm_cli.codec import CodecSpec, Recipe
-from turboesm_cli.decode import Codec, prefill, step, unmasked_fraction
+from turboesm_cli.decode import Codec, prefill, step
 from turboesm_cli.dense import DenseCodec
 from turboesm_cli.errors import BundleError, InputError, OutputError
 from turboesm_cli.evaluation import DRIFT, ProteinResult, compare_decoding, first_layer_cosines
@@ -160,7 +160,7 @@ def times(model: EsmModel, entries: Sequence[Entry], repeats: int = 20) -> Itera
         prefill(model, tokens, cache)
 
         def one_token(cache=cache) -> None:  # type: ignore[no-untyped-def]
-            step(model, tokens[:, 0], cache, unmasked_fraction(tokens))
+            step(model, tokens[:, 0], cache)
             cache.truncate(TIMED_CONTEXT)
 
         took = timing.measure(one_token, model.device, repeats=repeats)

@@ -87,7 +87,7 @@ def refuse_seen(entries: Sequence[Entry], families: Families) -> None:
 def accuracy(
     model: EsmModel, entries: Sequence[Entry], families: Families, tick: Tick, formats: Sequence[str] = ()
 ) -> Iterator[ResultRow]:
-    """Rows of the protocols decode and drift: each family, each protein, all together; `formats` of dense caches."""
+    """Rows of the protocols decode and drift: families, proteins, all; `formats` of dense caches."""
     context = Context(model)
     codecs: dict[str, Codec] = {entry.name: PackedCodec(entry.spec, model.device) for entry in entries}
     codecs |= {name: DenseCodec(FORMATS[name]) for name in formats}

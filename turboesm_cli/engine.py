@@ -8,7 +8,7 @@ memory does not suffice, the batch is halved and the proteins under way start ag
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby, islice
 from typing import Generic, Protocol, TypeVar
@@ -34,13 +34,13 @@ NewCache = Callable[[int, int], AnyCache]
 class Job:
     """Token ids int64 of a protein's prompt; `steps` tokens are decoded after it, `rest` if they are given.
 
-    `held`: a cache of one sequence that holds the prompt already, or None.
+    `held` gives the tensors of a `PackedCache` that holds the prompt already, or is None.
     """
 
     prompt: Tensor
     steps: int
     rest: Tensor | None = None
-    held: PackedCache | None = None
+    held: Callable[[], Mapping[str, Tensor]] | None = None
 
 
 class Task(Protocol):
@@ -67,33 +67,30 @@ class Stepper:
 
     def __init__(self, model: EsmModel, cache: AnyCache) -> None:
         self.model, self.cache = model, cache
-        self.unmasked = torch.ones(cache.batch, 1, 1, device=model.device)
         self._joint = decode.JointProjection(model, cache.capacity) if model.device.type == "cuda" else None
 
     def enter(self, start: int, jobs: Sequence[Job]) -> None:
         """Fill the slots from `start` on with prompts."""
-        if jobs[0].held is None:
+        encoded = [job for job in jobs if job.held is None]
+        if len(encoded) == len(jobs):
             self.prefill(start, [job.prompt for job in jobs])
             return
         for slot, job in enumerate(jobs, start):
             rows = self.cache.rows(slot, slot + 1)
             if job.held is None or not isinstance(rows, PackedCache):
                 raise ValueError("packed caches go on in packed caches only")
-            rows.load(job.held.leading(len(job.prompt)), len(job.prompt))
-            self.unmasked[slot] = job.held.unmasked[0]
+            rows.load(job.held(), len(job.prompt))
 
     def prefill(self, start: int, prompts: Sequence[Tensor]) -> Tensor:
         """Encode prompts into the slots from `start` on; final hidden states [n, P, E]."""
         tokens = torch.nn.utils.rnn.pad_sequence(list(prompts), batch_first=True, padding_value=PAD)
-        tokens = tokens.to(self.model.device)
         rows = self.cache.rows(start, start + len(prompts))
         rows.truncate(0)
-        self.unmasked[start : start + len(prompts)] = decode.unmasked_fraction(tokens)
-        return decode.prefill(self.model, tokens, rows)
+        return decode.prefill(self.model, tokens.to(self.model.device), rows)
 
     def step(self, tokens: Tensor) -> Tensor:
         """Decode tokens int64 [slots]: final hidden states [slots, E]."""
-        return decode.step(self.model, tokens, self.cache, self.unmasked, self._joint)
+        return decode.step(self.model, tokens, self.cache, self._joint)
 
 
 class Graph:
@@ -121,11 +118,21 @@ class Graph:
         self._cache.replayed(1)
 
 
+@dataclass
+class _Active:
+    """A job in a slot; `left` steps are still to do."""
+
+    number: int
+    job: Job
+    left: int
+
+
 class Batch(Generic[TaskT]):
     """Jobs through `slots` slots of `capacity` tokens.
 
     `new_task` makes the task of a batch of so many slots. `sinks`: tokens at the start that the cache keeps apart.
-    `on_shrink` hears of each halving of the batch.
+    `on_step` hears how many tokens each step decoded (less than none where work is lost and starts again),
+    `on_shrink` of each halving of the batch.
     """
 
     def __init__(
@@ -136,60 +143,67 @@ class Batch(Generic[TaskT]):
         slots: int,
         capacity: int,
         sinks: int = 0,
+        on_step: Callable[[int], None] = lambda tokens: None,
         on_shrink: Callable[[int], None] = lambda slots: None,
     ) -> None:
         self._model, self._new_cache, self._new_task = model, new_cache, new_task
-        self._slots, self._capacity, self._sinks = slots, capacity, sinks
-        self._on_shrink = on_shrink
+        self._slots, self._sinks = slots, sinks
+        self._capacity = max(capacity, sinks + 1)  # a slot that nobody uses stands at the end of its sinks
+        self._on_step, self._on_shrink = on_step, on_shrink
 
     @torch.no_grad()
     def run(self, jobs: Iterable[Job]) -> Iterator[tuple[int, Tensor]]:
         """(number of the job, its result) as jobs finish. Jobs are taken when there is a slot for them."""
         waiting = _Queue(jobs)
-        while waiting:
-            active: dict[int, tuple[int, Job, int]] = {}
+        active: dict[int, _Active] = {}
+        while True:
             try:
                 yield from self._run(waiting, active)
             except torch.OutOfMemoryError:
                 if self._slots == 1:
                     raise
-                waiting.put_back([(number, job) for number, job, _ in active.values()])
-                self._slots //= 2
             else:
                 return
-            torch.cuda.empty_cache()  # outside the handler, whose traceback holds on to tensors
-            self._on_shrink(self._slots)
+            self._shrink(waiting, active)  # outside the handler, whose traceback holds on to tensors
 
-    def _run(self, waiting: _Queue, active: dict[int, tuple[int, Job, int]]) -> Iterator[tuple[int, Tensor]]:
-        slots = min(self._slots, waiting.at_least(self._slots))
-        stepper = Stepper(self._model, self._new_cache(slots, self._capacity))
-        task = self._new_task(slots)
+    def _shrink(self, waiting: _Queue, active: dict[int, _Active]) -> None:
+        """Half the slots; jobs under way start again."""
+        waiting.put_back([(item.number, item.job) for item in active.values()])
+        self._on_step(-sum(item.job.steps - item.left for item in active.values()))
+        active.clear()
+        self._slots //= 2
+        if self._model.device.type == "cuda":
+            torch.cuda.empty_cache()
+        self._on_shrink(self._slots)
+
+    def _run(self, waiting: _Queue, active: dict[int, _Active]) -> Iterator[tuple[int, Tensor]]:
+        stepper = Stepper(self._model, self._new_cache(self._slots, self._capacity))
+        task = self._new_task(self._slots)
         graph = Graph(lambda: task.step(stepper), stepper.cache, self._sinks)
         while True:
             self._admit(stepper, task, waiting, active)
             if not active:
                 return
-            stepper.cache.park([slot for slot in range(slots) if slot not in active], self._sinks)
+            stepper.cache.park([slot for slot in range(self._slots) if slot not in active], self._sinks)
             graph()
-            for slot, (number, job, left) in list(active.items()):
-                active[slot] = number, job, left - 1
-                if left == 1:
-                    result = task.result(slot, job)
+            self._on_step(len(active))
+            for slot, item in list(active.items()):
+                item.left -= 1
+                if item.left == 0:
+                    result = task.result(slot, item.job)
                     del active[slot]
-                    yield number, result
+                    yield item.number, result
 
-    def _admit(
-        self, stepper: Stepper, task: TaskT, waiting: _Queue, active: dict[int, tuple[int, Job, int]]
-    ) -> None:
+    def _admit(self, stepper: Stepper, task: TaskT, waiting: _Queue, active: dict[int, _Active]) -> None:
         """Prefill free slots, neighbours together."""
-        free = [slot for slot in range(stepper.cache.batch) if slot not in active]
-        if waiting.at_least(1) and len(free) * 8 < stepper.cache.batch and active:
+        free = [slot for slot in range(self._slots) if slot not in active]
+        if active and len(free) * 8 < self._slots:
             return  # a prefill serves several slots
         for run in _runs(free):
-            while run and waiting.at_least(1):
+            while run and waiting:
                 entered = waiting.take(run, PREFILL_TOKENS)
                 for slot, (number, job) in zip(run, entered, strict=False):
-                    active[slot] = number, job, job.steps
+                    active[slot] = _Active(number, job, job.steps)
                     task.enter(slot, number, job)
                 stepper.enter(run[0], [job for _, job in entered])
                 run = run[len(entered) :]
@@ -203,21 +217,19 @@ class _Queue:
         self._front: deque[tuple[int, Job]] = deque()
 
     def __bool__(self) -> bool:
-        return self.at_least(1) > 0
-
-    def at_least(self, count: int) -> int:
-        """`count`, or how many are left if they are fewer."""
-        self._front.extend(islice(self._source, max(0, count - len(self._front))))
-        return min(count, len(self._front))
+        if not self._front:
+            self._front.extend(islice(self._source, 1))
+        return bool(self._front)
 
     def put_back(self, jobs: Iterable[tuple[int, Job]]) -> None:
+        """Jobs that were taken: the lowest number comes first again."""
         self._front.extendleft(sorted(jobs, key=lambda item: -item[0]))
 
     def take(self, run: Sequence[int], tokens: int) -> list[tuple[int, Job]]:
         """Jobs for the slots of `run`: at least one, of at most `tokens` tokens of prompt, padding counted."""
         taken: list[tuple[int, Job]] = []
         longest = 0
-        while len(taken) < len(run) and self.at_least(1):
+        while len(taken) < len(run) and self:
             longest = max(longest, len(self._front[0][1].prompt))
             if taken and (len(taken) + 1) * longest > tokens:
                 break

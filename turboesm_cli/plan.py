@@ -14,7 +14,7 @@ from turboesm_cli.codec import CodecSpec
 from turboesm_cli.engine import PREFILL_TOKENS
 from turboesm_cli.errors import InputError
 from turboesm_cli.formats import FORMATS
-from turboesm_cli.model import EsmModel
+from turboesm_cli.model import Shape, parameter_count
 
 KINDS = ("fp32", "fp16", "bf16", "int8", "fp8", "packed")
 RESERVED = 0.06
@@ -25,13 +25,14 @@ UNITS = {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "KB": 10**3, "MB": 10**6, "GB
 
 @dataclass(frozen=True)
 class Plan:
-    """Bytes that a cache of one kind needs beside the model, and the largest batch that fits.
+    """Bytes that decoding with a cache of one kind takes, and the largest batch that fits.
 
+    memory     of the device
     weights    of the model
-    shared     what all sequences share: rotations and tables of a codec
-    workspace  at the widest point of a prefill and of a step, estimated
-    sequence   held for each sequence
-    batch      largest number of sequences in `memory` bytes
+    shared     what all sequences share: rotations and tables of a codec, and what the kernels make of them
+    workspace  at the widest point of a prefill, estimated
+    sequence   the cache of one sequence of `context` tokens
+    beside     what a sequence takes beside its cache: results, and one layer unpacked where a step does that
     """
 
     kind: str
@@ -41,12 +42,13 @@ class Plan:
     shared: int
     workspace: int
     sequence: int
+    beside: int
 
     @property
     def batch(self) -> int:
         """Sequences that fit."""
         left = int(self.memory * (1 - RESERVED)) - self.weights - self.shared - self.workspace
-        return max(0, left // self.sequence)
+        return max(0, left // (self.sequence + self.beside))
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -54,28 +56,31 @@ class Plan:
 
     def cells(self) -> list[str]:
         """For a table."""
-        sizes = (self.weights, self.shared, self.workspace, self.sequence)
+        sizes = (self.weights, self.shared, self.workspace, self.sequence, self.beside)
         return [self.kind, *(f"{size / 2**20:,.1f}" for size in sizes), f"{self.batch:,}"]
 
 
-COLUMNS = ["cache", "weights MiB", "shared MiB", "workspace MiB", "MiB a sequence", "largest batch"]
+COLUMNS = ["cache", "weights MiB", "shared MiB", "workspace MiB", "MiB a sequence", "beside MiB", "largest batch"]
 
 
-def plans(model: EsmModel, spec: CodecSpec, context: int, memory: int) -> list[Plan]:
-    """A plan for each kind of cache, for sequences of up to `context` tokens in `memory` bytes."""
-    weights = sum(weight.nbytes for weight in model.net.parameters())
+def plans(
+    shape: Shape, spec: CodecSpec, dtype: torch.dtype, context: int, memory: int, results: int = 0
+) -> list[Plan]:
+    """A plan for each kind of cache, for weights of `dtype` and sequences of up to `context` tokens.
+
+    `results`: bytes that a task keeps of a sequence. Needs no model: its shape says what it takes.
+    """
     return [
         Plan(
-            kind,
-            context,
-            memory,
-            weights,
-            _shared(spec) if kind == "packed" else 0,
-            _workspace(model, context),
-            sequence_bytes(spec, kind, context),
+            kind, context, memory,
+            weights=parameter_count(shape) * dtype.itemsize,
+            shared=4 * codec_nbytes(spec) if kind == "packed" else 0,
+            workspace=_workspace(shape, dtype, context),
+            sequence=sequence_bytes(spec, kind, context),
+            beside=results + _unpacked(shape, dtype, kind, context),
         )
         for kind in KINDS
-    ]
+    ]  # fmt: skip
 
 
 def sequence_bytes(spec: CodecSpec, kind: str, context: int) -> int:
@@ -115,14 +120,15 @@ def _available() -> int:
         return 8 * 2**30
 
 
-def _shared(spec: CodecSpec) -> int:
-    """The codec's tensors and the maps that the kernels make of them, about three times as much."""
-    return 4 * codec_nbytes(spec)
-
-
-def _workspace(model: EsmModel, context: int) -> int:
-    """Activations of a prefill of `PREFILL_TOKENS` tokens at its widest, the feed-forward layer."""
-    size = next(model.net.parameters()).element_size()
+def _workspace(shape: Shape, dtype: torch.dtype, context: int) -> int:
+    """Activations of a prefill of `PREFILL_TOKENS` tokens at its widest, the feed-forward layer or RoPE."""
     tokens = max(PREFILL_TOKENS, context)
-    width = model.shape.width
-    return tokens * width * (4 + 4 + 3) * size + tokens * model.shape.heads * model.shape.head_dim * 16
+    return tokens * shape.width * (11 * dtype.itemsize + 16)
+
+
+def _unpacked(shape: Shape, dtype: torch.dtype, kind: str, context: int) -> int:
+    """One layer's keys and values, which int8 and fp8 caches turn back into `dtype` for each step."""
+    widened = {"int8": 8, "fp8": 0}.get(kind)
+    if widened is None:
+        return 0
+    return context * shape.width * (2 * dtype.itemsize + widened)

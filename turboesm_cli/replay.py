@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -16,30 +17,38 @@ from turboesm_cli.engine import AnyCache, Batch, Job, TaskT, in_order
 from turboesm_cli.evaluation import ProteinResult, compare_predictions
 from turboesm_cli.formats import FORMATS
 from turboesm_cli.model import EsmModel
-from turboesm_cli.sequences import Protein
+from turboesm_cli.sequences import Protein, detokenize
 from turboesm_cli.stats import to_tokens
+
+ResultT = TypeVar("ResultT")
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """A protein, how many of its tokens are prompt, and a cache that holds them already, or None."""
+    """A protein, how many of its tokens are prompt, and what gives the tensors of a cache of them, or None."""
 
     protein: Protein
     cached: int
-    cache: PackedCache | None = None
+    held: Callable[[], Mapping[str, Tensor]] | None = None
 
     @property
     def tokens(self) -> Tensor:
         """Ids int64 [T] of the whole protein."""
         return to_tokens([self.protein], torch.device("cpu"))[0]
 
+    @property
+    def text(self) -> str:
+        """The residues that are prompt, as they were read where that is all."""
+        if self.cached > self.protein.residues:
+            return self.protein.sequence
+        return detokenize(self.tokens[: self.cached].tolist())
+
     def job(self, steps: int | None = None) -> Job:
         """Decode the rest of the protein, or `steps` tokens that are not known yet."""
-        tokens = self.tokens
-        rest = tokens[self.cached :] if steps is None else None
-        return Job(
-            tokens[: self.cached], len(tokens) - self.cached if rest is not None else steps or 0, rest, self.cache
-        )
+        prompt, rest = self.tokens.tensor_split([self.cached])
+        if steps is None:
+            return Job(prompt, len(rest), rest, self.held)
+        return Job(prompt, steps, None, self.held)
 
 
 def new_cache(model: EsmModel, spec: CodecSpec, kv: str, slots: int, capacity: int) -> AnyCache:
@@ -50,9 +59,15 @@ def new_cache(model: EsmModel, spec: CodecSpec, kv: str, slots: int, capacity: i
 
 
 def run(
-    batch: Batch[TaskT], prompts: Iterable[Prompt], steps: int | None = None
-) -> Iterator[tuple[Prompt, Tensor]]:
-    """Each prompt with what its job gives, in the order of the prompts."""
+    batch: Batch[TaskT],
+    prompts: Iterable[Prompt],
+    finish: Callable[[Prompt, Tensor], ResultT],
+    steps: int | None = None,
+) -> Iterator[ResultT]:
+    """What `finish` makes of each prompt and its job's result, in the order of the prompts.
+
+    What overtakes a slower protein waits as `finish` leaves it.
+    """
     started: dict[int, Prompt] = {}
 
     def jobs() -> Iterator[Job]:
@@ -60,7 +75,7 @@ def run(
             started[number] = prompt
             yield prompt.job(steps)
 
-    yield from in_order((number, (started.pop(number), found)) for number, found in batch.run(jobs()))
+    yield from in_order((number, finish(started.pop(number), found)) for number, found in batch.run(jobs()))
 
 
 @torch.no_grad()

@@ -29,12 +29,13 @@ def bench(
         str, typer.Option(help="Families (tm, idr, enzyme, globular, peptide) or FASTA files, by comma.")
     ] = "tm,idr,enzyme,globular,peptide",
     recipes: Annotated[
-        str,
+        str | None,
         typer.Option(
             help="Recipes by comma; NAME@BITS or NAME@BITS_K/BITS_V sets a budget. "
-            "Dense caches too: fp16, bf16, int8, fp8."
+            "Dense caches too: fp16, bf16, int8, fp8. Default: paper,flat,auto@2,auto; --throughput: auto.",
+            show_default=False,
         ),
-    ] = "paper,flat,auto@2,auto",
+    ] = None,
     bundle: Annotated[
         list[Path] | None,
         typer.Option("--bundle", help="A ready bundle, in place of --recipes; repeatable.", show_default=False),
@@ -59,6 +60,23 @@ def bench(
         bool,
         typer.Option("--kernels", help="Time the GPU kernels on synthetic caches against fp16 SDPA instead."),
     ] = False,
+    throughput: Annotated[
+        bool,
+        typer.Option("--throughput", help="Measure tokens a second and memory of whole models, cache by cache."),
+    ] = False,
+    batch: Annotated[str, typer.Option(help="--throughput: sequences at once, by comma.")] = "1,8",
+    context: Annotated[str, typer.Option(help="--throughput: tokens of a sequence, by comma.")] = "256,1024",
+    kinds: Annotated[
+        str, typer.Option(help="--throughput: caches by comma; packed ones are of --recipes or --bundle.")
+    ] = "fp16,bf16,int8,fp8,packed",
+    memory: Annotated[
+        str | None,
+        typer.Option(help="--throughput: find the largest batch in so much, such as 24GiB.", show_default=False),
+    ] = None,
+    plan: Annotated[
+        bool, typer.Option("--plan", help="--throughput: say what memory it would take; stop.")
+    ] = False,
+    dtype: options.Dtype = "fp32",
     allow_seen: Annotated[bool, typer.Option(help="Flag, do not refuse, proteins seen in calibration.")] = False,
     model: options.Model = None,
     device: options.Device = "auto",
@@ -71,17 +89,30 @@ def bench(
     Each recipe is calibrated on the same proteins; its bundle is kept for the next run.
 
     Example: turboesm bench --families tm,idr,peptide --recipes paper,auto -o results.csv
+
+    Example: turboesm bench --throughput --model random:esm2_t33_650M --dtype bf16 --batch 1,64 --context 1024
     """
-    check_output(output, force)
+    if not (throughput and plan):
+        check_output(output, force)
+    if throughput:
+        from turboesm_cli.commands.throughput import Wanted, bench_throughput
+
+        bench_throughput(
+            Wanted(
+                batch, context, kinds, memory, recipes or "auto", bundle or [], dtype, plan, model, device, json,
+                output,
+            )
+        )  # fmt: skip
+        return
     if kernels:
         _bench_kernels(output)
         return
     sets = _families(families, max_proteins, max_residues)
-    loaded = options.open_model(model, device)
+    loaded = options.open_model(model, device, dtype=dtype)
     if ablate:
         rows, tables = _ablate(loaded, _calibration(calibration, max_calibration), sets)
     else:
-        named, formats = _split_recipes(recipes)
+        named, formats = _split_recipes(recipes or "paper,flat,auto@2,auto")
         entries = _entries(loaded, named, bundle, _calibration(calibration, max_calibration))
         _check_seen(entries, sets, allow_seen)
         rows, tables = _measure(loaded, entries, sets, formats)

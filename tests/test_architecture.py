@@ -35,6 +35,7 @@ STAGES = [
     {"evaluation", "replay"},
     {"summaries", "workload"},
     {"ablation", "benchmark", "throughput"},
+    {"crossover"},
     {"paper_kernel"},
     {"bench_kernels"},
 ]

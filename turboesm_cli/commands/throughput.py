@@ -40,10 +40,11 @@ class Wanted:
 def bench_throughput(wanted: Wanted) -> None:
     """Measure, write the rows, show the tables."""
     from turboesm_cli.bundle import read_bundle
+    from turboesm_cli.crossover import crossovers, rows
     from turboesm_cli.model import pick_device
     from turboesm_cli.plan import device_memory, parse_memory
     from turboesm_cli.results import to_records, write_csv
-    from turboesm_cli.throughput import Load, crossovers, rows
+    from turboesm_cli.throughput import Load
 
     loads = [Load(batch, context) for context in _numbers(wanted.contexts) for batch in _numbers(wanted.batches)]
     forms = _forms(wanted.kinds)
@@ -66,11 +67,7 @@ def bench_throughput(wanted: Wanted) -> None:
     else:
         _show(model, found, largest)
     for crossing in crossovers(found):
-        where = "the smallest measured" if crossing.value == 0 else f"{crossing.value:,.1f}"
-        other = "context" if crossing.along == "batch" else "batch"
-        console.say(
-            f"{crossing.kind.name} is faster than fp16 from {crossing.along} {where} on, {other} {crossing.at}"
-        )
+        console.say(crossing.sentence)
     console.say(f"{len(made)} figures in {wanted.output}")
 
 
@@ -102,7 +99,7 @@ def _measure(
 
 
 def _show(model: EsmModel, found: list[Throughput], largest: list[Throughput]) -> None:
-    from turboesm_cli.throughput import COLUMNS, cells
+    from turboesm_cli.crossover import COLUMNS, cells
 
     title = f"{model.name}, {model.dtype_name} weights: decoding with each kind of cache"
     if found:

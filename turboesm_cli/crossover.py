@@ -1,4 +1,4 @@
-"""Throughputs side by side: ratios to the fp16 cache under the same load, where one overtakes the other, rows, table."""
+"""Throughputs side by side: ratios to the fp16 cache under the same load, crossovers, rows and table."""
 
 from __future__ import annotations
 

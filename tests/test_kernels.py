@@ -16,7 +16,7 @@ import pytest
 import torch
 from turboesm_kernels import lookup, ops, reference
 from turboesm_kernels.ops import BackendError, Held
-from turboesm_kernels.prepared import PreparedSide
+from turboesm_kernels.prepared import PreparedSide, grid_steps
 from turboesm_kernels.reference import Packed, Rope
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -302,3 +302,15 @@ def test_tokens(dim: int, length: int, drops: bool) -> None:
 @pytest.mark.parametrize(("dim", "length", "drops"), [*TOKENS, (64, 1024, True), (128, 500, True)])
 def test_tokens_on_gpu(dim: int, length: int, drops: bool, dtype: torch.dtype) -> None:
     check_tokens(dim, length, drops, "cuda", dtype)
+
+
+def test_a_grid_is_recognised_through_float32s_rounding() -> None:
+    """Fitted 8-bit levels are off by up to 1.13e-5 steps; a table that is no grid is off by far more."""
+    spec = make_spec("k", Case(dim=64, tokens=1, kind="uniform", bits=4))
+    width = spec.profiles[0].widths[0]
+    at = reference.table_slice(width)
+    steps = (spec.levels[:, at][:, -1] - spec.levels[:, at][:, 0]) / (2**width - 1)
+    for off, is_grid in ((1.2e-5, True), (1e-2, False)):
+        levels = spec.levels.double()
+        levels[:, at][:, 5] += off * steps.double()
+        assert (grid_steps(replace(spec, levels=levels)) is not None) == is_grid

@@ -108,7 +108,9 @@ def bench(
         _bench_kernels(output)
         return
     sets = _families(families, max_proteins, max_residues)
-    loaded = options.open_model(model, device, dtype=dtype)
+    if dtype != "fp32":
+        raise InputError("--dtype is for --throughput; codecs are fitted and compared in fp32")
+    loaded = options.open_model(model, device)
     if ablate:
         rows, tables = _ablate(loaded, _calibration(calibration, max_calibration), sets)
     else:

@@ -15,8 +15,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from turboesm_kernels import ops, reference
+from turboesm_kernels import kinds, ops, reference
 from turboesm_kernels.ops import BackendError, Held, PreparedLayer
+from turboesm_kernels.prepared import grid_steps
 from turboesm_kernels.reference import Packed, Rope, Side
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -316,3 +317,66 @@ def test_pack(case: Case) -> None:
 @pytest.mark.parametrize("case", [*PACKED, Case(dim=64, tokens=1024, batch=4)], ids=str)
 def test_pack_on_gpu(case: Case) -> None:
     check_pack(case, "cuda")
+
+
+def check_tokens(
+    dim: int, length: int, drops: bool, device: str = "cpu", dtype: torch.dtype = torch.float32
+) -> None:
+    """Against softmax attention over the keys and values that the kinds of token stand for."""
+    from turboesm_kernels import tokens
+
+    generator = torch.Generator().manual_seed(dim + length)
+    count, heads, lengths = 33, 3, torch.tensor([length, max(1, length - 5)])
+    k, v = torch.randn(2, heads, count, dim, generator=generator)
+    k_const, v_const = torch.randn(2, heads, dim, generator=generator)
+    sigma = torch.rand(count, generator=generator)
+    tables = kinds.TokenTables(k, v, k_const, v_const, sigma, 1e-5, drops)
+    q = torch.randn(2, heads, 1, dim, generator=generator).to(dtype)
+    ids = torch.randint(count, (2, length + 2), generator=generator).to(torch.uint8)
+    unmasked = torch.tensor([1.0, 0.7])
+    rope = Rope.at(torch.arange(length + 2), 10000 ** (-torch.arange(0, dim, 2) / dim))
+    s = sigma / (unmasked if drops else torch.ones(2))[:, None]
+    factor = (s * (s * s + 1e-5).rsqrt())[:, None, :, None].double()
+    index = ids.long()[:, None, :, None].expand(-1, heads, -1, dim)
+    keys = rope.rotate((factor * k + k_const[:, None]).gather(2, index))
+    values = (factor * v + v_const[:, None]).gather(2, index)
+    expected = reference.attend(q.double(), keys, values, lengths)
+    moved = kinds.TokenTables(*(x.to(device) for x in (k, v, k_const, v_const, sigma)), 1e-5, drops)
+    at = Rope(rope.cos.to(device), rope.sin.to(device))
+    found = tokens.attend(
+        q.to(device), ids.to(device)[:, : length + 1], moved, unmasked.to(device), at, lengths.int().to(device)
+    )
+    assert found.dtype == dtype
+    tolerance = 1e-4 if dtype == torch.float32 else TOLERANCE[dtype]
+    assert relative_error(found.cpu(), expected) < tolerance
+    plain = kinds.attend_tokens(q, ids, tables, unmasked, rope, lengths)
+    assert relative_error(plain, expected) < tolerance
+
+
+TOKENS = [(16, 1, True), (24, 70, True), (64, 64, False), (64, 200, True)]
+
+
+@interpreted
+@pytest.mark.parametrize(("dim", "length", "drops"), TOKENS)
+def test_tokens(dim: int, length: int, drops: bool) -> None:
+    check_tokens(dim, length, drops)
+
+
+@pytest.mark.gpu
+@no_gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("dim", "length", "drops"), [*TOKENS, (64, 1024, True), (128, 500, True)])
+def test_tokens_on_gpu(dim: int, length: int, drops: bool, dtype: torch.dtype) -> None:
+    check_tokens(dim, length, drops, "cuda", dtype)
+
+
+def test_a_grid_is_recognised_through_float32s_rounding() -> None:
+    """Fitted 8-bit levels are off by up to 1.13e-5 steps; a table that is no grid is off by far more."""
+    spec = make_spec("k", Case(dim=64, tokens=1, kind="uniform", bits=4))
+    width = spec.profiles[0].widths[0]
+    at = reference.table_slice(width)
+    steps = (spec.levels[:, at][:, -1] - spec.levels[:, at][:, 0]) / (2**width - 1)
+    for off, is_grid in ((1.2e-5, True), (1e-2, False)):
+        levels = spec.levels.double()
+        levels[:, at][:, 5] += off * steps.double()
+        assert (grid_steps(replace(spec, levels=levels)) is not None) == is_grid

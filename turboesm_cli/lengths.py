@@ -6,7 +6,9 @@ import copy
 from collections.abc import Sequence
 from typing import Self
 
+import numpy as np
 import torch
+from torch import Tensor
 
 
 class Ragged:
@@ -14,15 +16,21 @@ class Ragged:
 
     A step is: `begin` (how many tokens each sequence gets), then for each layer what stores and reads them.
     `lengths` and `starts` int32 [B] are on the device, for kernels and CUDA graphs; the same numbers are kept on
-    the host, so that nothing needs to ask the device.
+    the host, so that nothing needs to ask the device. `unmasked` float32 [B, 1, 1] is each prompt's
+    `decode.unmasked_fraction`: token dropout's factor stays what it was at prefill.
     """
+
+    lengths: Tensor
+    starts: Tensor
+    unmasked: Tensor
 
     def __init__(self, batch: int, capacity: int, device: torch.device) -> None:
         self.capacity = capacity
         self.lengths = torch.zeros(batch, dtype=torch.int32, device=device)
         self.starts = torch.zeros(batch, dtype=torch.int32, device=device)
-        self._held = torch.zeros(batch, dtype=torch.int64)
-        self._from = torch.zeros(batch, dtype=torch.int64)
+        self.unmasked = torch.ones(batch, 1, 1, device=device)
+        self._held = np.zeros(batch, dtype=np.int64)
+        self._from = np.zeros(batch, dtype=np.int64)
 
     @property
     def batch(self) -> int:
@@ -40,29 +48,34 @@ class Ragged:
         return int(self._from.min())
 
     @property
+    def fewest(self) -> int:
+        """Tokens of the shortest sequence."""
+        return int(self._held.min())
+
+    @property
     def is_even(self) -> bool:
         """Whether all sequences hold the same number of tokens."""
         return bool((self._held == self._held[0]).all())
 
     def begin(self, counts: int | Sequence[int]) -> None:
         """Make room for the next tokens of each sequence. Raises ValueError where they do not fit."""
-        more = torch.as_tensor(counts).expand(self.batch)
+        more = np.broadcast_to(counts, self.batch)
         longest = int((self._held + more).max())
         if longest > self.capacity:
             raise ValueError(f"{longest} tokens do not fit in a cache of {self.capacity}")
-        self._from.copy_(self._held)
+        self._from[:] = self._held
         self._held += more
         self.starts.copy_(self.lengths)
-        self.lengths += counts if isinstance(counts, int) else more.to(self.lengths)
+        self.lengths += counts if isinstance(counts, int) else torch.tensor(counts).to(self.lengths)
 
     def replayed(self, count: int = 1) -> None:
         """Count on the host what a CUDA graph did on the device: each sequence has `count` tokens more."""
-        self._from.copy_(self._held)
+        self._from[:] = self._held
         self._held += count
 
     def truncate(self, length: int) -> None:
         """Forget all tokens from `length` on."""
-        self._held.clamp_(max=length)
+        np.minimum(self._held, length, out=self._held)
         self.lengths.clamp_(max=length)
 
     def rewind(self, count: int = 1) -> None:
@@ -70,10 +83,16 @@ class Ragged:
         self._held -= count
         self.lengths -= count
 
+    def park(self, idle: Sequence[int], length: int) -> None:
+        """Keep sequences that nobody uses at `length` tokens, so that steps never fill them."""
+        if idle:
+            self._held[idle] = length
+            self.lengths[torch.tensor(idle, device=self.lengths.device)] = length
+
     def rows(self, start: int, stop: int) -> Self:
         """Sequences start..stop - 1: a view of the same memory."""
         part = copy.copy(self)
-        for name in ("lengths", "starts", "_held", "_from"):
+        for name in ("lengths", "starts", "unmasked", "_held", "_from"):
             setattr(part, name, getattr(self, name)[start:stop])
         return part
 

@@ -11,7 +11,7 @@ bit. A byte is looked up once and never unpacked: for `B` bytes a vector that is
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import TYPE_CHECKING
 
@@ -38,7 +38,7 @@ class Bits:
               what all codes 0 stand for, and the phases of the centre's score (`phase_map`);
               values [H, bits + 1, d]: what each bit adds to the sum, and what all codes 0 and the centre stand for
     axis      int64 [H, bits]: the axis whose code has a bit there, 0 where none
-    place     int64 [H, bits]: which bit of that code
+    place     uint8 [H, bits]: which bit of that code
     used      uint8 [H, bits]: 1 where there is one
     analysis  float32 [H, d, A], divided by the deviation, 0 where an axis is not coded
     per_step, half, top   float32 [H, 1, A]: code = floor(y per_step + half), 0..top
@@ -76,7 +76,7 @@ class Bits:
         step = torch.tensor([[own.get(w, 1.0) for w in p.widths] for own, p in zip(steps, profiles, strict=True)])
         width = torch.tensor([p.widths for p in profiles])
         coded = (width > 0).float()
-        levels = side.map.mT.cpu() if spec.side == "k" else side.map.cpu()  # [H, A, d]
+        levels = (side.map.mT if spec.side == "k" else side.map).cpu().float()  # [H, A, d]
         levels = levels * (step * coded)[..., None]
         weight = (1 << place).float() * used
         of_bit = levels.gather(1, axis[..., None].expand(-1, -1, spec.head_dim)) * weight[..., None]
@@ -90,7 +90,7 @@ class Bits:
         tensors = (
             whole,
             axis,
-            place,
+            place.to(torch.uint8),
             used,
             spec.analysis.cpu() * (coded / spec.deviation.cpu())[:, None],
             1 / step[:, None],
@@ -175,12 +175,13 @@ def _parts(codes: Tensor) -> list[slice]:
     """Ranges of tokens, of which `INDICES` bytes are looked up at once."""
     tokens = codes.shape[3]
     each = max(64, INDICES * tokens // max(1, codes.numel()))
-    return [slice(start, min(tokens, start + each)) for start in range(0, tokens, each)]
+    return [slice(start, min(tokens, start + each)) for start in range(0, max(1, tokens), each)]
 
 
 def _key_bytes(codes: Tensor) -> Tensor:
     """[B, H, words, T, lanes] -> indices int64 [B, H, nbytes, T]."""
-    return codes.movedim(-1, 3).long().flatten(2, 3)
+    index = codes.movedim(-1, 3).to(torch.int64, memory_format=torch.contiguous_format)
+    return index.flatten(2, 3)
 
 
 def _for_queries(index: Tensor, like: Tensor) -> Tensor:
@@ -199,98 +200,102 @@ def _bit_table(device: torch.device, dtype: torch.dtype) -> Tensor:
     return ((values >> torch.arange(BYTE, device=device)[:, None]) & 1).to(dtype)
 
 
-def _bias(q: Tensor, constant: Tensor, rope: Rope) -> Tensor:
-    """<q, R_j constant> at each position j, [B, H, Q, T]; constant [H, d]."""
-    return q @ phase_map(constant.to(q.dtype)) @ rope.half.to(q.dtype)
-
-
 def compress(x: Tensor, side: PreparedSide, rope: Rope | None = None) -> Packed:
     """`reference.compress` of x float [B, H, n, d] for a uniform grid, in few operations; `side` has `bits`."""
-    spec, bits = side.spec, side.bits
+    bits = side.bits
     assert bits is not None
+    found, scales = _coded(x.float() - _centre(side, bits, rope), bits, side.spec.scale)
+    return Packed(_in_memory_order(found, side), scales)
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A layer's two sides with their `Bits` stacked, so that a token's key and value are packed together.
+
+    bits  of both: tensors [2, 1, H, ...], the bits of the shorter code padded with unused ones
+    """
+
+    k: PreparedSide
+    v: PreparedSide
+    bits: Bits
+
+    @classmethod
+    def of(cls, k: PreparedSide, v: PreparedSide) -> Pair | None:
+        """None where a side is not on a uniform grid, or their scales are of different kinds."""
+        if k.bits is None or v.bits is None or k.spec.scale != v.spec.scale:
+            return None
+        most = max(k.bits.axis.shape[1], v.bits.axis.shape[1])
+        by_bit = {
+            name: [torch.nn.functional.pad(x, (0, most - x.shape[1])) for x in _both(k.bits, v.bits, name)]
+            for name in ("axis", "place", "used")
+        }
+        names = ("analysis", "per_step", "half", "top", "level", "zero", "deviation", "norm")
+        alike = {name: _both(k.bits, v.bits, name) for name in names}
+        stacked = {name: torch.stack(tensors)[:, None] for name, tensors in (by_bit | alike).items()}
+        return cls(k, v, replace(k.bits, **stacked))
+
+    def compress(self, k: Tensor, v: Tensor, rope: Rope) -> tuple[Packed, Packed]:
+        """`compress` of keys and values float [B, H, n, d] at the positions of `rope`."""
+        assert self.k.bits is not None and self.v.bits is not None
+        keys = k.float() - _centre(self.k, self.k.bits, rope)
+        values = v.float() - _centre(self.v, self.v.bits, None)
+        found, scales = _coded(torch.stack((keys, values)), self.bits, self.k.spec.scale)
+        own = (None, None) if scales is None else scales
+        parts = (
+            Packed(_in_memory_order(codes[..., : side.spec.nbytes], side), scale)
+            for codes, side, scale in zip(found, (self.k, self.v), own, strict=True)
+        )
+        keys_packed, values_packed = parts
+        return keys_packed, values_packed
+
+
+def _both(k: Bits, v: Bits, name: str) -> list[Tensor]:
+    return [getattr(k, name), getattr(v, name)]
+
+
+def _centre(side: PreparedSide, bits: Bits, rope: Rope | None) -> Tensor:
     centre = side.centre[:, None]
-    if spec.side == "k":
-        if rope is None:
-            raise ValueError("keys need their positions")
-        centre = torch.addcmul(centre * rope.cos, bits.turned, rope.sin)
-    y = (x.float() - centre).float() @ bits.analysis
+    if side.spec.side == "v":
+        return centre
+    if rope is None:
+        raise ValueError("keys need their positions")
+    return torch.addcmul(centre * rope.cos, bits.turned, rope.sin)
+
+
+def _coded(x: Tensor, bits: Bits, scale: str) -> tuple[Tensor, Tensor | None]:
+    """Bytes uint8 [..., H, n, nbytes] and scale bytes [..., H, n] of centred vectors [..., H, n, d]."""
+    y = x.float() @ bits.analysis
     norm = None
-    if spec.scale != "none":
+    if scale != "none":
         norm = torch.linalg.vector_norm(y, dim=-1, keepdim=True) * bits.norm
-        if spec.scale == "least-squares":
+        if scale == "least-squares":
             norm = norm.add_(y.abs().amax(-1, keepdim=True), alpha=0.25)
         norm = norm.clamp_min_(1e-12)
     code = torch.addcmul(bits.half, y if norm is None else y / norm, bits.per_step).floor_()
     code = torch.minimum(code, bits.top).clamp_min_(0)
-    return Packed(_bytes(code, side), _scale_bytes(y, code, norm, side))
+    index = bits.axis[..., None, :].expand(*code.shape[:-1], -1)
+    found = code.to(torch.uint8).gather(-1, index).bitwise_right_shift_(bits.place[..., None, :])
+    found = found.bitwise_and_(bits.used[..., None, :])
+    packed = (found.unflatten(-1, (-1, BYTE)).float() @ _powers(code.device)).to(torch.uint8)
+    return packed, _scale_bytes(y, code, norm, bits, scale)
 
 
-def _scale_bytes(y: Tensor, code: Tensor, norm: Tensor | None, side: PreparedSide) -> Tensor | None:
+def _scale_bytes(y: Tensor, code: Tensor, norm: Tensor | None, bits: Bits, scale: str) -> Tensor | None:
     if norm is None:
         return None
-    if side.spec.scale == "norm":
+    if scale == "norm":
         return scale_to_byte(norm[..., 0])
-    bits = side.bits
-    assert bits is not None
     guess = code * bits.level - bits.zero
     return scale_to_byte((y * bits.deviation * guess).sum(-1) / guess.square().sum(-1).clamp_min(1e-30))
 
 
-def _bytes(code: Tensor, side: PreparedSide) -> Tensor:
-    """Codes [B, H, n, A] -> `Packed.codes`."""
-    bits, spec = side.bits, side.spec
-    assert bits is not None
-    index = bits.axis[:, None].expand(*code.shape[:3], -1)
-    found = (code.to(torch.uint8).gather(-1, index) >> bits.place[:, None].to(torch.uint8)) & bits.used[:, None]
-    packed = (found.unflatten(-1, (-1, BYTE)).float() @ _powers(code.device)).to(torch.uint8)
-    if spec.side == "v":
-        return packed.transpose(2, 3).contiguous()
-    return packed.unflatten(-1, (-1, spec.lanes)).transpose(2, 3).contiguous()
+def _in_memory_order(packed: Tensor, side: PreparedSide) -> Tensor:
+    """Bytes [B, H, n, nbytes] -> `Packed.codes`."""
+    if side.spec.side == "v":
+        return packed.transpose(2, 3)
+    return packed.unflatten(-1, (-1, side.spec.lanes)).transpose(2, 3)
 
 
 @cache
 def _powers(device: torch.device) -> Tensor:
     return (1 << torch.arange(BYTE, device=device)).float()
-
-
-@dataclass(frozen=True)
-class TokenTables:
-    """Keys (before RoPE) and values of a layer that depend on the token alone, N kinds of token:
-
-        key of kind t = factor_t k_t + k_const        value likewise
-
-    k, v [H, N, d], k_const, v_const [H, d]; a sequence's factors are [N].
-    """
-
-    k: Tensor
-    v: Tensor
-    k_const: Tensor
-    v_const: Tensor
-
-
-def attend_tokens(
-    q: Tensor, ids: Tensor, tables: TokenTables, factors: Tensor, rope: Rope, lengths: Tensor | None = None
-) -> Tensor:
-    """Attention of q [B, H, Q, d] (scaled, after RoPE) over tokens of which only the kind is kept.
-
-    ids uint8 [B, T] of tokens at positions 0.., factors [B, N], rope [T' >= T, d], lengths int [B] or None. Scores
-    of every kind at every position are one product; softmax's weights are added up by kind.
-    """
-    tokens = ids.shape[1]
-    first, second = (q[:, :, :, None] * factors[:, None, None, :, None].to(q.dtype)).chunk(
-        2, -1
-    )  # [B, H, Q, N, d/2]
-    k_first, k_second = tables.k[:, None].to(q.dtype).chunk(2, -1)
-    phases = torch.cat((first * k_first + second * k_second, second * k_first - first * k_second), -1)
-    scores = phases @ rope.half[:, :tokens].to(q.dtype)
-    index = ids.long()[:, None, None, None].expand(*q.shape[:3], 1, tokens)
-    found = scores.gather(3, index)[:, :, :, 0] + _bias(q, tables.k_const, rope)[..., :tokens]
-    if lengths is not None:
-        found = found.masked_fill(
-            torch.arange(tokens, device=q.device) >= lengths[:, None, None, None], -torch.inf
-        )
-    weights = found.softmax(-1)
-    kinds = weights.new_zeros((*q.shape[:3], factors.shape[1])).scatter_add_(-1, index[:, :, :, 0], weights)
-    return (kinds * factors[:, None, None].to(q.dtype)) @ tables.v.to(q.dtype) + tables.v_const[:, None].to(
-        q.dtype
-    )

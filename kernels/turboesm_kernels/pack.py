@@ -184,10 +184,11 @@ def pack_kernel(
         y = (x - R c) E / s    code = #{thresholds below y / start(y)}    scale = <s y, z^> / <z^, z^>
 
     with z^ = s T[code]; SCALE "norm" keeps norm(y) instead, "none" neither divides nor keeps. Every symbol as in
-    `reference`: x any float, centre f32 [H, d], analysis f16 [2, H, d, A] and factors f32 [H, A] of E / s, norm f32
-    [H], grid f32 [H, 6, A] (`PreparedSide.grid`), widths and table_start int32 [H, A], levels f32 [H, LEVELS] (with
-    a 0 at the end), thresholds f32 [H, THRESHOLDS], pieces (`piece_bits`) and places as in `PreparedSide`, cos and
-    sin f32 [T, d] of packed token 0 on. `first_token` is the first packed token's number, or what to subtract from `starts` int [B].
+    `reference`: x any float, centre f32 [H, d], analysis f16 [2, H, d, A] and factors f32 [H, A] of E / s, norm
+    f32 [H], grid f32 [H, 6, A] (`PreparedSide.grid`), widths and table_start int32 [H, A], levels f32 [H,
+    LEVELS] (with a 0 at the end), thresholds f32 [H, THRESHOLDS], pieces (`piece_bits`) and places as in
+    `PreparedSide`, cos and sin f32 [T, d] of packed token 0 on. `first_token` is the first packed token's
+    number, or what to subtract from `starts` int [B].
     Program (h, r, s): the r-th block of rows (b, token) of head h, keys where s is 0.
     """
     head, block = tl.program_id(0), tl.program_id(1)

@@ -12,9 +12,9 @@ so the weights of a value lane's tokens lie in the 4 lanes of its own quad, whic
 quads are joined once, at the end. `BLOCK` tokens of a field cost 12 to 16 instructions a lane, for 16 codes. The
 scores of the keys' centre, <q, R_j c>, come from the tensor cores, 128 tokens a product (`assembly.bias_code`).
 
-What bounds it was measured with Nsight Compute: loads of small tables that queue behind the codes (so they are kept
-in shared memory), warps a multiprocessor (so the order of a block's work is the one that needs the fewest registers),
-then instructions issued.
+What bounds it was measured with Nsight Compute: loads of small tables that queue behind the codes (so they are
+kept in shared memory), warps a multiprocessor (so the order of a block's work is the one that needs the fewest
+registers), then instructions issued.
 
 Which field lies where is data, not code (`prepared.Fields`): one compiled kernel serves every profile of one F.
 Weights are rounded with a dither that differs from token to token: many weights below 2^-16 of the greatest keep

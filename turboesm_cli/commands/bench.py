@@ -29,8 +29,13 @@ def bench(
         str, typer.Option(help="Families (tm, idr, enzyme, globular, peptide) or FASTA files, by comma.")
     ] = "tm,idr,enzyme,globular,peptide",
     recipes: Annotated[
-        str, typer.Option(help="Recipes by comma; NAME@BITS or NAME@BITS_K/BITS_V sets a budget.")
-    ] = "paper,flat,auto@2,auto",
+        str | None,
+        typer.Option(
+            help="Recipes by comma; NAME@BITS or NAME@BITS_K/BITS_V sets a budget. "
+            "Dense caches too: fp16, bf16, int8, fp8. Default: paper,flat,auto@2,auto; --throughput: auto.",
+            show_default=False,
+        ),
+    ] = None,
     bundle: Annotated[
         list[Path] | None,
         typer.Option("--bundle", help="A ready bundle, in place of --recipes; repeatable.", show_default=False),
@@ -55,6 +60,23 @@ def bench(
         bool,
         typer.Option("--kernels", help="Time the GPU kernels on synthetic caches against fp16 SDPA instead."),
     ] = False,
+    throughput: Annotated[
+        bool,
+        typer.Option("--throughput", help="Measure tokens a second and memory of whole models, cache by cache."),
+    ] = False,
+    batch: Annotated[str, typer.Option(help="--throughput: sequences at once, by comma.")] = "1,8",
+    context: Annotated[str, typer.Option(help="--throughput: tokens of a sequence, by comma.")] = "256,1024",
+    kinds: Annotated[
+        str, typer.Option(help="--throughput: caches by comma; packed ones are of --recipes or --bundle.")
+    ] = "fp16,bf16,int8,fp8,packed",
+    memory: Annotated[
+        str | None,
+        typer.Option(help="--throughput: find the largest batch in so much, such as 24GiB.", show_default=False),
+    ] = None,
+    plan: Annotated[
+        bool, typer.Option("--plan", help="--throughput: say what memory it would take; stop.")
+    ] = False,
+    dtype: options.Dtype = "fp32",
     allow_seen: Annotated[bool, typer.Option(help="Flag, do not refuse, proteins seen in calibration.")] = False,
     model: options.Model = None,
     device: options.Device = "auto",
@@ -67,19 +89,35 @@ def bench(
     Each recipe is calibrated on the same proteins; its bundle is kept for the next run.
 
     Example: turboesm bench --families tm,idr,peptide --recipes paper,auto -o results.csv
+
+    Example: turboesm bench --throughput --model random:esm2_t33_650M --dtype bf16 --batch 1,64 --context 1024
     """
-    check_output(output, force)
+    if not (throughput and plan):
+        check_output(output, force)
+    if throughput:
+        from turboesm_cli.commands.throughput import Wanted, bench_throughput
+
+        bench_throughput(
+            Wanted(
+                batch, context, kinds, memory, recipes or "auto", bundle or [], dtype, plan, model, device, json,
+                output,
+            )
+        )  # fmt: skip
+        return
     if kernels:
         _bench_kernels(output)
         return
     sets = _families(families, max_proteins, max_residues)
+    if dtype != "fp32":
+        raise InputError("--dtype is for --throughput; codecs are fitted and compared in fp32")
     loaded = options.open_model(model, device)
     if ablate:
         rows, tables = _ablate(loaded, _calibration(calibration, max_calibration), sets)
     else:
-        entries = _entries(loaded, recipes, bundle, _calibration(calibration, max_calibration))
+        named, formats = _split_recipes(recipes or "paper,flat,auto@2,auto")
+        entries = _entries(loaded, named, bundle, _calibration(calibration, max_calibration))
         _check_seen(entries, sets, allow_seen)
-        rows, tables = _measure(loaded, entries, sets)
+        rows, tables = _measure(loaded, entries, sets, formats)
     from turboesm_cli.results import to_records, write_csv
 
     write_csv(output, rows)
@@ -100,15 +138,17 @@ def _bench_kernels(output: Path) -> None:
 
     if not torch.cuda.is_available():
         raise DeviceError("--kernels times CUDA kernels, and there is no CUDA device here")
-    from turboesm_cli.bench_kernels import bench as sweep
+    from turboesm_cli import bench_kernels
 
     rows = []
-    for row in sweep(version=__version__, commit=commit_of_source()):
+    for row in bench_kernels.bench(version=__version__, commit=commit_of_source()):
         rows.append(row)
         console.say(f"{row.model} {row.tokens} {row.recipe} {row.metric} {row.value:.4g} {row.unit}")
     write_csv(output, rows)
     cells = [[row.model, str(row.tokens), row.recipe, row.metric, f"{row.value:.4g} {row.unit}"] for row in rows]
     console.print_table("Kernels", ["shape", "tokens", "what", "figure", "value"], cells)
+    title = "Fastest fp16 attention's time over ours, 3 bits: above 1, packed is faster"
+    console.print_table(title, *bench_kernels.map_cells(rows))
 
 
 def _families(names: str, limit: int | None, max_residues: int) -> dict[str, list[Protein]]:
@@ -161,6 +201,15 @@ def _refuse_twins(entries: list[Entry]) -> None:
             raise InputError(f"recipe {name} K{bits_k:g} V{bits_v:g} is there twice; measure one at a time")
 
 
+def _split_recipes(names: str) -> tuple[str, list[str]]:
+    """Recipes, and the dense formats named among them."""
+    from turboesm_cli.formats import FORMATS
+
+    parts = list(dict.fromkeys(filter(None, names.split(","))))
+    dense = [name for name in parts if name in FORMATS]
+    return ",".join(name for name in parts if name not in dense), dense
+
+
 def _recipes(names: str) -> dict[str, Recipe]:
     from turboesm_cli.codec import parse_recipe
 
@@ -182,20 +231,20 @@ def _check_seen(entries: list[Entry], sets: dict[str, list[Protein]], allow: boo
 
 
 def _measure(
-    model: EsmModel, entries: list[Entry], sets: dict[str, list[Protein]]
+    model: EsmModel, entries: list[Entry], sets: dict[str, list[Protein]], formats: list[str]
 ) -> tuple[list[ResultRow], list[Shown]]:
     from turboesm_cli import benchmark
     from turboesm_cli.summaries import bench_tables
 
-    rows = [*benchmark.memory(model, entries), *benchmark.times(model, entries)]
+    rows = [*benchmark.memory(model, entries, formats), *benchmark.times(model, entries)]
     if model.is_random:
         console.warn(f"{model.name} has random weights: time and memory are measured, accuracy is not")
     else:
-        total = sum(map(len, sets.values())) * (len(entries) + 1)
+        total = sum(map(len, sets.values())) * (len(entries) + len(formats) + 1)
         with console.progress("decoding", total) as tick:
-            rows += benchmark.accuracy(model, entries, sets, tick)
+            rows += benchmark.accuracy(model, entries, sets, tick, formats)
         rows += benchmark.first_layer(model, entries, sets)
-    return rows, bench_tables(rows, [entry.spec.recipe for entry in entries], list(sets))
+    return rows, bench_tables(rows, [*(entry.spec.recipe for entry in entries), *formats], list(sets))
 
 
 def _ablate(

@@ -24,7 +24,7 @@ FEW_ROWS = 40
 REGISTERS = 96
 """Of a thread, so that 21 warps fit a multiprocessor; codes of more words or fields get what they need."""
 
-FEW_REGISTERS = 42
+FEW_REGISTERS = 40
 """Registers of a block's words and sums up to which REGISTERS suffice."""
 
 WARPS = 21

@@ -130,7 +130,7 @@ def fold(q: Tensor, layer: PreparedLayer, fields: Fields, early: bool) -> Folded
         descriptors, scalars, batch,
         HEADS=heads, DIM=dim, FIELDS=fields.count, FIELDS_PAD=padded(fields.count, 4),
         TABLE=fields.shifts.shape[1], DIM_PAD=padded(dim), FOLD_BLOCK=fold_block,
-        EARLY=early, num_warps=4, **portable.early_launch(early),
+        EARLY=early, num_warps=4 if dim <= 64 else 8, **portable.early_launch(early),
     )  # fmt: skip
     return Folded(descriptors, scalars)
 

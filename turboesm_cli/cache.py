@@ -59,7 +59,7 @@ class PackedCache(Ragged):
         super().__init__(batch, capacity, model.device)
         self._codec = _prepare(model, spec)
         self._backend = backend
-        self._rope = decode.rope_at(model, 0, _room(capacity, model.device))
+        self._rope = decode.rope_at(model, 0, _room(capacity, model.device) + ALIGNMENT)
         self._sinks = sinks = min(spec.recipe.sinks, capacity)
         self._packed_starts = torch.zeros_like(self.starts)
         self._packed_rope = Rope(self._rope.cos[sinks:], self._rope.sin[sinks:])

@@ -15,14 +15,16 @@ ROOT = Path(__file__).resolve().parents[1]
 CLI = ROOT / "turboesm_cli"
 
 # Each module may import those before it, its own line included, and the leaves.
-LEAVES = {"__init__", "errors", "files", "metrics", "timing", "console", "datasets"}
+LEAVES = {"__init__", "errors", "files", "metrics", "timing", "console", "datasets", "identity"}
 STAGES = [
-    {"archive", "quantizer", "results", "sequences"},
-    {"formats", "lengths", "prompts", "variants"},
+    {"journal"},
+    {"archive", "quantizer", "results", "sequences", "work"},
+    {"formats", "lengths", "outcomes", "prompts", "variants"},
     {"model", "tables", "plots"},
     {"decode", "dense", "figures", "pages"},
     {"batching", "generation", "recipes"},
     {"sensitivity", "axes", "allocation"},
+    {"sums"},
     {"stats"},
     {"moments"},
     {"sides"},

@@ -19,6 +19,8 @@ from turboesm_cli.commands.quantize import quantize
 from turboesm_cli.commands.report import report
 from turboesm_cli.errors import DeviceError, OutputError, TurboESMError
 
+INTERRUPTED, TERMINATED = 130, 143
+
 EPILOG = (
     "Exit codes: 0 success, 1 a defect of turboesm, 2 wrong command line, 3 unusable input file, 4 model, "
     "5 bundle or cache file, 6 device, 7 output, 130 interrupted, 143 terminated."
@@ -31,30 +33,35 @@ class _Commands(typer.core.TyperGroup):
     def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
-        except TurboESMError as error:
-            if _debugging(ctx):
-                raise
-            console.fail(str(error))
-            raise typer.Exit(error.exit_code) from error
-        except MemoryError as error:
-            console.fail("out of memory; use shorter or fewer proteins at a time, or another --device")
-            raise typer.Exit(DeviceError.exit_code) from error
-        except RuntimeError as error:
-            if not _ran_out_of_memory(error) or _debugging(ctx):
-                raise
-            console.fail("out of memory; use shorter or fewer proteins at a time, or another --device")
-            raise typer.Exit(DeviceError.exit_code) from error
         except BrokenPipeError:  # whoever read our output has enough
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             raise typer.Exit(0) from None
-        except OSError as error:
-            if _debugging(ctx):
+        except BaseException as error:
+            known = _known(error)
+            if known is None or (_debugging(ctx) and isinstance(error, Exception)):
                 raise
-            console.fail(f"{error.strerror or error}; check the output and its disk")
-            raise typer.Exit(OutputError.exit_code) from error
-        except KeyboardInterrupt as error:
-            console.fail("interrupted; no output was written")
-            raise typer.Exit(130) from error
+            message, code = known
+            console.fail("; ".join([message, *getattr(error, "__notes__", ())]))
+            raise typer.Exit(code) from error
+
+
+def _known(error: BaseException) -> tuple[str, int] | None:
+    """The message and the exit code of an error that is no defect of turboesm."""
+    if isinstance(error, TurboESMError):
+        return str(error), error.exit_code
+    if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and _ran_out_of_memory(error)):
+        return "out of memory; use shorter or fewer proteins at a time, or another --device", DeviceError.exit_code
+    if isinstance(error, OSError):
+        return f"{error.strerror or error}; check the output and its disk", OutputError.exit_code
+    if isinstance(error, _Terminated):
+        return "terminated; no output was written", TERMINATED
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted; no output was written", INTERRUPTED
+    return None
+
+
+class _Terminated(SystemExit):
+    """SIGTERM, which a scheduler sends, or SIGHUP."""
 
 
 app = typer.Typer(
@@ -99,8 +106,7 @@ def main() -> None:
 
 
 def _terminate(_signal: int, _frame: object) -> NoReturn:
-    console.fail("terminated; no output was written")
-    sys.exit(143)
+    raise _Terminated(TERMINATED)
 
 
 def _ran_out_of_memory(error: RuntimeError) -> bool:

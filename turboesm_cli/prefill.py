@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+
 import torch
 
 from turboesm_cli import decode
@@ -11,6 +14,7 @@ from turboesm_cli.model import EsmModel
 from turboesm_cli.packfile import CachedProtein
 from turboesm_cli.sequences import Protein
 from turboesm_cli.stats import to_tokens
+from turboesm_cli.work import Tensors, Work
 
 
 @torch.no_grad()
@@ -19,3 +23,19 @@ def cache_protein(model: EsmModel, spec: CodecSpec, protein: Protein, cached: in
     cache = PackedCache(model, spec, 1, cached + room)
     decode.prefill(model, to_tokens([protein], model.device)[:, :cached], cache)
     return CachedProtein(protein, cached, cache)
+
+
+def cache_proteins(
+    model: EsmModel, spec: CodecSpec, proteins: Sequence[Protein], prompt: Callable[[Protein], int], work: Work
+) -> Iterator[CachedProtein]:
+    """Each protein's prompt in a cache of its own, from `work` where it is saved there."""
+    for index, protein in enumerate(proteins):
+        cached = prompt(protein)
+        tensors = work.unit(str(index), partial(_packed, model, spec, protein, cached))
+        cache = PackedCache(model, spec, 1, cached)
+        cache.load({name: tensor.to(model.device) for name, tensor in tensors.items()}, cached)
+        yield CachedProtein(protein, cached, cache)
+
+
+def _packed(model: EsmModel, spec: CodecSpec, protein: Protein, cached: int) -> Tensors:
+    return cache_protein(model, spec, protein, cached).cache.tensors

@@ -210,6 +210,14 @@ def digest(proteins: Iterable[Protein]) -> str:
     return hashlib.sha256(b"".join(each)).hexdigest()
 
 
+def digest_in_order(proteins: Iterable[Protein]) -> str:
+    """Return the SHA-256, in hex, of headers and sequences: names and order count."""
+    found = hashlib.sha256()
+    for protein in proteins:
+        found.update(f"{protein.accession}\0{protein.description}\0{protein.sequence}\0".encode())
+    return found.hexdigest()
+
+
 def write_fasta(path: Path, proteins: Iterable[Protein], width: int = 80) -> None:
     """Write `proteins` to `path`, `width` residues a line, whole or not at all. Raises OutputError."""
     with atomic_output(path) as partial, partial.open("w", encoding="utf-8", newline="\n") as stream:

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from turboesm_cli.model import EsmModel
     from turboesm_cli.results import ResultRow
     from turboesm_cli.sequences import Protein
+    from turboesm_cli.work import Work
 
 
 Shown = tuple[str, list[str], list[list[str]]]
@@ -68,21 +69,26 @@ def bench(
 
     Example: turboesm bench --families tm,idr,peptide --recipes paper,auto -o results.csv
     """
+    from turboesm_cli.results import to_records, write_csv
+
     check_output(output, force)
     if kernels:
         _bench_kernels(output)
         return
     sets = _families(families, max_proteins, max_residues)
     loaded = options.open_model(model, device)
-    if ablate:
-        rows, tables = _ablate(loaded, _calibration(calibration, max_calibration), sets)
-    else:
-        entries = _entries(loaded, recipes, bundle, _calibration(calibration, max_calibration))
-        _check_seen(entries, sets, allow_seen)
-        rows, tables = _measure(loaded, entries, sets)
-    from turboesm_cli.results import to_records, write_csv
-
-    write_csv(output, rows)
+    learned = _calibration(calibration, max_calibration)
+    measured = "ablation" if ablate else ", ".join(_sources(recipes, bundle))
+    with options.unfinished_work(
+        output, force, "bench", loaded, _digest([learned, *sets.values()]), families=list(sets), measured=measured
+    ) as work:
+        if ablate:
+            rows, tables = _ablate(loaded, learned, sets, work)
+        else:
+            entries = _entries(loaded, recipes, bundle, learned, work)
+            _check_seen(entries, sets, allow_seen)
+            rows, tables = _measure(loaded, entries, sets, work)
+        write_csv(output, rows)
     if json:
         console.print_json(to_records(rows))
     else:
@@ -111,6 +117,19 @@ def _bench_kernels(output: Path) -> None:
     console.print_table("Kernels", ["shape", "tokens", "what", "figure", "value"], cells)
 
 
+def _sources(recipes: str, bundles: list[Path] | None) -> list[str]:
+    """What the codecs come from: recipes, or bundles by their start of sha256."""
+    from turboesm_cli.packfile import file_sha256
+
+    return [f"{path} {file_sha256(path)[:16]}" for path in bundles] if bundles else [recipes]
+
+
+def _digest(sets: list[list[Protein]]) -> str:
+    from turboesm_cli.sequences import digest_in_order
+
+    return digest_in_order(protein for proteins in sets for protein in proteins)
+
+
 def _families(names: str, limit: int | None, max_residues: int) -> dict[str, list[Protein]]:
     from turboesm_cli.datasets import family_label, family_path
     from turboesm_cli.sequences import MAX_RESIDUES, RECORD_CAP
@@ -135,7 +154,9 @@ def _calibration(path: Path | None, limit: int | None) -> list[Protein]:
     return options.read_proteins(str(path or calibration_path()), limit=limit)
 
 
-def _entries(model: EsmModel, recipes: str, bundles: list[Path] | None, proteins: list[Protein]) -> list[Entry]:
+def _entries(
+    model: EsmModel, recipes: str, bundles: list[Path] | None, proteins: list[Protein], work: Work
+) -> list[Entry]:
     from turboesm_cli.benchmark import Entry, calibrated
     from turboesm_cli.bundle import read_bundle
 
@@ -147,7 +168,7 @@ def _entries(model: EsmModel, recipes: str, bundles: list[Path] | None, proteins
         return ready
     chosen = _recipes(recipes)
     with console.progress("calibrating", len(proteins)) as tick:
-        entries = calibrated(model, proteins, chosen, tick)
+        entries = calibrated(model, proteins, chosen, tick, work.under("calibration"))
     _refuse_twins(entries)
     return entries
 
@@ -182,24 +203,24 @@ def _check_seen(entries: list[Entry], sets: dict[str, list[Protein]], allow: boo
 
 
 def _measure(
-    model: EsmModel, entries: list[Entry], sets: dict[str, list[Protein]]
+    model: EsmModel, entries: list[Entry], sets: dict[str, list[Protein]], work: Work
 ) -> tuple[list[ResultRow], list[Shown]]:
     from turboesm_cli import benchmark
     from turboesm_cli.summaries import bench_tables
 
-    rows = [*benchmark.memory(model, entries), *benchmark.times(model, entries)]
+    rows = [*benchmark.memory(model, entries), *benchmark.times(model, entries, work=work.under("time"))]
     if model.is_random:
         console.warn(f"{model.name} has random weights: time and memory are measured, accuracy is not")
     else:
         total = sum(map(len, sets.values())) * (len(entries) + 1)
         with console.progress("decoding", total) as tick:
-            rows += benchmark.accuracy(model, entries, sets, tick)
-        rows += benchmark.first_layer(model, entries, sets)
+            rows += benchmark.accuracy(model, entries, sets, tick, work.under("decode"))
+        rows += benchmark.first_layer(model, entries, sets, work.under("layer0"))
     return rows, bench_tables(rows, [entry.spec.recipe for entry in entries], list(sets))
 
 
 def _ablate(
-    model: EsmModel, proteins: list[Protein], sets: dict[str, list[Protein]]
+    model: EsmModel, proteins: list[Protein], sets: dict[str, list[Protein]], work: Work
 ) -> tuple[list[ResultRow], list[Shown]]:
     from turboesm_cli.ablation import SUBSETS, ablate, ablation_table, variants
 
@@ -210,6 +231,6 @@ def _ablate(
     recipes = {variant.recipe for variant in variants(model.shape.head_dim)}
     total = len(proteins) + sum(map(len, sets.values())) * (len(recipes) + 1) * SUBSETS
     with console.progress("calibrating and decoding", total) as tick:
-        rows = list(ablate(model, proteins, sets, tick))
+        rows = list(ablate(model, proteins, sets, tick, work))
     title = "Error (1 - mean cosine, all families) with one part changed; range over three calibration subsets"
     return rows, [(title, *ablation_table(rows))]

@@ -10,7 +10,7 @@ import typer
 from turboesm_cli import console
 from turboesm_cli.commands import options
 from turboesm_cli.files import check_output
-from turboesm_cli.sequences import LongPolicy
+from turboesm_cli.sequences import LongPolicy, digest
 
 
 def calibrate(
@@ -58,8 +58,11 @@ def calibrate(
     loaded = options.open_model(model, device)
     path = output or Path(f"{loaded.name}-{chosen.name}.tqz")
     check_output(path, force)
-    with console.progress("calibrating", len(proteins)) as tick:
-        bundle = learn(loaded, proteins, chosen, tick)
-    write_bundle(path, bundle)
+    with options.unfinished_work(
+        path, force, "calibrate", loaded, digest(proteins), recipe=chosen.as_dict()
+    ) as work:
+        with console.progress("calibrating", len(proteins)) as tick:
+            bundle = learn(loaded, proteins, chosen, tick, work)
+        write_bundle(path, bundle)
     console.say(f"{len(proteins)} proteins, {bundle.calibration.tokens:,} tokens, recipe {chosen.name}")
     console.out.print(str(path), markup=False, emoji=False)

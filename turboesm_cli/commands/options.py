@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from turboesm_cli import console
+from turboesm_cli.files import work_folder
 from turboesm_cli.sequences import MAX_RESIDUES, LongPolicy, Protein, ReadPolicy, ReadReport, read_fasta
 
 if TYPE_CHECKING:
     from turboesm_cli.bundle import Bundle
     from turboesm_cli.model import EsmModel
+    from turboesm_cli.work import SavedWork
 
 Model = Annotated[
     str | None,
@@ -25,7 +29,7 @@ Model = Annotated[
     ),
 ]
 Device = Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:1 or auto (CUDA where there is one).")]
-Force = Annotated[bool, typer.Option("--force", "-f", help="Overwrite the output.")]
+Force = Annotated[bool, typer.Option("--force", "-f", help="Overwrite the output, and unfinished work on it.")]
 Json = Annotated[bool, typer.Option("--json", help="Print results as JSON on stdout instead of tables.")]
 Strict = Annotated[bool, typer.Option("--strict", help="Stop at the first record to mend or to skip.")]
 Long = Annotated[LongPolicy, typer.Option("--long", help="Proteins of more than 1022 residues.")]
@@ -74,6 +78,34 @@ def read_proteins(
     if len(found.rejects) > 20:
         console.warn(f"{source}: skipped {len(found.rejects) - 20} more records")
     return proteins
+
+
+@contextmanager
+def unfinished_work(
+    path: Path, force: bool, command: str, model: EsmModel, proteins: str, **options: object
+) -> Iterator[SavedWork]:
+    """The work on output `path`, locked and gone on with where it was stopped.
+
+    What the output follows from: the command, the model, the device, `proteins` (a digest), and `options`.
+    """
+    import torch
+
+    from turboesm_cli import __version__
+    from turboesm_cli.identity import code_digest
+    from turboesm_cli.summaries import device_name
+    from turboesm_cli.work import saved_work
+
+    run = {name.replace("_", " "): str(value) for name, value in options.items()} | {
+        "command": command,
+        "model": f"{model.name} {model.fingerprint[:16]}",
+        "device": device_name(model.device),
+        "proteins": proteins[:16],
+        "version": f"turboesm {__version__} ({code_digest()[:8]}), torch {torch.__version__}",
+    }
+    with saved_work(path, run, force) as work:
+        if work.units:
+            console.say(f"going on with the unfinished work in {work_folder(path)}: {work.units} units are done")
+        yield work
 
 
 def default_output(source: str, suffix: str) -> Path:

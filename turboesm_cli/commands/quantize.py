@@ -11,10 +11,11 @@ import typer
 from turboesm_cli import console
 from turboesm_cli.commands import options
 from turboesm_cli.files import check_output
-from turboesm_cli.sequences import LongPolicy
+from turboesm_cli.sequences import LongPolicy, digest_in_order
 
 if TYPE_CHECKING:
     from turboesm_cli.memory import MemoryLine
+    from turboesm_cli.work import Work
 
 
 def quantize(
@@ -46,7 +47,7 @@ def quantize(
     from turboesm_cli.cache import codec_nbytes
     from turboesm_cli.memory import memory_of
     from turboesm_cli.packfile import CachedProtein, file_sha256, write_packfile
-    from turboesm_cli.prefill import cache_protein
+    from turboesm_cli.prefill import cache_proteins
     from turboesm_cli.prompts import parse_prompt
 
     path = output or options.default_output(fasta, ".tqkv")
@@ -58,15 +59,18 @@ def quantize(
     codec.check_model(loaded, bundle)
     lines: list[MemoryLine] = []
 
-    def caches() -> Iterator[CachedProtein]:
+    def caches(work: Work) -> Iterator[CachedProtein]:
         with console.progress("packing", len(proteins)) as tick:
-            for protein in proteins:
-                item = cache_protein(loaded, codec.spec, protein, rule(protein))
-                lines.append(memory_of(codec.spec, protein.accession, item.cached, item.cache.nbytes))
+            for item in cache_proteins(loaded, codec.spec, proteins, rule, work):
+                lines.append(memory_of(codec.spec, item.protein.accession, item.cached, item.cache.nbytes))
                 yield item
                 tick()
 
-    write_packfile(path, codec, file_sha256(bundle), caches())
+    source, inputs = file_sha256(bundle), digest_in_order(proteins)
+    with options.unfinished_work(
+        path, force, "quantize", loaded, inputs, bundle=source[:16], prompt=prompt
+    ) as work:
+        write_packfile(path, codec, source, caches(work))
     _show(lines, codec.spec.recipe.name, codec_nbytes(codec.spec), json)
     console.say(f"caches of {len(lines)} proteins in {path} ({path.stat().st_size:,} bytes, headers included)")
 

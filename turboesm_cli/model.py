@@ -20,6 +20,7 @@ from typing import Any
 import esm
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from turboesm_cli.errors import DeviceError, ModelError
 
@@ -174,7 +175,7 @@ def _read(name: str) -> _Checkpoint:
 def _build(found: _Checkpoint) -> EsmModel:
     """fair-esm's module around the checkpoint's weights, with no copy of them."""
     shape, weights = found.shape, dict(found.weights)
-    with torch.device("meta"):
+    with torch.device("meta"), _Uninitialized():
         net = esm.ESM2(shape.layers, shape.width, shape.heads, token_dropout=found.token_dropout)
     has_lm_head = "lm_head.dense.weight" in weights
     _fill_in(net, weights, shape)
@@ -187,6 +188,22 @@ def _build(found: _Checkpoint) -> EsmModel:
     return EsmModel(
         found.name, net, shape, _fingerprint(net), has_lm_head, is_random=found.is_random, note=found.note
     )
+
+
+class _Uninitialized(TorchFunctionMode):
+    """Skips the initialization of modules on `meta`, whose weights come from a checkpoint.
+
+    All it would do there, like arithmetic, is to import torch._dynamo, which takes longer than torch itself.
+    """
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if getattr(func, "__module__", "") == "torch.nn.init":
+            return args[0] if args else (kwargs or {})["tensor"]
+        if func is torch.arange:  # fair-esm makes RoPE's frequencies of it
+            return func(*args, **(kwargs or {}), device="cpu")
+        return func(*args, **(kwargs or {}))
 
 
 def _fill_in(net: nn.Module, weights: dict[str, Tensor], shape: Shape) -> None:
@@ -394,7 +411,7 @@ def _random(name: str) -> _Checkpoint:
     if official is None:
         raise ModelError(f"{RANDOM_PREFIX}{name}: name an official ESM-2 after {RANDOM_PREFIX}")
     shape = OFFICIAL[official]
-    with torch.device("meta"):
+    with torch.device("meta"), _Uninitialized():
         expected = esm.ESM2(shape.layers, shape.width, shape.heads).state_dict()
     generator = torch.Generator().manual_seed(0)
     weights = {}

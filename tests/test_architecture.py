@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[1]
 CLI = ROOT / "turboesm_cli"
 
 # Each module may import those before it, its own line included, and the leaves.
-LEAVES = {"__init__", "errors", "files", "metrics", "timing", "console", "datasets", "identity"}
+LEAVES = {"__init__", "errors", "files", "metrics", "running", "timing", "console", "datasets", "identity"}
 STAGES = [
     {"journal"},
     {"archive", "quantizer", "results", "sequences", "work"},
@@ -32,9 +32,11 @@ STAGES = [
     {"cache"},
     {"bundle", "memory"},
     {"calibration", "packfile", "prefill"},
+    {"engine"},
+    {"plan", "tasks"},
     {"evaluation", "replay"},
-    {"summaries"},
-    {"ablation", "benchmark"},
+    {"summaries", "workload"},
+    {"ablation", "benchmark", "throughput"},
     {"paper_kernel"},
     {"bench_kernels"},
 ]

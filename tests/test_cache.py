@@ -25,7 +25,7 @@ from turboesm_cli.dense import DenseCache
 from turboesm_cli.errors import BundleError
 from turboesm_cli.formats import FORMATS
 from turboesm_cli.model import EsmModel, load_model
-from turboesm_cli.packfile import KIND, CachedProtein, file_sha256, read_packfile, write_packfile
+from turboesm_cli.packfile import KIND, CachedProtein, Packfile, StoredProtein, file_sha256, write_packfile
 from turboesm_cli.prefill import cache_protein
 from turboesm_cli.sequences import Protein
 from turboesm_cli.stats import collect, to_tokens
@@ -172,14 +172,21 @@ def on_disk(tiny: EsmModel, calibration_proteins: list[Protein], tmp_path: Path)
     return tmp_path, bundle, items
 
 
+def cache_of(stored: StoredProtein, model: EsmModel, spec: CodecSpec) -> PackedCache:
+    cache = PackedCache(model, spec, 1, stored.protein.residues + 2)
+    cache.load(stored.read(), stored.cached)
+    return cache
+
+
 def test_caches_come_back_from_disk_to_the_byte(on_disk, tiny: EsmModel) -> None:  # type: ignore[no-untyped-def]
     folder, bundle, items = on_disk
-    found = list(read_packfile(folder / "c.tqkv", bundle, file_sha256(folder / "b.tqz"), tiny, room=0))
-    for item, back in zip(items, found, strict=True):
-        assert (back.protein.sequence, back.cached) == (item.protein.sequence, item.cached)
-        for layer in range(2):
-            for a, b in zip(item.cache.keys_values(layer), back.cache.keys_values(layer), strict=True):
-                assert torch.equal(a, b)
+    with Packfile(folder / "c.tqkv", bundle, file_sha256(folder / "b.tqz")) as file:
+        for item, back in zip(items, file, strict=True):
+            assert (back.protein.sequence, back.cached) == (item.protein.sequence, item.cached)
+            cache = cache_of(back, tiny, bundle.spec)
+            for layer in range(2):
+                for a, b in zip(item.cache.keys_values(layer), cache.keys_values(layer), strict=True):
+                    assert torch.equal(a, b)
     with Archive(folder / "c.tqkv", KIND) as archive:
         for item, part in zip(items, archive.parts, strict=True):
             assert sum(t.nbytes for t in archive.read(part).values()) == item.cache.nbytes
@@ -187,12 +194,14 @@ def test_caches_come_back_from_disk_to_the_byte(on_disk, tiny: EsmModel) -> None
 
 def test_decoding_goes_on_from_disk_as_from_memory(on_disk, tiny: EsmModel) -> None:  # type: ignore[no-untyped-def]
     folder, bundle, items = on_disk
-    back = next(read_packfile(folder / "c.tqkv", bundle, file_sha256(folder / "b.tqz"), tiny, room=0))
+    with Packfile(folder / "c.tqkv", bundle, file_sha256(folder / "b.tqz")) as file:
+        back = next(iter(file))
+        stored = cache_of(back, tiny, bundle.spec)
     tokens = to_tokens([back.protein], tiny.device)
     live = cache_protein(tiny, bundle.spec, back.protein, 5, room=tokens.shape[1])
     with torch.no_grad():
-        expected = decode.replay(tiny, tokens[:, 5:], live.cache, live.cache.unmasked)
-        found = decode.replay(tiny, tokens[:, 5:], back.cache, back.cache.unmasked)
+        expected = decode.replay(tiny, tokens[:, 5:], live.cache)
+        found = decode.replay(tiny, tokens[:, 5:], stored)
     assert torch.equal(found, expected)
     assert items[0].cached == back.cached
 
@@ -200,12 +209,14 @@ def test_decoding_goes_on_from_disk_as_from_memory(on_disk, tiny: EsmModel) -> N
 def test_caches_of_another_bundle_are_refused(on_disk, tiny: EsmModel) -> None:  # type: ignore[no-untyped-def]
     folder, bundle, _items = on_disk
     with pytest.raises(BundleError, match="packed with another bundle"):
-        list(read_packfile(folder / "c.tqkv", bundle, "0" * 64, tiny, room=0))
+        Packfile(folder / "c.tqkv", bundle, "0" * 64)
 
 
 def test_caches_that_do_not_fit_are_refused(on_disk, tiny: EsmModel) -> None:  # type: ignore[no-untyped-def]
     folder, bundle, items = on_disk
     wrong = CachedProtein(Protein("x", "", "MKTAYIAKQRQISF"), 5, items[2].cache)  # 7 tokens called 5
     write_packfile(folder / "d.tqkv", bundle, file_sha256(folder / "b.tqz"), [wrong])
-    with pytest.raises(BundleError, match="damaged"):
-        list(read_packfile(folder / "d.tqkv", bundle, file_sha256(folder / "b.tqz"), tiny, room=0))
+    with Packfile(folder / "d.tqkv", bundle, file_sha256(folder / "b.tqz")) as file:
+        (stored,) = file
+        with pytest.raises(BundleError, match="damaged"):
+            stored.read()

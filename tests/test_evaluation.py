@@ -42,7 +42,7 @@ def test_decode_protocol_is_decoding_from_an_empty_cache(
     for protein in peptides[:3]:
         tokens = to_tokens([protein], tiny.device)
         with torch.no_grad():
-            packed = decode.replay(tiny, tokens, PackedCache(tiny, spec, 1, tokens.shape[1]), torch.ones(1, 1, 1))
+            packed = decode.replay(tiny, tokens, PackedCache(tiny, spec, 1, tokens.shape[1]))
             exact = decode.teacher_forced(tiny, tokens, [0], None)
         expected = metrics.cosines(exact, packed)[0]
         assert torch.allclose(results[protein.accession].cosines, expected, atol=1e-5)

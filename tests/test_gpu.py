@@ -47,6 +47,6 @@ def test_packed_decode(tiny: EsmModel, on_gpu: EsmModel, calibration_proteins: l
     with torch.no_grad():
         cache = PackedCache(on_gpu, spec, 1, 40)
         decode.prefill(on_gpu, tokens[:, :20], cache)
-        stepped = decode.replay(on_gpu, tokens[:, 20:], cache, cache.unmasked)
+        stepped = decode.replay(on_gpu, tokens[:, 20:], cache)
         passed = decode.teacher_forced(on_gpu, tokens, [20], PackedCodec(spec, on_gpu.device))[:, 20:]
     assert torch.nn.functional.cosine_similarity(stepped, passed, dim=-1).min() > 0.999

@@ -24,9 +24,11 @@ from turboesm_cli.bundle import Bundle, read_bundle, seen, write_bundle
 from turboesm_cli.cache import PackedCodec, bytes_per_sequence, codec_nbytes, dense_bytes_per_sequence
 from turboesm_cli.calibration import bundle_of
 from turboesm_cli.codec import CodecSpec, Recipe
-from turboesm_cli.decode import prefill, step, unmasked_fraction
+from turboesm_cli.decode import Codec, prefill, step
+from turboesm_cli.dense import DenseCodec
 from turboesm_cli.errors import BundleError, InputError, OutputError
 from turboesm_cli.evaluation import DRIFT, ProteinResult, compare_decoding, first_layer_cosines
+from turboesm_cli.formats import FORMATS
 from turboesm_cli.identity import code_digest
 from turboesm_cli.model import EsmModel
 from turboesm_cli.replay import new_cache
@@ -90,22 +92,30 @@ def refuse_seen(entries: Sequence[Entry], families: Families) -> None:
 
 
 def accuracy(
-    model: EsmModel, entries: Sequence[Entry], families: Families, tick: Tick, work: Work = NOTHING_KEPT
+    model: EsmModel,
+    entries: Sequence[Entry],
+    families: Families,
+    tick: Tick,
+    formats: Sequence[str] = (),
+    work: Work = NOTHING_KEPT,
 ) -> Iterator[ResultRow]:
-    """Rows of the protocols decode, drift and paper: each family, each protein, all together."""
+    """Rows of the protocols decode and drift: families, proteins, all; `formats` of dense caches."""
     context = Context(model)
-    codecs = {entry.name: PackedCodec(entry.spec, model.device) for entry in entries}
+    codecs: dict[str, Codec] = {entry.name: PackedCodec(entry.spec, model.device) for entry in entries}
+    codecs |= {name: DenseCodec(FORMATS[name]) for name in formats}
+    recipes: dict[str, Recipe | str] = {entry.name: entry.spec.recipe for entry in entries}
+    recipes |= {name: name for name in formats}
     by_name: dict[str, list[ProteinResult]] = {name: [] for name in (DRIFT, *codecs)}
     for family, proteins in families.items():
         own: dict[str, list[ProteinResult]] = {name: [] for name in by_name}
         for name, result in compare_decoding(model, proteins, codecs, work=work.under(family)):
             own[name].append(result)
             tick(1)
-        yield from _accuracy_rows(context, entries, family, own)
+        yield from _accuracy_rows(context, recipes, family, own)
         for name, results in own.items():
             by_name[name] += results
     if len(families) > 1:
-        for row in _accuracy_rows(context, entries, "all", by_name):
+        for row in _accuracy_rows(context, recipes, "all", by_name):
             if not row.accession:
                 yield row
 
@@ -130,12 +140,16 @@ def first_layer(
             yield from context.accuracy(entry.spec.recipe, family, "paper_heads", heads)
 
 
-def memory(model: EsmModel, entries: Sequence[Entry]) -> Iterator[ResultRow]:
+def memory(model: EsmModel, entries: Sequence[Entry], formats: Sequence[str] = ()) -> Iterator[ResultRow]:
     """Rows of the protocol memory: bytes a sequence holds at some lengths, everything counted, and ratios."""
     context = Context(model)
     for tokens in MEMORY_LENGTHS:
-        fp32 = dense_bytes_per_sequence(entries[0].spec, tokens, torch.float32)
-        held: list[tuple[Recipe | str, int]] = [("fp32", fp32), ("fp16", fp32 // 2)]
+        spec = entries[0].spec
+        fp32 = dense_bytes_per_sequence(spec, tokens, torch.float32)
+        dense = dict.fromkeys(("fp32", "fp16", *formats))
+        held: list[tuple[Recipe | str, int]] = [
+            (name, FORMATS[name].nbytes(fp32 // 4, spec.head_dim)) for name in dense
+        ]
         held += [(entry.spec.recipe, bytes_per_sequence(entry.spec, tokens)) for entry in entries]
         for recipe, nbytes in held:
             figures = {
@@ -161,11 +175,11 @@ def times(
     variants: list[tuple[Recipe | str, CodecSpec, str]] = [(kv, entries[0].spec, kv) for kv in ("fp32", "fp16")]
     variants += [(entry.spec.recipe, entry.spec, "packed") for entry in entries]
     for index, (recipe, spec, kv) in enumerate(variants):
-        cache = new_cache(model, spec, kv, TIMED_CONTEXT + 1)
+        cache = new_cache(model, spec, kv, 1, TIMED_CONTEXT + 1)
         prefill(model, tokens, cache)
 
         def one_token(cache=cache) -> None:  # type: ignore[no-untyped-def]
-            step(model, tokens[:, 0], cache, unmasked_fraction(tokens))
+            step(model, tokens[:, 0], cache)
             cache.truncate(TIMED_CONTEXT)
 
         saved = work.unit(str(index), partial(_timed, one_token, model.device, repeats))
@@ -183,14 +197,16 @@ def _timed(call: Callable[[], object], device: torch.device, repeats: int) -> Te
 
 
 def _accuracy_rows(
-    context: Context, entries: Sequence[Entry], family: str, results: Mapping[str, Sequence[ProteinResult]]
+    context: Context,
+    recipes: Mapping[str, Recipe | str],
+    family: str,
+    results: Mapping[str, Sequence[ProteinResult]],
 ) -> Iterator[ResultRow]:
     yield from context.of_proteins("fp32", family, "drift", results[DRIFT])
-    for entry in entries:
-        recipe = entry.spec.recipe
-        yield from context.of_proteins(recipe, family, "decode", results[entry.name])
-        yield from context.each_protein(recipe, family, "decode", results[entry.name])
-        yield from context.layers(recipe, family, results[entry.name])
+    for name, recipe in recipes.items():
+        yield from context.of_proteins(recipe, family, "decode", results[name])
+        yield from context.each_protein(recipe, family, "decode", results[name])
+        yield from context.layers(recipe, family, results[name])
 
 
 def _cached_path(model: EsmModel, proteins: Sequence[Protein], recipe: Recipe) -> Path:

@@ -6,6 +6,7 @@ Memory is allocated once, for `capacity` tokens, and `nbytes` counts all of it. 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Self
@@ -58,7 +59,6 @@ class PackedCache(Ragged):
         super().__init__(batch, capacity, model.device)
         self._codec = _prepare(model, spec)
         self._backend = backend
-        self._unmasked = torch.ones(batch, 1, 1, device=model.device)
         self._rope = decode.rope_at(model, 0, _room(capacity, model.device))
         sinks = min(spec.recipe.sinks, capacity)
         self._packed_rope = Rope(self._rope.cos[sinks:], self._rope.sin[sinks:])
@@ -68,16 +68,15 @@ class PackedCache(Ragged):
         ]
 
     @property
-    def unmasked(self) -> Tensor:
-        """The prompts' `decode.unmasked_fraction`, float32 [B, 1, 1]."""
-        return self._unmasked
-
-    @property
     def tensors(self) -> dict[str, Tensor]:
         """All that `capacity` tokens of each sequence take, by name."""
-        held = {"unmasked": self._unmasked}
+        return self.leading(self.capacity)
+
+    def leading(self, length: int) -> dict[str, Tensor]:
+        """The part of `tensors` that the first `length` tokens take."""
+        held = {"unmasked": self.unmasked}
         for index, store in enumerate(self._layers):
-            own = store.upto(self.capacity).tensors
+            own = store.upto(length).tensors
             held |= {f"layers.{index}.{name}": tensor for name, tensor in own.items()}
         return held
 
@@ -85,31 +84,20 @@ class PackedCache(Ragged):
     def nbytes(self) -> int:
         """Bytes held."""
         stored = sum(tensor.nbytes for store in self._layers for tensor in store.tensors.values())
-        return stored + self._unmasked.nbytes
+        return stored + self.unmasked.nbytes
 
     def rows(self, start: int, stop: int) -> Self:
         """Sequences start..stop - 1: a view of the same memory."""
         part = super().rows(start, stop)
-        part._unmasked = self._unmasked[start:stop]
         part._layers = [store.rows(start, stop) for store in self._layers]
         return part
 
-    def load(self, tensors: dict[str, Tensor], length: int) -> None:
+    def load(self, tensors: Mapping[str, Tensor], length: int) -> None:
         """Take over the `tensors` of a cache of the same codec and batch that is full with `length` tokens.
 
         Raises ValueError where they are not such a cache's.
         """
-        full = {"unmasked": self._unmasked}
-        for index, layer in enumerate(self._codec.spec.layers):
-            empty = _LayerStore.empty(layer, self._codec.spec, self.batch, length, torch.device("meta"))
-            full |= {f"layers.{index}.{name}": tensor for name, tensor in empty.tensors.items()}
-        if set(full) != set(tensors):
-            raise ValueError("the cache was packed by another codec")
-        for name, tensor in tensors.items():
-            if tensor.dtype != full[name].dtype or tensor.shape != full[name].shape:
-                raise ValueError(f"{name} is {tensor.dtype} {list(tensor.shape)}, not {list(full[name].shape)}")
-        if not bool(((tensors["unmasked"] > 0) & (tensors["unmasked"] <= 1)).all()):
-            raise ValueError("the fraction of tokens that are not masked is not in 0..1")
+        check_tensors(self._codec.spec, tensors, length, self.batch)
         own = self.tensors
         for name, tensor in tensors.items():
             _leading_tokens(own[name], tensor).copy_(tensor)
@@ -119,8 +107,6 @@ class PackedCache(Ragged):
     def append(self, layer: int, k: Tensor, v: Tensor, tokens: Tensor) -> None:
         """Pack keys and values [B, H, T, d] of the tokens int64 [B, T] that were begun."""
         start: int | Tensor = self.starts if tokens.shape[1] == 1 else self.common_start()
-        if layer == 0 and start is not self.starts and start == 0:
-            self._unmasked.copy_(decode.unmasked_fraction(tokens))
         prepared, store = self._codec.layers[layer], self._layers[layer]
         if prepared is None:
             put(store.tokens, tokens.to(torch.uint8), start, 1)
@@ -136,11 +122,12 @@ class PackedCache(Ragged):
 
     def attend(self, layer: int, q: Tensor) -> Tensor:
         """Attention of q [B, H, Q, d] over all that `layer` holds."""
-        reach = self._layers[layer].room + self._layers[layer].sinks if q.is_cuda else self.length
-        lengths = None if self.is_even and self.length == reach else self.lengths
+        whole = q.is_cuda  # what a CUDA graph captures serves sequences of any length
+        reach = self._layers[layer].room + self._layers[layer].sinks if whole else self.length
+        lengths = None if self.is_even and not whole else self.lengths
         prepared, store = self._codec.layers[layer], self._layers[layer]
         if prepared is None:
-            factors = decode.token_factors(self._codec.model, self._codec.sigma, self._unmasked)
+            factors = decode.token_factors(self._codec.model, self._codec.sigma, self.unmasked)
             tokens = store.tokens[:, :reach]
             return lookup.attend_tokens(q, tokens, self._codec.tokens, factors, self._rope, lengths)
         return ops.attend(q, self._held_by(layer, reach, lengths), prepared, self._backend)
@@ -163,11 +150,26 @@ class PackedCache(Ragged):
         )  # fmt: skip
 
     def _from_tokens(self, tokens: Tensor, rope: Rope) -> tuple[Tensor, Tensor]:
-        keys, values = decode.token_keys_values(self._codec.model, self._unmasked)
+        keys, values = decode.token_keys_values(self._codec.model, self.unmasked)
         index = tokens[:, None, :, None].expand(-1, keys.shape[1], -1, keys.shape[3])
         batch = len(tokens)
         keys = keys.expand(batch, -1, -1, -1).gather(2, index)
         return rope.rotate(keys), values.expand(batch, -1, -1, -1).gather(2, index)
+
+
+def check_tensors(spec: CodecSpec, tensors: Mapping[str, Tensor], length: int, batch: int = 1) -> None:
+    """Raise ValueError where `tensors` are not those of a `PackedCache` that is full with `length` tokens."""
+    full = {"unmasked": torch.empty(batch, 1, 1, device="meta")}
+    for index, layer in enumerate(spec.layers):
+        empty = _LayerStore.empty(layer, spec, batch, length, torch.device("meta"))
+        full |= {f"layers.{index}.{name}": tensor for name, tensor in empty.tensors.items()}
+    if set(full) != set(tensors):
+        raise ValueError("the cache was packed by another codec")
+    for name, tensor in tensors.items():
+        if tensor.dtype != full[name].dtype or tensor.shape != full[name].shape:
+            raise ValueError(f"{name} is {tensor.dtype} {list(tensor.shape)}, not {list(full[name].shape)}")
+    if not bool(((tensors["unmasked"] > 0) & (tensors["unmasked"] <= 1)).all()):
+        raise ValueError("the fraction of tokens that are not masked is not in 0..1")
 
 
 def on_device(spec: CodecSpec, device: torch.device) -> CodecSpec:

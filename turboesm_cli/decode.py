@@ -35,6 +35,7 @@ class Cache(Protocol):
 
     lengths: Tensor
     starts: Tensor
+    unmasked: Tensor
 
     def begin(self, counts: int | Sequence[int]) -> None:
         """Make room for the next tokens of each sequence."""
@@ -93,6 +94,7 @@ def prefill(model: EsmModel, tokens: Tensor, cache: Cache) -> Tensor:
     exact, whatever the cache.
     """
     cache.begin(tokens.ne(PAD).sum(-1).tolist())
+    cache.unmasked.copy_(unmasked_fraction(tokens))
     exact = bidirectional(tokens)
 
     def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -102,12 +104,9 @@ def prefill(model: EsmModel, tokens: Tensor, cache: Cache) -> Tensor:
     return encode(model, tokens, attend)
 
 
-def step(
-    model: EsmModel, tokens: Tensor, cache: Cache, unmasked: Tensor, joint: JointProjection | None = None
-) -> Tensor:
+def step(model: EsmModel, tokens: Tensor, cache: Cache, joint: JointProjection | None = None) -> Tensor:
     """Decode one token of each sequence, int64 [B]: append its keys and values, then attend to all cached.
 
-    `unmasked` [B, 1, 1] is the prompt's `unmasked_fraction`: token dropout's factor stays what it was at prefill.
     `joint` projects queries, keys and values at once, for GPUs. Nothing is synchronized: safe in a CUDA graph.
     Returns the final hidden states [B, E].
     """
@@ -121,12 +120,12 @@ def step(
 
     if joint is not None:
         joint.at(cache.starts)
-    return _layers(model, tokens, project, unmasked, attend)[:, 0]
+    return _layers(model, tokens, project, cache.unmasked, attend)[:, 0]
 
 
-def replay(model: EsmModel, tokens: Tensor, cache: Cache, unmasked: Tensor) -> Tensor:
+def replay(model: EsmModel, tokens: Tensor, cache: Cache) -> Tensor:
     """Decode given tokens int64 [B, n] one by one after what is cached: final hidden states [B, n, E]."""
-    return torch.stack([step(model, column, cache, unmasked) for column in tokens.unbind(1)], 1)
+    return torch.stack([step(model, column, cache) for column in tokens.unbind(1)], 1)
 
 
 def teacher_forced(

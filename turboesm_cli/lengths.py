@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Self
 
 import torch
+from torch import Tensor
 
 
 class Ragged:
@@ -14,13 +15,19 @@ class Ragged:
 
     A step is: `begin` (how many tokens each sequence gets), then for each layer what stores and reads them.
     `lengths` and `starts` int32 [B] are on the device, for kernels and CUDA graphs; the same numbers are kept on
-    the host, so that nothing needs to ask the device.
+    the host, so that nothing needs to ask the device. `unmasked` float32 [B, 1, 1] is each prompt's
+    `decode.unmasked_fraction`: token dropout's factor stays what it was at prefill.
     """
+
+    lengths: Tensor
+    starts: Tensor
+    unmasked: Tensor
 
     def __init__(self, batch: int, capacity: int, device: torch.device) -> None:
         self.capacity = capacity
         self.lengths = torch.zeros(batch, dtype=torch.int32, device=device)
         self.starts = torch.zeros(batch, dtype=torch.int32, device=device)
+        self.unmasked = torch.ones(batch, 1, 1, device=device)
         self._held = torch.zeros(batch, dtype=torch.int64)
         self._from = torch.zeros(batch, dtype=torch.int64)
 
@@ -38,6 +45,11 @@ class Ragged:
     def shortest(self) -> int:
         """Tokens of the shortest sequence, before those that are being appended."""
         return int(self._from.min())
+
+    @property
+    def fewest(self) -> int:
+        """Tokens of the shortest sequence."""
+        return int(self._held.min())
 
     @property
     def is_even(self) -> bool:
@@ -70,10 +82,16 @@ class Ragged:
         self._held -= count
         self.lengths -= count
 
+    def park(self, idle: Sequence[int], length: int) -> None:
+        """Keep sequences that nobody uses at `length` tokens, so that steps never fill them."""
+        if idle:
+            self._held[idle] = length
+            self.lengths[torch.tensor(idle, device=self.lengths.device)] = length
+
     def rows(self, start: int, stop: int) -> Self:
         """Sequences start..stop - 1: a view of the same memory."""
         part = copy.copy(self)
-        for name in ("lengths", "starts", "_held", "_from"):
+        for name in ("lengths", "starts", "unmasked", "_held", "_from"):
             setattr(part, name, getattr(self, name)[start:stop])
         return part
 

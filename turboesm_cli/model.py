@@ -81,6 +81,11 @@ class EsmModel:
         return next(self.net.parameters()).device
 
     @property
+    def dtype_name(self) -> str:
+        """The weights' dtype: float32, bfloat16, ..."""
+        return str(next(self.net.parameters()).dtype).removeprefix("torch.")
+
+    @property
     def inverse_frequencies(self) -> Tensor:
         """RoPE's inverse frequencies float32 [d / 2], the same in every layer."""
         return self.net.layers[0].self_attn.rot_emb.inv_freq
@@ -95,9 +100,10 @@ class EsmModel:
 
     def to(self, device: torch.device, dtype: torch.dtype = torch.float32) -> EsmModel:
         """The model on another device or in another dtype (RoPE's frequencies stay float32)."""
+        frequencies = [layer.self_attn.rot_emb.inv_freq for layer in self.net.layers]
         net = self.net.to(device=device, dtype=dtype)
-        for layer in net.layers:
-            layer.self_attn.rot_emb.inv_freq = layer.self_attn.rot_emb.inv_freq.float()
+        for layer, exact in zip(net.layers, frequencies, strict=True):
+            layer.self_attn.rot_emb.inv_freq = exact.to(device)
         return replace(self, net=net)
 
 
@@ -111,8 +117,8 @@ class _Checkpoint:
     note: str = ""
 
 
-def load_model(name: str = EMBEDDED, device: str = "auto") -> EsmModel:
-    """Load the model that `name` names, in float32, on `device` ("auto", "cpu", "cuda", "cuda:1").
+def load_model(name: str = EMBEDDED, device: str = "auto", dtype: torch.dtype = torch.float32) -> EsmModel:
+    """Load the model that `name` names, in `dtype`, on `device` ("auto", "cpu", "cuda", "cuda:1").
 
     `name` is "embedded", an official name (`esm2_t33_650M`, with or without `esm2_` and `_UR50D`), a fair-esm
     `.pt` file, a Hugging Face ESM folder, or "random:" and an official name (random weights, to measure time
@@ -120,7 +126,7 @@ def load_model(name: str = EMBEDDED, device: str = "auto") -> EsmModel:
     """
     target = pick_device(device)
     with torch.no_grad():
-        return _build(_read(name)).to(target)
+        return _build(_read(name)).to(target, dtype)
 
 
 def pick_device(name: str) -> torch.device:
@@ -135,6 +141,13 @@ def pick_device(name: str) -> torch.device:
     except (RuntimeError, AssertionError) as error:
         raise DeviceError(f"--device {name} cannot be used: {str(error).splitlines()[0]}") from error
     return device
+
+
+def parameter_count(shape: Shape) -> int:
+    """Weights of an ESM-2 of this shape, its language-model head included."""
+    with torch.device("meta"):
+        net = esm.ESM2(shape.layers, shape.width, shape.heads)
+    return sum(weight.numel() for weight in net.parameters())
 
 
 def official_name(name: str) -> str | None:

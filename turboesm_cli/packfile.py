@@ -7,8 +7,10 @@ part, bytes: of its cache in memory}; one part a protein, the tensors of its `Pa
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +18,8 @@ from torch import Tensor
 
 from turboesm_cli.archive import Archive, write_archive
 from turboesm_cli.bundle import Bundle
-from turboesm_cli.cache import PackedCache
+from turboesm_cli.cache import PackedCache, check_tensors
 from turboesm_cli.errors import BundleError, InputError
-from turboesm_cli.model import EsmModel
 from turboesm_cli.sequences import RECORD_CAP, Protein
 
 KIND = "turboesm-caches"
@@ -74,37 +75,69 @@ def write_packfile(path: Path, bundle: Bundle, bundle_sha256: str, caches: Itera
     write_archive(path, KIND, manifest, parts())
 
 
-def read_packfile(
-    path: Path, bundle: Bundle, bundle_sha256: str, model: EsmModel, room: int
-) -> Iterator[CachedProtein]:
-    """The caches of a file one by one, each with room for `room` more tokens than its protein still has.
+@dataclass(frozen=True)
+class StoredProtein:
+    """A protein whose first `cached` tokens are in a file; `read` gives the tensors of their `PackedCache`.
+
+    `read` raises BundleError where they are damaged.
+    """
+
+    protein: Protein
+    cached: int
+    read: Callable[[], dict[str, Tensor]]
+
+
+class Packfile:
+    """The caches of a file, one by one: a context, in which they can be read at any time.
 
     Raises BundleError where the file is damaged or was packed with another bundle.
     """
-    with Archive(path, KIND) as archive:
-        if archive.manifest.get("bundle_sha256") != bundle_sha256:
-            raise BundleError(f"{path} was packed with another bundle; name the one that it was packed with")
-        for described in _proteins(archive, path):
-            try:
-                protein, cached = _described(described, path)
-                cache = PackedCache(model, bundle.spec, 1, protein.residues + 2 + room)
-                cache.load({k: v.to(model.device) for k, v in archive.read(described["part"]).items()}, cached)
-            except (LookupError, TypeError, ValueError, RuntimeError, InputError) as error:
-                raise BundleError(f"{path} is damaged: {error}; quantize again") from error
-            yield CachedProtein(protein, cached, cache)
 
+    def __init__(self, path: Path, bundle: Bundle, bundle_sha256: str) -> None:
+        self._path, self._spec = path, bundle.spec
+        self._archive = Archive(path, KIND)
+        try:
+            if self._archive.manifest.get("bundle_sha256") != bundle_sha256:
+                raise BundleError(f"{path} was packed with another bundle; name the one that it was packed with")
+            self._listed = self._list()
+        except BundleError:
+            self._archive.__exit__()
+            raise
 
-def count_proteins(path: Path) -> int:
-    """How many proteins a file of caches holds. Raises BundleError."""
-    with Archive(path, KIND) as archive:
-        return len(_proteins(archive, path))
+    def __enter__(self) -> Packfile:
+        return self
 
+    def __exit__(self, *_: object) -> None:
+        self._archive.__exit__()
 
-def _proteins(archive: Archive, path: Path) -> list[dict[str, Any]]:
-    found = archive.manifest.get("proteins")
-    if not isinstance(found, list) or not found:
-        raise BundleError(f"{path} lists no proteins; quantize again")
-    return found
+    def __len__(self) -> int:
+        return len(self._listed)
+
+    def __iter__(self) -> Iterator[StoredProtein]:
+        for described in self._listed:
+            with self._damage():
+                protein, cached = _described(described, self._path)
+                part: str = described["part"]
+            yield StoredProtein(protein, cached, partial(self._read, part, cached))
+
+    def _read(self, part: str, cached: int) -> dict[str, Tensor]:
+        with self._damage():
+            tensors = self._archive.read(part)
+            check_tensors(self._spec, tensors, cached)
+        return tensors
+
+    def _list(self) -> list[dict[str, Any]]:
+        found = self._archive.manifest.get("proteins")
+        if not isinstance(found, list) or not found:
+            raise BundleError(f"{self._path} lists no proteins; quantize again")
+        return found
+
+    @contextmanager
+    def _damage(self) -> Iterator[None]:
+        try:
+            yield
+        except (LookupError, TypeError, ValueError, RuntimeError, InputError) as error:
+            raise BundleError(f"{self._path} is damaged: {error}; quantize again") from error
 
 
 def _described(described: dict[str, Any], path: Path) -> tuple[Protein, int]:

@@ -1,8 +1,10 @@
-"""One protein decoded from a filled cache, and what that is compared with."""
+"""Proteins decoded from a cache after their prompts, and what that is compared with."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -11,67 +13,85 @@ from turboesm_cli import decode, metrics
 from turboesm_cli.cache import PackedCache
 from turboesm_cli.codec import CodecSpec
 from turboesm_cli.dense import DenseCache
+from turboesm_cli.engine import AnyCache, Batch, Job, TaskT, in_order
 from turboesm_cli.evaluation import ProteinResult, compare_predictions
 from turboesm_cli.formats import FORMATS
 from turboesm_cli.model import EsmModel
-from turboesm_cli.sequences import Protein
+from turboesm_cli.sequences import Protein, detokenize
 from turboesm_cli.stats import to_tokens
+
+ResultT = TypeVar("ResultT")
 
 
 @dataclass(frozen=True)
-class Session:
-    """A protein whose first `cached` tokens are in `cache`; `unmasked` as in `decode.step`."""
+class Prompt:
+    """A protein, how many of its tokens are prompt, and what gives the tensors of a cache of them, or None."""
 
-    model: EsmModel
     protein: Protein
     cached: int
-    cache: decode.Cache
-    unmasked: Tensor
-
-    @property
-    def prompt_tokens(self) -> list[int]:
-        """Ids of the cached tokens."""
-        tokens: list[int] = self.tokens[0, : self.cached].tolist()
-        return tokens
+    held: Callable[[], Mapping[str, Tensor]] | None = None
 
     @property
     def tokens(self) -> Tensor:
-        """Ids int64 [1, T] of the whole protein."""
-        return to_tokens([self.protein], self.model.device)
+        """Ids int64 [T] of the whole protein."""
+        return to_tokens([self.protein], torch.device("cpu"))[0]
+
+    @property
+    def text(self) -> str:
+        """The residues that are prompt, as they were read where that is all."""
+        if self.cached > self.protein.residues:
+            return self.protein.sequence
+        return detokenize(self.tokens[: self.cached].tolist())
+
+    def job(self, steps: int | None = None) -> Job:
+        """Decode the rest of the protein, or `steps` tokens that are not known yet."""
+        prompt, rest = self.tokens.tensor_split([self.cached])
+        if steps is None:
+            return Job(prompt, len(rest), rest, self.held)
+        return Job(prompt, steps, None, self.held)
 
 
-def new_cache(model: EsmModel, spec: CodecSpec, kv: str, capacity: int) -> DenseCache | PackedCache:
-    """An empty cache of one sequence: packed, fp32, fp16 or bf16."""
+def new_cache(model: EsmModel, spec: CodecSpec, kv: str, slots: int, capacity: int) -> AnyCache:
+    """An empty cache: packed, or a kind of `FORMATS`."""
     if kv == "packed":
-        return PackedCache(model, spec, 1, capacity)
-    return DenseCache(model, 1, capacity, FORMATS[kv])
+        return PackedCache(model, spec, slots, capacity)
+    return DenseCache(model, slots, capacity, FORMATS[kv])
+
+
+def run(
+    batch: Batch[TaskT],
+    prompts: Iterable[Prompt],
+    finish: Callable[[Prompt, Tensor], ResultT],
+    steps: int | None = None,
+) -> Iterator[ResultT]:
+    """What `finish` makes of each prompt and its job's result, in the order of the prompts.
+
+    What overtakes a slower protein waits as `finish` leaves it.
+    """
+    started: dict[int, Prompt] = {}
+
+    def jobs() -> Iterator[Job]:
+        for number, prompt in enumerate(prompts):
+            started[number] = prompt
+            yield prompt.job(steps)
+
+    yield from in_order((number, finish(started.pop(number), found)) for number, found in batch.run(jobs()))
 
 
 @torch.no_grad()
-def start(model: EsmModel, spec: CodecSpec, protein: Protein, cached: int, kv: str, room: int) -> Session:
-    """Prefill a prompt into a new cache (packed, fp32, fp16, bf16) with room for the rest and `room` more."""
-    tokens = to_tokens([protein], model.device)
-    capacity = tokens.shape[1] + room
-    cache = new_cache(model, spec, kv, capacity)
-    decode.prefill(model, tokens[:, :cached], cache)
-    return Session(model, protein, cached, cache, decode.unmasked_fraction(tokens[:, :cached]))
-
-
-@torch.no_grad()
-def compare(session: Session) -> tuple[ProteinResult, ProteinResult]:
-    """Decode the rest of the protein token by token: against an fp32 cache, and (drift) fp32 against ESM-2."""
-    model, tokens, cached = session.model, session.tokens, session.cached
-    found = decode.replay(model, tokens[:, cached:], session.cache, session.unmasked)[0]
+def compare(model: EsmModel, prompt: Prompt, found: Tensor) -> tuple[ProteinResult, ProteinResult]:
+    """Hidden states [n, E] decoded after a prompt: against an fp32 cache, and (drift) fp32 against ESM-2."""
+    tokens, cached = prompt.tokens[None].to(model.device), prompt.cached
     exact = decode.teacher_forced(model, tokens, [cached], None)[0, cached:]
     encoded = decode.encode(model, tokens)[0, cached:]
     targets = tokens[0, cached:]
     quantization = ProteinResult(
-        session.protein,
+        prompt.protein,
         metrics.cosines(exact, found).cpu(),
         compare_predictions(model, targets, exact, found),
     )
     drift = ProteinResult(
-        session.protein,
+        prompt.protein,
         metrics.cosines(encoded, exact).cpu(),
         compare_predictions(model, targets, encoded, exact),
     )

@@ -9,11 +9,12 @@ from dataclasses import dataclass, field
 import torch
 
 from turboesm_cli import __version__, metrics
-from turboesm_cli.bundle import Bundle
 from turboesm_cli.codec import Recipe
 from turboesm_cli.evaluation import ProteinResult
+from turboesm_cli.formats import FORMATS
 from turboesm_cli.model import EsmModel
 from turboesm_cli.results import ResultRow, commit_of_source
+from turboesm_cli.running import RunningAgreement, RunningDivergence
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ class Context:
         name, bits_k, bits_v = _identity(recipe)
         return ResultRow(
             self.model.name, name, bits_k, bits_v, family, protocol, metric, value, unit, n,
-            device_name(self.model.device), "float32", self.seed, __version__, commit_of_source(),
+            device_name(self.model.device), self.model.dtype_name, self.seed, __version__, commit_of_source(),
             accession=accession, tokens=tokens, p20=p20, p80=p80, torch=torch.__version__,
             date=datetime.date.today().isoformat(),
         )  # fmt: skip
@@ -104,41 +105,69 @@ def device_name(device: torch.device) -> str:
 
 
 @dataclass
-class Summary:
-    """Results of `decode`, protein by protein."""
+class Totals:
+    """All figures of proteins that stream by."""
 
-    results: list[ProteinResult] = field(default_factory=list)
-    drift: list[ProteinResult] = field(default_factory=list)
+    cosines: RunningAgreement = field(default_factory=RunningAgreement)
+    predictions: RunningDivergence = field(default_factory=RunningDivergence)
 
-    def add(self, result: ProteinResult, drift: ProteinResult) -> None:
+    def add(self, result: ProteinResult) -> None:
         """Take in one protein."""
-        self.results.append(result)
-        self.drift.append(drift)
+        self.cosines.add(result.cosines)
+        if result.predictions is not None:
+            self.predictions.add(result.predictions)
 
-    def table(self, kv: str, limit: int) -> tuple[list[str], list[list[str]]]:
-        """Columns and rows for the screen: the first `limit` proteins, and all together."""
+    def rows(self, context: Context, recipe: Recipe | str, protocol: str) -> list[ResultRow]:
+        """As `Context.of_proteins`."""
+        rows = context.accuracy(recipe, "", protocol, self.cosines.summary())
+        language = self.predictions.summary()
+        return rows + (context.language(recipe, "", protocol, language) if language else [])
+
+
+@dataclass
+class Summary:
+    """Results of `decode` as they stream by: the first `shown` proteins and all together.
+
+    Protocol `prompted`, and `drift` of the fp32 decode.
+    """
+
+    context: Context
+    recipe: Recipe | str
+    shown: int = 20
+    results: Totals = field(default_factory=Totals)
+    drift: Totals = field(default_factory=Totals)
+    count: int = 0
+    _lines: list[list[str]] = field(default_factory=list)
+
+    def add(self, result: ProteinResult, drift: ProteinResult) -> list[ResultRow]:
+        """Take in one protein: its rows."""
+        self.results.add(result)
+        self.drift.add(drift)
+        self.count += 1
+        if self.count <= self.shown:
+            alone, drifted = Totals(), Totals()
+            alone.add(result)
+            drifted.add(drift)
+            self._lines.append(_cells(result.protein.accession, alone, drifted))
+        return self.context.each_protein(self.recipe, "", "prompted", [result])
+
+    def rows(self) -> list[ResultRow]:
+        """Of all proteins together."""
+        prompted = self.results.rows(self.context, self.recipe, "prompted")
+        return prompted + self.drift.rows(self.context, "fp32", "drift")
+
+    def table(self, kv: str) -> tuple[list[str], list[list[str]]]:
+        """Columns and rows for the screen."""
         columns = ["protein", "decoded", "cosine mean", "p5", "min", "drift mean"]
-        if self.results and self.results[0].predictions is not None:
+        if self.results.predictions.n:
             columns += ["KL (nat)", "top-1", "perplexity fp32", f"perplexity {kv}"]
-        rows = [_cells(r.protein.accession, [r], [d]) for r, d in zip(self.results, self.drift, strict=True)]
-        more = [[f"... and {len(rows) - limit} more"] + [""] * (len(columns) - 1)] if len(rows) > limit else []
-        return columns, [*rows[:limit], *more, _cells(f"all {len(rows)}", self.results, self.drift)]
+        more = self.count - len(self._lines)
+        dots = [[f"... and {more} more"] + [""] * (len(columns) - 1)] if more else []
+        return columns, [*self._lines, *dots, _cells(f"all {self.count}", self.results, self.drift)]
 
 
-def decode_rows(summary: Summary, bundle: Bundle, model: EsmModel, kv: str) -> list[ResultRow]:
-    """Rows of `decode`: each protein, then all together; protocol `prompted`, and `drift` of the fp32 decode."""
-    context = Context(model)
-    recipe = bundle.spec.recipe if kv == "packed" else kv
-    return [
-        *context.each_protein(recipe, "", "prompted", summary.results),
-        *context.of_proteins(recipe, "", "prompted", summary.results),
-        *context.of_proteins("fp32", "", "drift", summary.drift),
-    ]
-
-
-def _cells(name: str, results: Sequence[ProteinResult], drift: Sequence[ProteinResult]) -> list[str]:
-    found = metrics.agreement([r.cosines for r in results])
-    drifted = metrics.agreement([r.cosines for r in drift])
+def _cells(name: str, results: Totals, drift: Totals) -> list[str]:
+    found, drifted = results.cosines.summary(), drift.cosines.summary()
     cells = [
         name,
         str(found.n),
@@ -147,9 +176,8 @@ def _cells(name: str, results: Sequence[ProteinResult], drift: Sequence[ProteinR
         f"{found.minimum:.5f}",
         f"{drifted.mean:.4f}",
     ]
-    parts = [r.predictions for r in results if r.predictions is not None]
-    if parts:
-        lm = metrics.divergence(parts)
+    lm = results.predictions.summary()
+    if lm is not None:
         cells += [f"{lm.kl_mean:.5f}", f"{lm.top1_agreement:.4f}"]
         cells += [f"{lm.reference_perplexity:.3f}", f"{lm.perplexity:.3f}"]
     return cells
@@ -157,7 +185,7 @@ def _cells(name: str, results: Sequence[ProteinResult], drift: Sequence[ProteinR
 
 def _identity(recipe: Recipe | str) -> tuple[str, float, float]:
     if isinstance(recipe, str):
-        bits = {"fp32": 32.0, "fp16": 16.0, "bf16": 16.0}[recipe]
+        bits = 8.0 * FORMATS[recipe].dtype.itemsize
         return recipe, bits, bits
     return recipe.name, recipe.bits_k, recipe.bits_v
 
@@ -172,7 +200,7 @@ def _cpu_name() -> str:
 
 
 def bench_tables(
-    rows: Sequence[ResultRow], recipes: Sequence[Recipe], families: Sequence[str]
+    rows: Sequence[ResultRow], recipes: Sequence[Recipe | str], families: Sequence[str]
 ) -> list[tuple[str, list[str], list[list[str]]]]:
     """Title, columns and rows of the tables that `bench` shows: accuracy by family, then memory and time."""
     found = {
@@ -201,7 +229,7 @@ def bench_tables(
         title = "Decoded hidden states against an fp32 cache: error = 1 - mean cosine"
         tables.append((title, columns, [*accuracy, [*drift, ""]]))
     cost = []
-    caches: list[Recipe | str] = ["fp32", "fp16", *recipes]
+    caches: list[Recipe | str] = list(dict.fromkeys(["fp32", "fp16", *recipes]))
     for cache in caches:
         figures = [value(cache, "", "memory", name, 1024) for name in _MEMORY_METRICS]
         figures += [

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,16 +18,22 @@ class Timing:
     p80: float
     n: int
 
+    @classmethod
+    def of(cls, samples: Sequence[float]) -> Timing:
+        """The summary of samples in microseconds."""
+        ordered = sorted(samples)
+        return cls(_at(ordered, 0.5), _at(ordered, 0.2), _at(ordered, 0.8), len(ordered))
+
 
 def measure(call: Callable[[], object], device: torch.device, warmup: int = 3, repeats: int = 20) -> Timing:
     """Time `call` by the wall clock, the device's work waited for: users wait for launches too."""
     for _ in range(warmup):
         call()
-    samples = sorted(_once(call, device) for _ in range(repeats))
-    return Timing(_at(samples, 0.5), _at(samples, 0.2), _at(samples, 0.8), repeats)
+    return Timing.of([once(call, device) for _ in range(repeats)])
 
 
-def _once(call: Callable[[], object], device: torch.device) -> float:
+def once(call: Callable[[], object], device: torch.device) -> float:
+    """Microseconds of one call by the wall clock, the device's work waited for."""
     _wait(device)
     start = time.perf_counter()
     call()

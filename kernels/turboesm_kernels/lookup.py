@@ -76,7 +76,7 @@ class Bits:
         step = torch.tensor([[own.get(w, 1.0) for w in p.widths] for own, p in zip(steps, profiles, strict=True)])
         width = torch.tensor([p.widths for p in profiles])
         coded = (width > 0).float()
-        levels = side.map.mT.cpu() if spec.side == "k" else side.map.cpu()  # [H, A, d]
+        levels = (side.map.mT if spec.side == "k" else side.map).cpu().float()  # [H, A, d]
         levels = levels * (step * coded)[..., None]
         weight = (1 << place).float() * used
         of_bit = levels.gather(1, axis[..., None].expand(-1, -1, spec.head_dim)) * weight[..., None]
@@ -175,7 +175,7 @@ def _parts(codes: Tensor) -> list[slice]:
     """Ranges of tokens, of which `INDICES` bytes are looked up at once."""
     tokens = codes.shape[3]
     each = max(64, INDICES * tokens // max(1, codes.numel()))
-    return [slice(start, min(tokens, start + each)) for start in range(0, tokens, each)]
+    return [slice(start, min(tokens, start + each)) for start in range(0, max(1, tokens), each)]
 
 
 def _key_bytes(codes: Tensor) -> Tensor:

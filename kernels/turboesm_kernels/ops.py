@@ -112,6 +112,11 @@ def append(
         (k, layer.k, held.k, _rope_from(held, start, k.shape[2])),
         (v, layer.v, held.v, None),
     ):
+        if k.is_cuda and backend != "torch" and not side.spec.residual_axes and find_spec("triton") is not None:
+            from turboesm_kernels.pack import pack
+
+            pack(x, side, into, start, rope)
+            continue
         if side.bits is None or backend == "torch":
             found = reference.compress(x, side.spec, rope)
         else:
@@ -128,7 +133,8 @@ def _rope_from(held: Held, start: int | Tensor, count: int) -> Rope | None:
     if isinstance(start, int):
         return Rope(rope.cos[start : start + count], rope.sin[start : start + count])
     at = start.long()
-    return Rope(rope.cos[at][:, None, None], rope.sin[at][:, None, None])
+    shape = (len(at), 1, -1) if start.is_cuda else (len(at), 1, 1, -1)
+    return Rope(rope.cos[at].view(shape), rope.sin[at].view(shape))
 
 
 def put(into: Tensor, found: Tensor, start: int | Tensor, dim: int) -> None:

@@ -121,7 +121,7 @@ def table_size(width: int) -> int:
 
 def encode(x: Tensor, spec: SideSpec) -> tuple[Tensor, Tensor | None]:
     """Codes uint8 [B, H, T, A] and scale bytes uint8 [B, H, T] (or None) of centred vectors x [B, H, T, d]."""
-    x = x.float()
+    x = x.to(spec.analysis.dtype)
     codes, scales = _encode_axes(x @ spec.analysis, spec)
     if spec.residual_axes:
         own = slice(spec.head_dim, None)
@@ -190,7 +190,7 @@ def unpack(packed: Tensor, spec: SideSpec) -> Tensor:
 
 def compress(x: Tensor, spec: SideSpec, rope: Rope | None = None) -> Packed:
     """Centre, encode and pack vectors x float [B, H, T, d]; `rope` gives the keys' positions."""
-    codes, scales = encode(x.float() - _centre(spec, rope), spec)
+    codes, scales = encode(x.to(spec.centre.dtype) - _centre(spec, rope), spec)
     return Packed(pack(codes, spec), scales)
 
 
@@ -202,7 +202,7 @@ def expand(packed: Packed, spec: SideSpec, rope: Rope | None = None) -> Tensor:
 def roundtrip(x: Tensor, spec: SideSpec, rope: Rope | None = None) -> Tensor:
     """`expand(compress(x))` without the packing: what a cache gives back for x [B, H, T, d]."""
     centre = _centre(spec, rope)
-    codes, scales = encode(x.float() - centre, spec)
+    codes, scales = encode(x.to(spec.centre.dtype) - centre, spec)
     return decode(codes, scales, spec) + centre
 
 
@@ -300,7 +300,7 @@ def _codes(y: Tensor, spec: SideSpec) -> Tensor:
 
 def _levels(codes: Tensor, spec: SideSpec) -> Tensor:
     """Levels float32 [B, H, T, A] that codes stand for; 0 where an axis is not coded."""
-    y = torch.zeros(codes.shape, dtype=torch.float32, device=codes.device)
+    y = torch.zeros(codes.shape, dtype=spec.levels.dtype, device=codes.device)
     for profile, heads in _heads_by_profile(spec):
         for width, axes in profile.runs:
             table = spec.levels[heads, table_slice(width)]

@@ -30,7 +30,11 @@ def bench(
         str, typer.Option(help="Families (tm, idr, enzyme, globular, peptide) or FASTA files, by comma.")
     ] = "tm,idr,enzyme,globular,peptide",
     recipes: Annotated[
-        str, typer.Option(help="Recipes by comma; NAME@BITS or NAME@BITS_K/BITS_V sets a budget.")
+        str,
+        typer.Option(
+            help="Recipes by comma; NAME@BITS or NAME@BITS_K/BITS_V sets a budget. "
+            "Dense caches too: fp16, bf16, int8, fp8."
+        ),
     ] = "paper,flat,auto@2,auto",
     bundle: Annotated[
         list[Path] | None,
@@ -85,9 +89,10 @@ def bench(
         if ablate:
             rows, tables = _ablate(loaded, learned, sets, work)
         else:
-            entries = _entries(loaded, recipes, bundle, learned, work)
+            named, formats = _split_recipes(recipes)
+            entries = _entries(loaded, named, bundle, learned, work)
             _check_seen(entries, sets, allow_seen)
-            rows, tables = _measure(loaded, entries, sets, work)
+            rows, tables = _measure(loaded, entries, sets, formats, work)
         write_csv(output, rows)
     if json:
         console.print_json(to_records(rows))
@@ -182,6 +187,15 @@ def _refuse_twins(entries: list[Entry]) -> None:
             raise InputError(f"recipe {name} K{bits_k:g} V{bits_v:g} is there twice; measure one at a time")
 
 
+def _split_recipes(names: str) -> tuple[str, list[str]]:
+    """Recipes, and the dense formats named among them."""
+    from turboesm_cli.formats import FORMATS
+
+    parts = list(dict.fromkeys(filter(None, names.split(","))))
+    dense = [name for name in parts if name in FORMATS]
+    return ",".join(name for name in parts if name not in dense), dense
+
+
 def _recipes(names: str) -> dict[str, Recipe]:
     from turboesm_cli.codec import parse_recipe
 
@@ -203,20 +217,20 @@ def _check_seen(entries: list[Entry], sets: dict[str, list[Protein]], allow: boo
 
 
 def _measure(
-    model: EsmModel, entries: list[Entry], sets: dict[str, list[Protein]], work: Work
+    model: EsmModel, entries: list[Entry], sets: dict[str, list[Protein]], formats: list[str], work: Work
 ) -> tuple[list[ResultRow], list[Shown]]:
     from turboesm_cli import benchmark
     from turboesm_cli.summaries import bench_tables
 
-    rows = [*benchmark.memory(model, entries), *benchmark.times(model, entries, work=work.under("time"))]
+    rows = [*benchmark.memory(model, entries, formats), *benchmark.times(model, entries, work=work.under("time"))]
     if model.is_random:
         console.warn(f"{model.name} has random weights: time and memory are measured, accuracy is not")
     else:
-        total = sum(map(len, sets.values())) * (len(entries) + 1)
+        total = sum(map(len, sets.values())) * (len(entries) + len(formats) + 1)
         with console.progress("decoding", total) as tick:
-            rows += benchmark.accuracy(model, entries, sets, tick, work.under("decode"))
+            rows += benchmark.accuracy(model, entries, sets, tick, formats, work.under("decode"))
         rows += benchmark.first_layer(model, entries, sets, work.under("layer0"))
-    return rows, bench_tables(rows, [entry.spec.recipe for entry in entries], list(sets))
+    return rows, bench_tables(rows, [*(entry.spec.recipe for entry in entries), *formats], list(sets))
 
 
 def _ablate(

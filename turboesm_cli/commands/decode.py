@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -12,14 +14,25 @@ from turboesm_cli import console
 from turboesm_cli.commands import options
 from turboesm_cli.errors import InputError
 from turboesm_cli.files import check_output
-from turboesm_cli.sequences import LongPolicy
+from turboesm_cli.sequences import LongPolicy, Protein
 
 if TYPE_CHECKING:
-    from turboesm_cli.bundle import Bundle
-    from turboesm_cli.model import EsmModel
-    from turboesm_cli.replay import Session
+    from torch import Tensor
 
-KV = Literal["packed", "fp32", "fp16"]
+    from turboesm_cli.bundle import Bundle
+    from turboesm_cli.engine import Batch, TaskT
+    from turboesm_cli.evaluation import ProteinResult
+    from turboesm_cli.generation import Sampling
+    from turboesm_cli.model import EsmModel
+    from turboesm_cli.plan import Plan
+    from turboesm_cli.replay import Prompt
+    from turboesm_cli.results import ResultRow
+    from turboesm_cli.summaries import Summary
+    from turboesm_cli.workload import Workload
+
+KV = Literal["packed", "fp32", "fp16", "bf16", "int8", "fp8"]
+LARGEST_BATCH = 256
+"""Sequences at once that a GPU is given where --batch does not say."""
 
 
 def decode(
@@ -43,7 +56,19 @@ def decode(
         Path | None,
         typer.Option("--output", "-o", help="Write figures as CSV, or sampled FASTA, here.", show_default=False),
     ] = None,
+    batch: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Proteins at once on a GPU. Default: what fits, up to 256. A CPU takes one at a time.",
+            show_default=False,
+        ),
+    ] = None,
+    plan: Annotated[
+        bool, typer.Option("--plan", help="Say what memory it would take and the largest batch that fits; stop.")
+    ] = False,
     model: options.Model = None,
+    dtype: options.Dtype = "fp32",
     max_proteins: options.MaxProteins = None,
     strict: options.Strict = False,
     long: options.Long = LongPolicy.ERROR,
@@ -57,113 +82,190 @@ def decode(
     with an fp32 cache (cosine: what quantization costs) and, as drift, that fp32 decode with encoding the whole
     protein (what caching an encoder costs). With a language-model head also KL, top-1 and perplexity.
 
+    On a GPU many proteins are decoded at once, and a finished one makes room for the next; results come in the
+    order of the input. Files are streamed. Where memory runs out, the batch is halved and the work goes on.
+
     Example: turboesm decode 650M.tqz proteins.fasta --prompt 0.5
 
     Example: turboesm decode 650M.tqz proteins.fasta --prompt all --generate 50 --seed 1 -o longer.fasta
     """
     from turboesm_cli.bundle import read_bundle
 
-    if output is not None:
+    if output is not None and not plan:
         check_output(output, force)
     codec = read_bundle(bundle)
-    loaded = options.open_model(model, device, codec)
-    codec.check_model(loaded, bundle)
-    sessions = _Sessions(bundle, codec, loaded, source, prompt, kv, generate)
-    sessions.open(strict, long, max_proteins)
-    if generate:
-        _generate(sessions, generate, temperature, top_p, seed, output)
-    else:
-        _compare(sessions, output, json)
-
-
-class _Sessions:
-    """The proteins to decode, each with its filled cache, one at a time."""
-
-    def __init__(
-        self, path: Path, bundle: Bundle, model: EsmModel, source: str, prompt: str | None, kv: KV, room: int
-    ) -> None:
-        self.bundle, self.model, self.kv, self.room = bundle, model, kv, room
-        self._path, self._source, self._prompt = path, source, prompt
-        self.count = 0
-
-    def open(self, strict: bool, long: LongPolicy, limit: int | None) -> None:
-        from turboesm_cli.bundle import seen
-        from turboesm_cli.packfile import count_proteins, is_packfile
-        from turboesm_cli.prompts import parse_prompt
-
-        self._rule = parse_prompt(self._prompt or "0.5")
-        self._packed = self._source != "-" and is_packfile(Path(self._source))
-        if self._packed and self._prompt:
-            raise InputError(f"{self._source} holds prompts already; leave --prompt out, or name the FASTA file")
-        if self._packed and self.kv != "packed":
-            raise InputError(f"{self._source} holds packed caches; --kv {self.kv} needs the proteins' FASTA file")
-        if self._packed:
-            self.count = min(count_proteins(Path(self._source)), limit or 1 << 62)
+    with ExitStack() as stack:
+        work = _workload(stack, bundle, codec, source, prompt, kv, strict, long, max_proteins)
+        plans = _plans(codec, work, generate, device, dtype)
+        if plan:
+            _show_plans(plans, json)
+            return
+        loaded = options.open_model(model, device, codec, dtype)
+        codec.check_model(loaded, bundle)
+        own = next(item for item in plans if item.kind == kv)
+        run = _Run(codec, loaded, work, kv, _slots(batch, own, work, loaded), own.context)
+        if generate:
+            _generate(run, generate, temperature, top_p, seed, output)
         else:
-            self._proteins = options.read_proteins(self._source, strict, long, limit)
-            self.count = len(self._proteins)
-            known = len(seen(self.bundle, self._proteins))
-            if known:
-                console.warn(f"{known} of {self.count} proteins were in the bundle's calibration set")
-
-    def __iter__(self) -> Iterator[Session]:
-        from turboesm_cli.packfile import file_sha256, read_packfile
-        from turboesm_cli.replay import Session, start
-
-        if self._packed:
-            digest = file_sha256(self._path)
-            items = read_packfile(Path(self._source), self.bundle, digest, self.model, self.room)
-            for _, item in zip(range(self.count), items, strict=False):
-                yield Session(self.model, item.protein, item.cached, item.cache, item.cache.unmasked)
-        else:
-            for protein in self._proteins:
-                yield start(self.model, self.bundle.spec, protein, self._rule(protein), self.kv, self.room)
+            _compare(run, output, json)
 
 
-def _compare(sessions: _Sessions, output: Path | None, as_json: bool) -> None:
-    from turboesm_cli.replay import compare
-    from turboesm_cli.results import to_records, write_csv
-    from turboesm_cli.summaries import Summary, decode_rows
+def _workload(
+    stack: ExitStack,
+    path: Path,
+    bundle: Bundle,
+    source: str,
+    prompt: str | None,
+    kv: KV,
+    strict: bool,
+    long: LongPolicy,
+    limit: int | None,
+) -> Workload:
+    from turboesm_cli.packfile import Packfile, file_sha256, is_packfile
+    from turboesm_cli.prompts import parse_prompt
+    from turboesm_cli.workload import of_packfile, of_proteins
 
-    summary = Summary()
-    with console.progress("decoding", sessions.count) as tick:
-        for session in sessions:
-            summary.add(*compare(session))
-            tick()
-    rows = decode_rows(summary, sessions.bundle, sessions.model, sessions.kv)
-    if output is not None:
-        write_csv(output, rows)
-        console.say(f"{len(rows)} figures in {output}")
+    rule = parse_prompt(prompt or "0.5")
+    packed = source != "-" and is_packfile(Path(source))
+    if packed and prompt:
+        raise InputError(f"{source} holds prompts already; leave --prompt out, or name the FASTA file")
+    if packed and kv != "packed":
+        raise InputError(f"{source} holds packed caches; --kv {kv} needs the proteins' FASTA file")
+    if packed:
+        return of_packfile(stack, Packfile(Path(source), bundle, file_sha256(path)), limit, bundle)
+    work = of_proteins(options.stream_proteins(source, strict, long, limit), rule, bundle)
+    if work.known:
+        console.warn(f"{work.known} of {work.count} proteins were in the bundle's calibration set")
+    return work
+
+
+def _plans(bundle: Bundle, work: Workload, generate: int, device: str, dtype: options.DtypeName) -> list[Plan]:
+    """What each kind of cache would take for this work."""
+    from turboesm_cli.formats import FORMATS
+    from turboesm_cli.model import pick_device
+    from turboesm_cli.plan import device_memory, plans
+
+    weights = FORMATS[dtype].dtype
+    context = work.longest + generate
+    results = generate * 12 if generate else work.longest * (bundle.shape.width * weights.itemsize + 8)
+    return plans(bundle.shape, bundle.spec, weights, context, device_memory(pick_device(device)), results)
+
+
+def _show_plans(plans: list[Plan], as_json: bool) -> None:
+    from turboesm_cli.plan import COLUMNS
+
     if as_json:
-        console.print_json(to_records(rows))
+        console.print_json([item.as_dict() for item in plans])
+        return
+    title = (
+        f"Memory for sequences of up to {plans[0].context:,} tokens; {plans[0].memory / 2**30:.1f} GiB are free"
+    )
+    console.print_table(title, COLUMNS, [item.cells() for item in plans])
+
+
+def _slots(wanted: int | None, plan: Plan, work: Workload, model: EsmModel) -> int:
+    """How many proteins to decode at once.
+
+    A CPU takes one at a time: its matrix products round otherwise in batches of another size, and results are
+    the same bytes whatever the batch.
+    """
+    if model.device.type == "cpu":
+        return 1
+    return min(wanted or max(1, min(plan.batch, LARGEST_BATCH)), work.count)
+
+
+@dataclass(frozen=True)
+class _Run:
+    """All that decoding needs."""
+
+    bundle: Bundle
+    model: EsmModel
+    work: Workload
+    kv: KV
+    slots: int
+    capacity: int
+
+    def batch(self, new_task: Callable[[int], TaskT], tick: console.Tick) -> Batch[TaskT]:
+        """The engine; `tick` hears of decoded tokens."""
+        from turboesm_cli.engine import Batch
+        from turboesm_cli.replay import new_cache
+
+        def shrunk(slots: int) -> None:
+            console.warn(f"out of memory: the batch is halved to {slots}, and the proteins under way start again")
+
+        return Batch(
+            self.model,
+            lambda slots, capacity: new_cache(self.model, self.bundle.spec, self.kv, slots, capacity),
+            new_task,
+            self.slots,
+            self.capacity,
+            self.bundle.spec.recipe.sinks if self.kv == "packed" else 0,
+            on_step=tick,
+            on_shrink=shrunk,
+        )
+
+
+def _compare(run: _Run, output: Path | None, as_json: bool) -> None:
+    from turboesm_cli.results import to_records, write_csv
+    from turboesm_cli.summaries import Context, Summary
+
+    recipe = run.bundle.spec.recipe
+    summary = Summary(Context(run.model), recipe if run.kv == "packed" else run.kv)
+    rows = _compared(run, summary)
+    kept = list(rows) if as_json else None
+    if output is not None:
+        write_csv(output, rows if kept is None else kept)
+        console.say(f"figures of {summary.count} proteins in {output}")
+    for _ in rows:  # where nothing has asked for them yet
+        pass
+    if kept is not None:
+        console.print_json(to_records(kept))
     else:
-        title = f"{sessions.model.name}, recipe {sessions.bundle.spec.recipe.name}, {sessions.kv} cache"
-        console.print_table(title, *summary.table(sessions.kv, limit=20))
+        title = f"{run.model.name}, recipe {recipe.name}, {run.kv} cache"
+        console.print_table(title, *summary.table(run.kv))
 
 
-def _generate(
-    sessions: _Sessions, count: int, temperature: float, top_p: float, seed: int, output: Path | None
-) -> None:
-    import torch
+def _compared(run: _Run, summary: Summary) -> Iterator[ResultRow]:
+    """Rows protein by protein, in the order of the input, then those of all together."""
+    from turboesm_cli.replay import compare
+    from turboesm_cli.replay import run as decoded
+    from turboesm_cli.tasks import Forced
 
-    from turboesm_cli.generation import Sampling, generate
-    from turboesm_cli.sequences import Protein, detokenize, write_fasta
+    def finish(prompt: Prompt, found: Tensor) -> tuple[ProteinResult, ProteinResult]:
+        return compare(run.model, prompt, found)
 
-    sessions.model.require_lm_head("--generate")
-    sampled = []
-    with console.progress("sampling", sessions.count) as tick:
-        for index, session in enumerate(sessions):
-            generator = torch.Generator().manual_seed(seed + index)
-            sampling = Sampling(temperature, top_p)
-            residues = generate(sessions.model, session.cache, session.unmasked, count, sampling, generator)
-            prompt = session.protein.sequence if session.cached > session.protein.residues else None
-            start = prompt if prompt is not None else detokenize(session.prompt_tokens)
-            note = f"prompt={session.cached - 1} sampled={count} seed={seed + index} kv={sessions.kv}"
-            sampled.append(Protein(session.protein.accession, note, start + detokenize(residues)))
-            tick()
+    with console.progress("decoding tokens", run.work.decoded) as tick:
+        batch = run.batch(lambda slots: Forced.of(run.model, slots, run.work.longest), tick)
+        for results in decoded(batch, run.work.prompts(), finish):
+            yield from summary.add(*results)
+    yield from summary.rows()
+
+
+def _generate(run: _Run, count: int, temperature: float, top_p: float, seed: int, output: Path | None) -> None:
+    from turboesm_cli.generation import Sampling
+    from turboesm_cli.sequences import write_fasta
+
+    run.model.require_lm_head("--generate")
+    sampled = _sampled(run, count, Sampling(temperature, top_p), seed)
     if output is not None:
         write_fasta(output, sampled)
-        console.say(f"{len(sampled)} sequences in {output}")
-    else:
-        for protein in sampled:
-            console.out.print(f">{protein.accession} {protein.description}\n{protein.sequence}", markup=False)
+        console.say(f"{run.work.count} sequences in {output}")
+        return
+    for protein in sampled:
+        console.out.print(f">{protein.accession} {protein.description}\n{protein.sequence}", markup=False)
+
+
+def _sampled(run: _Run, count: int, sampling: Sampling, seed: int) -> Iterator[Protein]:
+    """Prompts with `count` sampled residues, in the order of the input."""
+    from turboesm_cli.replay import run as decoded
+    from turboesm_cli.sequences import detokenize
+    from turboesm_cli.tasks import Sampled
+
+    def finish(prompt: Prompt, found: Tensor) -> tuple[Prompt, str]:
+        return prompt, detokenize(found.tolist())
+
+    with console.progress("sampling residues", run.work.count * count) as tick:
+        batch = run.batch(lambda slots: Sampled.of(run.model, slots, count, sampling, seed), tick)
+        for index, (prompt, residues) in enumerate(decoded(batch, run.work.prompts(), finish, count)):
+            note = f"prompt={prompt.cached - 1} sampled={count} seed={seed + index} kv={run.kv}"
+            yield Protein(prompt.protein.accession, note, prompt.text + residues)

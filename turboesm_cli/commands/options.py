@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -40,12 +41,17 @@ BitsK = Annotated[float | None, typer.Option("--bits-k", help="Bits a key value.
 BitsV = Annotated[float | None, typer.Option("--bits-v", help="Bits a value's value.", show_default=False)]
 
 
-def open_model(name: str | None, device: str, bundle: Bundle | None = None) -> EsmModel:
+DtypeName = Literal["fp32", "bf16", "fp16"]
+Dtype = Annotated[DtypeName, typer.Option("--dtype", help="Of the model's weights.")]
+
+
+def open_model(name: str | None, device: str, bundle: Bundle | None = None, dtype: DtypeName = "fp32") -> EsmModel:
     """Load the model of --model or $TURBOESM_MODEL, else the bundle's if it is official, else the embedded one."""
+    from turboesm_cli.formats import FORMATS
     from turboesm_cli.model import EMBEDDED, load_model, official_name
 
     default = bundle.model_name if bundle and official_name(bundle.model_name) else EMBEDDED
-    model = load_model(name or os.environ.get("TURBOESM_MODEL") or default, device)
+    model = load_model(name or os.environ.get("TURBOESM_MODEL") or default, device, FORMATS[dtype].dtype)
     shape = model.shape
     console.say(
         f"model: {model.name} ({shape.layers} layers, {shape.heads} heads of {shape.head_dim}) on {model.device}"
@@ -64,11 +70,34 @@ def read_proteins(
 ) -> list[Protein]:
     """All proteins of a FASTA file, or the first `limit`; what was mended or skipped goes to stderr."""
     found = ReadReport()
-    proteins: list[Protein] = []
-    for protein in read_fasta(source, ReadPolicy(strict=strict, long=long, max_residues=longest), found):
-        proteins.append(protein)
-        if len(proteins) == limit:
-            break
+    policy = ReadPolicy(strict=strict, long=long, max_residues=longest)
+    proteins = list(islice(read_fasta(source, policy, found), limit))
+    say_what_was_mended(source, found)
+    return proteins
+
+
+def stream_proteins(
+    source: str, strict: bool, long: LongPolicy, limit: int | None
+) -> Callable[[], Iterator[Protein]]:
+    """As `read_proteins`, but read anew at each call; what cannot be read twice is held in memory."""
+    if source == "-" or not Path(source).is_file():
+        proteins = read_proteins(source, strict, long, limit)
+        return lambda: iter(proteins)
+    first = True
+
+    def read() -> Iterator[Protein]:
+        nonlocal first
+        found, told = ReadReport(), not first
+        first = False
+        yield from islice(read_fasta(source, ReadPolicy(strict=strict, long=long), found), limit)
+        if not told:
+            say_what_was_mended(source, found)
+
+    return read
+
+
+def say_what_was_mended(source: str, found: ReadReport) -> None:
+    """Warn of records that were mended or skipped."""
     for what, count in sorted(found.mended.items()):
         console.warn(f"{source}: {what}: {count} records")
     for reject in found.rejects[:20]:
@@ -77,7 +106,6 @@ def read_proteins(
         )
     if len(found.rejects) > 20:
         console.warn(f"{source}: skipped {len(found.rejects) - 20} more records")
-    return proteins
 
 
 @contextmanager

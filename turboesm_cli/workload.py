@@ -1,0 +1,62 @@
+"""What there is to decode: counted first, then streamed, so that memory does not grow with the input."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from itertools import islice
+
+from turboesm_cli.bundle import Bundle, seen
+from turboesm_cli.packfile import Packfile
+from turboesm_cli.replay import Prompt
+from turboesm_cli.sequences import Protein
+
+
+@dataclass(frozen=True)
+class Workload:
+    """Prompts and what to expect of them.
+
+    count     proteins
+    decoded   tokens that follow the prompts, all proteins together
+    longest   tokens of the longest protein, `<cls>` and `<eos>` counted
+    known     proteins that were in the bundle's calibration set
+    prompts   the proteins, from the first one at each call
+    """
+
+    count: int
+    decoded: int
+    longest: int
+    known: int
+    prompts: Callable[[], Iterator[Prompt]]
+
+
+def of_proteins(
+    proteins: Callable[[], Iterable[Protein]], rule: Callable[[Protein], int], bundle: Bundle
+) -> Workload:
+    """Proteins, which are gone through twice; `rule` says how many of a protein's tokens are prompt."""
+
+    def prompts() -> Iterator[Prompt]:
+        return (Prompt(protein, rule(protein)) for protein in proteins())
+
+    return _counted(prompts, bundle)
+
+
+def of_packfile(stack: ExitStack, file: Packfile, limit: int | None, bundle: Bundle) -> Workload:
+    """The caches of a file, or the first `limit`; `stack` keeps the file open."""
+    stack.enter_context(file)
+
+    def prompts() -> Iterator[Prompt]:
+        return (Prompt(stored.protein, stored.cached, stored.read) for stored in islice(file, limit))
+
+    return _counted(prompts, bundle)
+
+
+def _counted(prompts: Callable[[], Iterator[Prompt]], bundle: Bundle) -> Workload:
+    count = decoded = longest = known = 0
+    for prompt in prompts():
+        tokens = prompt.protein.residues + 2
+        count, longest = count + 1, max(longest, tokens)
+        decoded += tokens - prompt.cached
+        known += len(seen(bundle, [prompt.protein]))
+    return Workload(count, decoded, longest, known, prompts)

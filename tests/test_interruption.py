@@ -20,7 +20,7 @@ from tests.interruption import Command, finish, interrupt, moments
 
 ROOT = Path(__file__).resolve().parents[1]
 CALIBRATION = str(ROOT / "data" / "calibration" / "calibration.fasta")
-GLOBULAR = str(ROOT / "data" / "evaluation" / "globular.fasta")
+PEPTIDES = str(ROOT / "data" / "evaluation" / "peptide.fasta")
 KILLS = int(os.environ.get("TURBOESM_KILLS", "3"))
 SEED = int(os.environ.get("TURBOESM_SEED", "1"))
 """Of the random moments."""
@@ -39,6 +39,10 @@ def commands(bundle: Path, tiny_path: Path) -> dict[str, Command]:
     return {
         "calibrate": Command(("calibrate", str(tiny_path), CALIBRATION, "--max-proteins", "250"), "out.tqz"),
         "quantize": Command(("quantize", str(bundle), CALIBRATION, "--max-proteins", "60", *model), "out.tqkv"),
+        "decode": Command(("decode", str(bundle), PEPTIDES, "--prompt", "0.2", *model), "out.csv"),
+        "generate": Command(
+            ("decode", str(bundle), PEPTIDES, "--generate", "20", "--seed", "1", *model), "out.fasta"
+        ),
         "bench": Command(
             (
                 "bench", "--families", "globular,idr", "--recipes", "paper,flat,auto", "--max-calibration", "60",
@@ -50,7 +54,7 @@ def commands(bundle: Path, tiny_path: Path) -> dict[str, Command]:
 
 
 @pytest.mark.timeout(40 * KILLS + 300)
-@pytest.mark.parametrize("name", ["calibrate", "quantize", "bench"])
+@pytest.mark.parametrize("name", ["calibrate", "quantize", "decode", "generate", "bench"])
 def test_kill_9_at_random_moments(
     name: str,
     commands: dict[str, Command],

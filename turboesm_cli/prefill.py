@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from functools import partial
 
 import torch
@@ -12,6 +12,7 @@ from turboesm_cli.cache import PackedCache
 from turboesm_cli.codec import CodecSpec
 from turboesm_cli.model import EsmModel
 from turboesm_cli.packfile import CachedProtein
+from turboesm_cli.replay import Prompt
 from turboesm_cli.sequences import Protein
 from turboesm_cli.stats import to_tokens
 from turboesm_cli.work import Tensors, Work
@@ -26,15 +27,14 @@ def cache_protein(model: EsmModel, spec: CodecSpec, protein: Protein, cached: in
 
 
 def cache_proteins(
-    model: EsmModel, spec: CodecSpec, proteins: Sequence[Protein], prompt: Callable[[Protein], int], work: Work
+    model: EsmModel, spec: CodecSpec, prompts: Iterable[Prompt], work: Work
 ) -> Iterator[CachedProtein]:
     """Each protein's prompt in a cache of its own, from `work` where it is saved there."""
-    for index, protein in enumerate(proteins):
-        cached = prompt(protein)
-        tensors = work.unit(str(index), partial(_packed, model, spec, protein, cached))
-        cache = PackedCache(model, spec, 1, cached)
-        cache.load({name: tensor.to(model.device) for name, tensor in tensors.items()}, cached)
-        yield CachedProtein(protein, cached, cache)
+    for index, prompt in enumerate(prompts):
+        tensors = work.unit(str(index), partial(_packed, model, spec, prompt.protein, prompt.cached))
+        cache = PackedCache(model, spec, 1, prompt.cached)
+        cache.load(tensors, prompt.cached)
+        yield CachedProtein(prompt.protein, prompt.cached, cache)
 
 
 def _packed(model: EsmModel, spec: CodecSpec, protein: Protein, cached: int) -> Tensors:

@@ -42,6 +42,10 @@ class Work:
         """The tensors saved as `name`, or else those that `compute` gives, saved."""
         return compute()
 
+    def __contains__(self, name: str) -> bool:
+        """Whether there are tensors saved as `name`."""
+        return False
+
     def total(self, name: str) -> Tensors:
         """The running total saved as `name`; empty where there is none."""
         return {}
@@ -77,6 +81,9 @@ class SavedWork(Work):
         with _disk(self._folder):
             self._journal.append(name, safetensors.torch.save(_plain(tensors)))
         return tensors
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._journal
 
     def total(self, name: str) -> Tensors:
         path = self._folder / f"{name}.total"
@@ -125,6 +132,9 @@ class _Under(Work):
 
     def unit(self, name: str, compute: Callable[[], Tensors]) -> Tensors:
         return self._whole.unit(f"{self._prefix}-{name}", compute)
+
+    def __contains__(self, name: str) -> bool:
+        return f"{self._prefix}-{name}" in self._whole
 
     def total(self, name: str) -> Tensors:
         return self._whole.total(f"{self._prefix}-{name}")

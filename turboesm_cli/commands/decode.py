@@ -21,13 +21,13 @@ if TYPE_CHECKING:
 
     from turboesm_cli.bundle import Bundle
     from turboesm_cli.engine import Batch, TaskT
-    from turboesm_cli.evaluation import ProteinResult
     from turboesm_cli.generation import Sampling
     from turboesm_cli.model import EsmModel
     from turboesm_cli.plan import Plan
     from turboesm_cli.replay import Prompt
     from turboesm_cli.results import ResultRow
     from turboesm_cli.summaries import Summary
+    from turboesm_cli.work import Tensors, Work
     from turboesm_cli.workload import Workload
 
 KV = Literal["packed", "fp32", "fp16", "bf16", "int8", "fp8"]
@@ -90,6 +90,8 @@ def decode(
     Example: turboesm decode 650M.tqz proteins.fasta --prompt all --generate 50 --seed 1 -o longer.fasta
     """
     from turboesm_cli.bundle import read_bundle
+    from turboesm_cli.packfile import file_sha256
+    from turboesm_cli.work import NOTHING_KEPT
 
     if output is not None and not plan:
         check_output(output, force)
@@ -103,7 +105,13 @@ def decode(
         loaded = options.open_model(model, device, codec, dtype)
         codec.check_model(loaded, bundle)
         own = next(item for item in plans if item.kind == kv)
-        run = _Run(codec, loaded, work, kv, _slots(batch, own, work, loaded), own.context)
+        saved = NOTHING_KEPT
+        if output is not None:
+            sampling = f"{generate} residues, {temperature:g}, {top_p:g}, seed {seed}" if generate else "none"
+            described = {"bundle": file_sha256(bundle)[:16], "cache": kv, "dtype": dtype, "sampling": sampling}
+            kept = options.unfinished_work(output, force, "decode", loaded, work.sha256, **described)
+            saved = stack.enter_context(kept)
+        run = _Run(codec, loaded, work, saved, kv, _slots(batch, own, work, loaded), own.context)
         if generate:
             _generate(run, generate, temperature, top_p, seed, output)
         else:
@@ -181,6 +189,7 @@ class _Run:
     bundle: Bundle
     model: EsmModel
     work: Workload
+    saved: Work
     kv: KV
     slots: int
     capacity: int
@@ -227,17 +236,19 @@ def _compare(run: _Run, output: Path | None, as_json: bool) -> None:
 
 def _compared(run: _Run, summary: Summary) -> Iterator[ResultRow]:
     """Rows protein by protein, in the order of the input, then those of all together."""
+    from turboesm_cli.outcomes import from_tensors, to_tensors
     from turboesm_cli.replay import compare
     from turboesm_cli.replay import run as decoded
     from turboesm_cli.tasks import Forced
 
-    def finish(prompt: Prompt, found: Tensor) -> tuple[ProteinResult, ProteinResult]:
-        return compare(run.model, prompt, found)
+    def finish(prompt: Prompt, found: Tensor) -> Tensors:
+        return to_tensors(compare(run.model, prompt, found))
 
     with console.progress("decoding tokens", run.work.decoded) as tick:
         batch = run.batch(lambda slots: Forced.of(run.model, slots, run.work.longest), tick)
-        for results in decoded(batch, run.work.prompts(), finish):
-            yield from summary.add(*results)
+        for prompt, held in decoded(batch, run.work.prompts, finish, run.saved):
+            result, drift = from_tensors(held, [prompt.protein] * 2)
+            yield from summary.add(result, drift)
     yield from summary.rows()
 
 
@@ -261,11 +272,13 @@ def _sampled(run: _Run, count: int, sampling: Sampling, seed: int) -> Iterator[P
     from turboesm_cli.sequences import detokenize
     from turboesm_cli.tasks import Sampled
 
-    def finish(prompt: Prompt, found: Tensor) -> tuple[Prompt, str]:
-        return prompt, detokenize(found.tolist())
+    def finish(_prompt: Prompt, found: Tensor) -> Tensors:
+        return {"ids": found.cpu()}
 
     with console.progress("sampling residues", run.work.count * count) as tick:
         batch = run.batch(lambda slots: Sampled.of(run.model, slots, count, sampling, seed), tick)
-        for index, (prompt, residues) in enumerate(decoded(batch, run.work.prompts(), finish, count)):
+        results = decoded(batch, run.work.prompts, finish, run.saved, count)
+        for index, (prompt, held) in enumerate(results):
+            residues = detokenize(held["ids"].tolist())
             note = f"prompt={prompt.cached - 1} sampled={count} seed={seed + index} kv={run.kv}"
             yield Protein(prompt.protein.accession, note, prompt.text + residues)

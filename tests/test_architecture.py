@@ -17,7 +17,9 @@ CLI = ROOT / "turboesm_cli"
 # Each module may import those before it, its own line included, and the leaves.
 LEAVES = {"__init__", "errors", "files", "metrics", "running", "timing", "console", "datasets", "identity"}
 STAGES = [
-    {"journal"},
+    {"journal", "tokens"},
+    {"sources"},
+    {"records"},
     {"archive", "quantizer", "results", "sequences", "work"},
     {"formats", "lengths", "outcomes", "prompts", "variants"},
     {"model", "tables", "plots"},
@@ -32,7 +34,7 @@ STAGES = [
     {"cache"},
     {"bundle", "memory"},
     {"calibration", "packfile"},
-    {"engine"},
+    {"engine", "inventory"},
     {"plan", "tasks"},
     {"evaluation", "replay"},
     {"prefill", "summaries", "workload"},

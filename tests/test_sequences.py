@@ -24,7 +24,7 @@ from Bio.SeqIO.FastaIO import SimpleFastaParser
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from turboesm_cli import sequences
+from turboesm_cli import sequences, sources
 from turboesm_cli.errors import InputError
 from turboesm_cli.sequences import (
     LongPolicy,
@@ -249,7 +249,7 @@ def test_one_report_serves_several_files() -> None:
 
 @pytest.mark.parametrize("offset", range(-7, 8))
 def test_a_mask_on_the_border_of_two_pieces(offset: int) -> None:
-    sequence = "M" * (sequences._PIECE + offset) + "<mask>" + "K" * 10
+    sequence = "M" * (sources.PIECE + offset) + "<mask>" + "K" * 10
     (protein,), _ = read(">a\n" + sequence, max_residues=100_000)
     assert protein.sequence == sequence
 

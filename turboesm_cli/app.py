@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import io
 import os
+import shlex
 import signal
 import sys
+import traceback
+import warnings
+from pathlib import Path
 from typing import Any, NoReturn
 
 import typer
@@ -32,16 +36,20 @@ class _Commands(typer.core.TyperGroup):
 
     def invoke(self, ctx: Any) -> Any:
         try:
-            return super().invoke(ctx)
+            found = super().invoke(ctx)
+            console.log("finished: exit code 0")
+            return found
         except BrokenPipeError:  # whoever read our output has enough
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             raise typer.Exit(0) from None
         except BaseException as error:
             known = _known(error)
             if known is None or (_debugging(ctx) and isinstance(error, Exception)):
+                console.log("".join(traceback.format_exception(error)))
                 raise
             message, code = known
             console.fail("; ".join([message, *getattr(error, "__notes__", ())]))
+            console.log(f"finished: exit code {code}")
             raise typer.Exit(code) from error
 
 
@@ -85,6 +93,13 @@ def _print_version(wanted: bool) -> None:
 @app.callback()
 def root(
     debug: bool = typer.Option(False, "--debug", help="Show the traceback of an error."),
+    log: Path | None = typer.Option(
+        None,
+        "--log",
+        envvar="TURBOESM_LOG",
+        help="Append what is said on stderr to this file, with the time, for runs that nobody watches.",
+        show_default=False,
+    ),
     version: bool = typer.Option(
         False, "--version", callback=_print_version, is_eager=True, help="Print the version and exit."
     ),
@@ -93,6 +108,16 @@ def root(
 
     In this order: calibrate a model on proteins, quantize or decode with the bundle, bench recipes, report.
     """
+    if log is not None:
+        _start_log(log)
+
+
+def _start_log(path: Path) -> None:
+    try:
+        console.log_to(path)
+    except OSError as error:
+        raise OutputError(f"cannot write the log {path}: {error.strerror}; choose another file") from error
+    console.log(f"started: turboesm {__version__}: {shlex.join(sys.argv[1:])}")
 
 
 def main() -> None:
@@ -100,6 +125,7 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):  # a name that the terminal's encoding lacks is no reason to stop
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
+    warnings.showwarning = lambda message, *_where, **_more: console.warn(" ".join(str(message).split()))
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, _terminate)
     app()

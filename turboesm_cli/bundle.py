@@ -11,6 +11,7 @@ codec.safetensors: layers.I.{k,v}.{centre,analysis,deviation,synthesis,levels,th
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -126,7 +127,13 @@ def _bundle(path: Path, manifest: dict[str, Any], tensors: dict[str, Tensor]) ->
             int(calibration["tokens"]),
             frozenset(calibration["sequences"]),
         ),
-        CodecSpec(recipe, layers, shape.heads, shape.head_dim, tuple(manifest.get("choices", ()))),
+        CodecSpec(
+            recipe,
+            layers,
+            shape.heads,
+            shape.head_dim,
+            tuple(_choice(choice) for choice in manifest.get("choices", ())),
+        ),
     )
 
 
@@ -140,6 +147,16 @@ def _recipe(described: dict[str, Any]) -> Recipe:
     ):
         raise ValueError("the recipe's name or bits")
     return recipe
+
+
+def _choice(described: dict[str, Any]) -> dict[str, Any]:
+    """What a bundle says of a choice, which is told and not decoded with."""
+    numbers = described["layer"], described["bytes"], *described["predicted"].values()
+    if described["side"] not in SIDES or not isinstance(described["allocation"], str):
+        raise ValueError("a choice without a side or an allocation")
+    if not all(isinstance(number, int | float) and math.isfinite(number) for number in numbers):
+        raise ValueError("a choice with what is no number")
+    return described
 
 
 def _describe(layer: LayerSpec) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -9,8 +10,10 @@ import typer
 
 from turboesm_cli import console
 from turboesm_cli.commands import options
+from turboesm_cli.commands.reading import Reading
 from turboesm_cli.errors import InputError
 from turboesm_cli.files import check_output
+from turboesm_cli.sequences import MAX_RESIDUES, RECORD_CAP
 
 if TYPE_CHECKING:
     from turboesm_cli.benchmark import Entry
@@ -61,6 +64,7 @@ def bench(
         typer.Option("--kernels", help="Time the GPU kernels on synthetic caches against fp16 SDPA instead."),
     ] = False,
     allow_seen: Annotated[bool, typer.Option(help="Flag, do not refuse, proteins seen in calibration.")] = False,
+    rejects: options.Rejects = None,
     model: options.Model = None,
     device: options.Device = "auto",
     json: options.Json = False,
@@ -79,9 +83,10 @@ def bench(
     if kernels:
         _bench_kernels(output)
         return
-    sets = _families(families, max_proteins, max_residues)
+    reading = Reading(rejects=rejects, max_residues=RECORD_CAP)
+    sets = _families(reading, families, max_proteins, max_residues)
     loaded = options.open_model(model, device)
-    learned = _calibration(calibration, max_calibration)
+    learned = _calibration(replace(reading, limit=max_calibration, max_residues=MAX_RESIDUES), calibration)
     measured = "ablation" if ablate else ", ".join(_sources(recipes, bundle))
     with options.unfinished_work(
         output, force, "bench", loaded, _digest([learned, *sets.values()]), families=list(sets), measured=measured
@@ -135,16 +140,15 @@ def _digest(sets: list[list[Protein]]) -> str:
     return digest_in_order(protein for proteins in sets for protein in proteins)
 
 
-def _families(names: str, limit: int | None, max_residues: int) -> dict[str, list[Protein]]:
+def _families(reading: Reading, names: str, limit: int | None, max_residues: int) -> dict[str, list[Protein]]:
     from turboesm_cli.datasets import family_label, family_path
-    from turboesm_cli.sequences import MAX_RESIDUES, RECORD_CAP
 
     sets = {}
     for name in filter(None, names.split(",")):
         label = family_label(name)
         if label in sets or label == "all":
             raise InputError(f"two families are called {label!r}, or one 'all'; rename a file")
-        proteins = options.read_proteins(str(family_path(name)), longest=RECORD_CAP)
+        proteins = reading.proteins(str(family_path(name)))
         short = [protein for protein in proteins if protein.residues <= min(max_residues, MAX_RESIDUES)]
         console.say(f"{label}: {len(short)} of {len(proteins)} proteins, up to {max_residues} residues")
         sets[label] = short[:limit]
@@ -153,10 +157,10 @@ def _families(names: str, limit: int | None, max_residues: int) -> dict[str, lis
     return sets
 
 
-def _calibration(path: Path | None, limit: int | None) -> list[Protein]:
+def _calibration(reading: Reading, path: Path | None) -> list[Protein]:
     from turboesm_cli.datasets import calibration_path
 
-    return options.read_proteins(str(path or calibration_path()), limit=limit)
+    return reading.proteins(str(path or calibration_path()))
 
 
 def _entries(

@@ -9,6 +9,7 @@ import typer
 
 from turboesm_cli import console
 from turboesm_cli.commands import options
+from turboesm_cli.commands.reading import Reading
 from turboesm_cli.files import check_output
 from turboesm_cli.sequences import LongPolicy, digest
 
@@ -37,6 +38,7 @@ def calibrate(
     max_proteins: options.MaxProteins = None,
     strict: options.Strict = False,
     long: options.Long = LongPolicy.ERROR,
+    rejects: options.Rejects = None,
     device: options.Device = "auto",
     force: options.Force = False,
 ) -> None:
@@ -54,7 +56,7 @@ def calibrate(
     chosen = with_bits(with_bits(parse_recipe(recipe), bits, bits), bits_k, bits_v)
     if output is not None:
         check_output(output, force)
-    proteins = options.read_proteins(fasta, strict, long, max_proteins)
+    proteins = Reading(strict, long, max_proteins, rejects).proteins(fasta)
     loaded = options.open_model(model, device)
     path = output or Path(f"{loaded.name}-{chosen.name}.tqz")
     check_output(path, force)

@@ -12,6 +12,7 @@ import typer
 
 from turboesm_cli import console
 from turboesm_cli.commands import options
+from turboesm_cli.commands.reading import Reading
 from turboesm_cli.errors import InputError
 from turboesm_cli.files import check_output
 from turboesm_cli.sequences import LongPolicy, Protein
@@ -72,6 +73,7 @@ def decode(
     max_proteins: options.MaxProteins = None,
     strict: options.Strict = False,
     long: options.Long = LongPolicy.ERROR,
+    rejects: options.Rejects = None,
     device: options.Device = "auto",
     json: options.Json = False,
     force: options.Force = False,
@@ -97,7 +99,8 @@ def decode(
         check_output(output, force)
     codec = read_bundle(bundle)
     with ExitStack() as stack:
-        work = _workload(stack, bundle, codec, source, prompt, kv, strict, long, max_proteins)
+        reading = Reading(strict, long, max_proteins, rejects)
+        work = _workload(stack, bundle, codec, source, prompt, kv, reading)
         plans = _plans(codec, work, generate, device, dtype)
         if plan:
             _show_plans(plans, json)
@@ -125,9 +128,7 @@ def _workload(
     source: str,
     prompt: str | None,
     kv: KV,
-    strict: bool,
-    long: LongPolicy,
-    limit: int | None,
+    reading: Reading,
 ) -> Workload:
     from turboesm_cli.packfile import Packfile, file_sha256, is_packfile
     from turboesm_cli.prompts import parse_prompt
@@ -140,8 +141,8 @@ def _workload(
     if packed and kv != "packed":
         raise InputError(f"{source} holds packed caches; --kv {kv} needs the proteins' FASTA file")
     if packed:
-        return of_packfile(stack, Packfile(Path(source), bundle, file_sha256(path)), limit, bundle)
-    work = of_proteins(options.stream_proteins(source, strict, long, limit), rule, bundle)
+        return of_packfile(stack, Packfile(Path(source), bundle, file_sha256(path)), reading.limit, bundle)
+    work = of_proteins(reading.stream(source), rule, bundle)
     if work.known:
         console.warn(f"{work.known} of {work.count} proteins were in the bundle's calibration set")
     return work

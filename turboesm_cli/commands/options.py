@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -13,7 +12,7 @@ import typer
 
 from turboesm_cli import console
 from turboesm_cli.files import work_folder
-from turboesm_cli.sequences import MAX_RESIDUES, LongPolicy, Protein, ReadPolicy, ReadReport, read_fasta
+from turboesm_cli.sequences import LongPolicy
 
 if TYPE_CHECKING:
     from turboesm_cli.bundle import Bundle
@@ -34,6 +33,10 @@ Force = Annotated[bool, typer.Option("--force", "-f", help="Overwrite the output
 Json = Annotated[bool, typer.Option("--json", help="Print results as JSON on stdout instead of tables.")]
 Strict = Annotated[bool, typer.Option("--strict", help="Stop at the first record to mend or to skip.")]
 Long = Annotated[LongPolicy, typer.Option("--long", help="Proteins of more than 1022 residues.")]
+Rejects = Annotated[
+    Path | None,
+    typer.Option("--rejects", help="Write a table (TSV) of skipped records here.", show_default=False),
+]
 MaxProteins = Annotated[
     int | None, typer.Option("--max-proteins", min=1, help="Use the first N proteins.", show_default=False)
 ]
@@ -59,53 +62,6 @@ def open_model(name: str | None, device: str, bundle: Bundle | None = None, dtyp
     if model.note:
         console.say(f"       {model.note}")
     return model
-
-
-def read_proteins(
-    source: str,
-    strict: bool = False,
-    long: LongPolicy = LongPolicy.ERROR,
-    limit: int | None = None,
-    longest: int = MAX_RESIDUES,
-) -> list[Protein]:
-    """All proteins of a FASTA file, or the first `limit`; what was mended or skipped goes to stderr."""
-    found = ReadReport()
-    policy = ReadPolicy(strict=strict, long=long, max_residues=longest)
-    proteins = list(islice(read_fasta(source, policy, found), limit))
-    say_what_was_mended(source, found)
-    return proteins
-
-
-def stream_proteins(
-    source: str, strict: bool, long: LongPolicy, limit: int | None
-) -> Callable[[], Iterator[Protein]]:
-    """As `read_proteins`, but read anew at each call; what cannot be read twice is held in memory."""
-    if source == "-" or not Path(source).is_file():
-        proteins = read_proteins(source, strict, long, limit)
-        return lambda: iter(proteins)
-    first = True
-
-    def read() -> Iterator[Protein]:
-        nonlocal first
-        found, told = ReadReport(), not first
-        first = False
-        yield from islice(read_fasta(source, ReadPolicy(strict=strict, long=long), found), limit)
-        if not told:
-            say_what_was_mended(source, found)
-
-    return read
-
-
-def say_what_was_mended(source: str, found: ReadReport) -> None:
-    """Warn of records that were mended or skipped."""
-    for what, count in sorted(found.mended.items()):
-        console.warn(f"{source}: {what}: {count} records")
-    for reject in found.rejects[:20]:
-        console.warn(
-            f"{source}: skipped record {reject.record} ({reject.accession}), line {reject.line}: {reject.reason}"
-        )
-    if len(found.rejects) > 20:
-        console.warn(f"{source}: skipped {len(found.rejects) - 20} more records")
 
 
 @contextmanager

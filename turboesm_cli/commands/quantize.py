@@ -10,6 +10,7 @@ import typer
 
 from turboesm_cli import console
 from turboesm_cli.commands import options
+from turboesm_cli.commands.reading import Reading
 from turboesm_cli.files import check_output
 from turboesm_cli.sequences import LongPolicy
 
@@ -32,6 +33,7 @@ def quantize(
     max_proteins: options.MaxProteins = None,
     strict: options.Strict = False,
     long: options.Long = LongPolicy.ERROR,
+    rejects: options.Rejects = None,
     device: options.Device = "auto",
     json: options.Json = False,
     force: options.Force = False,
@@ -55,7 +57,7 @@ def quantize(
     check_output(path, force)
     rule = parse_prompt(prompt)
     codec = read_bundle(bundle)
-    todo = of_proteins(options.stream_proteins(fasta, strict, long, max_proteins), rule, codec)
+    todo = of_proteins(Reading(strict, long, max_proteins, rejects).stream(fasta), rule, codec)
     loaded = options.open_model(model, device, codec)
     codec.check_model(loaded, bundle)
     lines: list[MemoryLine] = []

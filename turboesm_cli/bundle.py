@@ -24,7 +24,7 @@ from turboesm_kernels.reference import Side, SideSpec, table_size, table_slice
 
 from turboesm_cli.archive import Archive, write_archive
 from turboesm_cli.codec import CodecSpec, LayerSpec, Recipe
-from turboesm_cli.errors import BundleError
+from turboesm_cli.errors import BundleError, ModelError
 from turboesm_cli.model import EsmModel, Shape, check_shape
 from turboesm_cli.sequences import Protein
 
@@ -98,7 +98,7 @@ def read_bundle(path: Path) -> Bundle:
         manifest, tensors = archive.manifest, archive.read(PART) if PART in archive.parts else {}
     try:
         return _bundle(path, manifest, tensors)
-    except (LookupError, TypeError, ValueError, AttributeError) as error:
+    except (LookupError, TypeError, ValueError, AttributeError, RecursionError, ModelError) as error:
         raise BundleError(f"{path} is damaged: {error!r}; calibrate again") from error
 
 

@@ -27,6 +27,7 @@ from turboesm_cli.errors import DeviceError, ModelError
 VOCABULARY_SIZE = 33
 EMBEDDED = "embedded"
 RANDOM_PREFIX = "random:"
+INDEX_LIMIT = 16 << 20
 WEIGHTS_URL = "https://dl.fbaipublicfiles.com/fair-esm/models/{name}.pt"
 
 
@@ -335,15 +336,29 @@ def _weight_files(folder: Path) -> list[Path]:
             return [folder / single]
         index = folder / f"{single}.index.json"
         if index.exists():
-            return [folder / Path(part).name for part in _parts_of(index)]
+            return [folder / part for part in _parts_of(index)]
     raise ModelError(f"{folder} holds neither model.safetensors nor pytorch_model.bin; copy the weights there")
 
 
 def _parts_of(index: Path) -> list[str]:
+    """Names of the weight files of an index, all beside it. Raises ModelError."""
     try:
-        return sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        if index.stat().st_size > INDEX_LIMIT:
+            raise ValueError(f"over {INDEX_LIMIT:,} bytes")
+        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        if not names or not all(isinstance(name, str) and _is_weight_file(name) for name in names):
+            raise ValueError("a name that is no .safetensors or .bin file beside the index")
+        return sorted(names)
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-        raise ModelError(f"{index} names no weight files ({error!r}); download it again") from error
+        raise ModelError(f"{index} names no weight files ({_one_line(error)}); download it again") from error
+
+
+def _is_weight_file(name: str) -> bool:
+    return Path(name).name == name and name.isprintable() and name.endswith((".safetensors", ".bin"))
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join((str(error) or type(error).__name__).split())[:200]
 
 
 def _load_weights(path: Path) -> dict[str, Tensor]:
@@ -353,7 +368,7 @@ def _load_weights(path: Path) -> dict[str, Tensor]:
         try:
             return dict(safetensors.torch.load_file(path))
         except (OSError, safetensors.SafetensorError) as error:
-            raise ModelError(f"{path} cannot be read ({error}); download it again") from error
+            raise ModelError(f"{path} cannot be read ({_one_line(error)}); download it again") from error
     return _check_weights(_load_pickle(path), path)
 
 

@@ -10,9 +10,12 @@ from pathlib import Path
 import esm
 import pytest
 import torch
+from hypothesis import settings
 
 from turboesm_cli.model import EsmModel, load_model
 from turboesm_cli.sequences import Protein, read_fasta
+
+settings.register_profile("search", max_examples=20_000, deadline=None, print_blob=True)
 
 ROOT = Path(__file__).resolve().parents[1]
 DATA = ROOT / "data"

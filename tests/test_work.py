@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from turboesm_cli.errors import OutputError
+from turboesm_cli.errors import InputError, OutputError
 from turboesm_cli.files import work_folder
 from turboesm_cli.journal import Journal
 from turboesm_cli.work import NOTHING_KEPT, SavedWork, Tensors, saved_work
@@ -133,6 +133,13 @@ def test_dear_totals_are_not_saved_every_time(tmp_path: Path, monkeypatch: pytes
 def test_a_run_without_units_leaves_nothing(tmp_path: Path) -> None:
     assert not hasattr(stop_after(tmp_path / "out", 0), "__notes__")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_work_that_can_only_fail_again_is_not_kept(tmp_path: Path) -> None:
+    with pytest.raises(InputError) as caught, saved_work(tmp_path / "out", RUN) as work:
+        work.unit("0", lambda: number(1))
+        raise InputError("too few tokens")
+    assert not hasattr(caught.value, "__notes__") and list(tmp_path.iterdir()) == []
 
 
 def test_another_run_is_refused_or_forced(tmp_path: Path) -> None:

@@ -28,6 +28,7 @@ FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 MANIFEST_LIMIT = 64 << 20
 PART_LIMIT = 16 << 30
+TEXT_LIMIT = 300
 
 
 def write_archive(
@@ -117,7 +118,12 @@ class Archive:
             raise self._broken("the parts are not those that the manifest lists")
         for name, described in listed.items():
             entry = entries[name]
-            if Path(name).is_absolute() or ".." in Path(name).parts or entry.compress_type != zipfile.ZIP_STORED:
+            if (
+                not name.isprintable()
+                or Path(name).is_absolute()
+                or ".." in Path(name).parts
+                or entry.compress_type != zipfile.ZIP_STORED
+            ):
                 raise self._broken(f"part {name!r} has an unsafe name or is compressed")
             size = described.get("bytes") if isinstance(described, dict) else None
             if entry.file_size != size or entry.file_size > PART_LIMIT or "sha256" not in described:
@@ -125,6 +131,13 @@ class Archive:
 
     def _broken(self, reason: str) -> BundleError:
         return BundleError(f"{self._path} is damaged: {reason}; make it again")
+
+
+def printable(value: object) -> str:
+    """A short text that is safe to show, such as a name. Raises ValueError for anything else."""
+    if not isinstance(value, str) or len(value) > TEXT_LIMIT or not value.isprintable():
+        raise ValueError(f"{str(value)[:40]!r} is no short printable text")
+    return value
 
 
 _UNREADABLE = (OSError, zipfile.BadZipFile, EOFError, RuntimeError, NotImplementedError)
@@ -141,11 +154,15 @@ def _opened(path: Path, kind: str) -> zipfile.ZipFile:
 
 
 def _manifest(archive: zipfile.ZipFile) -> Any:
-    """The manifest, its size checked first. Raises KeyError, ValueError and what `_UNREADABLE` lists."""
+    """The manifest, its size checked first; no NaN. Raises KeyError, ValueError and what `_UNREADABLE` lists."""
     entry = archive.getinfo(MANIFEST)
     if entry.file_size > MANIFEST_LIMIT or entry.compress_type != zipfile.ZIP_STORED:
         raise ValueError(f"compressed or over {MANIFEST_LIMIT:,} bytes")
-    return json.loads(archive.read(entry))
+    return json.loads(archive.read(entry), parse_constant=_no_number)
+
+
+def _no_number(text: str) -> None:
+    raise ValueError(f"{text} in {MANIFEST}")
 
 
 def _entry(name: str) -> zipfile.ZipInfo:

@@ -5,11 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from turboesm_cli.archive import Archive, kind_of
+from turboesm_cli.archive import Archive, kind_of, printable
 from turboesm_cli.bundle import KIND as BUNDLE
 from turboesm_cli.bundle import SIDES, Bundle, read_bundle
 from turboesm_cli.cache import bytes_per_sequence, codec_nbytes
 from turboesm_cli.codec import CodecSpec
+from turboesm_cli.errors import BundleError
 from turboesm_cli.memory import memory_of
 from turboesm_cli.packfile import KIND as CACHES
 from turboesm_cli.packfile import described_proteins, file_sha256
@@ -52,14 +53,15 @@ def tables_of(facts: Facts) -> list[Shown]:
 
 def _of_file(path: Path, archive: Archive) -> Facts:
     manifest = archive.manifest
+    parts = {name: {key: part[key] for key in ("bytes", "sha256")} for name, part in manifest["parts"].items()}
     return {
         "file": str(path),
         "bytes": path.stat().st_size,
         "sha256": file_sha256(path),
         "format": manifest["format"],
         "format_version": manifest["format_version"],
-        "tool_version": str(manifest.get("tool_version", "")),
-        "parts": manifest["parts"],
+        "tool_version": "".join(filter(str.isprintable, str(manifest.get("tool_version", ""))))[:40],
+        "parts": parts,
     }
 
 
@@ -127,9 +129,14 @@ def _of_caches(path: Path) -> Facts:
         for name in archive.parts:
             archive.read(name)
         proteins = described_proteins(archive.manifest, path)
+        try:
+            model = {name: printable(archive.manifest["model"][name]) for name in ("name", "fingerprint")}
+            bundle = printable(archive.manifest["bundle_sha256"])
+        except (LookupError, TypeError, ValueError) as error:
+            raise BundleError(f"{path} is damaged: {error!r}; quantize again") from error
         return _of_file(path, archive) | {
-            "bundle_sha256": str(archive.manifest.get("bundle_sha256", "")),
-            "model": dict(archive.manifest["model"]),
+            "bundle_sha256": bundle,
+            "model": model,
             "proteins": len(proteins),
             "tokens": sum(described.cached for described in proteins),
             "bytes_of_caches": sum(described.nbytes for described in proteins),

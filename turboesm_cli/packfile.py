@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import Tensor
 
-from turboesm_cli.archive import Archive, write_archive
+from turboesm_cli.archive import Archive, printable, write_archive
 from turboesm_cli.bundle import Bundle
 from turboesm_cli.cache import PackedCache, check_tensors
 from turboesm_cli.errors import BundleError, InputError
@@ -150,12 +150,11 @@ def _described(described: dict[str, Any], parts: dict[str, Any], path: Path) -> 
     """At least `<eos>` is left to decode."""
     accession, sequence, cached = described["accession"], described["sequence"], described["cached"]
     part, nbytes = described["part"], described["bytes"]
-    texts, counts = (accession, sequence, part), (cached, nbytes)
-    if not all(isinstance(text, str) for text in texts) or not all(type(count) is int for count in counts):
-        raise ValueError("an accession, a sequence, a part or a count is of the wrong type")
-    if len(sequence) > RECORD_CAP or part not in parts:
+    if not isinstance(sequence, str) or type(cached) is not int or type(nbytes) is not int or nbytes < 0:
+        raise ValueError("a sequence or a count is of the wrong type")
+    if len(sequence) > RECORD_CAP or printable(part) not in parts:
         raise ValueError(f"a sequence of {len(sequence):,} letters, or a part {part!r} that is not there")
-    protein = Protein(accession, "", sequence, source=str(path))
+    protein = Protein(printable(accession), "", sequence, source=str(path))
     tokenize(sequence)
     if not 0 < cached <= protein.residues + 1:
         raise ValueError(f"{cached} tokens cached of {protein.residues + 2}")

@@ -23,7 +23,7 @@ import safetensors
 import safetensors.torch
 from torch import Tensor
 
-from turboesm_cli.errors import OutputError
+from turboesm_cli.errors import BundleError, InputError, ModelError, OutputError
 from turboesm_cli.files import atomic_output, check_output, locked, work_folder
 from turboesm_cli.journal import Journal
 
@@ -33,6 +33,10 @@ TOTALS_SHARE = 0.2
 """About how much of the time may go into saving totals: where they are large, not every unit saves them."""
 
 RUN = "run"
+
+
+_HOPELESS = (InputError, ModelError, BundleError)
+"""Errors that follow from the inputs."""
 
 
 class Work:
@@ -151,7 +155,8 @@ def saved_work(path: Path, run: Mapping[str, str], force: bool = False) -> Itera
     """The work on output `path`, locked; `run` is all that the output follows from, in words.
 
     Left without an exception (the output is published by then) the folder goes. Left with one, it stays if a
-    unit is saved, and the exception gets a note that says how to go on. Raises OutputError where `path` may not
+    unit is saved, and the exception gets a note that says how to go on; except where the same command would only
+    fail again. Raises OutputError where `path` may not
     be written, where another process works on it, or where another run's work is there and `force` is not set.
     """
     folder = work_folder(path)
@@ -163,7 +168,7 @@ def saved_work(path: Path, run: Mapping[str, str], force: bool = False) -> Itera
         try:
             yield work
         except BaseException as error:
-            kept = work.units > 0
+            kept = work.units > 0 and not isinstance(error, _HOPELESS)
             if kept:
                 error.add_note(f"finished work is kept in {folder}; run the same command again to go on")
             raise

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import esm
@@ -12,8 +13,10 @@ import pytest
 import torch
 from hypothesis import settings
 
+from turboesm_cli.codec import RECIPES, CodecSpec, LayerSpec, fit
 from turboesm_cli.model import EsmModel, load_model
 from turboesm_cli.sequences import Protein, read_fasta
+from turboesm_cli.stats import collect
 
 settings.register_profile("search", max_examples=20_000, deadline=None, print_blob=True)
 
@@ -86,3 +89,27 @@ def calibration_proteins() -> list[Protein]:
 @pytest.fixture(scope="session")
 def peptides() -> list[Protein]:
     return list(read_fasta(DATA / "evaluation" / "peptide.fasta"))
+
+
+@pytest.fixture(scope="session")
+def specs(tiny: EsmModel, calibration_proteins: list[Protein]) -> dict[str, CodecSpec]:
+    statistics = collect(tiny, calibration_proteins[:20])
+    return {name: fit(tiny, statistics, recipe) for name, recipe in RECIPES.items()}
+
+
+@pytest.fixture(scope="session")
+def precise_specs(specs: dict[str, CodecSpec]) -> dict[str, CodecSpec]:
+    """The codecs in float64, likewise."""
+    return {name: replace(spec, layers=tuple(map(_in_double, spec.layers))) for name, spec in specs.items()}
+
+
+def _in_double(layer: LayerSpec | None) -> LayerSpec | None:
+    sides = [] if layer is None else [layer.k, layer.v]
+    exact = [replace(side, **{name: tensor.double() for name, tensor in side.tensors.items()}) for side in sides]
+    return LayerSpec(*exact) if exact else None
+
+
+@pytest.fixture(scope="session")
+def precise(tiny_path: Path) -> EsmModel:
+    """The tiny model in float64, so that rounding does not tip a code over a threshold."""
+    return load_model(str(tiny_path), "cpu").to(torch.device("cpu"), torch.float64)

@@ -40,6 +40,7 @@ STAGES = [
     {"evaluation", "replay"},
     {"prefill", "summaries", "workload"},
     {"ablation", "benchmark", "throughput"},
+    {"crossover"},
     {"paper_kernel"},
     {"bench_kernels"},
 ]

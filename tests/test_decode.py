@@ -2,46 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-from pathlib import Path
-
 import pytest
 import torch
 
 from turboesm_cli import decode
 from turboesm_cli.cache import PackedCache, PackedCodec
-from turboesm_cli.codec import RECIPES, CodecSpec, LayerSpec, fit
+from turboesm_cli.codec import RECIPES, CodecSpec
 from turboesm_cli.dense import DenseCache, DenseCodec
 from turboesm_cli.formats import FORMATS
-from turboesm_cli.model import EsmModel, load_model
+from turboesm_cli.model import EsmModel
 from turboesm_cli.sequences import MASK, PAD, Protein
-from turboesm_cli.stats import collect, to_tokens
+from turboesm_cli.stats import to_tokens
 
 PROMPTS = [0, 1, 4, 9]
-
-
-@pytest.fixture(scope="module")
-def specs(tiny: EsmModel, calibration_proteins: list[Protein]) -> dict[str, CodecSpec]:
-    statistics = collect(tiny, calibration_proteins[:20])
-    return {name: fit(tiny, statistics, recipe) for name, recipe in RECIPES.items()}
-
-
-@pytest.fixture(scope="module")
-def precise_specs(specs: dict[str, CodecSpec]) -> dict[str, CodecSpec]:
-    """The codecs in float64, likewise."""
-    return {name: replace(spec, layers=tuple(map(in_double, spec.layers))) for name, spec in specs.items()}
-
-
-def in_double(layer: LayerSpec | None) -> LayerSpec | None:
-    sides = [] if layer is None else [layer.k, layer.v]
-    exact = [replace(side, **{name: tensor.double() for name, tensor in side.tensors.items()}) for side in sides]
-    return LayerSpec(*exact) if exact else None
-
-
-@pytest.fixture(scope="module")
-def precise(tiny_path: Path) -> EsmModel:
-    """The tiny model in float64, so that rounding does not tip a code over a threshold."""
-    return load_model(str(tiny_path), "cpu").to(torch.device("cpu"), torch.float64)
 
 
 def one_by_one(model: EsmModel, tokens: torch.Tensor, prompt: int, cache: decode.Cache) -> torch.Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -10,10 +11,16 @@ import torch
 from turboesm_cli import decode
 from turboesm_cli.cache import PackedCache, PackedCodec
 from turboesm_cli.calibration import calibrate
-from turboesm_cli.codec import RECIPES
+from turboesm_cli.codec import RECIPES, CodecSpec
+from turboesm_cli.engine import Batch, Graph, Job, in_order
+from turboesm_cli.generation import Sampling
 from turboesm_cli.model import EsmModel, load_model
+from turboesm_cli.plan import sequence_bytes
+from turboesm_cli.replay import new_cache
 from turboesm_cli.sequences import Protein
 from turboesm_cli.stats import collect, to_tokens
+from turboesm_cli.tasks import Forced, Sampled
+from turboesm_cli.throughput import Kind, Load, measure
 
 pytestmark = [
     pytest.mark.gpu,
@@ -50,3 +57,127 @@ def test_packed_decode(tiny: EsmModel, on_gpu: EsmModel, calibration_proteins: l
         stepped = decode.replay(on_gpu, tokens[:, 20:], cache)
         passed = decode.teacher_forced(on_gpu, tokens, [20], PackedCodec(spec, on_gpu.device))[:, 20:]
     assert torch.nn.functional.cosine_similarity(stepped, passed, dim=-1).min() > 0.999
+
+
+KINDS = ["fp32", "fp16", "bf16", "int8", "fp8", "packed"]
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory: pytest.TempPathFactory, save_tiny_model: Callable[..., Path]) -> EsmModel:
+    """Heads of 64, as the fast kernels want them."""
+    path = save_tiny_model(tmp_path_factory.mktemp("wide") / "wide.pt", layers=3, width=128)
+    torch.backends.cuda.matmul.allow_tf32 = False
+    return load_model(str(path), "cuda")
+
+
+@pytest.fixture(scope="module")
+def wide_spec(wide: EsmModel, calibration_proteins: list[Protein]) -> CodecSpec:
+    return calibrate(wide, calibration_proteins[:12], RECIPES["auto"]).spec
+
+
+@pytest.fixture(scope="module")
+def jobs(calibration_proteins: list[Protein]) -> list[Job]:
+    """Proteins of many lengths, prompts from `<cls>` alone to most of the protein."""
+    made = []
+    for index, protein in enumerate(calibration_proteins[:14]):
+        tokens = to_tokens([protein], torch.device("cpu"))[0, : 12 + 11 * index]
+        prompt = 1 + 9 * index % (len(tokens) - 3)
+        made.append(Job(tokens[:prompt], len(tokens) - prompt, tokens[prompt:]))
+    return made
+
+
+def batch_of(model: EsmModel, spec: CodecSpec, kind: str, jobs: list[Job], slots: int) -> Batch[Forced]:
+    longest = max(len(job.prompt) + job.steps for job in jobs)
+    sinks = spec.recipe.sinks if kind == "packed" else 0
+    return Batch(
+        model, lambda n, room: new_cache(model, spec, kind, n, room),
+        lambda n: Forced.of(model, n, longest), slots, longest, sinks,
+    )  # fmt: skip
+
+
+def assert_close(found: list[torch.Tensor], expected: list[torch.Tensor]) -> None:
+    """A code that tips over a threshold moves its token a little; a wrong position or mask moves it far."""
+    for a, b in zip(found, expected, strict=True):
+        assert torch.nn.functional.cosine_similarity(a.float(), b.float(), dim=-1).min() > 0.995
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("slots", [1, 5])
+def test_graphs_step_as_eager_steps_do(
+    wide: EsmModel, wide_spec: CodecSpec, jobs: list[Job], kind: str, slots: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    captured = list(in_order(batch_of(wide, wide_spec, kind, jobs, slots).run(jobs)))
+    monkeypatch.setattr(Graph, "__call__", lambda self: self._step())
+    eager = list(in_order(batch_of(wide, wide_spec, kind, jobs, slots).run(jobs)))
+    for a, b in zip(captured, eager, strict=True):
+        assert torch.allclose(a, b, atol=1e-3)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_batch_gives_what_each_gives_alone(
+    wide: EsmModel, wide_spec: CodecSpec, jobs: list[Job], kind: str
+) -> None:
+    together = list(in_order(batch_of(wide, wide_spec, kind, jobs, 5).run(jobs)))
+    alone = [next(batch_of(wide, wide_spec, kind, [job], 1).run([job]))[1] for job in jobs]
+    assert_close(together, alone)
+
+
+def test_a_batch_gives_what_one_causal_pass_gives(wide: EsmModel, wide_spec: CodecSpec, jobs: list[Job]) -> None:
+    found = list(in_order(batch_of(wide, wide_spec, "packed", jobs, 5).run(jobs)))
+    codec = PackedCodec(wide_spec, wide.device)
+    for job, hidden in zip(jobs, found, strict=True):
+        assert job.rest is not None
+        tokens = torch.cat((job.prompt, job.rest))[None].to(wide.device)
+        with torch.no_grad():
+            passed = decode.teacher_forced(wide, tokens, [len(job.prompt)], codec)[0, len(job.prompt) :]
+        assert_close([hidden], [passed])
+
+
+@pytest.mark.parametrize("kind", ["fp16", "packed"])
+def test_sampling_repeats(wide: EsmModel, wide_spec: CodecSpec, jobs: list[Job], kind: str) -> None:
+    longest = max(len(job.prompt) for job in jobs) + 20
+    runs = []
+    for _ in range(2):
+        batch = Batch(
+            wide, lambda n, room: new_cache(wide, wide_spec, kind, n, room),
+            lambda n: Sampled.of(wide, n, 20, Sampling(), 3), 5, longest, wide_spec.recipe.sinks,
+        )  # fmt: skip
+        runs.append([ids.tolist() for ids in in_order(batch.run([Job(job.prompt, 20) for job in jobs]))])
+    assert runs[0] == runs[1]
+    assert len({tuple(ids) for ids in runs[0]}) == len(jobs)
+
+
+def test_running_out_of_memory_halves_the_batch(wide: EsmModel, wide_spec: CodecSpec, jobs: list[Job]) -> None:
+    """A limit that the whole batch's cache does not fit in, and half of it does."""
+    longest = max(len(job.prompt) + job.steps for job in jobs)
+    slots, room = 64, 4096
+    torch.cuda.empty_cache()
+    total = torch.cuda.get_device_properties(wide.device).total_memory
+    full = slots * sequence_bytes(wide_spec, "fp32", room)
+    torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + 0.7 * full + 2**28) / total)
+    shrunk: list[int] = []
+    try:
+        batch = Batch(
+            wide, lambda n, capacity: new_cache(wide, wide_spec, "fp32", n, capacity),
+            lambda n: Forced.of(wide, n, longest), slots, room, on_shrink=shrunk.append,
+        )  # fmt: skip
+        found = [len(hidden) for hidden in in_order(batch.run(jobs))]
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    assert found == [job.steps for job in jobs]
+    assert shrunk
+
+
+@pytest.mark.parametrize("kind", ["fp16", "fp8", "packed"])
+def test_throughput_in_bfloat16(wide: EsmModel, wide_spec: CodecSpec, kind: str) -> None:
+    model = load_model("random:esm2_t6_8M", "cuda", torch.bfloat16)
+    spec = calibrate(load_model("random:esm2_t6_8M", "cuda"), _random_proteins(), RECIPES["flat"]).spec
+    found = measure(model, Kind.of(kind, spec), Load(3, 64), repeats=3)
+    assert found.step.median > 0 < found.first_token
+    assert found.held <= found.prefill_peak <= found.peak
+
+
+def _random_proteins() -> list[Protein]:
+    letters = "ACDEFGHIKLMNPQRSTVWY"
+    picks = torch.randint(20, (6, 80), generator=torch.Generator().manual_seed(0)).tolist()
+    return [Protein(f"p{i}", "", "".join(letters[at] for at in pick)) for i, pick in enumerate(picks)]

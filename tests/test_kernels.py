@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from turboesm_kernels import ops, reference
+from turboesm_kernels import lookup, ops, reference
 from turboesm_kernels.ops import BackendError, Held
 from turboesm_kernels.prepared import PreparedSide
 from turboesm_kernels.reference import Packed, Rope
@@ -251,3 +251,54 @@ def test_pack(case: Case, side: str) -> None:
 @pytest.mark.parametrize("case", [*PACKED, Case(dim=64, tokens=1024, batch=4)], ids=str)
 def test_pack_on_gpu(case: Case, side: str) -> None:
     check_pack(case, side, "cuda")
+
+
+def check_tokens(
+    dim: int, length: int, drops: bool, device: str = "cpu", dtype: torch.dtype = torch.float32
+) -> None:
+    """Against softmax attention over the keys and values that the kinds of token stand for."""
+    from turboesm_kernels import tokens
+
+    generator = torch.Generator().manual_seed(dim + length)
+    kinds, heads, lengths = 33, 3, torch.tensor([length, max(1, length - 5)])
+    k, v = torch.randn(2, heads, kinds, dim, generator=generator)
+    k_const, v_const = torch.randn(2, heads, dim, generator=generator)
+    sigma = torch.rand(kinds, generator=generator)
+    tables = lookup.TokenTables(k, v, k_const, v_const, sigma, 1e-5, drops)
+    q = torch.randn(2, heads, 1, dim, generator=generator).to(dtype)
+    ids = torch.randint(kinds, (2, length + 2), generator=generator).to(torch.uint8)
+    unmasked = torch.tensor([1.0, 0.7])
+    rope = Rope.at(torch.arange(length + 2), 10000 ** (-torch.arange(0, dim, 2) / dim))
+    s = sigma / (unmasked if drops else torch.ones(2))[:, None]
+    factor = (s * (s * s + 1e-5).rsqrt())[:, None, :, None].double()
+    index = ids.long()[:, None, :, None].expand(-1, heads, -1, dim)
+    keys = rope.rotate((factor * k + k_const[:, None]).gather(2, index))
+    values = (factor * v + v_const[:, None]).gather(2, index)
+    expected = reference.attend(q.double(), keys, values, lengths)
+    moved = lookup.TokenTables(*(x.to(device) for x in (k, v, k_const, v_const, sigma)), 1e-5, drops)
+    at = Rope(rope.cos.to(device), rope.sin.to(device))
+    found = tokens.attend(
+        q.to(device), ids.to(device)[:, : length + 1], moved, unmasked.to(device), at, lengths.int().to(device)
+    )
+    assert found.dtype == dtype
+    tolerance = 1e-4 if dtype == torch.float32 else TOLERANCE[dtype]
+    assert relative_error(found.cpu(), expected) < tolerance
+    plain = lookup.attend_tokens(q, ids, tables, unmasked, rope, lengths)
+    assert relative_error(plain, expected) < tolerance
+
+
+TOKENS = [(16, 1, True), (24, 70, True), (64, 64, False), (64, 200, True)]
+
+
+@interpreted
+@pytest.mark.parametrize(("dim", "length", "drops"), TOKENS)
+def test_tokens(dim: int, length: int, drops: bool) -> None:
+    check_tokens(dim, length, drops)
+
+
+@pytest.mark.gpu
+@no_gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("dim", "length", "drops"), [*TOKENS, (64, 1024, True), (128, 500, True)])
+def test_tokens_on_gpu(dim: int, length: int, drops: bool, dtype: torch.dtype) -> None:
+    check_tokens(dim, length, drops, "cuda", dtype)

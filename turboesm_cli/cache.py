@@ -6,7 +6,7 @@ Memory is allocated once, for `capacity` tokens, and `nbytes` counts all of it. 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Self
@@ -21,6 +21,7 @@ from turboesm_cli import decode
 from turboesm_cli.codec import CodecSpec, LayerSpec
 from turboesm_cli.lengths import Ragged
 from turboesm_cli.model import EsmModel
+from turboesm_cli.sequences import VOCABULARY
 
 SINK_DTYPE = torch.float16
 ALIGNMENT = 16
@@ -60,7 +61,8 @@ class PackedCache(Ragged):
         self._codec = _prepare(model, spec)
         self._backend = backend
         self._rope = decode.rope_at(model, 0, _room(capacity, model.device))
-        sinks = min(spec.recipe.sinks, capacity)
+        self._sinks = sinks = min(spec.recipe.sinks, capacity)
+        self._packed_starts = torch.zeros_like(self.starts)
         self._packed_rope = Rope(self._rope.cos[sinks:], self._rope.sin[sinks:])
         self._layers = [
             _LayerStore.empty(layer, spec, batch, _room(capacity, model.device), model.device)
@@ -89,6 +91,7 @@ class PackedCache(Ragged):
     def rows(self, start: int, stop: int) -> Self:
         """Sequences start..stop - 1: a view of the same memory."""
         part = super().rows(start, stop)
+        part._packed_starts = self._packed_starts[start:stop]
         part._layers = [store.rows(start, stop) for store in self._layers]
         return part
 
@@ -104,6 +107,11 @@ class PackedCache(Ragged):
         self.truncate(0)
         self.begin(length)
 
+    def begin(self, counts: int | Sequence[int]) -> None:
+        """Make room for the next tokens of each sequence."""
+        super().begin(counts)
+        torch.sub(self.starts, self._sinks, out=self._packed_starts).clamp_(min=0)
+
     def append(self, layer: int, k: Tensor, v: Tensor, tokens: Tensor) -> None:
         """Pack keys and values [B, H, T, d] of the tokens int64 [B, T] that were begun."""
         start: int | Tensor = self.starts if tokens.shape[1] == 1 else self.common_start()
@@ -117,7 +125,7 @@ class PackedCache(Ragged):
             if isinstance(start, int):
                 k, v = (x[:, :, max(0, sinks - start) :] for x in (k, v))
         if k.shape[2] and store.room:
-            first = max(0, start - sinks) if isinstance(start, int) else (start - sinks).clamp_min(0)
+            first = max(0, start - sinks) if isinstance(start, int) else self._packed_starts
             ops.append(k, v, prepared, self._held_by(layer), first, self._backend)
 
     def attend(self, layer: int, q: Tensor) -> Tensor:
@@ -127,9 +135,8 @@ class PackedCache(Ragged):
         lengths = None if self.is_even and not whole else self.lengths
         prepared, store = self._codec.layers[layer], self._layers[layer]
         if prepared is None:
-            factors = decode.token_factors(self._codec.model, self._codec.sigma, self.unmasked)
-            tokens = store.tokens[:, :reach]
-            return lookup.attend_tokens(q, tokens, self._codec.tokens, factors, self._rope, lengths)
+            tokens, unmasked = store.tokens[:, :reach], self.unmasked.view(-1)
+            return lookup.attend_tokens(q, tokens, self._codec.tokens, unmasked, self._rope, lengths)
         return ops.attend(q, self._held_by(layer, reach, lengths), prepared, self._backend)
 
     def keys_values(self, layer: int) -> tuple[Tensor, Tensor]:
@@ -168,6 +175,11 @@ def check_tensors(spec: CodecSpec, tensors: Mapping[str, Tensor], length: int, b
     for name, tensor in tensors.items():
         if tensor.dtype != full[name].dtype or tensor.shape != full[name].shape:
             raise ValueError(f"{name} is {tensor.dtype} {list(tensor.shape)}, not {list(full[name].shape)}")
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+            raise ValueError(f"{name} is not finite")
+        if name.endswith(".tokens") and int(tensor.max()) >= len(VOCABULARY):
+            raise ValueError(f"{name} holds what is no token of ESM-2")
     if not bool(((tensors["unmasked"] > 0) & (tensors["unmasked"] <= 1)).all()):
         raise ValueError("the fraction of tokens that are not masked is not in 0..1")
 
@@ -197,20 +209,19 @@ def dense_bytes_per_sequence(spec: CodecSpec, tokens: int, dtype: torch.dtype) -
 
 @dataclass(frozen=True)
 class _Prepared:
-    """A model's codec, ready for the kernels; `tokens` and `sigma`, of `decode.token_tables`, serve None."""
+    """A model's codec, ready for the kernels; `tokens` serves the layers that are None."""
 
     model: EsmModel
     spec: CodecSpec
     layers: list[PreparedLayer | None]
     tokens: lookup.TokenTables
-    sigma: Tensor
 
 
 @lru_cache(maxsize=4)
 def _prepare(model: EsmModel, spec: CodecSpec) -> _Prepared:
     spec = on_device(spec, model.device)
     layers = [None if layer is None else PreparedLayer.of(layer.k, layer.v) for layer in spec.layers]
-    return _Prepared(model, spec, layers, *decode.token_tables(model))
+    return _Prepared(model, spec, layers, decode.token_tables(model))
 
 
 def _room(capacity: int, device: torch.device) -> int:

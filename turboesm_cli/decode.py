@@ -191,34 +191,31 @@ def token_keys_values(model: EsmModel, unmasked: Tensor) -> tuple[Tensor, Tensor
 
 
 @torch.no_grad()
-def token_tables(model: EsmModel) -> tuple[lookup.TokenTables, Tensor]:
-    """Layer 0's keys and values of all kinds of token but for `token_factors`, and what those need: sigma [33]."""
-    kinds = torch.arange(len(model.net.embed_tokens.weight), device=model.device)[None]
-    embedded = _embed(model, kinds, torch.ones(1, 1, 1, device=model.device))[0] / _embedding_scale(model)
-    centred = embedded - embedded.mean(-1, keepdim=True)
-    sigma = centred.square().mean(-1, keepdim=True).sqrt()
-    attention, norm = model.net.layers[0].self_attn, model.net.layers[0].self_attn_layer_norm
-    scaled = centred / sigma.clamp_min(1e-30) * norm.weight  # 0 for kinds whose embedding is 0
-    parts = [
-        (_split(scaled[None] @ linear.weight.T, model.shape.heads)[0].contiguous(), linear(norm.bias))
-        for linear in (attention.k_proj, attention.v_proj)
-    ]
-    (k, k_const), (v, v_const) = parts
-    shape = (model.shape.heads, model.shape.head_dim)
-    return lookup.TokenTables(k, v, k_const.view(shape), v_const.view(shape)), sigma[:, 0]
-
-
-def token_factors(model: EsmModel, sigma: Tensor, unmasked: Tensor) -> Tensor:
-    """What layer 0's keys and values of each kind of token are multiplied with, [B, 33]; see `token_tables`.
+def token_tables(model: EsmModel) -> lookup.TokenTables:
+    """Layer 0's keys and values of all kinds of token, in float32 at least.
 
     Token dropout scales an embedding by s; layer norm takes that out again but for its epsilon, which leaves
     s sigma / sqrt(s^2 sigma^2 + epsilon), sigma the embedding's deviation.
     """
-    scaled = sigma * _embedding_scale(model)
-    if model.net.token_dropout:
-        scaled = scaled / unmasked[:, 0].to(sigma.dtype)
-    epsilon: float = model.net.layers[0].self_attn_layer_norm.eps
-    return (scaled * (scaled * scaled + epsilon).rsqrt()).expand(len(unmasked), -1)
+    kinds = torch.arange(len(model.net.embed_tokens.weight), device=model.device)[None]
+    unscaled = _embed(model, kinds, torch.ones(1, 1, 1, device=model.device))[0] / _embedding_scale(model)
+    embedded = _widened(unscaled)
+    centred = embedded - embedded.mean(-1, keepdim=True)
+    sigma = centred.square().mean(-1, keepdim=True).sqrt()
+    attention, norm = model.net.layers[0].self_attn, model.net.layers[0].self_attn_layer_norm
+    scaled = centred / sigma.clamp_min(1e-30) * _widened(norm.weight)  # 0 for kinds whose embedding is 0
+    parts = []
+    for linear in (attention.k_proj, attention.v_proj):
+        weight, bias = _widened(linear.weight), _widened(linear.bias)
+        kind = _split(scaled[None] @ weight.T, model.shape.heads)[0].contiguous()
+        parts += [kind, (weight @ _widened(norm.bias) + bias).view(model.shape.heads, model.shape.head_dim)]
+    k, k_const, v, v_const = parts
+    sigma = sigma[:, 0] * _embedding_scale(model)
+    return lookup.TokenTables(k, v, k_const, v_const, sigma, norm.eps, bool(model.net.token_dropout))
+
+
+def _widened(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
 
 
 def _embedding_scale(model: EsmModel) -> float:

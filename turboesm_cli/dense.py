@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Self
 
 import torch
@@ -37,6 +38,7 @@ class DenseCache(Ragged):
         shape = (model.shape.layers, 2, batch, model.shape.heads, capacity, model.shape.head_dim)
         self._store = torch.zeros(shape, dtype=form.dtype, device=model.device)
         self._scales = torch.zeros(shape[:-1], dtype=torch.float16, device=model.device) if form.scaled else None
+        self._index = torch.zeros(batch, dtype=torch.int64, device=model.device)
 
     @property
     def nbytes(self) -> int:
@@ -47,8 +49,14 @@ class DenseCache(Ragged):
         """Sequences start..stop - 1: a view of the same memory."""
         part = super().rows(start, stop)
         part._store = self._store[:, :, start:stop]
+        part._index = self._index[start:stop]
         part._scales = None if self._scales is None else self._scales[:, :, start:stop]
         return part
+
+    def begin(self, counts: int | Sequence[int]) -> None:
+        """Make room for the next tokens of each sequence."""
+        super().begin(counts)
+        self._index.copy_(self.starts)
 
     def append(self, layer: int, k: Tensor, v: Tensor, tokens: Tensor) -> None:
         """Store keys and values [B, H, T, d] of the tokens int64 [B, T] that were begun."""
@@ -59,8 +67,14 @@ class DenseCache(Ragged):
                 self._put(self._scales[layer, side], scales)
 
     def attend(self, layer: int, q: Tensor) -> Tensor:
-        """Attention of q [B, H, Q, d] over all that `layer` holds, computed in q's dtype."""
+        """Attention of q [B, H, Q, d] over all that `layer` holds; result like q.
+
+        Computed in q's dtype; on a GPU two 16-bit dtypes meet in the cache's, which then is read as it is.
+        """
         reach = self.capacity if q.is_cuda else self.length
+        asked = q.dtype
+        if q.is_cuda and {asked, self.form.dtype} == {torch.float16, torch.bfloat16}:
+            q = q.to(self.form.dtype)
         scales = (None, None) if self._scales is None else self._scales[layer, :, :, :, :reach]
         k, v = (
             self.form.load(codes, own, q.dtype)
@@ -72,7 +86,7 @@ class DenseCache(Ragged):
         if not self.is_full:
             mask = (torch.arange(reach, device=q.device) < self.lengths[:, None])[:, None, None]
         with sdpa_kernel(FASTEST, set_priority=True):
-            return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=1.0)
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=1.0).to(asked)
 
     def _put(self, into: Tensor, x: Tensor) -> None:
         """x [B, H, T, ...] where each sequence goes on."""
@@ -80,7 +94,7 @@ class DenseCache(Ragged):
             start = self.common_start()
             into[:, :, start : start + x.shape[2]] = x
         else:
-            index = self.starts.long().view(-1, *[1] * (x.dim() - 1)).expand(x.shape)
+            index = self._index.view(-1, *[1] * (x.dim() - 1)).expand(x.shape)
             if x.dtype.is_floating_point and x.element_size() == 1:  # fp8 has no scatter
                 into, x = into.view(torch.uint8), x.view(torch.uint8)
             into.scatter_(2, index, x)

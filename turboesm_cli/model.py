@@ -148,7 +148,7 @@ def parameter_count(shape: Shape) -> int:
     """Weights of an ESM-2 of this shape, its language-model head included."""
     with torch.device("meta"):
         net = esm.ESM2(shape.layers, shape.width, shape.heads)
-    return sum(weight.numel() for weight in net.parameters())
+    return sum(weight.numel() for weight in net.state_dict().values())
 
 
 def official_name(name: str) -> str | None:

@@ -1,35 +1,35 @@
 """Tokens a second of whole models, and the memory they take, for each kind of cache.
 
 A batch is prefilled with random residues up to the context's last token; that token is then decoded again and
-again: one CUDA graph of the whole step, language-model head and sampling included. Sequences are full and of one
-length, which spares the dense caches a mask that they would need otherwise.
+again: on a GPU one CUDA graph of the whole step, language-model head and sampling included. Sequences are full and
+of one length, which spares the dense caches a mask that they would need otherwise.
 """
 
 from __future__ import annotations
 
 import contextlib
-import time
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from pathlib import Path
+from statistics import median
 
 import torch
 from torch import Tensor
 
-from turboesm_cli import __version__, timing
-from turboesm_cli.codec import CodecSpec
+from turboesm_cli import timing
+from turboesm_cli.codec import CodecSpec, Recipe
 from turboesm_cli.decode import lm_logits
 from turboesm_cli.dense import DenseCache
 from turboesm_cli.engine import PREFILL_TOKENS, AnyCache, Graph, Stepper
-from turboesm_cli.formats import FORMATS
 from turboesm_cli.generation import Sampling, draw, sample
 from turboesm_cli.model import EsmModel
 from turboesm_cli.plan import RESERVED, sequence_bytes
 from turboesm_cli.replay import new_cache
-from turboesm_cli.results import ResultRow, commit_of_source
 
 REPEATS = 20
-PEER = "fp16"
+PREFILLS = 3
+TRIES = 6
 
 
 @dataclass(frozen=True)
@@ -41,19 +41,46 @@ class Load:
 
 
 @dataclass(frozen=True)
+class Kind:
+    """A kind of cache (`plan.KINDS`), the codec where it is packed, and the name it goes by in tables."""
+
+    form: str
+    spec: CodecSpec
+    name: str
+
+    @classmethod
+    def of(cls, form: str, spec: CodecSpec) -> Kind:
+        """Any codec of the model serves for a dense kind: it tells the model's shape."""
+        recipe = spec.recipe
+        packed = f"{recipe.name} K{recipe.bits_k:g} V{recipe.bits_v:g}"
+        return cls(form, spec, packed if form == "packed" else form)
+
+    @property
+    def recipe(self) -> Recipe | str:
+        """As results name it."""
+        return self.spec.recipe if self.form == "packed" else self.form
+
+    def nbytes(self, context: int) -> int:
+        """Bytes of one sequence."""
+        return sequence_bytes(self.spec, self.form, context)
+
+
+@dataclass(frozen=True)
 class Throughput:
     """What one kind of cache does under a load.
 
-    step         microseconds of a decode step
-    first_token  seconds from tokens to the first decoded token of all sequences
-    peak         most bytes in use at once
-    held         bytes of the cache
+    step          microseconds of a decode step
+    first_token   seconds from tokens to the first decoded token of all sequences, median of `PREFILLS`
+    prefill_peak  most bytes in use at once until then, weights included; on a CPU of the process
+    peak          likewise, decoding included
+    held          bytes of the cache
     """
 
-    kind: str
+    kind: Kind
     load: Load
     step: timing.Timing
     first_token: float
+    prefill_peak: int
     peak: int
     held: int
 
@@ -64,47 +91,62 @@ class Throughput:
 
 
 def sweep(
-    model: EsmModel, spec: CodecSpec, kinds: Sequence[str], loads: Sequence[Load], memory: int
+    model: EsmModel, kinds: Sequence[Kind], loads: Sequence[Load], memory: int, skipped: Callable[[str], None]
 ) -> Iterator[Throughput]:
-    """Measure each kind under each load that fits in `memory` bytes."""
+    """Measure each kind under each load that fits in `memory` bytes; `skipped` hears of those that do not."""
     for load in loads:
         for kind in kinds:
-            if load.batch * sequence_bytes(spec, kind, load.context) > memory * (1 - RESERVED):
+            what = f"{kind.name}, {load.batch} x {load.context}"
+            if load.batch * kind.nbytes(load.context) > memory * (1 - RESERVED):
+                skipped(f"{what}: the cache alone does not fit in memory")
                 continue
-            with contextlib.suppress(torch.OutOfMemoryError):
-                yield measure(model, spec, kind, load)
-            empty_cache(model.device)
+            try:
+                yield measure(model, kind, load)
+            except torch.OutOfMemoryError:
+                skipped(f"{what}: out of memory")
+            free_memory(model.device)
 
 
 @torch.no_grad()
-def measure(model: EsmModel, spec: CodecSpec, kind: str, load: Load, repeats: int = REPEATS) -> Throughput:
-    """One kind of cache under one load. The prefill is done twice: libraries choose their kernels in the first."""
+def measure(
+    model: EsmModel, kind: Kind, load: Load, repeats: int = REPEATS, prefills: int = PREFILLS
+) -> Throughput:
+    """One kind of cache under one load. A part is prefilled and decoded first: kernels are compiled and chosen."""
     device = model.device
-    empty_cache(device)
-    tokens = torch.randint(4, 24, (load.batch, load.context), generator=torch.Generator().manual_seed(0))
-    tokens = tokens.to(device)
-    cache = new_cache(model, spec, kind, load.batch, load.context)
+    free_memory(device)
+    tokens = torch.randint(4, 24, (load.batch, load.context), generator=torch.Generator().manual_seed(0)).to(
+        device
+    )
+    cache = new_cache(model, kind.spec, kind.form, load.batch, load.context)
     if isinstance(cache, DenseCache):
         cache.is_full = True
     stepper = Stepper(model, cache)
-    chances = draw(0, load.batch).to(device)
+    step = _step(stepper, tokens)
+    _prefill(stepper, tokens[: max(1, PREFILL_TOKENS // load.context)])
+    step()
+
+    def first_token() -> None:
+        cache.truncate(0)
+        _prefill(stepper, tokens)
+        step()
+
+    took = [timing.once(first_token, device) / 1e6 for _ in range(prefills)]
+    prefill_peak = _peak(device)
+    cache.rewind()
+    steps = _time(Graph(step, cache, 0), cache, device, repeats)
+    return Throughput(kind, load, steps, median(took), prefill_peak, _peak(device), cache.nbytes)
+
+
+def _step(stepper: Stepper, tokens: Tensor) -> Callable[[], None]:
+    """Decode the last of tokens [B, T] and sample from the LM head."""
+    last, chances = tokens[:, -1].contiguous(), draw(0, len(tokens)).to(tokens.device)
 
     def step() -> None:
-        hidden = stepper.step(tokens[:, -1])
-        if model.has_lm_head:
-            sample(lm_logits(model, hidden).float(), chances, Sampling())
+        hidden = stepper.step(last)
+        if stepper.model.has_lm_head:
+            sample(lm_logits(stepper.model, hidden).float(), chances, Sampling())
 
-    _prefill(stepper, tokens[: max(1, PREFILL_TOKENS // load.context)])
-    _wait(device)
-    started = time.perf_counter()
-    _prefill(stepper, tokens)
-    step()
-    _wait(device)
-    first_token = time.perf_counter() - started
-    cache.rewind()
-    graph = Graph(step, cache, 0)
-    took = _time(graph, cache, device, repeats)
-    return Throughput(kind, load, took, first_token, _peak(device), cache.nbytes)
+    return step
 
 
 def _prefill(stepper: Stepper, tokens: Tensor) -> None:
@@ -115,119 +157,61 @@ def _prefill(stepper: Stepper, tokens: Tensor) -> None:
 
 
 def _time(graph: Graph, cache: AnyCache, device: torch.device, repeats: int) -> timing.Timing:
-    """Of the step alone, by the device's clock where it has one."""
+    """Of the step alone; the first four warm up and capture."""
     samples = []
-    for index in range(repeats + 4):
-        took = timing.once(graph, device)
+    for _ in range(repeats + 4):
+        samples.append(timing.once(graph, device))
         cache.rewind()
-        if index >= 4:
-            samples.append(took)
-    return timing.Timing.of(samples)
+    return timing.Timing.of(samples[4:])
 
 
-def largest_batch(
-    model: EsmModel, spec: CodecSpec, kind: str, context: int, memory: int, planned: int
-) -> Throughput:
-    """The largest batch whose peak stays under `memory` bytes: the planned one, made smaller until it fits."""
-    batch = planned
-    while True:
+def largest_batch(model: EsmModel, kind: Kind, context: int, memory: int, planned: int) -> Throughput | None:
+    """The largest batch found whose peak stays within `memory` bytes, from the planned one on; None for none.
+
+    What is beside the model grows with the batch: each try is where the one before says that memory is full.
+    """
+    free_memory(model.device)
+    fixed = _peak(model.device)
+    if fixed >= memory:
+        return None
+    best: Throughput | None = None
+    too_many = math.inf
+    batch = max(1, planned)
+    for _ in range(TRIES):
         try:
-            found = measure(model, spec, kind, Load(batch, context), repeats=5)
-            if found.peak <= memory:
-                return found
+            found = measure(model, kind, Load(batch, context), repeats=5, prefills=1)
+            wanted = int((memory - fixed) / max(1, found.peak - fixed) * batch)
         except torch.OutOfMemoryError:
-            if batch == 1:
-                raise
-        empty_cache(model.device)
-        batch = max(1, int(batch * 0.97) if batch > 33 else batch - 1)
+            found, wanted = None, int(batch * 0.9)
+        free_memory(model.device)
+        if found is not None and found.peak <= memory:
+            best = found
+            wanted = int(min(max(wanted, batch), too_many - 1))
+        else:
+            too_many = min(too_many, batch)
+            wanted = max(best.load.batch if best else 1, min(wanted, batch - 1))
+        if wanted == batch or (best is not None and wanted <= best.load.batch * 1.005) or wanted < 1:
+            break
+        batch = wanted
+    return best
 
 
-def rows(
-    model: EsmModel, spec: CodecSpec, found: Sequence[Throughput], largest: Sequence[Throughput]
-) -> list[ResultRow]:
-    """Results of a sweep; ratios are against fp16 under the same load."""
-    peers = {item.load: item for item in found if item.kind == PEER}
-    made = []
-    for item in found:
-        figures: list[tuple[str, float, str, timing.Timing | None]] = [
-            ("us_per_step", item.step.median, "us", item.step),
-            ("tokens_per_second", item.tokens_per_second, "1/s", None),
-            ("first_token", item.first_token, "s", None),
-            ("peak_bytes", item.peak, "B", None),
-            ("cache_bytes", item.held, "B", None),
-        ]
-        if item.load in peers:
-            peer = peers[item.load]
-            figures.append(("speed_ratio_fp16", item.tokens_per_second / peer.tokens_per_second, "1", None))
-            figures.append(("first_token_ratio_fp16", item.first_token / peer.first_token, "1", None))
-        made += [_row(model, spec, item, *figure) for figure in figures]
-    made += [_row(model, spec, item, "largest_batch", item.load.batch, "1", None) for item in largest]
-    made += [_row(model, spec, item, "largest_batch_peak_bytes", item.peak, "B", None) for item in largest]
-    return made
-
-
-COLUMNS = [
-    "cache",
-    "batch",
-    "context",
-    "us a step",
-    "tokens/s",
-    "first token s",
-    "peak GiB",
-    "cache GiB",
-    "x fp16",
-]
-
-
-def cells(found: Sequence[Throughput]) -> list[list[str]]:
-    """A sweep as a table."""
-    peers = {item.load: item for item in found if item.kind == PEER}
-    return [
-        [
-            item.kind, f"{item.load.batch:,}", f"{item.load.context:,}", f"{item.step.median:,.0f}",
-            f"{item.tokens_per_second:,.0f}", f"{item.first_token:.3f}", f"{item.peak / 2**30:.2f}",
-            f"{item.held / 2**30:.2f}",
-            f"{item.tokens_per_second / peers[item.load].tokens_per_second:.2f}" if item.load in peers else "",
-        ]
-        for item in found
-    ]  # fmt: skip
-
-
-def _row(
-    model: EsmModel,
-    spec: CodecSpec,
-    item: Throughput,
-    metric: str,
-    value: float,
-    unit: str,
-    spread: timing.Timing | None,
-) -> ResultRow:
-    recipe = spec.recipe
-    packed = item.kind == "packed"
-    bits = 8 * FORMATS[item.kind].dtype.itemsize if not packed else 0
-    device = torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else "cpu"
-    return ResultRow(
-        model=f"{model.name} B{item.load.batch}", recipe=recipe.name if packed else item.kind,
-        bits_k=recipe.bits_k if packed else bits, bits_v=recipe.bits_v if packed else bits, family="",
-        protocol="throughput", metric=metric, value=float(value), unit=unit, n=spread.n if spread else 1,
-        device=device, dtype=str(next(model.net.parameters()).dtype).removeprefix("torch."), seed=0,
-        version=__version__, commit=commit_of_source(), tokens=item.load.context,
-        p20=spread.p20 if spread else None, p80=spread.p80 if spread else None, torch=torch.__version__,
-        date=datetime.now(UTC).date().isoformat(),
-    )  # fmt: skip
-
-
-def empty_cache(device: torch.device) -> None:
-    """Give freed memory back, so that a peak is that of one measurement."""
+def free_memory(device: torch.device) -> None:
+    """Give freed memory back and forget the peak, so that the next peak is of one measurement."""
     if device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
+        return
+    with contextlib.suppress(OSError):  # on Linux the peak starts anew
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
 
 
 def _peak(device: torch.device) -> int:
-    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
-
-
-def _wait(device: torch.device) -> None:
+    """Most bytes in use since `free_memory`: of tensors on a GPU, of the process on a CPU."""
     if device.type == "cuda":
-        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
+    except (OSError, StopIteration):
+        return 0

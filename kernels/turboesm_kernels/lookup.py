@@ -257,40 +257,55 @@ def _powers(device: torch.device) -> Tensor:
 class TokenTables:
     """Keys (before RoPE) and values of a layer that depend on the token alone, N kinds of token:
 
-        key of kind t = factor_t k_t + k_const        value likewise
+        key of kind t = f_t k_t + k_const    f_t = s / sqrt(s^2 + epsilon), s = sigma_t / unmasked
 
-    k, v [H, N, d], k_const, v_const [H, d]; a sequence's factors are [N].
+    and values likewise; k, v [H, N, d], k_const, v_const [H, d], sigma [N]. `unmasked` is the part of a prompt
+    that is not masked, where the model's token dropout (`drops`) looks at it; else 1.
     """
 
     k: Tensor
     v: Tensor
     k_const: Tensor
     v_const: Tensor
+    sigma: Tensor
+    epsilon: float
+    drops: bool
+
+    def factors(self, unmasked: Tensor) -> Tensor:
+        """f [B, N] of prompts whose unmasked part is [B]."""
+        s = self.sigma / (unmasked if self.drops else torch.ones_like(unmasked))[:, None].to(self.sigma.dtype)
+        return s * (s * s + self.epsilon).rsqrt()
 
 
 def attend_tokens(
-    q: Tensor, ids: Tensor, tables: TokenTables, factors: Tensor, rope: Rope, lengths: Tensor | None = None
+    q: Tensor, ids: Tensor, tables: TokenTables, unmasked: Tensor, rope: Rope, lengths: Tensor | None = None
 ) -> Tensor:
-    """Attention of q [B, H, Q, d] (scaled, after RoPE) over tokens of which only the kind is kept.
+    """Attention of q [B, H, Q, d] (scaled, after RoPE) over tokens of which only the kind is kept; result like q.
 
-    ids uint8 [B, T] of tokens at positions 0.., factors [B, N], rope [T' >= T, d], lengths int [B] or None. Scores
-    of every kind at every position are one product; softmax's weights are added up by kind.
+    ids uint8 [B, T] of tokens at positions 0.., unmasked float32 [B], rope [T' >= T, d], lengths int [B] or None.
+    Scores of every kind at every position are one product; softmax's weights are added up by kind. A GPU does that
+    token by token in a kernel of its own (`tokens.py`).
     """
+    if q.is_cuda and q.shape[2] == 1 and lengths is not None:
+        from turboesm_kernels import tokens
+
+        return tokens.attend(q, ids, tables, unmasked, rope, lengths)
+    return _attend_kinds(q.to(tables.k.dtype), ids, tables, tables.factors(unmasked), rope, lengths).to(q.dtype)
+
+
+def _attend_kinds(
+    q: Tensor, ids: Tensor, tables: TokenTables, factors: Tensor, rope: Rope, lengths: Tensor | None
+) -> Tensor:
     tokens = ids.shape[1]
-    first, second = (q[:, :, :, None] * factors[:, None, None, :, None].to(q.dtype)).chunk(
-        2, -1
-    )  # [B, H, Q, N, d/2]
-    k_first, k_second = tables.k[:, None].to(q.dtype).chunk(2, -1)
+    first, second = (q[:, :, :, None] * factors[:, None, None, :, None]).chunk(2, -1)  # [B, H, Q, N, d/2]
+    k_first, k_second = tables.k[:, None].chunk(2, -1)
     phases = torch.cat((first * k_first + second * k_second, second * k_first - first * k_second), -1)
     scores = phases @ rope.half[:, :tokens].to(q.dtype)
     index = ids.long()[:, None, None, None].expand(*q.shape[:3], 1, tokens)
     found = scores.gather(3, index)[:, :, :, 0] + _bias(q, tables.k_const, rope)[..., :tokens]
     if lengths is not None:
-        found = found.masked_fill(
-            torch.arange(tokens, device=q.device) >= lengths[:, None, None, None], -torch.inf
-        )
+        beyond = torch.arange(tokens, device=q.device) >= lengths[:, None, None, None]
+        found = found.masked_fill(beyond, -torch.inf)
     weights = found.softmax(-1)
     kinds = weights.new_zeros((*q.shape[:3], factors.shape[1])).scatter_add_(-1, index[:, :, :, 0], weights)
-    return (kinds * factors[:, None, None].to(q.dtype)) @ tables.v.to(q.dtype) + tables.v_const[:, None].to(
-        q.dtype
-    )
+    return (kinds * factors[:, None, None]) @ tables.v + tables.v_const[:, None]

@@ -33,12 +33,13 @@ def bench(
         str, typer.Option(help="Families (tm, idr, enzyme, globular, peptide) or FASTA files, by comma.")
     ] = "tm,idr,enzyme,globular,peptide",
     recipes: Annotated[
-        str,
+        str | None,
         typer.Option(
             help="Recipes by comma; NAME@BITS or NAME@BITS_K/BITS_V sets a budget. "
-            "Dense caches too: fp16, bf16, int8, fp8."
+            "Dense caches too: fp16, bf16, int8, fp8. Default: paper,flat,auto@2,auto; --throughput: auto.",
+            show_default=False,
         ),
-    ] = "paper,flat,auto@2,auto",
+    ] = None,
     bundle: Annotated[
         list[Path] | None,
         typer.Option("--bundle", help="A ready bundle, in place of --recipes; repeatable.", show_default=False),
@@ -63,6 +64,23 @@ def bench(
         bool,
         typer.Option("--kernels", help="Time the GPU kernels on synthetic caches against fp16 SDPA instead."),
     ] = False,
+    throughput: Annotated[
+        bool,
+        typer.Option("--throughput", help="Measure tokens a second and memory of whole models, cache by cache."),
+    ] = False,
+    batch: Annotated[str, typer.Option(help="--throughput: sequences at once, by comma.")] = "1,8",
+    context: Annotated[str, typer.Option(help="--throughput: tokens of a sequence, by comma.")] = "256,1024",
+    kinds: Annotated[
+        str, typer.Option(help="--throughput: caches by comma; packed ones are of --recipes or --bundle.")
+    ] = "fp16,bf16,int8,fp8,packed",
+    memory: Annotated[
+        str | None,
+        typer.Option(help="--throughput: find the largest batch in so much, such as 24GiB.", show_default=False),
+    ] = None,
+    plan: Annotated[
+        bool, typer.Option("--plan", help="--throughput: say what memory it would take; stop.")
+    ] = False,
+    dtype: options.Dtype = "fp32",
     allow_seen: Annotated[bool, typer.Option(help="Flag, do not refuse, proteins seen in calibration.")] = False,
     rejects: options.Rejects = None,
     model: options.Model = None,
@@ -76,25 +94,42 @@ def bench(
     Each recipe is calibrated on the same proteins; its bundle is kept for the next run.
 
     Example: turboesm bench --families tm,idr,peptide --recipes paper,auto -o results.csv
+
+    Example: turboesm bench --throughput --model random:esm2_t33_650M --dtype bf16 --batch 1,64 --context 1024
     """
     from turboesm_cli.results import to_records, write_csv
 
-    check_output(output, force)
+    if not (throughput and plan):
+        check_output(output, force)
+    if throughput:
+        from turboesm_cli.commands.throughput import Wanted, bench_throughput
+
+        bench_throughput(
+            Wanted(
+                batch, context, kinds, memory, recipes or "auto", bundle or [], dtype, plan, model, device, json,
+                output,
+            )
+        )  # fmt: skip
+        return
     if kernels:
         _bench_kernels(output)
         return
     reading = Reading(rejects=rejects, max_residues=RECORD_CAP)
     sets = _families(reading, families, max_proteins, max_residues)
-    loaded = options.open_model(model, device)
+    loaded = options.open_model(model, device, dtype=dtype)
     learned = _calibration(replace(reading, limit=max_calibration, max_residues=MAX_RESIDUES), calibration)
-    measured = "ablation" if ablate else ", ".join(_sources(recipes, bundle))
-    with options.unfinished_work(
-        output, force, "bench", loaded, _digest([learned, *sets.values()]), families=list(sets), measured=measured
-    ) as work:
+    chosen = recipes or "paper,flat,auto@2,auto"
+    described = {
+        "families": list(sets),
+        "measured": "ablation" if ablate else ", ".join(_sources(chosen, bundle)),
+        "dtype": dtype,
+    }
+    inputs = _digest([learned, *sets.values()])
+    with options.unfinished_work(output, force, "bench", loaded, inputs, **described) as work:
         if ablate:
             rows, tables = _ablate(loaded, learned, sets, work)
         else:
-            named, formats = _split_recipes(recipes)
+            named, formats = _split_recipes(chosen)
             entries = _entries(loaded, named, bundle, learned, work)
             _check_seen(entries, sets, allow_seen)
             rows, tables = _measure(loaded, entries, sets, formats, work)

@@ -1,0 +1,317 @@
+"""Many proteins at once give what each gives alone; what does not fit starts again in a smaller batch."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from turboesm_cli import decode, engine
+from turboesm_cli.bundle import Bundle
+from turboesm_cli.cache import PackedCache
+from turboesm_cli.calibration import calibrate
+from turboesm_cli.codec import RECIPES, CodecSpec
+from turboesm_cli.commands.decode import _Run
+from turboesm_cli.dense import DenseCache
+from turboesm_cli.engine import Batch, Job, Stepper
+from turboesm_cli.formats import FORMATS
+from turboesm_cli.generation import Sampling, draw, sample
+from turboesm_cli.model import EsmModel
+from turboesm_cli.outcomes import to_tensors
+from turboesm_cli.replay import Prompt, compare, run
+from turboesm_cli.sequences import MASK, Protein
+from turboesm_cli.stats import to_tokens
+from turboesm_cli.tasks import Forced, Sampled
+from turboesm_cli.work import NOTHING_KEPT, Work, saved_work
+from turboesm_cli.workload import of_proteins
+
+SLOTS = 3
+CAPACITY = 64
+PROMPTS = [4, 1, 9, 2, 12, 3, 30, 5]
+ROUNDING = 2e-6
+"""Angles and scales are float32, whose last bit depends on how many are computed at once."""
+KINDS = [*FORMATS, "packed flat", "packed auto", "packed paper"]
+NewCache = Callable[[int, int], engine.AnyCache]
+
+
+def in_order(results: Iterable[tuple[int, Tensor]]) -> list[Tensor]:
+    """Results by the numbers of their jobs."""
+    return [found for _, found in sorted(results, key=lambda item: item[0])]
+
+
+def cache_maker(model: EsmModel, specs: dict[str, CodecSpec], kind: str) -> NewCache:
+    def new(slots: int, capacity: int) -> engine.AnyCache:
+        if kind.startswith("packed"):
+            return PackedCache(model, specs[kind.split()[1]], slots, capacity, backend="torch")
+        return DenseCache(model, slots, capacity, FORMATS[kind])
+
+    return new
+
+
+@pytest.fixture(scope="module")
+def jobs(calibration_proteins: list[Protein]) -> list[Job]:
+    """Prompts of many lengths, one of `<cls>` alone after one with masks; they end at different times."""
+    made = []
+    for protein, prompt in zip(calibration_proteins, PROMPTS, strict=False):
+        tokens = to_tokens([protein], torch.device("cpu"))[0, : prompt + 3 + len(made) * 5 % 14]
+        if prompt in (4, 9):
+            tokens[2] = MASK
+        made.append(Job(tokens[:prompt], len(tokens) - prompt, tokens[prompt:]))
+    return made
+
+
+def alone(model: EsmModel, job: Job, cache: engine.AnyCache) -> Tensor:
+    assert job.rest is not None
+    with torch.no_grad():
+        decode.prefill(model, job.prompt[None], cache)
+        return decode.replay(model, job.rest[None], cache)[0]
+
+
+def sampled_alone(model: EsmModel, job: Job, cache: engine.AnyCache, chances: Tensor) -> Tensor:
+    """The definition: decode a mask, sample, forget the mask, decode the residue."""
+    residues = []
+    with torch.no_grad():
+        decode.prefill(model, job.prompt[None], cache)
+        for chance in chances:
+            logits = decode.lm_logits(model, decode.step(model, torch.tensor([MASK]), cache))
+            cache.rewind()
+            residues.append(sample(logits.float(), chance[None], Sampling(1.0, 0.9)))
+            decode.step(model, residues[-1], cache)
+    return torch.cat(residues)
+
+
+def sinks_of(specs: dict[str, CodecSpec], kind: str) -> int:
+    return specs[kind.split()[1]].recipe.sinks if kind.startswith("packed") else 0
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_given_tokens_in_a_batch_as_alone(
+    precise: EsmModel, precise_specs: dict[str, CodecSpec], jobs: list[Job], kind: str
+) -> None:
+    new = cache_maker(precise, precise_specs, kind)
+    batch = Batch(
+        precise, new, lambda slots: Forced.of(precise, slots, 32), SLOTS, CAPACITY, sinks_of(precise_specs, kind)
+    )
+    found = in_order(batch.run(enumerate(jobs)))
+    assert len(found) == len(jobs) > SLOTS
+    for job, hidden in zip(jobs, found, strict=True):
+        assert torch.allclose(hidden, alone(precise, job, new(1, CAPACITY)), rtol=0, atol=ROUNDING)
+
+
+@pytest.mark.parametrize("kind", ["fp32", "int8", "packed flat", "packed auto"])
+def test_sampled_tokens_in_a_batch_as_alone(
+    precise: EsmModel, precise_specs: dict[str, CodecSpec], jobs: list[Job], kind: str
+) -> None:
+    new = cache_maker(precise, precise_specs, kind)
+    batch = Batch(
+        precise,
+        new,
+        lambda slots: Sampled.of(precise, slots, 16, Sampling(1.0, 0.9), 5),
+        SLOTS,
+        CAPACITY,
+        sinks_of(precise_specs, kind),
+    )
+    found = in_order(batch.run(enumerate(jobs)))
+    for number, (job, ids) in enumerate(zip(jobs, found, strict=True)):
+        expected = sampled_alone(precise, job, new(1, CAPACITY), draw(5 + number, job.steps))
+        assert torch.equal(ids, expected)
+    assert len({tuple(ids.tolist()) for ids in found}) == len(jobs)
+
+
+def test_a_batch_on_the_cpus_own_kernels(tiny: EsmModel, specs: dict[str, CodecSpec], jobs: list[Job]) -> None:
+    """In float32 a code may tip over a threshold, so hidden states agree by their angle."""
+    batch = Batch(
+        tiny, lambda slots, room: PackedCache(tiny, specs["flat"], slots, room),
+        lambda slots: Forced.of(tiny, slots, 32), SLOTS, CAPACITY, specs["flat"].recipe.sinks,
+    )  # fmt: skip
+    for job, hidden in zip(jobs, in_order(batch.run(enumerate(jobs))), strict=True):
+        expected = alone(tiny, job, PackedCache(tiny, specs["flat"], 1, CAPACITY))
+        assert torch.nn.functional.cosine_similarity(hidden, expected, dim=-1).min() > 0.999
+
+
+def test_jobs_are_taken_when_there_is_a_slot(tiny: EsmModel, jobs: list[Job]) -> None:
+    taken = 0
+
+    def source() -> Iterator[Job]:
+        nonlocal taken
+        for taken, job in enumerate(jobs, 1):  # noqa: B007
+            yield job
+
+    new = cache_maker(tiny, {}, "fp32")
+    results = Batch(tiny, new, lambda slots: Forced.of(tiny, slots, 32), 2, CAPACITY).run(enumerate(source()))
+    next(results)
+    assert taken <= 3  # two in slots, one that waits
+    assert len(list(results)) == len(jobs) - 1
+
+
+class Failing(Forced):
+    """Runs out of memory at the steps that are listed, all batches counted together."""
+
+    at_steps: list[int]
+    steps = 0
+
+    def step(self, stepper: Stepper) -> None:
+        Failing.steps += 1
+        if Failing.steps in Failing.at_steps:
+            raise torch.OutOfMemoryError("injected")
+        super().step(stepper)
+
+
+@pytest.fixture
+def failing(monkeypatch: pytest.MonkeyPatch) -> type[Failing]:
+    monkeypatch.setattr(Failing, "steps", 0)
+    return Failing
+
+
+def test_out_of_memory_halves_the_batch_and_loses_nothing(
+    precise: EsmModel, jobs: list[Job], failing: type[Failing]
+) -> None:
+    failing.at_steps = [7, 20]
+    new = cache_maker(precise, {}, "fp32")
+    shrunk: list[int] = []
+    steps: list[int] = []
+    batch = Batch(
+        precise, new, lambda slots: failing.of(precise, slots, 32), 4, CAPACITY,
+        on_step=steps.append, on_shrink=shrunk.append,
+    )  # fmt: skip
+    found = in_order(batch.run(enumerate(jobs)))
+    assert shrunk == [2, 1]
+    assert sum(steps) == sum(job.steps for job in jobs) and min(steps) < 0
+    for job, hidden in zip(jobs, found, strict=True):
+        assert torch.allclose(hidden, alone(precise, job, new(1, CAPACITY)), rtol=0, atol=ROUNDING)
+
+
+def test_out_of_memory_in_a_prefill(precise: EsmModel, jobs: list[Job], monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = 0
+    real = decode.prefill
+
+    def prefill(model: EsmModel, tokens: Tensor, cache: decode.Cache) -> Tensor:
+        nonlocal calls
+        calls += 1
+        if len(tokens) > 2:
+            raise torch.OutOfMemoryError("injected")
+        return real(model, tokens, cache)
+
+    monkeypatch.setattr(decode, "prefill", prefill)
+    shrunk: list[int] = []
+    batch = Batch(
+        precise, cache_maker(precise, {}, "fp32"), lambda slots: Forced.of(precise, slots, 32), 4, CAPACITY,
+        on_shrink=shrunk.append,
+    )  # fmt: skip
+    assert [len(hidden) for hidden in in_order(batch.run(enumerate(jobs)))] == [job.steps for job in jobs]
+    assert shrunk == [2] and calls > 2
+
+
+def test_a_batch_of_one_that_does_not_fit_is_an_error(
+    tiny: EsmModel, jobs: list[Job], failing: type[Failing]
+) -> None:
+    failing.at_steps = [1]
+    batch = Batch(tiny, cache_maker(tiny, {}, "fp32"), lambda slots: failing.of(tiny, slots, 32), 1, CAPACITY)
+    with pytest.raises(torch.OutOfMemoryError):
+        list(batch.run(enumerate(jobs)))
+
+
+@pytest.fixture(scope="module")
+def bundle(tiny: EsmModel, calibration_proteins: list[Protein]) -> Bundle:
+    return calibrate(tiny, calibration_proteins[:12], RECIPES["flat"])
+
+
+def test_the_command_says_that_it_halved_the_batch(
+    tiny: EsmModel,
+    bundle: Bundle,
+    peptides: list[Protein],
+    failing: type[Failing],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    failing.at_steps = [3]
+    work = of_proteins(lambda: peptides[:9], lambda protein: 5, bundle)
+    command = _Run(bundle, tiny, work, NOTHING_KEPT, "packed", 4, work.longest)
+    batch = command.batch(lambda slots: failing.of(tiny, slots, work.longest), lambda done=1: None)
+    done = run(batch, work.prompts, lambda prompt, hidden: {"hidden": hidden}, NOTHING_KEPT)
+    accessions = [prompt.protein.accession for prompt, _ in done]
+    assert accessions == [protein.accession for protein in peptides[:9]]
+    assert "out of memory: the batch is halved to 2" in capsys.readouterr().err
+
+
+def test_results_of_a_batch_are_compared_in_the_order_of_the_input(
+    tiny: EsmModel, bundle: Bundle, peptides: list[Protein]
+) -> None:
+    prompts = [Prompt(protein, 1 + index % 5) for index, protein in enumerate(peptides[:8])]
+    longest = max(protein.residues for protein in peptides[:8]) + 2
+    batch = Batch(tiny, cache_maker(tiny, {}, "fp32"), lambda slots: Forced.of(tiny, slots, longest), 3, longest)
+    found = list(
+        run(batch, lambda: prompts, lambda prompt, hidden: to_tensors(compare(tiny, prompt, hidden)), NOTHING_KEPT)
+    )
+    assert [prompt for prompt, _ in found] == prompts
+    assert all(held["0.cosines"].min() > 1 - 1e-6 for _, held in found)
+
+
+def test_what_is_saved_is_not_decoded_again_and_takes_its_place_in_the_order(
+    tiny: EsmModel, peptides: list[Protein], tmp_path: Path
+) -> None:
+    prompts = [Prompt(protein, 1) for protein in peptides[:7]]
+    longest = max(protein.residues for protein in peptides[:7]) + 2
+    entered: list[int] = []
+
+    class Counting(Forced):
+        def enter(self, slot: int, number: int, job: Job) -> None:
+            entered.append(number)
+            super().enter(slot, number, job)
+
+    def all_of(work: Work) -> Iterator[tuple[Prompt, dict[str, Tensor]]]:
+        batch = Batch(
+            tiny, cache_maker(tiny, {}, "fp32"), lambda slots: Counting.of(tiny, slots, longest), 2, longest
+        )
+        return run(batch, lambda: prompts, lambda prompt, hidden: {"hidden": hidden.cpu()}, work)
+
+    expected = [held["hidden"] for _, held in all_of(NOTHING_KEPT)]
+    with pytest.raises(KeyboardInterrupt), saved_work(tmp_path / "out", {}) as work:
+        for _ in zip(range(3), all_of(work), strict=False):
+            pass
+        raise KeyboardInterrupt
+    entered.clear()
+    with saved_work(tmp_path / "out", {}) as work:
+        saved = {number for number in range(7) if str(number) in work}
+        found = list(all_of(work))
+    assert len(saved) >= 3 and set(entered) == set(range(7)) - saved
+    assert [prompt for prompt, _ in found] == prompts
+    for (_, held), hidden in zip(found, expected, strict=True):
+        assert torch.allclose(held["hidden"], hidden, atol=1e-5)
+
+
+def test_a_prefill_holds_one_layers_keys_and_values(
+    tiny: EsmModel, specs: dict[str, CodecSpec], peptides: list[Protein], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[weakref.ref[Tensor]] = []
+    alive: list[int] = []
+    real = PackedCache.append
+
+    def append(self: PackedCache, layer: int, k: Tensor, v: Tensor, tokens: Tensor) -> None:
+        alive.append(sum(reference() is not None for reference in seen))
+        seen.extend(weakref.ref(tensor) for tensor in (k, v))
+        real(self, layer, k, v, tokens)
+
+    monkeypatch.setattr(PackedCache, "append", append)
+    cache = PackedCache(tiny, specs["flat"], 2, 40)
+    with torch.no_grad():
+        decode.prefill(tiny, to_tokens(peptides[:2], tiny.device)[:, :20], cache)
+    assert alive == [0] * tiny.shape.layers
+    assert all(reference() is None for reference in seen)
+
+
+def test_sampling_follows_the_distribution() -> None:
+    logits = torch.zeros(1, 33)
+    logits[0, 5], logits[0, 6], logits[0, 7] = 2.0, 1.0, -torch.inf
+    logits[0, 0] = 50.0  # no amino acid
+    chances = (torch.arange(20_000) + 0.5) / 20_000
+    expected = logits[0, 4:24].softmax(0)
+    found = sample(logits.expand(20_000, -1), chances, Sampling())
+    assert torch.allclose(torch.bincount(found, minlength=33)[4:24] / 20_000, expected, atol=2e-4)
+    nucleus = sample(logits.expand(20_000, -1), chances, Sampling(top_p=0.3))
+    assert set(nucleus.tolist()) == {5, 6}
+    assert set(sample(logits.expand(20_000, -1), chances, Sampling(temperature=0.0)).tolist()) == {5}
+    assert set(sample(logits.expand(20_000, -1), chances, Sampling(top_p=0.0)).tolist()) == {5}

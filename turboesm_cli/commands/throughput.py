@@ -1,0 +1,184 @@
+"""`turboesm bench --throughput`: tokens a second and memory of whole models, for each kind of cache."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from turboesm_cli import console
+from turboesm_cli.commands import options
+from turboesm_cli.commands.reading import Reading
+from turboesm_cli.errors import InputError
+
+if TYPE_CHECKING:
+    from turboesm_cli.codec import CodecSpec
+    from turboesm_cli.model import EsmModel, Shape
+    from turboesm_cli.throughput import Kind, Load, Throughput
+
+CALIBRATION_PROTEINS = 8
+"""Enough for a codec that only time and memory are measured with."""
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What the command line asks for."""
+
+    batches: str
+    contexts: str
+    kinds: str
+    memory: str | None
+    recipes: str
+    bundles: list[Path]
+    dtype: options.DtypeName
+    plan: bool
+    model: str | None
+    device: str
+    json: bool
+    output: Path
+
+
+def bench_throughput(wanted: Wanted) -> None:
+    """Measure, write the rows, show the tables."""
+    from turboesm_cli.bundle import read_bundle
+    from turboesm_cli.crossover import crossovers, rows
+    from turboesm_cli.model import pick_device
+    from turboesm_cli.plan import device_memory, parse_memory
+    from turboesm_cli.results import to_records, write_csv
+    from turboesm_cli.throughput import Load
+
+    loads = [Load(batch, context) for context in _numbers(wanted.contexts) for batch in _numbers(wanted.batches)]
+    forms = _forms(wanted.kinds)
+    free = device_memory(pick_device(wanted.device))
+    budget = parse_memory(wanted.memory) if wanted.memory else None
+    if wanted.plan and wanted.bundles:  # whose model need not be there
+        bundle = read_bundle(wanted.bundles[0])
+        _show_plans(wanted, bundle.shape, bundle.spec, loads, budget or free)
+        return
+    model, specs = _model_and_codecs(wanted)
+    if wanted.plan:
+        _show_plans(wanted, model.shape, specs[0], loads, budget or free)
+        return
+    found, largest = _measure(wanted, model, _kinds(forms, specs), loads, free, budget)
+    made = rows(model, found, largest)
+    if made:
+        write_csv(wanted.output, made)
+    if wanted.json:
+        console.print_json(to_records(made))
+    else:
+        _show(model, found, largest)
+    for crossing in crossovers(found):
+        console.say(crossing.sentence)
+    console.say(f"{len(made)} figures in {wanted.output}")
+
+
+def _measure(
+    wanted: Wanted, model: EsmModel, kinds: list[Kind], loads: list[Load], free: int, budget: int | None
+) -> tuple[list[Throughput], list[Throughput]]:
+    from turboesm_cli.throughput import sweep
+
+    contexts = list(dict.fromkeys(load.context for load in loads)) if budget else []
+    found, largest = [], []
+    with console.progress("measuring", len(kinds) * (len(loads) + len(contexts))) as tick:
+
+        def skipped(what: str) -> None:
+            console.warn(f"left out: {what}")
+            tick()
+
+        for item in sweep(model, kinds, loads, free, skipped):
+            found.append(item)
+            tick()
+        for context in contexts:
+            for kind in kinds:
+                best = _largest(wanted, model, kind, context, budget or free)
+                if best is None:
+                    console.warn(f"{kind.name}: no batch of {context} tokens fits in {wanted.memory}")
+                else:
+                    largest.append(best)
+                tick()
+    return found, largest
+
+
+def _show(model: EsmModel, found: list[Throughput], largest: list[Throughput]) -> None:
+    from turboesm_cli.crossover import COLUMNS, cells
+
+    title = f"{model.name}, {model.dtype_name} weights: decoding with each kind of cache"
+    if found:
+        console.print_table(title, COLUMNS, [cells(item, found) for item in found])
+    if largest:
+        lines = [
+            [item.kind.name, f"{item.load.context:,}", f"{item.load.batch:,}", f"{item.peak / 2**30:.2f}"]
+            for item in largest
+        ]
+        console.print_table("Largest batch in --memory", ["cache", "context", "batch", "peak GiB"], lines)
+
+
+def _show_plans(wanted: Wanted, shape: Shape, spec: CodecSpec, loads: list[Load], memory: int) -> None:
+    from turboesm_cli.formats import FORMATS
+    from turboesm_cli.plan import COLUMNS, plans
+
+    made = [
+        plan
+        for context in dict.fromkeys(load.context for load in loads)
+        for plan in plans(shape, spec, FORMATS[wanted.dtype].dtype, context, memory)
+    ]
+    if wanted.json:
+        console.print_json([plan.as_dict() for plan in made])
+    else:
+        lines = [[plan.kind, f"{plan.context:,}", *plan.cells()[1:]] for plan in made]
+        console.print_table(f"Memory, of {memory / 2**30:.1f} GiB", [COLUMNS[0], "context", *COLUMNS[1:]], lines)
+
+
+def _largest(wanted: Wanted, model: EsmModel, kind: Kind, context: int, memory: int) -> Throughput | None:
+    from turboesm_cli.formats import FORMATS
+    from turboesm_cli.plan import plans
+    from turboesm_cli.throughput import largest_batch
+
+    every = plans(model.shape, kind.spec, FORMATS[wanted.dtype].dtype, context, memory)
+    planned = next(plan for plan in every if plan.kind == kind.form).batch
+    return largest_batch(model, kind, context, memory, planned) if planned else None
+
+
+def _model_and_codecs(wanted: Wanted) -> tuple[EsmModel, list[CodecSpec]]:
+    """The model in its dtype, and the codecs of --bundle or --recipes, calibrated in float32."""
+    from turboesm_cli.benchmark import calibrated
+    from turboesm_cli.bundle import read_bundle
+    from turboesm_cli.codec import parse_recipe
+    from turboesm_cli.datasets import calibration_path
+    from turboesm_cli.formats import FORMATS
+
+    model = options.open_model(wanted.model, wanted.device)
+    ready = [read_bundle(path) for path in wanted.bundles]
+    for path, bundle in zip(wanted.bundles, ready, strict=True):
+        bundle.check_model(model, path)
+    if not ready:
+        named = {name: parse_recipe(name) for name in filter(None, wanted.recipes.split(","))}
+        proteins = Reading(limit=CALIBRATION_PROTEINS).proteins(str(calibration_path()))
+        with console.progress("calibrating", len(proteins)) as tick:
+            ready = [entry.bundle for entry in calibrated(model, proteins, named, tick)]
+    if not ready:
+        raise InputError("no codec to measure; name a recipe with --recipes or a bundle with --bundle")
+    return model.to(model.device, FORMATS[wanted.dtype].dtype), [bundle.spec for bundle in ready]
+
+
+def _kinds(forms: list[str], specs: list[CodecSpec]) -> list[Kind]:
+    from turboesm_cli.throughput import Kind
+
+    return [Kind.of(form, spec) for form in forms for spec in (specs if form == "packed" else specs[:1])]
+
+
+def _forms(names: str) -> list[str]:
+    from turboesm_cli.plan import KINDS
+
+    forms = list(dict.fromkeys(filter(None, names.split(","))))
+    if not forms or not set(forms) <= set(KINDS):
+        raise InputError(f"--kinds {names}: name some of {', '.join(KINDS)}")
+    return forms
+
+
+def _numbers(text: str) -> list[int]:
+    """Whole numbers from 1 on, by comma. Raises InputError."""
+    parts = list(filter(None, text.split(",")))
+    if not parts or not all(part.isascii() and part.isdigit() and 0 < int(part) < 10**6 for part in parts):
+        raise InputError(f"{text!r}: give whole numbers by comma, such as 1,8,64")
+    return [int(part) for part in parts]

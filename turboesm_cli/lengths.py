@@ -6,6 +6,7 @@ import copy
 from collections.abc import Sequence
 from typing import Self
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -28,8 +29,8 @@ class Ragged:
         self.lengths = torch.zeros(batch, dtype=torch.int32, device=device)
         self.starts = torch.zeros(batch, dtype=torch.int32, device=device)
         self.unmasked = torch.ones(batch, 1, 1, device=device)
-        self._held = torch.zeros(batch, dtype=torch.int64)
-        self._from = torch.zeros(batch, dtype=torch.int64)
+        self._held = np.zeros(batch, dtype=np.int64)
+        self._from = np.zeros(batch, dtype=np.int64)
 
     @property
     def batch(self) -> int:
@@ -58,23 +59,23 @@ class Ragged:
 
     def begin(self, counts: int | Sequence[int]) -> None:
         """Make room for the next tokens of each sequence. Raises ValueError where they do not fit."""
-        more = torch.as_tensor(counts).expand(self.batch)
+        more = np.broadcast_to(counts, self.batch)
         longest = int((self._held + more).max())
         if longest > self.capacity:
             raise ValueError(f"{longest} tokens do not fit in a cache of {self.capacity}")
-        self._from.copy_(self._held)
+        self._from[:] = self._held
         self._held += more
         self.starts.copy_(self.lengths)
-        self.lengths += counts if isinstance(counts, int) else more.to(self.lengths)
+        self.lengths += counts if isinstance(counts, int) else torch.tensor(counts).to(self.lengths)
 
     def replayed(self, count: int = 1) -> None:
         """Count on the host what a CUDA graph did on the device: each sequence has `count` tokens more."""
-        self._from.copy_(self._held)
+        self._from[:] = self._held
         self._held += count
 
     def truncate(self, length: int) -> None:
         """Forget all tokens from `length` on."""
-        self._held.clamp_(max=length)
+        np.minimum(self._held, length, out=self._held)
         self.lengths.clamp_(max=length)
 
     def rewind(self, count: int = 1) -> None:

@@ -38,7 +38,7 @@ class Bits:
               what all codes 0 stand for, and the phases of the centre's score (`phase_map`);
               values [H, bits + 1, d]: what each bit adds to the sum, and what all codes 0 and the centre stand for
     axis      int64 [H, bits]: the axis whose code has a bit there, 0 where none
-    place     int64 [H, bits]: which bit of that code
+    place     uint8 [H, bits]: which bit of that code
     used      uint8 [H, bits]: 1 where there is one
     analysis  float32 [H, d, A], divided by the deviation, 0 where an axis is not coded
     per_step, half, top   float32 [H, 1, A]: code = floor(y per_step + half), 0..top
@@ -90,7 +90,7 @@ class Bits:
         tensors = (
             whole,
             axis,
-            place,
+            place.to(torch.uint8),
             used,
             spec.analysis.cpu() * (coded / spec.deviation.cpu())[:, None],
             1 / step[:, None],
@@ -180,7 +180,8 @@ def _parts(codes: Tensor) -> list[slice]:
 
 def _key_bytes(codes: Tensor) -> Tensor:
     """[B, H, words, T, lanes] -> indices int64 [B, H, nbytes, T]."""
-    return codes.movedim(-1, 3).long().flatten(2, 3)
+    index = codes.movedim(-1, 3).to(torch.int64, memory_format=torch.contiguous_format)
+    return index.flatten(2, 3)
 
 
 def _for_queries(index: Tensor, like: Tensor) -> Tensor:
@@ -241,7 +242,7 @@ def _bytes(code: Tensor, side: PreparedSide) -> Tensor:
     bits, spec = side.bits, side.spec
     assert bits is not None
     index = bits.axis[:, None].expand(*code.shape[:3], -1)
-    found = (code.to(torch.uint8).gather(-1, index) >> bits.place[:, None].to(torch.uint8)) & bits.used[:, None]
+    found = (code.to(torch.uint8).gather(-1, index) >> bits.place[:, None]) & bits.used[:, None]
     packed = (found.unflatten(-1, (-1, BYTE)).float() @ _powers(code.device)).to(torch.uint8)
     if spec.side == "v":
         return packed.transpose(2, 3).contiguous()

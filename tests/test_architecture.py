@@ -48,6 +48,8 @@ WITHOUT_TORCH = {
     "errors",
     "files",
     "console",
+    "identity",
+    "journal",
     "sequences",
     "results",
     "figures",

@@ -135,6 +135,16 @@ def test_a_run_without_units_leaves_nothing(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_folder_that_was_there_keeps_what_is_not_ours(tmp_path: Path) -> None:
+    folder = work_folder(tmp_path / "out")
+    folder.mkdir()
+    (folder / "notes.txt").write_text("mine")
+    with saved_work(tmp_path / "out", RUN) as work:
+        work.unit("0", lambda: number(1))
+        work.save_total("sum", number(1), last=True)
+    assert [path.name for path in folder.iterdir()] == ["notes.txt"]
+
+
 def test_work_that_can_only_fail_again_is_not_kept(tmp_path: Path) -> None:
     with pytest.raises(InputError) as caught, saved_work(tmp_path / "out", RUN) as work:
         work.unit("0", lambda: number(1))
@@ -262,7 +272,7 @@ def test_what_another_process_was_writing_is_cleared(tmp_path: Path) -> None:
     stop_after(path, 1)
     (work_folder(path) / ".turboesm-x.part").write_text("half")
     with pytest.raises(KeyboardInterrupt), saved_work(path, RUN):
-        assert not list(work_folder(path).glob(".*.part"))
+        assert not list(work_folder(path).glob(".turboesm-*.part"))
         raise KeyboardInterrupt
 
 

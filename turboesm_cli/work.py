@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -33,6 +32,7 @@ TOTALS_SHARE = 0.2
 """About how much of the time may go into saving totals: where they are large, not every unit saves them."""
 
 RUN = "run"
+_PARTS = ".turboesm-*.part"
 
 
 _HOPELESS = (InputError, ModelError, BundleError)
@@ -176,11 +176,19 @@ def saved_work(path: Path, run: Mapping[str, str], force: bool = False) -> Itera
             with contextlib.suppress(OSError):
                 work.close()
             if not kept:
-                shutil.rmtree(folder, ignore_errors=True)
+                _clear(folder)
+
+
+def _clear(folder: Path) -> None:
+    """Remove what is ours, and the folder unless something else is in it."""
+    with contextlib.suppress(OSError):
+        for path in (folder / "journal", *folder.glob("*.total"), *folder.glob(_PARTS), folder / "lock"):
+            path.unlink(missing_ok=True)
+        folder.rmdir()
 
 
 def _opened(folder: Path, run: Mapping[str, str], force: bool) -> SavedWork:
-    for stale in folder.glob(".*.part"):
+    for stale in folder.glob(_PARTS):
         stale.unlink()
     work = SavedWork(folder)
     try:

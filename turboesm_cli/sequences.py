@@ -1,7 +1,7 @@
 """FASTA → checked protein records → tokens of ESM-2.
 
-`read_fasta` streams: it holds one piece of a line and one record at a time, and beyond that only the
-identifiers and the report. What it meets, and what it then does:
+`read_fasta` streams: it holds one piece of a line and one record at a time, and beyond that only hashes of the
+identifiers (24 bytes each at most) and the report. What it meets, and what it then does:
 
 | met                                                      | done                                          |
 |----------------------------------------------------------|-----------------------------------------------|
@@ -53,6 +53,7 @@ from turboesm_cli.files import atomic_output, check_output
 from turboesm_cli.records import NUCLEOTIDES, Record, only_nucleotides, records
 from turboesm_cli.records import RECORD_CAP as RECORD_CAP
 from turboesm_cli.records import Mend as Mend
+from turboesm_cli.seen import Seen
 from turboesm_cli.sources import opened, pieces
 from turboesm_cli.tokens import CLS as CLS
 from turboesm_cli.tokens import EOS as EOS
@@ -202,7 +203,8 @@ class _Sieve:
         self._source = source
         self._policy = policy
         self._report = report
-        self._suffixes: dict[str, int] = {}  # identifiers given so far → the last suffix given to it
+        self._given = Seen()  # identifiers
+        self._suffixes: dict[str, int] = {}  # identifiers met more than once → the last suffix given to it
         self._nucleotide_records = 0  # with which the source began
         self._nucleotide_residues = 0
         self._accepted = False
@@ -294,13 +296,13 @@ class _Sieve:
 
     def _unique(self, record: Record, accession: str) -> str:
         """Return `accession`, or where it was given before the first `accession.N` that was not."""
-        if accession not in self._suffixes:
-            self._suffixes[accession] = 1
+        if accession not in self._given:
+            self._given.add(accession)
             return accession
         record.mends.setdefault(Mend.DUPLICATE, record.line)
-        suffix = self._suffixes[accession] + 1
-        while f"{accession}.{suffix}" in self._suffixes:
+        suffix = self._suffixes.get(accession, 1) + 1
+        while f"{accession}.{suffix}" in self._given:
             suffix += 1
         self._suffixes[accession] = suffix
-        self._suffixes[f"{accession}.{suffix}"] = 1
+        self._given.add(f"{accession}.{suffix}")
         return f"{accession}.{suffix}"

@@ -18,7 +18,7 @@ DATA = ROOT / "data"
 # Each module may import those before it, its own line included, and the leaves.
 LEAVES = {"__init__", "errors", "files", "metrics", "running", "timing", "console", "datasets", "identity"}
 STAGES = [
-    {"journal", "seen", "tokens"},
+    {"journal", "rejects", "seen", "tokens"},
     {"sources"},
     {"records"},
     {"archive", "quantizer", "results", "sequences", "work"},

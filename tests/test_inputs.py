@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pytest
-from test_bundle import FORGERIES, ZIPS, rewrite, with_zip
+from test_bundle import FORGERIES, ZIPS, in_manifest, rewrite, with_zip
 from typer.testing import CliRunner, Result
 
 from turboesm_cli.app import app
@@ -305,6 +305,15 @@ def test_cut_off_caches(share: float, command: str, place: Place) -> None:
     arguments = ["report", "out.tqkv"] if command == "report" else []
     result = place.runner.invoke(app, arguments) if arguments else place.run("decode", "out.tqkv")
     check_stopped(result, place, 5, "out.tqkv", "out.tqkv")
+
+
+def test_text_of_a_file_does_not_steer_the_terminal(place: Place) -> None:
+    bad = place.folder.parent / "bad.tqz"
+    bad.write_bytes(place.bundle.read_bytes())
+    with_zip(bad, lambda members: in_manifest(members, format="\x1b[2J\x07evil"))
+    result = place.runner.invoke(app, ["report", str(bad)])
+    check_stopped(result, place, 5, "evil")
+    assert "\x1b" not in result.stderr and "\x07" not in result.stderr
 
 
 def test_a_bundle_for_another_model_names_both(

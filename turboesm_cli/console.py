@@ -54,14 +54,24 @@ def log(message: str) -> None:
             stream.flush()
 
 
+UNPRINTABLE = "\N{REPLACEMENT CHARACTER}"
+
+
+def _shown(text: str) -> str:
+    """Text from files may hold anything, but not steer the terminal."""
+    return "".join(letter if letter.isprintable() or letter == "\n" else UNPRINTABLE for letter in text)
+
+
 def say(message: str) -> None:
     """Print a line of talk to stderr."""
+    message = _shown(message)
     log(message)
     err.print(message, markup=False, emoji=False)
 
 
 def warn(message: str) -> None:
     """Print a warning to stderr."""
+    message = _shown(message)
     log(f"warning: {message}")
     err.print("[yellow]warning:[/yellow]", end=" ")
     err.print(message, markup=False, emoji=False)
@@ -69,7 +79,7 @@ def warn(message: str) -> None:
 
 def fail(message: str) -> None:
     """Print an error to stderr, on one line."""
-    line = " ".join(message.split())
+    line = _shown(" ".join(message.split()))
     log(f"error: {line}")
     err.print("[red]error:[/red]", end=" ")
     err.print(line, markup=False, emoji=False)
@@ -83,11 +93,11 @@ def print_json(value: Any) -> None:
 
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """Print a table on stdout; the first column is left-aligned, the rest right-aligned."""
-    table = Table(title=Text(title), title_justify="left")
+    table = Table(title=Text(_shown(title)), title_justify="left")
     for index, column in enumerate(columns):
         table.add_column(column, justify="left" if index == 0 else "right", overflow="fold")
     for row in rows:
-        table.add_row(*(Text(cell) for cell in row))  # a cell is text, whatever brackets it holds
+        table.add_row(*(Text(_shown(cell)) for cell in row))  # a cell is text, whatever brackets it holds
     Console(highlight=False, width=None if sys.stdout.isatty() else 160).print(table)
 
 

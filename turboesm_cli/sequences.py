@@ -48,11 +48,12 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
 
-from turboesm_cli.errors import InputError, OutputError
-from turboesm_cli.files import atomic_output, check_output
+from turboesm_cli.errors import InputError
+from turboesm_cli.files import atomic_output
 from turboesm_cli.records import NUCLEOTIDES, Record, only_nucleotides, records
 from turboesm_cli.records import RECORD_CAP as RECORD_CAP
 from turboesm_cli.records import Mend as Mend
+from turboesm_cli.rejects import Reject as Reject
 from turboesm_cli.seen import Seen
 from turboesm_cli.sources import opened, pieces
 from turboesm_cli.tokens import CLS as CLS
@@ -108,17 +109,6 @@ class ReadPolicy:
             raise InputError(f"max_residues is {self.max_residues}; give at least 1")
 
 
-@dataclass(frozen=True)
-class Reject:
-    """A record that was skipped, and why."""
-
-    source: str
-    record: int
-    line: int
-    accession: str
-    reason: str
-
-
 @dataclass
 class ReadReport:
     """What `read_fasta` did, filled while it runs; one report may serve several files."""
@@ -166,33 +156,6 @@ def write_fasta(path: Path, proteins: Iterable[Protein], width: int = 80) -> Non
         for protein in proteins:
             stream.write(f">{protein.accession} {protein.description}".rstrip() + "\n")
             stream.writelines(line + "\n" for line in slices(protein.sequence, width))
-
-
-REJECTS_HEADER = "accession\trecord\tline\treason\tsource\n"
-
-
-def check_rejects(path: Path) -> None:
-    """Raise OutputError where `path` is something else than a table of rejects, which may be replaced."""
-    check_output(path, force=True)
-    try:
-        other = path.exists() and path.stat().st_size and not path.read_bytes().startswith(REJECTS_HEADER.encode())
-    except OSError as error:
-        raise OutputError(f"cannot write {path}: {error.strerror}; choose another path for --rejects") from error
-    if other:
-        raise OutputError(f"{path} exists and is no table of rejects; choose another path for --rejects")
-
-
-def write_rejects(path: Path, rejects: Iterable[Reject]) -> None:
-    """Write a table of skipped records, whole or not at all. Raises OutputError."""
-    with atomic_output(path) as partial, partial.open("w", encoding="utf-8", newline="\n") as stream:
-        stream.write(REJECTS_HEADER)
-        for reject in rejects:
-            cells = (reject.accession, reject.record, reject.line, reject.reason, reject.source)
-            stream.write("\t".join(_cell(cell) for cell in cells) + "\n")
-
-
-def _cell(value: object) -> str:
-    return "".join(letter if letter.isprintable() else " " for letter in str(value))
 
 
 class _Sieve:

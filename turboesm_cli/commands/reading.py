@@ -10,16 +10,14 @@ from pathlib import Path
 
 from turboesm_cli import console
 from turboesm_cli.errors import InputError
+from turboesm_cli.rejects import Reject, check_rejects, write_rejects
 from turboesm_cli.sequences import (
     MAX_RESIDUES,
     LongPolicy,
     Protein,
     ReadPolicy,
     ReadReport,
-    Reject,
-    check_rejects,
     read_fasta,
-    write_rejects,
 )
 
 SHOWN = 20

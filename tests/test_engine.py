@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from numbered import in_order
 from torch import Tensor
 
 from turboesm_cli import decode, engine
@@ -36,11 +37,6 @@ ROUNDING = 2e-6
 """Angles and scales are float32, whose last bit depends on how many are computed at once."""
 KINDS = [*FORMATS, "packed flat", "packed auto", "packed paper"]
 NewCache = Callable[[int, int], engine.AnyCache]
-
-
-def in_order(results: Iterable[tuple[int, Tensor]]) -> list[Tensor]:
-    """Results by the numbers of their jobs."""
-    return [found for _, found in sorted(results, key=lambda item: item[0])]
 
 
 def cache_maker(model: EsmModel, specs: dict[str, CodecSpec], kind: str) -> NewCache:

@@ -200,11 +200,6 @@ def _bit_table(device: torch.device, dtype: torch.dtype) -> Tensor:
     return ((values >> torch.arange(BYTE, device=device)[:, None]) & 1).to(dtype)
 
 
-def _bias(q: Tensor, constant: Tensor, rope: Rope) -> Tensor:
-    """<q, R_j constant> at each position j, [B, H, Q, T]; constant [H, d]."""
-    return q @ phase_map(constant.to(q.dtype)) @ rope.half.to(q.dtype)
-
-
 def compress(x: Tensor, side: PreparedSide, rope: Rope | None = None) -> Packed:
     """`reference.compress` of x float [B, H, n, d] for a uniform grid, in few operations; `side` has `bits`."""
     spec, bits = side.spec, side.bits
@@ -284,8 +279,7 @@ def attend_tokens(
     """Attention of q [B, H, Q, d] (scaled, after RoPE) over tokens of which only the kind is kept; result like q.
 
     ids uint8 [B, T] of tokens at positions 0.., unmasked float32 [B], rope [T' >= T, d], lengths int [B] or None.
-    Scores of every kind at every position are one product; softmax's weights are added up by kind. A GPU does that
-    token by token in a kernel of its own (`tokens.py`).
+    Softmax's weights are added up by kind. A GPU does that in a kernel of its own (`tokens.py`).
     """
     if q.is_cuda and q.shape[2] == 1 and lengths is not None:
         from turboesm_kernels import tokens
@@ -297,16 +291,21 @@ def attend_tokens(
 def _attend_kinds(
     q: Tensor, ids: Tensor, tables: TokenTables, factors: Tensor, rope: Rope, lengths: Tensor | None
 ) -> Tensor:
-    tokens = ids.shape[1]
-    first, second = (q[:, :, :, None] * factors[:, None, None, :, None]).chunk(2, -1)  # [B, H, Q, N, d/2]
-    k_first, k_second = tables.k[:, None].chunk(2, -1)
+    """<q, R_j key> = <phases of the key's kind, the angles of j>: one row of phases is copied for each token."""
+    (batch, heads, queries, dim), (tokens, kinds) = q.shape, (ids.shape[1], factors.shape[1])
+    keys = factors[:, None, :, None] * tables.k + tables.k_const[:, None]  # [B, H, N, d]
+    (first, second), (k_first, k_second) = q[:, :, :, None].chunk(2, -1), keys[:, :, None].chunk(2, -1)
     phases = torch.cat((first * k_first + second * k_second, second * k_first - first * k_second), -1)
-    scores = phases @ rope.half[:, :tokens].to(q.dtype)
-    index = ids.long()[:, None, None, None].expand(*q.shape[:3], 1, tokens)
-    found = scores.gather(3, index)[:, :, :, 0] + _bias(q, tables.k_const, rope)[..., :tokens]
+    table = phases.permute(0, 3, 1, 2, 4).reshape(batch * kinds, heads * queries * dim)
+    index = ids.long()
+    rows = table[(index + kinds * torch.arange(batch, device=q.device)[:, None]).flatten()]
+    angles = rope.half.mT[:tokens].to(q.dtype)
+    found = (rows.view(batch, tokens, heads * queries, dim) * angles[:, None]).sum(-1)
+    found = found.mT.unflatten(1, (heads, queries))
     if lengths is not None:
         beyond = torch.arange(tokens, device=q.device) >= lengths[:, None, None, None]
         found = found.masked_fill(beyond, -torch.inf)
     weights = found.softmax(-1)
-    kinds = weights.new_zeros((*q.shape[:3], factors.shape[1])).scatter_add_(-1, index[:, :, :, 0], weights)
-    return (kinds * factors[:, None, None]) @ tables.v + tables.v_const[:, None]
+    by_kind = weights.new_zeros((batch, heads, queries, kinds))
+    by_kind.scatter_add_(-1, index[:, None, None].expand(weights.shape), weights)
+    return (by_kind * factors[:, None, None]) @ tables.v + tables.v_const[:, None]

@@ -110,7 +110,10 @@ class PackedCache(Ragged):
     def begin(self, counts: int | Sequence[int]) -> None:
         """Make room for the next tokens of each sequence."""
         super().begin(counts)
-        torch.sub(self.starts, self._sinks, out=self._packed_starts).clamp_(min=0)
+        first = torch.sub(self.starts, self._sinks, out=self._packed_starts).clamp_(min=0)
+        rope = self._packed_rope
+        if not first.is_cuda and len(rope.cos):
+            self._angles = Rope(rope.cos[first][:, None, None], rope.sin[first][:, None, None])
 
     def append(self, layer: int, k: Tensor, v: Tensor, tokens: Tensor) -> None:
         """Pack keys and values [B, H, T, d] of the tokens int64 [B, T] that were begun."""
@@ -126,7 +129,11 @@ class PackedCache(Ragged):
                 k, v = (x[:, :, max(0, sinks - start) :] for x in (k, v))
         if k.shape[2] and store.room:
             first = max(0, start - sinks) if isinstance(start, int) else self._packed_starts
-            ops.append(k, v, prepared, self._held_by(layer), first, self._backend)
+            pair = self._codec.pairs[layer] if self._backend is None and first is self._packed_starts else None
+            if pair is None:
+                ops.append(k, v, prepared, self._held_by(layer), first, self._backend)
+            else:
+                store.put(*pair.compress(k, v, self._angles), self._packed_starts)
 
     def attend(self, layer: int, q: Tensor) -> Tensor:
         """Attention of q [B, H, Q, d] over all that `layer` holds."""
@@ -209,19 +216,22 @@ def dense_bytes_per_sequence(spec: CodecSpec, tokens: int, dtype: torch.dtype) -
 
 @dataclass(frozen=True)
 class _Prepared:
-    """A model's codec, ready for the kernels; `tokens` serves the layers that are None."""
+    """A model's codec, ready for the kernels; `tokens` serves the layers that are None, `pairs` a CPU."""
 
     model: EsmModel
     spec: CodecSpec
     layers: list[PreparedLayer | None]
     tokens: lookup.TokenTables
+    pairs: list[lookup.Pair | None]
 
 
 @lru_cache(maxsize=4)
 def _prepare(model: EsmModel, spec: CodecSpec) -> _Prepared:
     spec = on_device(spec, model.device)
     layers = [None if layer is None else PreparedLayer.of(layer.k, layer.v) for layer in spec.layers]
-    return _Prepared(model, spec, layers, decode.token_tables(model))
+    on_cpu = model.device.type == "cpu"
+    pairs = [lookup.Pair.of(layer.k, layer.v) if layer and on_cpu else None for layer in layers]
+    return _Prepared(model, spec, layers, decode.token_tables(model), pairs)
 
 
 def _room(capacity: int, device: torch.device) -> int:
@@ -288,6 +298,13 @@ class _LayerStore:
 
     def packed(self, name: str) -> Packed:
         return Packed(self.tensors[f"{name}.codes"], self.tensors.get(f"{name}.scales"))
+
+    def put(self, k: Packed, v: Packed, start: Tensor) -> None:
+        """One packed token of each sequence, where `start` int [B] says."""
+        for name, found in (("k", k), ("v", v)):
+            put(self.tensors[f"{name}.codes"], found.codes, start, 3)
+            if found.scales is not None:
+                put(self.tensors[f"{name}.scales"], found.scales, start, 2)
 
     def put_sinks(self, k: Tensor, v: Tensor, start: int | Tensor) -> None:
         """Keep what of k, v [B, H, T, d] from token `start` on are sinks."""

@@ -11,7 +11,7 @@ bit. A byte is looked up once and never unpacked: for `B` bytes a vector that is
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import TYPE_CHECKING
 
@@ -202,46 +202,98 @@ def _bit_table(device: torch.device, dtype: torch.dtype) -> Tensor:
 
 def compress(x: Tensor, side: PreparedSide, rope: Rope | None = None) -> Packed:
     """`reference.compress` of x float [B, H, n, d] for a uniform grid, in few operations; `side` has `bits`."""
-    spec, bits = side.spec, side.bits
+    bits = side.bits
     assert bits is not None
+    found, scales = _coded(x.float() - _centre(side, bits, rope), bits, side.spec.scale)
+    return Packed(_in_memory_order(found, side), scales)
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A layer's two sides with their `Bits` stacked, so that a token's key and value are packed together.
+
+    bits  of both: tensors [2, 1, H, ...], the bits of the shorter code padded with unused ones
+    """
+
+    k: PreparedSide
+    v: PreparedSide
+    bits: Bits
+
+    @classmethod
+    def of(cls, k: PreparedSide, v: PreparedSide) -> Pair | None:
+        """None where a side is not on a uniform grid, or their scales are of different kinds."""
+        if k.bits is None or v.bits is None or k.spec.scale != v.spec.scale:
+            return None
+        most = max(k.bits.axis.shape[1], v.bits.axis.shape[1])
+        by_bit = {
+            name: [torch.nn.functional.pad(x, (0, most - x.shape[1])) for x in _both(k.bits, v.bits, name)]
+            for name in ("axis", "place", "used")
+        }
+        names = ("analysis", "per_step", "half", "top", "level", "zero", "deviation", "norm")
+        alike = {name: _both(k.bits, v.bits, name) for name in names}
+        stacked = {name: torch.stack(tensors)[:, None] for name, tensors in (by_bit | alike).items()}
+        return cls(k, v, replace(k.bits, **stacked))
+
+    def compress(self, k: Tensor, v: Tensor, rope: Rope) -> tuple[Packed, Packed]:
+        """`compress` of keys and values float [B, H, n, d] at the positions of `rope`."""
+        assert self.k.bits is not None and self.v.bits is not None
+        keys = k.float() - _centre(self.k, self.k.bits, rope)
+        values = v.float() - _centre(self.v, self.v.bits, None)
+        found, scales = _coded(torch.stack((keys, values)), self.bits, self.k.spec.scale)
+        own = (None, None) if scales is None else scales
+        parts = (
+            Packed(_in_memory_order(codes[..., : side.spec.nbytes], side), scale)
+            for codes, side, scale in zip(found, (self.k, self.v), own, strict=True)
+        )
+        keys_packed, values_packed = parts
+        return keys_packed, values_packed
+
+
+def _both(k: Bits, v: Bits, name: str) -> list[Tensor]:
+    return [getattr(k, name), getattr(v, name)]
+
+
+def _centre(side: PreparedSide, bits: Bits, rope: Rope | None) -> Tensor:
     centre = side.centre[:, None]
-    if spec.side == "k":
-        if rope is None:
-            raise ValueError("keys need their positions")
-        centre = torch.addcmul(centre * rope.cos, bits.turned, rope.sin)
-    y = (x.float() - centre).float() @ bits.analysis
+    if side.spec.side == "v":
+        return centre
+    if rope is None:
+        raise ValueError("keys need their positions")
+    return torch.addcmul(centre * rope.cos, bits.turned, rope.sin)
+
+
+def _coded(x: Tensor, bits: Bits, scale: str) -> tuple[Tensor, Tensor | None]:
+    """Bytes uint8 [..., H, n, nbytes] and scale bytes [..., H, n] of centred vectors [..., H, n, d]."""
+    y = x.float() @ bits.analysis
     norm = None
-    if spec.scale != "none":
+    if scale != "none":
         norm = torch.linalg.vector_norm(y, dim=-1, keepdim=True) * bits.norm
-        if spec.scale == "least-squares":
+        if scale == "least-squares":
             norm = norm.add_(y.abs().amax(-1, keepdim=True), alpha=0.25)
         norm = norm.clamp_min_(1e-12)
     code = torch.addcmul(bits.half, y if norm is None else y / norm, bits.per_step).floor_()
     code = torch.minimum(code, bits.top).clamp_min_(0)
-    return Packed(_bytes(code, side), _scale_bytes(y, code, norm, side))
+    index = bits.axis[..., None, :].expand(*code.shape[:-1], -1)
+    found = code.to(torch.uint8).gather(-1, index).bitwise_right_shift_(bits.place[..., None, :])
+    found = found.bitwise_and_(bits.used[..., None, :])
+    packed = (found.unflatten(-1, (-1, BYTE)).float() @ _powers(code.device)).to(torch.uint8)
+    return packed, _scale_bytes(y, code, norm, bits, scale)
 
 
-def _scale_bytes(y: Tensor, code: Tensor, norm: Tensor | None, side: PreparedSide) -> Tensor | None:
+def _scale_bytes(y: Tensor, code: Tensor, norm: Tensor | None, bits: Bits, scale: str) -> Tensor | None:
     if norm is None:
         return None
-    if side.spec.scale == "norm":
+    if scale == "norm":
         return scale_to_byte(norm[..., 0])
-    bits = side.bits
-    assert bits is not None
     guess = code * bits.level - bits.zero
     return scale_to_byte((y * bits.deviation * guess).sum(-1) / guess.square().sum(-1).clamp_min(1e-30))
 
 
-def _bytes(code: Tensor, side: PreparedSide) -> Tensor:
-    """Codes [B, H, n, A] -> `Packed.codes`."""
-    bits, spec = side.bits, side.spec
-    assert bits is not None
-    index = bits.axis[:, None].expand(*code.shape[:3], -1)
-    found = (code.to(torch.uint8).gather(-1, index) >> bits.place[:, None]) & bits.used[:, None]
-    packed = (found.unflatten(-1, (-1, BYTE)).float() @ _powers(code.device)).to(torch.uint8)
-    if spec.side == "v":
-        return packed.transpose(2, 3).contiguous()
-    return packed.unflatten(-1, (-1, spec.lanes)).transpose(2, 3).contiguous()
+def _in_memory_order(packed: Tensor, side: PreparedSide) -> Tensor:
+    """Bytes [B, H, n, nbytes] -> `Packed.codes`."""
+    if side.spec.side == "v":
+        return packed.transpose(2, 3)
+    return packed.unflatten(-1, (-1, side.spec.lanes)).transpose(2, 3)
 
 
 @cache

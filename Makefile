@@ -1,6 +1,6 @@
 # make demo   set up and run the whole pipeline on the embedded model and the bundled proteins
 # make test   set up and run the tests
-# make fuzz   search for inputs that break the readers, SECONDS of each kind
+# make fuzz   search for inputs that break the readers, FUZZ_SECONDS of each kind
 # make killtest   kill each long command 50 times and resume it
 # On a machine without a GPU, a smaller torch: make setup PIP_FLAGS="--extra-index-url https://download.pytorch.org/whl/cpu"
 
@@ -9,7 +9,7 @@ VENV ?= .venv
 PIP_FLAGS ?=
 DEMO ?= full
 OUT ?= demo
-SECONDS ?= 600
+FUZZ_SECONDS ?= 600
 KILLS ?= 50
 FUZZ := $(VENV)/fuzz
 
@@ -55,7 +55,7 @@ fuzz: setup
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[fuzz]"
 	for target in fasta archive; do \
 	  mkdir -p $(FUZZ)/$$target && (cd $(FUZZ)/$$target && $(CURDIR)/$(BIN)/python $(CURDIR)/tests/fuzz/run.py $$target \
-	    -max_total_time=$(SECONDS) -rss_limit_mb=8192 -verbosity=0 .) || exit 1; \
+	    -max_total_time=$(FUZZ_SECONDS) -rss_limit_mb=8192 -verbosity=0 .) || exit 1; \
 	done
 
 killtest: setup

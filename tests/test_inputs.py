@@ -270,6 +270,13 @@ def test_the_log_has_what_stderr_had(place: Place) -> None:
             assert line in log
 
 
+def test_the_log_of_a_wrong_command_line_is_short(place: Place) -> None:
+    command = [sys.executable, "-m", "turboesm_cli.app", "--log", "run.log", "quantize", "--fish"]
+    assert subprocess.run(command, capture_output=True).returncode == 2
+    log = (place.folder / "run.log").read_text()
+    assert "--fish" in log and "Traceback" not in log and len(log.splitlines()) == 2
+
+
 def test_a_log_that_cannot_be_written_is_an_output_error(place: Place) -> None:
     check_stopped(
         place.runner.invoke(app, ["--log", "/none/x", "report", "x.csv"]), place, 7, "cannot write the log"

@@ -45,7 +45,8 @@ class _Commands(typer.core.TyperGroup):
         except BaseException as error:
             known = _known(error)
             if known is None or (_debugging(ctx) and isinstance(error, Exception)):
-                console.log("".join(traceback.format_exception(error)))
+                is_of_typer = hasattr(error, "exit_code")  # a wrong command line, --help
+                console.log(f"stopped: {error}" if is_of_typer else "".join(traceback.format_exception(error)))
                 raise
             message, code = known
             console.fail("; ".join([message, *getattr(error, "__notes__", ())]))

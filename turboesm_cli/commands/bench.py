@@ -120,7 +120,7 @@ def bench(
     learned = _calibration(replace(reading, limit=max_calibration, max_residues=MAX_RESIDUES), calibration)
     chosen = recipes or "paper,flat,auto@2,auto"
     described = {
-        "families": list(sets),
+        "families": ", ".join(f"{len(few)} of {family}" for family, few in sets.items()),
         "measured": "ablation" if ablate else ", ".join(_sources(chosen, bundle)),
         "dtype": dtype,
     }

@@ -71,7 +71,7 @@ def test_the_whole_pipeline(run: Run, home: Path, bundle: Path, tiny_path: Path)
     from_fasta = run("decode", str(bundle), PEPTIDES, *few, "-o", "d.csv", *model)
     assert from_file.returncode == 0, from_file.stderr
     assert from_file.stdout == from_fasta.stdout
-    bench = ("--families", "peptide,tm", "--recipes", "paper,flat@4", "--max-calibration", "12")
+    bench = ("--families", "peptide,tm", "--recipes", "paper,flat@4,fp16,int8,fp8", "--max-calibration", "12")
     measured = run("bench", *bench, *few, "-o", "b.csv", *model)
     assert measured.returncode == 0, measured.stderr
     assert "paper K4 V3" in measured.stdout and "flat K4 V4" in measured.stdout
@@ -79,6 +79,21 @@ def test_the_whole_pipeline(run: Run, home: Path, bundle: Path, tiny_path: Path)
     page = (home / "r.html").read_text()
     assert "<svg" in page and "flat" in page
     rows = list(csv.DictReader((home / "b.csv").open()))
+    errors = {
+        row["recipe"]: float(row["value"])
+        for row in rows
+        if (row["protocol"], row["metric"], row["family"]) == ("decode", "error", "all")
+    }
+    assert 0 < errors["fp16"] < errors["int8"] < errors["fp8"] and set(errors) == {
+        "paper", "flat", "fp16", "int8", "fp8",
+    }  # fmt: skip
+    assert "int8" in measured.stdout and "fp8" in measured.stdout
+    held = {
+        row["recipe"]: float(row["value"])
+        for row in rows
+        if (row["protocol"], row["metric"], row["tokens"]) == ("memory", "ratio_fp32", "1024")
+    }
+    assert held["fp8"] == 4 and held["int8"] == 32 / 9  # heads of 16: a scale of 2 bytes each
     protocols = {row["protocol"] for row in rows}
     assert protocols == {"decode", "drift", "layer", "paper", "paper_heads", "memory", "time"}
     columns = "model,recipe,bits_k,bits_v,family,protocol,metric,value,unit,n,device,dtype,seed,version,commit"

@@ -15,7 +15,7 @@ from turboesm_cli import decode, engine
 from turboesm_cli.bundle import Bundle
 from turboesm_cli.cache import PackedCache
 from turboesm_cli.calibration import calibrate
-from turboesm_cli.codec import RECIPES, CodecSpec
+from turboesm_cli.codec import RECIPES, CodecSpec, parse_recipe
 from turboesm_cli.commands.decode import _Run
 from turboesm_cli.dense import DenseCache
 from turboesm_cli.engine import Batch, Job, Stepper
@@ -311,3 +311,33 @@ def test_sampling_follows_the_distribution() -> None:
     assert set(nucleus.tolist()) == {5, 6}
     assert set(sample(logits.expand(20_000, -1), chances, Sampling(temperature=0.0)).tolist()) == {5}
     assert set(sample(logits.expand(20_000, -1), chances, Sampling(top_p=0.0)).tolist()) == {5}
+
+
+@pytest.mark.parametrize("recipe", ["flat", "auto", "auto@4", "waterfill@4"])
+def test_keys_and_values_packed_together_as_apart(
+    tiny: EsmModel, calibration_proteins: list[Protein], recipe: str
+) -> None:
+    from turboesm_kernels import lookup
+    from turboesm_kernels.prepared import PreparedSide
+
+    spec = calibrate(tiny, calibration_proteins[:12], parse_recipe(recipe)).spec
+    generator = torch.Generator().manual_seed(0)
+    for layer in filter(None, spec.layers):
+        k, v = torch.randn(2, 5, spec.heads, 1, spec.head_dim, generator=generator)
+        prepared = PreparedSide.of(layer.k), PreparedSide.of(layer.v)
+        uniform = [side.bits is not None for side in prepared]
+        assert all(uniform) or recipe == "flat"  # 8-bit grids are recognised too, see the widths below
+        pair = lookup.Pair.of(*prepared)
+        assert (pair is not None) == all(uniform)
+        if pair is None:
+            continue
+        rope = decode.rope_at(tiny, 3, 1)
+        together = pair.compress(k, v, rope)
+        apart = lookup.compress(k, prepared[0], rope), lookup.compress(v, prepared[1])
+        for a, b in zip(together, apart, strict=True):
+            assert a.codes.shape == b.codes.shape
+            assert a.codes.ne(b.codes).double().mean() < 0.01
+            assert a.scales is not None and b.scales is not None
+            assert (a.scales.int() - b.scales.int()).abs().max() <= 1
+    sides = [side for layer in spec.layers if layer for side in (layer.k, layer.v)]
+    assert recipe != "auto@4" or 8 in {width for side in sides for p in side.profiles for width in p.widths}

@@ -170,7 +170,7 @@ def test_running_out_of_memory_halves_the_batch(wide: EsmModel, wide_spec: Codec
 
 
 @pytest.mark.parametrize("kind", ["fp16", "fp8", "packed"])
-def test_throughput_in_bfloat16(wide: EsmModel, wide_spec: CodecSpec, kind: str) -> None:
+def test_throughput_in_bfloat16(kind: str) -> None:
     model = load_model("random:esm2_t6_8M", "cuda", torch.bfloat16)
     spec = calibrate(load_model("random:esm2_t6_8M", "cuda"), _random_proteins(), RECIPES["flat"]).spec
     found = measure(model, Kind.of(kind, spec), Load(3, 64), repeats=3)

@@ -14,9 +14,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from turboesm_kernels import lookup, ops, reference
+from turboesm_kernels import kinds, ops, reference
 from turboesm_kernels.ops import BackendError, Held
-from turboesm_kernels.prepared import PreparedSide
+from turboesm_kernels.prepared import PreparedSide, grid_steps
 from turboesm_kernels.reference import Packed, Rope
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -260,13 +260,13 @@ def check_tokens(
     from turboesm_kernels import tokens
 
     generator = torch.Generator().manual_seed(dim + length)
-    kinds, heads, lengths = 33, 3, torch.tensor([length, max(1, length - 5)])
-    k, v = torch.randn(2, heads, kinds, dim, generator=generator)
+    count, heads, lengths = 33, 3, torch.tensor([length, max(1, length - 5)])
+    k, v = torch.randn(2, heads, count, dim, generator=generator)
     k_const, v_const = torch.randn(2, heads, dim, generator=generator)
-    sigma = torch.rand(kinds, generator=generator)
-    tables = lookup.TokenTables(k, v, k_const, v_const, sigma, 1e-5, drops)
+    sigma = torch.rand(count, generator=generator)
+    tables = kinds.TokenTables(k, v, k_const, v_const, sigma, 1e-5, drops)
     q = torch.randn(2, heads, 1, dim, generator=generator).to(dtype)
-    ids = torch.randint(kinds, (2, length + 2), generator=generator).to(torch.uint8)
+    ids = torch.randint(count, (2, length + 2), generator=generator).to(torch.uint8)
     unmasked = torch.tensor([1.0, 0.7])
     rope = Rope.at(torch.arange(length + 2), 10000 ** (-torch.arange(0, dim, 2) / dim))
     s = sigma / (unmasked if drops else torch.ones(2))[:, None]
@@ -275,7 +275,7 @@ def check_tokens(
     keys = rope.rotate((factor * k + k_const[:, None]).gather(2, index))
     values = (factor * v + v_const[:, None]).gather(2, index)
     expected = reference.attend(q.double(), keys, values, lengths)
-    moved = lookup.TokenTables(*(x.to(device) for x in (k, v, k_const, v_const, sigma)), 1e-5, drops)
+    moved = kinds.TokenTables(*(x.to(device) for x in (k, v, k_const, v_const, sigma)), 1e-5, drops)
     at = Rope(rope.cos.to(device), rope.sin.to(device))
     found = tokens.attend(
         q.to(device), ids.to(device)[:, : length + 1], moved, unmasked.to(device), at, lengths.int().to(device)
@@ -283,7 +283,7 @@ def check_tokens(
     assert found.dtype == dtype
     tolerance = 1e-4 if dtype == torch.float32 else TOLERANCE[dtype]
     assert relative_error(found.cpu(), expected) < tolerance
-    plain = lookup.attend_tokens(q, ids, tables, unmasked, rope, lengths)
+    plain = kinds.attend_tokens(q, ids, tables, unmasked, rope, lengths)
     assert relative_error(plain, expected) < tolerance
 
 
@@ -302,3 +302,15 @@ def test_tokens(dim: int, length: int, drops: bool) -> None:
 @pytest.mark.parametrize(("dim", "length", "drops"), [*TOKENS, (64, 1024, True), (128, 500, True)])
 def test_tokens_on_gpu(dim: int, length: int, drops: bool, dtype: torch.dtype) -> None:
     check_tokens(dim, length, drops, "cuda", dtype)
+
+
+def test_a_grid_is_recognised_through_float32s_rounding() -> None:
+    """Fitted 8-bit levels are off by up to 1.13e-5 steps; a table that is no grid is off by far more."""
+    spec = make_spec("k", Case(dim=64, tokens=1, kind="uniform", bits=4))
+    width = spec.profiles[0].widths[0]
+    at = reference.table_slice(width)
+    steps = (spec.levels[:, at][:, -1] - spec.levels[:, at][:, 0]) / (2**width - 1)
+    for off, is_grid in ((1.2e-5, True), (1e-2, False)):
+        levels = spec.levels.double()
+        levels[:, at][:, 5] += off * steps.double()
+        assert (grid_steps(replace(spec, levels=levels)) is not None) == is_grid

@@ -13,7 +13,7 @@ from typing import Self
 
 import torch
 from torch import Tensor
-from turboesm_kernels import lookup, ops, reference
+from turboesm_kernels import kinds, lookup, ops, reference
 from turboesm_kernels.ops import Held, PreparedLayer, put
 from turboesm_kernels.reference import Packed, Rope, SideSpec
 
@@ -143,7 +143,7 @@ class PackedCache(Ragged):
         prepared, store = self._codec.layers[layer], self._layers[layer]
         if prepared is None:
             tokens, unmasked = store.tokens[:, :reach], self.unmasked.view(-1)
-            return lookup.attend_tokens(q, tokens, self._codec.tokens, unmasked, self._rope, lengths)
+            return kinds.attend_tokens(q, tokens, self._codec.tokens, unmasked, self._rope, lengths)
         return ops.attend(q, self._held_by(layer, reach, lengths), prepared, self._backend)
 
     def keys_values(self, layer: int) -> tuple[Tensor, Tensor]:
@@ -221,7 +221,7 @@ class _Prepared:
     model: EsmModel
     spec: CodecSpec
     layers: list[PreparedLayer | None]
-    tokens: lookup.TokenTables
+    tokens: kinds.TokenTables
     pairs: list[lookup.Pair | None]
 
 

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from esm.modules import gelu
 from torch import Tensor, nn
-from turboesm_kernels import lookup, reference
+from turboesm_kernels import kinds, reference
 from turboesm_kernels.reference import Rope
 
 from turboesm_cli.model import EsmModel
@@ -191,14 +191,14 @@ def token_keys_values(model: EsmModel, unmasked: Tensor) -> tuple[Tensor, Tensor
 
 
 @torch.no_grad()
-def token_tables(model: EsmModel) -> lookup.TokenTables:
+def token_tables(model: EsmModel) -> kinds.TokenTables:
     """Layer 0's keys and values of all kinds of token, in float32 at least.
 
     Token dropout scales an embedding by s; layer norm takes that out again but for its epsilon, which leaves
     s sigma / sqrt(s^2 sigma^2 + epsilon), sigma the embedding's deviation.
     """
-    kinds = torch.arange(len(model.net.embed_tokens.weight), device=model.device)[None]
-    unscaled = _embed(model, kinds, torch.ones(1, 1, 1, device=model.device))[0] / _embedding_scale(model)
+    every = torch.arange(len(model.net.embed_tokens.weight), device=model.device)[None]
+    unscaled = _embed(model, every, torch.ones(1, 1, 1, device=model.device))[0] / _embedding_scale(model)
     embedded = _widened(unscaled)
     centred = embedded - embedded.mean(-1, keepdim=True)
     sigma = centred.square().mean(-1, keepdim=True).sqrt()
@@ -211,7 +211,7 @@ def token_tables(model: EsmModel) -> lookup.TokenTables:
         parts += [kind, (weight @ _widened(norm.bias) + bias).view(model.shape.heads, model.shape.head_dim)]
     k, k_const, v, v_const = parts
     sigma = sigma[:, 0] * _embedding_scale(model)
-    return lookup.TokenTables(k, v, k_const, v_const, sigma, norm.eps, bool(model.net.token_dropout))
+    return kinds.TokenTables(k, v, k_const, v_const, sigma, norm.eps, bool(model.net.token_dropout))
 
 
 def _widened(x: Tensor) -> Tensor:

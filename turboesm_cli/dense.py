@@ -24,6 +24,9 @@ FASTEST = [
 ]
 """Backends of torch's attention, the fastest at one query a sequence first (see `bench --kernels`)."""
 
+MASKED = [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+"""Those that take a mask of any shape."""
+
 
 class DenseCache(Ragged):
     """Keys and values [layers, 2, B, H, capacity, d] in one format.
@@ -85,7 +88,7 @@ class DenseCache(Ragged):
         mask = None
         if not self.is_full:
             mask = (torch.arange(reach, device=q.device) < self.lengths[:, None])[:, None, None]
-        with sdpa_kernel(FASTEST, set_priority=True):
+        with sdpa_kernel(FASTEST if mask is None else MASKED, set_priority=True):
             return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=1.0).to(asked)
 
     def _put(self, into: Tensor, x: Tensor) -> None:

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from turboesm_kernels.lookup import TokenTables
+from turboesm_kernels.kinds import TokenTables
 from turboesm_kernels.ops import padded
 from turboesm_kernels.reference import Rope
 
@@ -79,7 +79,7 @@ def tokens_kernel(
 
 
 def attend(q: Tensor, ids: Tensor, tables: TokenTables, unmasked: Tensor, rope: Rope, lengths: Tensor) -> Tensor:
-    """`lookup.attend_tokens` for one query a sequence, in float32. A sequence of length 0 gets 0.
+    """`kinds.attend_tokens` for one query a sequence, in float32. A sequence of length 0 gets 0.
 
     Nothing is synchronized: safe in a CUDA graph.
     """

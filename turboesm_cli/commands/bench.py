@@ -116,13 +116,14 @@ def bench(
         return
     reading = Reading(rejects=rejects, max_residues=RECORD_CAP)
     sets = _families(reading, families, max_proteins, max_residues)
-    loaded = options.open_model(model, device, dtype=dtype)
+    if dtype != "fp32":
+        raise InputError("--dtype is for --throughput; codecs are fitted and compared in fp32")
+    loaded = options.open_model(model, device)
     learned = _calibration(replace(reading, limit=max_calibration, max_residues=MAX_RESIDUES), calibration)
     chosen = recipes or "paper,flat,auto@2,auto"
     described = {
         "families": ", ".join(f"{len(few)} of {family}" for family, few in sets.items()),
         "measured": "ablation" if ablate else ", ".join(_sources(chosen, bundle)),
-        "dtype": dtype,
     }
     inputs = _digest([learned, *sets.values()])
     with options.unfinished_work(output, force, "bench", loaded, inputs, **described) as work:

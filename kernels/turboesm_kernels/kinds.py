@@ -1,0 +1,72 @@
+"""A layer that keeps the kind of each token alone: ESM-2's first, whose keys and values follow from the token."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from turboesm_kernels.reference import Rope
+
+
+@dataclass(frozen=True)
+class TokenTables:
+    """Keys (before RoPE) and values of a layer that depend on the token alone, N kinds of token:
+
+        key of kind t = f_t k_t + k_const    f_t = s / sqrt(s^2 + epsilon), s = sigma_t / unmasked
+
+    and values likewise; k, v [H, N, d], k_const, v_const [H, d], sigma [N]. `unmasked` is the part of a prompt
+    that is not masked, where the model's token dropout (`drops`) looks at it; else 1.
+    """
+
+    k: Tensor
+    v: Tensor
+    k_const: Tensor
+    v_const: Tensor
+    sigma: Tensor
+    epsilon: float
+    drops: bool
+
+    def factors(self, unmasked: Tensor) -> Tensor:
+        """f [B, N] of prompts whose unmasked part is [B]."""
+        s = self.sigma / (unmasked if self.drops else torch.ones_like(unmasked))[:, None].to(self.sigma.dtype)
+        return s * (s * s + self.epsilon).rsqrt()
+
+
+def attend_tokens(
+    q: Tensor, ids: Tensor, tables: TokenTables, unmasked: Tensor, rope: Rope, lengths: Tensor | None = None
+) -> Tensor:
+    """Attention of q [B, H, Q, d] (scaled, after RoPE) over tokens of which only the kind is kept; result like q.
+
+    ids uint8 [B, T] of tokens at positions 0.., unmasked float32 [B], rope [T' >= T, d], lengths int [B] or None.
+    Softmax's weights are added up by kind. A GPU does that in a kernel of its own (`tokens.py`).
+    """
+    if q.is_cuda and q.shape[2] == 1 and lengths is not None:
+        from turboesm_kernels import tokens
+
+        return tokens.attend(q, ids, tables, unmasked, rope, lengths)
+    return _attend_kinds(q.to(tables.k.dtype), ids, tables, tables.factors(unmasked), rope, lengths).to(q.dtype)
+
+
+def _attend_kinds(
+    q: Tensor, ids: Tensor, tables: TokenTables, factors: Tensor, rope: Rope, lengths: Tensor | None
+) -> Tensor:
+    """<q, R_j key> = <phases of the key's kind, the angles of j>: one row of phases is copied for each token."""
+    (batch, heads, queries, dim), (tokens, kinds) = q.shape, (ids.shape[1], factors.shape[1])
+    keys = factors[:, None, :, None] * tables.k + tables.k_const[:, None]  # [B, H, N, d]
+    (first, second), (k_first, k_second) = q[:, :, :, None].chunk(2, -1), keys[:, :, None].chunk(2, -1)
+    phases = torch.cat((first * k_first + second * k_second, second * k_first - first * k_second), -1)
+    table = phases.permute(0, 3, 1, 2, 4).reshape(batch * kinds, heads * queries * dim)
+    index = ids.long()
+    rows = table[(index + kinds * torch.arange(batch, device=q.device)[:, None]).flatten()]
+    angles = rope.half.mT[:tokens].to(q.dtype)
+    found = (rows.view(batch, tokens, heads * queries, dim) * angles[:, None]).sum(-1)
+    found = found.mT.unflatten(1, (heads, queries))
+    if lengths is not None:
+        beyond = torch.arange(tokens, device=q.device) >= lengths[:, None, None, None]
+        found = found.masked_fill(beyond, -torch.inf)
+    weights = found.softmax(-1)
+    by_kind = weights.new_zeros((batch, heads, queries, kinds))
+    by_kind.scatter_add_(-1, index[:, None, None].expand(weights.shape), weights)
+    return (by_kind * factors[:, None, None]) @ tables.v + tables.v_const[:, None]

@@ -59,7 +59,7 @@ fuzz: setup
 	done
 
 killtest: setup
-	TURBOESM_KILLS=$(KILLS) $(BIN)/python -m pytest tests/test_interruption.py -k random_moments --durations=0 -vv
+	TURBOESM_KILLS=$(KILLS) $(BIN)/python -m pytest tests/test_interruption.py -k random_moments -v --junitxml=$(VENV)/killtest.xml
 
 demo: setup
 	mkdir -p $(OUT)

@@ -80,12 +80,13 @@ def test_kill_9_at_random_moments(
 def start(command: Command, folder: Path, limit: int | None = None) -> subprocess.Popen[str]:
     """A process of its own, whose files may have `limit` bytes."""
 
-    def restrict() -> None:
+    def prepare() -> None:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # shells have background jobs ignore it
         if limit is not None:
             resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
 
     arguments = [sys.executable, "-m", "turboesm_cli.app", *command.arguments, "-o", command.output]
-    return subprocess.Popen(arguments, cwd=folder, stderr=subprocess.PIPE, text=True, preexec_fn=restrict)
+    return subprocess.Popen(arguments, cwd=folder, stderr=subprocess.PIPE, text=True, preexec_fn=prepare)
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])

@@ -6,6 +6,7 @@ Triton is imported; with a GPU the larger set runs there on every backend that c
 
 from __future__ import annotations
 
+import math
 import os
 import subprocess
 import sys
@@ -15,9 +16,9 @@ from pathlib import Path
 import pytest
 import torch
 from turboesm_kernels import kinds, ops, reference
-from turboesm_kernels.ops import BackendError, Held
-from turboesm_kernels.prepared import PreparedSide, grid_steps
-from turboesm_kernels.reference import Packed, Rope
+from turboesm_kernels.ops import BackendError, Held, PreparedLayer
+from turboesm_kernels.prepared import grid_steps
+from turboesm_kernels.reference import Packed, Rope, Side
 
 sys.path.insert(0, str(Path(__file__).parent))
 from kernel_cases import Case, make, make_spec, relative_error
@@ -25,6 +26,8 @@ from kernel_cases import Case, make, make_spec, relative_error
 TOLERANCE = {torch.float32: 1e-3, torch.float16: 1e-3, torch.bfloat16: 5e-3}
 """Relative error; bfloat16's own rounding is 2e-3."""
 
+SIDES: tuple[Side, Side] = ("k", "v")
+JUNK = 0xA5
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 interpreted = pytest.mark.skipif(not INTERPRETED, reason="runs in the child process of test_interpreter")
 no_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -87,6 +90,59 @@ def poison(q: torch.Tensor) -> None:
 @pytest.mark.parametrize("case", SMALL, ids=str)
 def test_portable(case: Case) -> None:
     check(case, "triton")
+
+
+@interpreted
+@pytest.mark.parametrize(
+    "case",
+    [Case(tokens=100, batch=1), Case(tokens=70, batch=9, heads=5, bits=2.5), Case(dim=128, tokens=33)],
+    ids=str,
+)
+def test_fast_fold(case: Case) -> None:
+    """The part of the fast path that holds no PTX: integer queries."""
+    from turboesm_kernels import fast
+
+    q, _, layer = make(case)
+    fields = layer.k.fields
+    assert fields is not None
+    poison(q)
+    found = fast.fold(q, layer, fields, early=False)
+    gain, constant = found.scalars.unbind(-1)
+    assert torch.equal(found.descriptors[..., 0], fields.shifts[:, : fields.count].expand(*q.shape[:2], -1))
+    assert torch.equal(found.descriptors[..., 1], fields.masks[:, : fields.count].expand(*q.shape[:2], -1))
+    folded = found.descriptors[..., 2:].contiguous().view(torch.int16).flatten(2)  # little-endian halves
+    wanted = (q @ fields.map)[:, :, 0] / math.log(2)
+    assert torch.allclose(folded * gain[..., None], wanted, atol=0.51 * gain.max().item())
+    assert torch.allclose(constant, -(folded * gain[..., None] * fields.middle).sum(-1), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("dim", "tokens"), [(64, 200), (128, 128), (64, 33), (64, 1)])
+def test_turns_of_a_block(dim: int, tokens: int) -> None:
+    """The matrix product that `ptx.bias_code` does, fragment by fragment, gives the centre's scores."""
+    from turboesm_kernels.lookup import phase_map
+
+    g = torch.Generator().manual_seed(0)
+    rope = Rope.at(torch.arange(tokens) + 3, 10000.0 ** (-torch.arange(0, dim, 2) / dim))
+    q, centre = torch.randn(2, dim, generator=g).double()
+    phases = q @ phase_map(centre)
+    expected = phases @ rope.half.double()
+    first = tokens // 129 * 128
+    found = torch.full((128,), torch.nan, dtype=torch.float64)
+    turns = rope.turns.double().sum(0)  # [d / 16, 32, 4, 2]
+    even, odd = phases.chunk(2)
+    for column in range(8):
+        at = min(first + 2 * column, tokens - 1)
+        x, y = rope.cos[at, : dim // 2].double(), rope.sin[at, : dim // 2].double()
+        cosine, sine = even * x + odd * y, odd * x - even * y
+        for lane in range(32):  # lane 4 g + i has of the product's row g the pairs of i, of row g + 8 likewise
+            pairs = (dim // 8 * (lane % 4) + torch.arange(dim // 8)).view(-1, 2)
+            for half in range(2):
+                part = turns[:, lane, half::2]  # [d / 16, 2, 2]
+                value = (part[..., 0] * cosine[pairs] + part[..., 1] * sine[pairs]).sum()
+                token = 16 * (lane // 4) + half + 2 * column
+                found[token] = value if lane % 4 == 0 else found[token] + value
+    there = torch.arange(128) < tokens - first
+    assert torch.allclose(found[there], expected[first : first + 128], atol=2e-5)
 
 
 @interpreted
@@ -197,33 +253,45 @@ def test_wrong_inputs_are_refused(wrong: object) -> None:
         ops.attend(q, held, layer, "torch")
 
 
-def check_pack(case: Case, side: str, device: str = "cpu") -> None:
+def check_pack(case: Case, device: str = "cpu") -> None:
     """The codes of the reference but for ties, written where they belong and nowhere else."""
-    spec = make_spec("k" if side == "k" else "v", case, device)
-    prepared = PreparedSide.of(spec)
+    specs = {side: make_spec(side, case, device) for side in SIDES}
+    layer = PreparedLayer.of(specs["k"], specs["v"])
     g = torch.Generator().manual_seed(case.seed)
-    x = torch.randn(case.batch, case.heads, case.tokens, case.dim, generator=g).to(device)
+    shape = (case.batch, case.heads, case.tokens, case.dim)
+    x = {side: torch.randn(shape, generator=g).to(device) for side in SIDES}
+    room, first = 7, 3
     frequencies = 10000.0 ** (-torch.arange(0, case.dim, 2) / case.dim)
-    rope = Rope.at(torch.arange(case.tokens) + 2, frequencies)
+    rope = Rope.at(torch.arange(case.tokens + room) + 2, frequencies)
     rope = Rope(rope.cos.to(device), rope.sin.to(device))
-    expected = reference.compress(x, spec, rope)
-    room, start = 7, 3
-    shape = list(expected.codes.shape)
-    shape[3] += room
-    codes = torch.full(shape, 0xA5, dtype=torch.uint8, device=device)
-    scales = torch.full((*x.shape[:2], case.tokens + room), 0xA5, dtype=torch.uint8, device=device)
-    into = Packed(codes, None if case.scale == "none" else scales)
-    where = start if case.ragged is False else torch.full((case.batch,), start, dtype=torch.int32, device=device)
+    body = slice(first, first + case.tokens)
+    own = Rope(rope.cos[body], rope.sin[body])
+    expected = {side: reference.compress(x[side], specs[side], own) for side in SIDES}
+    held = Held(*(_filled(expected[side], room) for side in SIDES), rope)
+    where = first if case.ragged is False else torch.full((case.batch,), first, dtype=torch.int32, device=device)
     from turboesm_kernels.pack import pack  # needs Triton
 
-    pack(x, prepared, into, where, rope)
-    body = slice(start, start + case.tokens)
-    found = reference.unpack(codes[:, :, :, body], spec)
-    wanted = reference.unpack(expected.codes, spec)
-    assert (found != wanted).float().mean() < 1e-4
-    if expected.scales is not None:
-        assert (scales[:, :, body].int() - expected.scales.int()).abs().max() <= 1
-    assert (codes[:, :, :, :start] == 0xA5).all() and (codes[:, :, :, body.stop :] == 0xA5).all()
+    pack(x["k"], x["v"], layer, held, where)
+    for side, into in (("k", held.k), ("v", held.v)):
+        found = reference.unpack(into.codes[:, :, :, body], specs[side])
+        wanted = reference.unpack(expected[side].codes, specs[side])
+        assert (found != wanted).float().mean() < 1e-4
+        if into.scales is not None:
+            assert (into.scales[:, :, body].int() - expected[side].scales.int()).abs().max() <= 1
+        assert (into.codes[:, :, :, :first] == JUNK).all() and (into.codes[:, :, :, body.stop :] == JUNK).all()
+
+
+def _filled(like: Packed, room: int) -> Packed:
+    """Buffers of junk for `room` tokens more."""
+    codes, scales = (
+        None if x is None else torch.full(grown, JUNK, dtype=torch.uint8, device=x.device)
+        for x, grown in (
+            (like.codes, [n + room * (i == 3) for i, n in enumerate(like.codes.shape)]),
+            (like.scales, [] if like.scales is None else [*like.scales.shape[:2], like.codes.shape[3] + room]),
+        )
+    )
+    assert codes is not None
+    return Packed(codes, scales)
 
 
 PACKED = [
@@ -239,18 +307,16 @@ PACKED = [
 
 
 @interpreted
-@pytest.mark.parametrize("side", ["k", "v"])
 @pytest.mark.parametrize("case", PACKED, ids=str)
-def test_pack(case: Case, side: str) -> None:
-    check_pack(case, side)
+def test_pack(case: Case) -> None:
+    check_pack(case)
 
 
 @pytest.mark.gpu
 @no_gpu
-@pytest.mark.parametrize("side", ["k", "v"])
 @pytest.mark.parametrize("case", [*PACKED, Case(dim=64, tokens=1024, batch=4)], ids=str)
-def test_pack_on_gpu(case: Case, side: str) -> None:
-    check_pack(case, side, "cuda")
+def test_pack_on_gpu(case: Case) -> None:
+    check_pack(case, "cuda")
 
 
 def check_tokens(

@@ -9,7 +9,6 @@ graph, with its p20 and p80. No ratio is given where a result differs from the p
 from __future__ import annotations
 
 import math
-import statistics
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -28,6 +27,7 @@ from turboesm_kernels.reference import Packed, Rope, Side, SideSpec, table_size,
 
 from turboesm_cli.quantizer import GAUSSIAN_DISTORTION
 from turboesm_cli.results import ResultRow
+from turboesm_cli.timing import Timing
 
 TOLERANCE = 1e-3
 REPLAYS = 20
@@ -63,31 +63,32 @@ class Shape:
     def __str__(self) -> str:
         return f"B{self.batch}xH{self.heads}xd{self.dim}"
 
+    @property
+    def fp16_bytes(self) -> int:
+        """Of fp16 keys and values."""
+        return self.batch * self.tokens * self.heads * self.dim * 4
 
-SWEEP = (
+
+MARKS = (
     Shape(256, 1024),
     Shape(64, 1024),
     Shape(16, 8192),
     Shape(8, 1024),
     Shape(1, 1024),
     Shape(256, 1024, bits=2),
-    *(Shape(batch, tokens) for tokens in (1024, 4096, 16384) for batch in (4, 16)),
-    *(Shape(1, tokens) for tokens in (4096, 16384)),
-    Shape(64, 4096),
-    Shape(64, 1024, dim=128),
-    Shape(64, 1024, dim=32),
-    Shape(64, 1024, dim=16),
 )
+"""Shapes that are also measured against the paper's kernel and against unpacking first."""
 
+OTHERS = (Shape(64, 1024, bits=4), Shape(64, 1024, dim=128), Shape(64, 1024, dim=32), Shape(64, 1024, dim=16))
+MAP = tuple(Shape(batch, tokens) for tokens in (256, 1024, 4096, 16384) for batch in (1, 4, 16, 64, 256))
+LARGEST = 6e9
+"""Bytes of fp16 keys and values up to which a shape of the map is measured."""
 
-@dataclass(frozen=True)
-class Timing:
-    """Microseconds of one call: median and spread over `n` replays."""
-
-    median: float
-    p20: float
-    p80: float
-    n: int
+SWEEP = (
+    *MARKS,
+    *OTHERS,
+    *(shape for shape in MAP if shape not in MARKS and shape.fp16_bytes <= LARGEST),
+)
 
 
 def bench(shapes: Sequence[Shape] = SWEEP, version: str = "", commit: str = "") -> Iterator[ResultRow]:
@@ -96,8 +97,7 @@ def bench(shapes: Sequence[Shape] = SWEEP, version: str = "", commit: str = "") 
     bandwidth = copy_bandwidth(device)
     stamp = partial(_row, version=version, commit=commit)
     yield stamp(Shape(1, 0), "device-copy", "bandwidth", bandwidth, "TB/s")
-    for tokens, batch in ((1024, 1), (1, 256)):
-        yield from _bench_pack(Shape(batch, tokens), device, stamp)
+    yield from _bench_pack(Shape(1, 1024), device, stamp)
     for shape in shapes:
         yield from _bench_attend(shape, device, bandwidth, stamp)
         torch.cuda.empty_cache()
@@ -119,10 +119,14 @@ def _bench_attend(
     yield stamp(shape, backend, "share_of_copy", rate / bandwidth, "1")
     others = {name: _time_peer(name, shape, device) for name in PEERS}
     known = {name: timing for name, timing in others.items() if timing is not None}
-    if (paper := _time_paper(shape, device)) is not None:
-        known["paper"] = paper
-    if nbytes < MOST_UNPACKED:
-        known["unpack-sdpa"] = measure_eagerly(partial(_unpack_then_sdpa, q, caches[0], layer))
+    if shape in MARKS:
+        if (paper := _time_paper(shape, device)) is not None:
+            known["paper"] = paper
+        if nbytes < MOST_UNPACKED:
+            known["unpack-sdpa"] = measure_eagerly(partial(_unpack_then_sdpa, q, caches[0], layer))
+        step = _time_packing(q, caches, layer)
+        yield stamp(shape, "pack", "us_one_token", step, "us")
+        yield stamp(shape, "pack", "share_of_attention", step.median / ours.median, "1")
     for name, timing in known.items():
         yield stamp(shape, name, "us", timing, "us")
         if error <= TOLERANCE:
@@ -132,21 +136,22 @@ def _bench_attend(
         yield stamp(shape, fastest, "ratio_fastest_fp16", known[fastest].median / ours.median, "1")
 
 
+def _time_packing(q: Tensor, caches: Sequence[Held], layer: PreparedLayer) -> Timing:
+    """A decode step's packing: one token of each sequence, the last that there is room for."""
+    last = torch.full((len(q),), caches[0].sinks + caches[0].tokens - 1, dtype=torch.int32, device=q.device)
+    calls: list[Call] = [partial(ops.append, q, -q, layer, held, last) for held in caches]
+    return measure(calls)
+
+
 def _bench_pack(shape: Shape, device: torch.device, stamp: Callable[..., ResultRow]) -> Iterator[ResultRow]:
-    """One layer's keys and values: a prefill of `tokens`, or a token for each of many sequences."""
-    from turboesm_kernels.pack import pack
-
+    """One layer's keys and values of a prefill."""
     layer, _ = make_caches(Shape(1, 16, shape.heads, shape.dim, shape.bits), device)
-    x = torch.randn(2, shape.batch, shape.heads, shape.tokens, shape.dim, device=device).half()
-    room = max(1024, shape.tokens)
-    into = {side: _random_packed(prepared.spec, shape.batch, room) for side, prepared in _sides(layer)}
-    rope = _rope(shape.tokens, shape.dim, device)
-
-    def both() -> None:
-        for half, (side, prepared) in zip(x, _sides(layer), strict=True):
-            pack(half, prepared, into[side], 0, rope)
-
-    yield stamp(shape, "pack", "us", measure([both] * 8), "us")
+    k, v = torch.randn(2, shape.batch, shape.heads, shape.tokens, shape.dim, device=device).half()
+    into = {side: _random_packed(prepared.spec, shape.batch, shape.tokens) for side, prepared in _sides(layer)}
+    held = Held(into["k"], into["v"], _rope(shape.tokens, shape.dim, device))
+    took = measure([partial(ops.append, k, v, layer, held, 0)] * 8)
+    yield stamp(shape, "pack", "us", took, "us")
+    yield stamp(shape, "pack", "us_33_layers", 33 * took.median, "us")
 
 
 def _sides(layer: PreparedLayer) -> list[tuple[Side, PreparedSide]]:
@@ -166,14 +171,13 @@ def measure(calls: Sequence[Call]) -> Timing:
         for call in calls:
             call()
     graph.replay()
-    times = sorted(_clock(graph.replay) / len(calls) for _ in range(REPLAYS))
-    return Timing(statistics.median(times), times[REPLAYS // 5], times[-1 - REPLAYS // 5], REPLAYS)
+    return Timing.of([_clock(graph.replay) / len(calls) for _ in range(REPLAYS)])
 
 
 def measure_eagerly(call: Call) -> Timing:
     """The same for a call that no graph can hold."""
-    times = sorted(_clock(call) for _ in range(7))[:6]
-    return Timing(statistics.median(times), times[1], times[4], len(times))
+    call()
+    return Timing.of([_clock(call) for _ in range(6)])
 
 
 def _clock(call: Call) -> float:
@@ -333,3 +337,16 @@ def _row(
         version=version, commit=commit, tokens=shape.tokens, p20=timing.p20 if timing else None,
         p80=timing.p80 if timing else None, torch=torch.__version__, date=datetime.now(UTC).date().isoformat(),
     )  # fmt: skip
+
+
+def map_cells(rows: Sequence[ResultRow]) -> tuple[list[str], list[list[str]]]:
+    """Columns and lines of the map: the fastest fp16 over ours at 3 bits, batch down, tokens across."""
+    ratios = {
+        (row.model, row.tokens): row for row in rows if row.metric == "ratio_fastest_fp16" and row.bits_k == 3
+    }
+    lengths = sorted({shape.tokens for shape in MAP})
+    lines = []
+    for batch in sorted({shape.batch for shape in MAP}):
+        found = [ratios.get((str(Shape(batch, tokens)), tokens)) for tokens in lengths]
+        lines.append([str(batch), *("" if row is None else f"{row.value:.2f} ({row.recipe})" for row in found)])
+    return ["batch", *(f"{tokens:,} tokens" for tokens in lengths)], lines

@@ -110,9 +110,11 @@ class PackedCache(Ragged):
     def begin(self, counts: int | Sequence[int]) -> None:
         """Make room for the next tokens of each sequence."""
         super().begin(counts)
+        if self.starts.is_cuda:  # the kernels subtract the sinks themselves
+            return
         first = torch.sub(self.starts, self._sinks, out=self._packed_starts).clamp_(min=0)
         rope = self._packed_rope
-        if not first.is_cuda and len(rope.cos):
+        if len(rope.cos):
             self._angles = Rope(rope.cos[first][:, None, None], rope.sin[first][:, None, None])
 
     def append(self, layer: int, k: Tensor, v: Tensor, tokens: Tensor) -> None:
@@ -128,8 +130,8 @@ class PackedCache(Ragged):
             if isinstance(start, int):
                 k, v = (x[:, :, max(0, sinks - start) :] for x in (k, v))
         if k.shape[2] and store.room:
-            first = max(0, start - sinks) if isinstance(start, int) else self._packed_starts
-            pair = self._codec.pairs[layer] if self._backend is None and first is self._packed_starts else None
+            first = max(sinks, start) if isinstance(start, int) else start
+            pair = self._codec.pairs[layer] if self._backend is None and first is self.starts else None
             if pair is None:
                 ops.append(k, v, prepared, self._held_by(layer), first, self._backend)
             else:

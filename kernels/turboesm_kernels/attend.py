@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-from triton.language.extra.cuda import gdc_wait
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from turboesm_kernels.reference import SCALE_STEPS_PER_OCTAVE, SCALE_ZERO
 
@@ -193,7 +193,7 @@ def finish_kernel(
     sink_k, sk_b, sk_h, sk_t, sk_d, sink_v, sv_b, sv_h, sv_t, sv_d,
     value_map, offset, centre, out, rows, splits,
     HEADS: tl.constexpr, QUERIES: tl.constexpr, DIM: tl.constexpr, AXES: tl.constexpr,
-    DIM_PAD: tl.constexpr, AXIS_BLOCK: tl.constexpr, SINKS: tl.constexpr, ROW_BLOCK: tl.constexpr,
+    DIM_PAD: tl.constexpr, AXES_PAD: tl.constexpr, SINKS: tl.constexpr, ROW_BLOCK: tl.constexpr,
     SPLIT_BLOCK: tl.constexpr, HAS_LENGTHS: tl.constexpr, HAS_WEIGHT: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """Join the ranges of each row (b, q) of head h in order, add the sinks, map back to head_dim.
@@ -203,34 +203,25 @@ def finish_kernel(
     with w_s = 2^(m_s - m); where the codes were summed as they are stored, (sum_s w_s weight_s) offset is added to
     the numerator: what levels are off by. offset f32 [H, d]. part_* as `split_kernel` leaves them, query any float
     [B, H, Q, d], sinks any float [B, H, SINKS, d], value_map f32 [H, A, d], centre f32 [H, d], out any float
-    [B, H, Q, d], contiguous. A row without any token gets 0. Program (h, r) does the r-th block of rows.
+    [B, H, Q, d], contiguous. A row without any token gets 0. Program (h, r) does the r-th block of rows: one row
+    where rows are few, by sums; else 16 or more, by matrix products. What needs no range, the sinks and the map,
+    comes before the wait for the ranges.
     """
-    if EARLY:
-        gdc_wait()
     head = tl.program_id(0)
     row = tl.program_id(1) * ROW_BLOCK + tl.arange(0, ROW_BLOCK)
     live = row < rows
     batch = (row // QUERIES).to(tl.int64)
     out_row = (batch * HEADS + head) * QUERIES + row % QUERIES
     dim = tl.arange(0, DIM_PAD)
+    axis = tl.arange(0, AXES_PAD)
     own_dim = live[:, None] & (dim < DIM)[None, :]
+    inside = (axis < AXES)[:, None] & (dim < DIM)[None, :]
+    map_at = value_map + (head * AXES + axis[:, None]) * DIM + dim[None, :]
+    if AXES_PAD <= 64:  # a larger one does not fit in the registers beside the rest
+        back = tl.load(map_at, mask=inside, other=0.0)
+    constant = tl.load(centre + head * DIM + dim, mask=dim < DIM, other=0.0)
     top = tl.full((ROW_BLOCK,), NEGATIVE, tl.float32)
     mass = tl.zeros((ROW_BLOCK,), tl.float32)
-    total_weight = tl.zeros((ROW_BLOCK,), tl.float32)
-    for first in range(0, splits, SPLIT_BLOCK):
-        split = first + tl.arange(0, SPLIT_BLOCK)
-        part = out_row[:, None] * splits + split[None, :]
-        there = live[:, None] & (split < splits)[None, :]
-        m = tl.load(part_max + part, mask=there, other=NEGATIVE)
-        held = tl.load(part_sum + part, mask=there, other=0.0)
-        new_top = tl.maximum(top, tl.max(m, 1))
-        shrink, weight = tl.exp2(top - new_top), tl.exp2(m - new_top[:, None])
-        mass = mass * shrink + tl.sum(weight * held, 1)
-        if HAS_WEIGHT:
-            heavy = tl.load(part_weight + part, mask=there, other=0.0)
-            total_weight = total_weight * shrink + tl.sum(weight * heavy, 1)
-        top = new_top
-    coded = mass
     total = tl.zeros((ROW_BLOCK, DIM_PAD), tl.float32)
     if SINKS:
         at = query + batch * q_b + head * q_h + (row % QUERIES) * q_q
@@ -247,27 +238,43 @@ def finish_kernel(
             new_top = tl.maximum(top, score)
             shrink = tl.exp2(top - new_top)
             p = tl.where(has, tl.exp2(score - new_top), 0.0)
-            coded, mass, total_weight = coded * shrink, mass * shrink + p, total_weight * shrink
+            mass = mass * shrink + p
             total = total * shrink[:, None] + v * p[:, None]
             top = new_top
-    for part_of_axes in tl.static_range((AXES + AXIS_BLOCK - 1) // AXIS_BLOCK):
-        axis = part_of_axes * AXIS_BLOCK + tl.arange(0, AXIS_BLOCK)
-        acc = tl.zeros((ROW_BLOCK, AXIS_BLOCK), tl.float32)
-        for first in range(0, splits, SPLIT_BLOCK):
-            split = first + tl.arange(0, SPLIT_BLOCK)
-            part = out_row[:, None] * splits + split[None, :]
-            there = live[:, None] & (split < splits)[None, :]
-            weight = tl.exp2(tl.load(part_max + part, mask=there, other=NEGATIVE) - top[:, None])
-            values_at = part_out + part[:, :, None] * AXES + axis[None, None, :]
-            values = tl.load(values_at, mask=there[:, :, None] & (axis < AXES)[None, None, :], other=0.0)
-            acc += tl.sum(values * weight[:, :, None], 1)
-        inside = (axis < AXES)[:, None] & (dim < DIM)[None, :]
-        back = tl.load(value_map + (head * AXES + axis[:, None]) * DIM + dim[None, :], mask=inside, other=0.0)
+    if EARLY:
+        gdc_wait()
+        gdc_launch_dependents()  # of our own kernels, none reads before its own wait
+    coded = tl.zeros((ROW_BLOCK,), tl.float32)
+    heavy = tl.zeros((ROW_BLOCK,), tl.float32)
+    acc = tl.zeros((ROW_BLOCK, AXES_PAD), tl.float32)
+    for first in range(0, splits, SPLIT_BLOCK):
+        split = first + tl.arange(0, SPLIT_BLOCK)
+        part = out_row[:, None] * splits + split[None, :]
+        there = live[:, None] & (split < splits)[None, :]
+        m = tl.load(part_max + part, mask=there, other=NEGATIVE)
+        held = tl.load(part_sum + part, mask=there, other=0.0)
+        values_at = part_out + part[:, :, None] * AXES + axis[None, None, :]
+        values = tl.load(values_at, mask=there[:, :, None] & (axis < AXES)[None, None, :], other=0.0)
+        new_top = tl.maximum(top, tl.max(m, 1))
+        shrink, weight = tl.exp2(top - new_top), tl.exp2(m - new_top[:, None])
+        coded = coded * shrink + tl.sum(weight * held, 1)
+        if HAS_WEIGHT:
+            own_weight = tl.load(part_weight + part, mask=there, other=0.0)
+            heavy = heavy * shrink + tl.sum(weight * own_weight, 1)
+        acc = acc * shrink[:, None] + tl.sum(values * weight[:, :, None], 1)
+        mass *= shrink
+        total *= shrink[:, None]
+        top = new_top
+    if AXES_PAD > 64:
+        back = tl.load(map_at, mask=inside, other=0.0)
+    if ROW_BLOCK == 1:
+        total += tl.sum(tl.sum(acc, 0)[:, None] * back, 0)[None, :]
+    else:
         total = tl.dot(acc, back, total, input_precision="tf32x3")
-    constant = tl.load(centre + head * DIM + dim, mask=dim < DIM, other=0.0)
     total += coded[:, None] * constant[None, :]
     if HAS_WEIGHT:
         off = tl.load(offset + head * DIM + dim, mask=dim < DIM, other=0.0)
-        total += total_weight[:, None] * off[None, :]
+        total += heavy[:, None] * off[None, :]
+    mass += coded
     result = total / tl.where(mass > 0, mass, 1.0)[:, None]
     tl.store(out + out_row[:, None] * DIM + dim[None, :], result.to(out.dtype.element_ty), mask=own_dim)

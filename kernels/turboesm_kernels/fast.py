@@ -3,28 +3,35 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
-from turboesm_kernels import portable, ptx
+from turboesm_kernels import assembly, portable, ptx
 from turboesm_kernels.ops import Held, PreparedLayer, padded
 from turboesm_kernels.portable import Partials
 from turboesm_kernels.prepared import FIELD_LANES, Fields
-from turboesm_kernels.reference import Packed
+from turboesm_kernels.reference import Packed, Rope
 
 ALIGNMENT = 16
 """Bytes, and for values tokens, that a lane reads at once."""
 
 MAX_FIELDS = 48
-FOLD_PROGRAMS = 660
-"""Programs that the bias is cut into: about five a multiprocessor of the largest devices."""
+FEW_ROWS = 40
+"""Sequences and heads up to which each query is folded by a program of its own: latency counts."""
 
-WAVES = 32
-"""One-warp programs a multiprocessor is given before ranges of tokens are made longer instead of more."""
+REGISTERS = 96
+"""Of a thread, so that 21 warps fit a multiprocessor; codes of more words or fields get what they need."""
 
-LONGEST = 5
-"""Blocks of tokens in the longest range: beyond, more ranges fill the device more evenly."""
+FEW_REGISTERS = 42
+"""Registers of a block's words and sums up to which REGISTERS suffice."""
+
+WARPS = 21
+"""Warps that a multiprocessor runs at once."""
+
+OPENING = 3
+"""What beginning and ending a range costs, in blocks."""
 
 
 def obstacle(q: Tensor, held: Held, layer: PreparedLayer) -> str | None:
@@ -37,6 +44,8 @@ def obstacle(q: Tensor, held: Held, layer: PreparedLayer) -> str | None:
         return f"a code has more than {MAX_FIELDS} fields"
     if held.k.scales is None or held.v.scales is None:
         return "it needs a scale for each token"
+    if layer.k.centred and held.rope is not None and not _aligned_angles(held.rope):
+        return "RoPE's angles must be dense float32, at multiples of 16 bytes"
     if held.tokens == 0:
         return "there are no packed tokens"
     return _misaligned("keys", held.k, FIELD_LANES) or _misaligned("values", held.v, 1)
@@ -53,84 +62,124 @@ def _misaligned(name: str, packed: Packed, token_bytes: int) -> str | None:
     return f"packed {name} must have dense tokens, at addresses and strides that are multiples of {ALIGNMENT}"
 
 
+def _aligned_angles(rope: Rope) -> bool:
+    return (
+        all(
+            x.dtype == torch.float32
+            and x.stride(1) == 1
+            and x.stride(0) % 4 == 0
+            and x.data_ptr() % ALIGNMENT == 0
+            for x in (rope.cos, rope.sin)
+        )
+        and rope.cos.stride() == rope.sin.stride()
+    )
+
+
+def _angles(held: Held, layer: PreparedLayer) -> tuple[Tensor | int, ...]:
+    """Turns, a block's turn, cosines, sines, floats between their rows, rows.
+
+    Where keys have no centre, something that is never read.
+    """
+    rope = held.rope
+    if rope is None or not layer.k.centred:
+        return (layer.k.centre,) * 4 + (0, 0)
+    return rope.turns, rope.block_turn, rope.cos, rope.sin, rope.cos.stride(0), rope.cos.shape[0]
+
+
 @dataclass(frozen=True)
 class Folded:
-    """What `fast_fold_kernel` makes of the queries: descriptors int32 [B, H, F, 4], scalars f32 [B, H, 4] and
-    the bias int16 [B, H, T rounded up], or None."""
+    """What `fast_fold_kernel` makes of the queries: descriptors int32 [B, H, F, 4], scalars f32 [B, H, 2]."""
 
     descriptors: Tensor
     scalars: Tensor
-    bias: Tensor | None
 
 
 def attend(q: Tensor, held: Held, layer: PreparedLayer) -> Tensor:
     """`ops.attend` with the fast kernels; `obstacle` was None for these inputs."""
     assert layer.k.fields is not None and layer.v.fields is not None
-    folded = fold(q, held, layer, layer.k.fields)
+    early = portable.launches_early(q)
+    folded = fold(q, layer, layer.k.fields, early)
     chunk = chunk_of(q, held.tokens)
     splits = -(-held.tokens // chunk)
     partials = Partials.empty(q, splits, FIELD_LANES * layer.v.fields.count, weighted=True)
-    _split(q, held, layer, folded, partials, chunk)
-    return portable.finish(q, held, layer, partials, splits, _early(q))
-
-
-def _early(q: Tensor) -> bool:
-    """Whether a kernel may be launched while the one before it still runs (Hopper's programmatic launch)."""
-    return torch.cuda.get_device_capability(q.device) >= (9, 0)
+    _split(q, held, layer, folded, partials, chunk, early)
+    return portable.finish(q, held, layer, partials, splits, early)
 
 
 def chunk_of(q: Tensor, tokens: int) -> int:
-    """Tokens a warp goes over: whole blocks, of which no range has more than one more than another needs."""
+    """Tokens a warp goes over, in whole blocks."""
     processors = torch.cuda.get_device_properties(q.device).multi_processor_count if q.is_cuda else 1
-    blocks = -(-tokens // ptx.BLOCK)
-    wanted = max(WAVES * processors // (q.shape[0] * q.shape[1]), -(-blocks // LONGEST))
-    return -(-blocks // min(wanted, blocks)) * ptx.BLOCK
+    return ptx.BLOCK * _blocks_each(q.shape[0] * q.shape[1], -(-tokens // ptx.BLOCK), WARPS * processors)
 
 
-def fold(q: Tensor, held: Held, layer: PreparedLayer, fields: Fields) -> Folded:
-    """Integer queries and the centre's scores; see `fast_fold_kernel`."""
+@lru_cache(maxsize=1024)
+def _blocks_each(rows: int, blocks: int, slots: int) -> int:
+    """Blocks a warp goes over, so that `slots` warps at a time have the least to do one after another."""
+    lengths = {-(-blocks // splits) for splits in range(1, blocks + 1)}
+    return min(lengths, key=lambda each: (-(-rows * -(-blocks // each) // slots) * (each + OPENING), each))
+
+
+def fold(q: Tensor, layer: PreparedLayer, fields: Fields, early: bool) -> Folded:
+    """Queries as integers; see `fast_fold_kernel`."""
     batch, heads, _, dim = q.shape
     descriptors = torch.empty((batch, heads, fields.count, 4), dtype=torch.int32, device=q.device)
-    scalars = torch.empty((batch, heads, 4), dtype=torch.float32, device=q.device)
-    bias, rope = None, held.rope
-    stride = -(-held.tokens // ALIGNMENT) * ALIGNMENT
-    if layer.k.centred:
-        bias = torch.empty((batch, heads, stride), dtype=torch.int16, device=q.device)
-    cos, sin = (rope.cos, rope.sin) if bias is not None and rope is not None else (scalars[0], scalars[0])
-    rows = batch * heads
-    row_block, token_block, warps = (64, 128, 4) if rows > 640 else (32, 64, 4)
-    fold_block = 16 if batch < 128 else 64  # a head's map is read once a block
-    blocks = 0 if bias is None else -(-held.tokens // token_block)
-    groups = -(-FOLD_PROGRAMS // max(blocks, 1))
-    rows_each = -(-rows // (groups * row_block)) * row_block
-    ptx.fast_fold_kernel[(blocks + heads, max(-(-rows // rows_each), -(-batch // fold_block)))](
-        q, q.stride(0), q.stride(1), q.stride(3), fields.map, fields.middle, fields.shifts, fields.masks,
-        layer.k.centre, cos, sin, cos.stride(-2), cos.stride(-1),
-        descriptors, scalars, scalars if bias is None else bias, batch, held.tokens, stride, blocks, rows_each,
+    scalars = torch.empty((batch, heads, 2), dtype=torch.float32, device=q.device)
+    fold_block = 1 if batch * heads <= FEW_ROWS else 16
+    ptx.fast_fold_kernel[(heads, -(-batch // fold_block))](
+        q, q.stride(0), q.stride(1), q.stride(3), *fields.halves, fields.middle, fields.shifts, fields.masks,
+        descriptors, scalars, batch,
         HEADS=heads, DIM=dim, FIELDS=fields.count, FIELDS_PAD=padded(fields.count, 4),
-        TABLE=fields.shifts.shape[1], PAIRS_PAD=padded(dim // 2), FOLD_BLOCK=fold_block, ROW_BLOCK=row_block,
-        TOKEN_BLOCK=token_block, num_warps=warps, num_stages=1, EARLY=_early(q),
+        TABLE=fields.shifts.shape[1], DIM_PAD=padded(dim), FOLD_BLOCK=fold_block,
+        EARLY=early, num_warps=4, **portable.early_launch(early),
     )  # fmt: skip
-    return Folded(descriptors, scalars, bias)
+    return Folded(descriptors, scalars)
 
 
-def _split(q: Tensor, held: Held, layer: PreparedLayer, folded: Folded, partials: Partials, chunk: int) -> None:
-    batch, heads, _, _ = q.shape
+def _split(
+    q: Tensor, held: Held, layer: PreparedLayer, folded: Folded, partials: Partials, chunk: int, early: bool
+) -> None:
+    batch, heads, _, dim = q.shape
     k, v, k_fields, v_fields = held.k, held.v, layer.k.fields, layer.v.fields
     assert k.scales is not None and v.scales is not None and k_fields is not None and v_fields is not None
-    k_words, v_words = len(k_fields.shape), len(v_fields.shape)
+    code = _code(dim, k_fields.shape, v_fields.shape, layer.k.centred, chunk == ptx.BLOCK)
+    crowded = max(len(k_fields.shape), len(v_fields.shape)) * 4 + v_fields.count > FEW_REGISTERS
     ptx.fast_split_kernel[(batch * heads, partials.top.shape[3])](
-        folded.descriptors, folded.scalars, folded.scalars if folded.bias is None else folded.bias,
+        q, q.stride(0), q.stride(1), q.stride(3), layer.k.centre,
+        folded.descriptors, folded.scalars, *_angles(held, layer),
         q if held.lengths is None else held.lengths,
         k.codes, *k.codes.stride()[:3], k.scales, *k.scales.stride()[:2],
         v.codes, *v.codes.stride()[:3], v.scales, *v.scales.stride()[:2],
         k_fields.places, v_fields.places, v_fields.masks,
         partials.top, partials.mass, partials.weight, partials.out, held.tokens, chunk, held.sinks,
-        0 if folded.bias is None else folded.bias.shape[2],
-        HEADS=heads, K_FIELDS=k_fields.count, V_FIELDS=v_fields.count, V_TABLE=v_fields.masks.shape[1],
-        LOAD_CODE=ptx.load_code(k_words, v_words), LOAD_KINDS=ptx.load_constraints(k_words + v_words),
-        KEY_CODE=ptx.key_code(k_fields.shape), KEY_KINDS=ptx.key_constraints(k_fields.shape),
-        VALUE_CODE=ptx.value_code(v_fields.shape), VALUE_KINDS=ptx.value_constraints(v_fields.shape),
-        HAS_BIAS=folded.bias is not None, HAS_LENGTHS=held.lengths is not None,
-        K_WORDS=k_words, V_WORDS=v_words, num_warps=1, EARLY=_early(q), **portable.early_launch(_early(q)),
+        HEADS=heads, DIM=dim, K_FIELDS=k_fields.count, V_FIELDS=v_fields.count, V_TABLE=v_fields.masks.shape[1],
+        K_WORDS=len(k_fields.shape), V_WORDS=len(v_fields.shape), HAS_BIAS=layer.k.centred,
+        HAS_LENGTHS=held.lengths is not None, ONE_BLOCK=chunk == ptx.BLOCK, **code, EARLY=early, num_warps=1,
+        maxnreg=None if crowded else REGISTERS, **portable.early_launch(early),
     )  # fmt: skip
+
+
+@lru_cache(maxsize=256)
+def _code(
+    dim: int, keys: tuple[int, ...], values: tuple[int, ...], centred: bool, one_block: bool
+) -> dict[str, str | int]:
+    """The PTX of the kernel for fields of these shapes, and the kinds of its operands, by the kernel's names."""
+    k_words, v_words = len(keys), len(values)
+    shared = assembly.Shared(dim, sum(keys), sum(values), k_words, v_words, centred and not one_block)
+    bias = (assembly.bias_code(shared), assembly.BIAS_KINDS)
+    if one_block:
+        bias = (assembly.bias_once_code(dim), assembly.bias_once_constraints(dim))
+    code = {
+        "OPEN": (assembly.open_code(shared), assembly.OPEN_KINDS),
+        "ROW": (assembly.row_code(shared), assembly.ROW_KINDS),
+        "STATE": (assembly.state_code(shared), assembly.state_constraints(dim)),
+        "FIRST_KEYS": (assembly.load_code(k_words, None), assembly.load_constraints(k_words, False)),
+        "FIRST_VALUES": (assembly.load_code(v_words, None), assembly.load_constraints(v_words, False)),
+        "KEYS": (assembly.load_code(k_words, shared.k_places), assembly.load_constraints(k_words, True)),
+        "VALUES": (assembly.load_code(v_words, shared.v_places), assembly.load_constraints(v_words, True)),
+        "SCORE": (assembly.key_code(keys), assembly.key_constraints(keys)),
+        "SUM": (assembly.value_code(values, shared.masks), assembly.value_constraints(values)),
+        "BIAS": bias,
+    }
+    texts = {f"{name}_CODE": text for name, (text, _) in code.items()}
+    kinds = {f"{name}_KINDS": own for name, (_, own) in code.items()}
+    return {"ROTATION": shared.rotation, **texts, **kinds}

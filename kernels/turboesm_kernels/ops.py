@@ -100,23 +100,25 @@ def choose(q: Tensor, held: Held, layer: PreparedLayer, backend: Backend | None 
 def append(
     k: Tensor, v: Tensor, layer: PreparedLayer, held: Held, start: int | Tensor, backend: Backend | None = None
 ) -> None:
-    """Pack keys (after RoPE) and values float [B, H, n, d] into `held` from packed token `start` on.
+    """Pack keys (after RoPE) and values float [B, H, n, d] into `held` from token `start` on, sinks counted.
 
     `start` is one number for all sequences, or int [B] on the device for n = 1: then nothing is synchronized, and
-    it is safe in a CUDA graph. The angles of packed token i are row i of `held.rope`. Raises ValueError where the
-    tokens do not fit.
+    it is safe in a CUDA graph; where it is a sink's, packed token 0 is overwritten. The angles of packed token i
+    are row i of `held.rope`. `backend` "torch" packs with the plain reference. Raises ValueError where the tokens
+    do not fit.
     """
-    if isinstance(start, int) and not 0 <= start <= held.tokens - k.shape[2]:
-        raise ValueError(f"{k.shape[2]} tokens from {start} on do not fit in {held.tokens}")
+    if isinstance(start, int) and not held.sinks <= start <= held.sinks + held.tokens - k.shape[2]:
+        raise ValueError(f"{k.shape[2]} tokens from {start} on do not fit in {held.sinks} and {held.tokens}")
+    if _packs_with_triton(k, layer, backend):
+        from turboesm_kernels.pack import pack
+
+        pack(k, v, layer, held, start)
+        return
+    start = start - held.sinks if isinstance(start, int) else (start - held.sinks).clamp_min(0)
     for x, side, into, rope in (
         (k, layer.k, held.k, _rope_from(held, start, k.shape[2])),
         (v, layer.v, held.v, None),
     ):
-        if k.is_cuda and backend != "torch" and not side.spec.residual_axes and find_spec("triton") is not None:
-            from turboesm_kernels.pack import pack
-
-            pack(x, side, into, start, rope)
-            continue
         if side.bits is None or backend == "torch":
             found = reference.compress(x, side.spec, rope)
         else:
@@ -126,6 +128,11 @@ def append(
             put(into.scales, found.scales, start, 2)
 
 
+def _packs_with_triton(k: Tensor, layer: PreparedLayer, backend: Backend | None) -> bool:
+    plain = layer.k.spec.residual_axes or layer.v.spec.residual_axes or backend == "torch"
+    return k.is_cuda and not plain and find_spec("triton") is not None
+
+
 def _rope_from(held: Held, start: int | Tensor, count: int) -> Rope | None:
     rope = held.rope
     if rope is None:
@@ -133,8 +140,7 @@ def _rope_from(held: Held, start: int | Tensor, count: int) -> Rope | None:
     if isinstance(start, int):
         return Rope(rope.cos[start : start + count], rope.sin[start : start + count])
     at = start.long()
-    shape = (len(at), 1, -1) if start.is_cuda else (len(at), 1, 1, -1)
-    return Rope(rope.cos[at].view(shape), rope.sin[at].view(shape))
+    return Rope(rope.cos[at][:, None, None], rope.sin[at][:, None, None])
 
 
 def put(into: Tensor, found: Tensor, start: int | Tensor, dim: int) -> None:

@@ -1,160 +1,283 @@
 # mypy: disable-error-code="no-untyped-def,untyped-decorator"
-"""Compress keys or values straight into a cache: centre, rotate, scale, quantize and pack, in one kernel.
+"""Compress keys and values straight into a cache: centre, rotate, scale, quantize and pack, in one launch.
 
 Plain Triton. Bits are put together by a matrix product: the byte that holds pieces of some codes is the sum of
-piece * 2^shift over them, exact in float16 operands with float32 sums.
+piece * 2^shift over them, exact in float16 operands with float32 sums. On a uniform grid codes are computed, else
+looked for in the tables of thresholds.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from turboesm_kernels.ops import padded
+from turboesm_kernels.ops import Held, PreparedLayer, padded
+from turboesm_kernels.portable import early_launch, launches_early
 from turboesm_kernels.prepared import PreparedSide
-from turboesm_kernels.reference import SCALE_STEPS_PER_OCTAVE, SCALE_ZERO, Packed, Rope
+from turboesm_kernels.reference import SCALE_STEPS_PER_OCTAVE, SCALE_ZERO, Packed
 
 STEPS = tl.constexpr(SCALE_STEPS_PER_OCTAVE)
 ZERO = tl.constexpr(SCALE_ZERO)
-ROW_BLOCK = 16
+FEW_ROWS, ROW_BLOCK = 16, 32
+"""Rows of a head that a program packs: few where a step brings one token a sequence.
+
+Fewer than 64, so that products are `mma` and not `wgmma`: in blocks of 64, two products added up in `wgmma` lost
+what the second added (Triton 3.6, H200), which `test_pack_on_gpu` saw."""
 
 
 @triton.jit
-def pack_kernel(
-    x, x_b, x_h, x_t, x_d, starts, first_token,
-    centre, analysis, deviation, widths, table_start, levels, thresholds, pieces, places,
-    cos, sin, rope_b, rope_t, rope_d,
-    codes, c_b, c_h, c_word, c_token, c_lane, scales, s_b, s_h, s_t, rows, tokens,
+def _grid_codes(y, norm, grid, axis, head, AXES: tl.constexpr, SCALE: tl.constexpr):
+    """Codes int32 of normalised coordinates y on a uniform grid, and their scales (see `lookup.Bits`)."""
+    own = axis < AXES
+    at = grid + head * 6 * AXES + axis
+    per_step = tl.load(at, mask=own, other=0.0)[None, :]
+    half = tl.load(at + AXES, mask=own, other=0.0)[None, :]
+    top = tl.load(at + 2 * AXES, mask=own, other=0.0)[None, :]
+    code = tl.floor(y / norm[:, None] * per_step + half)
+    code = tl.minimum(tl.maximum(code, 0.0), top)
+    factor = norm
+    if SCALE == "least-squares":
+        level = tl.load(at + 3 * AXES, mask=own, other=0.0)[None, :]
+        zero = tl.load(at + 4 * AXES, mask=own, other=0.0)[None, :]
+        spread = tl.load(at + 5 * AXES, mask=own, other=0.0)[None, :]
+        guess = code * level - zero
+        factor = tl.sum(y * spread * guess, 1) / tl.maximum(tl.sum(guess * guess, 1), 1e-30)
+    return code.to(tl.int32), factor
+
+
+@triton.jit
+def _table_codes(
+    y, norm, widths, table_start, levels, thresholds, deviation, axis, head,
+    AXES: tl.constexpr, WIDEST: tl.constexpr, LEVELS: tl.constexpr, THRESHOLDS: tl.constexpr, SCALE: tl.constexpr,
+):  # fmt: skip
+    """The same by binary search in any tables."""
+    own = axis < AXES
+    width = tl.load(widths + head * AXES + axis, mask=own, other=0)
+    start = tl.load(table_start + head * AXES + axis, mask=own, other=LEVELS - 1)
+    code = tl.zeros(y.shape, tl.int32)
+    for i in tl.static_range(WIDEST):
+        more = code + (1 << (WIDEST - 1 - i))
+        used = (width > WIDEST - 1 - i)[None, :]
+        limit = tl.load(thresholds + head * THRESHOLDS + start[None, :] + more - 1, mask=used, other=float("inf"))
+        code = tl.where(limit < y / norm[:, None], more, code)
+    factor = norm
+    if SCALE == "least-squares":
+        spread = tl.load(deviation + head * AXES + axis, mask=own, other=0.0)[None, :]
+        guess = tl.load(levels + head * LEVELS + start[None, :] + code) * spread
+        factor = tl.sum(y * spread * guess, 1) / tl.maximum(tl.sum(guess * guess, 1), 1e-30)
+    return code, factor
+
+
+@triton.jit
+def _pack_rows(
+    x, x_b, x_h, x_t, x_d, starts, first_token, batches, tokens, head, block,
+    centre, analysis, factors, coded_norm, grid, widths, table_start, levels, thresholds, deviation,
+    pieces, places, cos, sin, rope_t, rope_d, codes, c_b, c_h, c_word, c_token, scales, s_b, s_h,
     HEADS: tl.constexpr, DIM: tl.constexpr, AXES: tl.constexpr, DIM_PAD: tl.constexpr, AXES_PAD: tl.constexpr,
     BYTES: tl.constexpr, BYTES_PAD: tl.constexpr, LANES: tl.constexpr, PIECES: tl.constexpr, WIDEST: tl.constexpr,
-    LEVELS: tl.constexpr, THRESHOLDS: tl.constexpr, SCALE: tl.constexpr, HAS_STARTS: tl.constexpr,
-    TURNED: tl.constexpr, BLOCK: tl.constexpr,
+    LEVELS: tl.constexpr, THRESHOLDS: tl.constexpr, SCALE: tl.constexpr, UNIFORM: tl.constexpr,
+    HAS_STARTS: tl.constexpr, TURNED: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    """Compress x [B, H, n, d] into `codes` and `scales` from token start[b] on.
-
-        z = (x - R c) E    y = z / s    code = #{thresholds below y / start(y)}    scale = <z, z^> / <z^, z^>
-
-    with z^ = s T[code]; SCALE "norm" keeps norm(y) instead, "none" neither divides nor keeps. Every symbol as in
-    `reference`: x any float, centre f32 [H, d], analysis f32 [H, d, A], deviation f32 [H, A], widths and
-    table_start int32 [H, A], levels f32 [H, LEVELS] (with a 0 at the end), thresholds f32 [H, THRESHOLDS], pieces
-    and places as in `PreparedSide`, cos and sin f32 [B or 1, n, d]. Program (h, r) does the r-th
-    block of rows (b, token).
-    """
-    head = tl.program_id(0)
-    row = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    live = row < rows
-    batch, token = (row // tokens).to(tl.int64), row % tokens
-    place_of_token = first_token + token
-    if HAS_STARTS:
-        place_of_token = tl.load(starts + batch, mask=live, other=0).to(tl.int32) + token
+    """`pack_kernel` for one side, head and block of rows (b, token)."""
     dim = tl.arange(0, DIM_PAD)
     axis = tl.arange(0, AXES_PAD)
-    own = axis < AXES
+    matrix = (dim < DIM)[:, None] & (axis < AXES)[None, :]
+    turn_at = analysis + (head * DIM + dim[:, None]) * AXES + axis[None, :]
+    turn_high = tl.load(turn_at, mask=matrix, other=0.0)
+    turn_low = tl.load(turn_at + HEADS * DIM * AXES, mask=matrix, other=0.0)
+    factor_of_axis = tl.load(factors + head * AXES + axis, mask=axis < AXES, other=0.0)
+    constant = tl.load(centre + head * DIM + dim, mask=dim < DIM, other=0.0)
+    slot = tl.arange(0, AXES_PAD * PIECES)
+    index = tl.arange(0, BYTES_PAD)
+    bits_at = pieces + head * 2 * AXES * PIECES + slot
+    mask = tl.load(bits_at, mask=slot < AXES * PIECES, other=0)
+    low_bit = tl.load(bits_at + AXES * PIECES, mask=slot < AXES * PIECES, other=0)
+    where_at = places + (head * AXES * PIECES + slot[:, None]) * BYTES + index[None, :]
+    where = tl.load(where_at, mask=(slot < AXES * PIECES)[:, None] & (index < BYTES)[None, :], other=0.0)
+    if EARLY:
+        gdc_wait()
+        gdc_launch_dependents()
+    row = block * BLOCK + tl.arange(0, BLOCK)
+    live = row < batches * tokens
+    batch, token = (row // tokens).to(tl.int64), row % tokens
+    place = first_token + token
+    if HAS_STARTS:
+        place = tl.maximum(tl.load(starts + batch, mask=live, other=0).to(tl.int32) - first_token, 0) + token
     inside = live[:, None] & (dim < DIM)[None, :]
     at = x + (batch * x_b + head * x_h + token.to(tl.int64) * x_t)[:, None] + dim[None, :] * x_d
     value = tl.load(at, mask=inside, other=0.0).to(tl.float32)
-    constant = tl.load(centre + head * DIM + dim, mask=dim < DIM, other=0.0)
     if TURNED:
         half: tl.constexpr = DIM // 2
         partner = tl.where(dim < half, dim + half, dim - half)
         other = tl.load(centre + head * DIM + partner, mask=dim < DIM, other=0.0)
         other = tl.where(dim < half, -other, other)
-        angle = (batch * rope_b + token * rope_t)[:, None] + dim[None, :] * rope_d
+        angle = (place.to(tl.int64) * rope_t)[:, None] + dim[None, :] * rope_d
         cosine = tl.load(cos + angle, mask=inside, other=0.0)
         sine = tl.load(sin + angle, mask=inside, other=0.0)
         value -= constant[None, :] * cosine + other[None, :] * sine
     else:
         value = tl.where(inside, value - constant[None, :], 0.0)
-    matrix = (dim < DIM)[:, None] & own[None, :]
-    turn = tl.load(analysis + (head * DIM + dim[:, None]) * AXES + axis[None, :], mask=matrix, other=0.0)
-    z = tl.dot(value, turn, input_precision="tf32x3")
-    spread = tl.load(deviation + head * AXES + axis, mask=own, other=1.0)
-    width = tl.load(widths + head * AXES + axis, mask=own, other=0)
-    coded = (width > 0).to(tl.float32)
-    y = z / spread[None, :]
+    high = value.to(tl.float16)
+    low = (value - high.to(tl.float32)).to(tl.float16)
+    y = tl.dot(low, turn_high)
+    y = tl.dot(high, turn_low, y)
+    y = tl.dot(high, turn_high, y) * factor_of_axis[None, :]
     norm = tl.full((BLOCK,), 1.0, tl.float32)
     if SCALE != "none":
-        norm = tl.sqrt(tl.sum(y * y * coded[None, :], 1) / tl.sum(coded, 0))
+        norm = tl.sqrt(tl.sum(y * y, 1)) * tl.load(coded_norm + head)
         if SCALE == "least-squares":  # as in reference.start_scale
-            norm += tl.max(tl.abs(y) * coded[None, :], 1) / 4
+            norm += tl.max(tl.abs(y), 1) / 4
         norm = tl.maximum(norm, 1e-12)
-        y = y / norm[:, None]
-    start = tl.load(table_start + head * AXES + axis, mask=own, other=LEVELS - 1)
-    code = tl.zeros((BLOCK, AXES_PAD), tl.int32)
-    for i in tl.static_range(WIDEST):
-        more = code + (1 << (WIDEST - 1 - i))
-        used = (width > WIDEST - 1 - i)[None, :]
-        limit = tl.load(thresholds + head * THRESHOLDS + start[None, :] + more - 1, mask=used, other=float("inf"))
-        code = tl.where(limit < y, more, code)
+    if UNIFORM:
+        code, factor = _grid_codes(y, norm, grid, axis, head, AXES, SCALE)
+    else:
+        code, factor = _table_codes(
+            y, norm, widths, table_start, levels, thresholds, deviation, axis, head,
+            AXES, WIDEST, LEVELS, THRESHOLDS, SCALE,
+        )  # fmt: skip
     if SCALE != "none":
-        factor = norm
-        if SCALE == "least-squares":
-            guess = tl.load(levels + head * LEVELS + start[None, :] + code) * spread[None, :]
-            factor = tl.sum(z * guess, 1) / tl.maximum(tl.sum(guess * guess, 1), 1e-30)
         steps = tl.log2(tl.maximum(factor, 1e-30)) * STEPS + ZERO
         byte = tl.minimum(tl.maximum(tl.floor(steps + 0.5), 0.0), 255.0).to(tl.uint8)
-        tl.store(scales + batch * s_b + head * s_h + place_of_token * s_t, byte, mask=live)
-    index = tl.arange(0, BYTES_PAD)
-    packed = tl.zeros((BLOCK, BYTES_PAD), tl.float32)
-    for piece in tl.static_range(PIECES):
-        fields = pieces + (head * PIECES + piece) * 5 * AXES + axis
-        mask = tl.load(fields + 3 * AXES, mask=own, other=0)
-        low = tl.load(fields + 4 * AXES, mask=own, other=0)
-        part = ((code >> low[None, :]) & mask[None, :]).to(tl.float16)
-        place_at = places + ((head * PIECES + piece) * AXES + axis[:, None]) * BYTES + index[None, :]
-        place = tl.load(place_at, mask=own[:, None] & (index < BYTES)[None, :], other=0.0)
-        packed += tl.dot(part, place)
-    target = codes + (batch * c_b + head * c_h + place_of_token.to(tl.int64) * c_token)[:, None]
-    target += (index // LANES).to(tl.int64)[None, :] * c_word + (index % LANES)[None, :] * c_lane
-    tl.store(target, packed.to(tl.int32).to(tl.uint8), mask=live[:, None] & (index < BYTES)[None, :])
+        tl.store(scales + batch * s_b + head * s_h + place, byte, mask=live)
+    spread_code = tl.broadcast_to(code[:, :, None], (BLOCK, AXES_PAD, PIECES))
+    part = (tl.reshape(spread_code, (BLOCK, AXES_PAD * PIECES)) >> low_bit[None, :]) & mask[None, :]
+    packed = tl.dot(part.to(tl.float16), where)
+    target = codes + batch * c_b + head * c_h + place.to(tl.int64) * c_token
+    if LANES == 4:  # whole words
+        shifted = packed.to(tl.int32) << (index % 4 * 8)[None, :]
+        words = tl.sum(tl.reshape(shifted, (BLOCK, BYTES_PAD // 4, 4)), 2)
+        word = tl.arange(0, BYTES_PAD // 4)
+        target32 = target.to(tl.pointer_type(tl.int32), bitcast=True)
+        c_word32 = (word.to(tl.int64) * c_word // 4)[None, :]
+        tl.store(target32[:, None] + c_word32, words, mask=live[:, None] & (word < BYTES // 4)[None, :])
+    else:
+        lane = (index // LANES).to(tl.int64) * c_word + index % LANES
+        stored = tl.trans(packed.to(tl.int32).to(tl.uint8))  # neighbouring tokens beside each other
+        tl.store(lane[:, None] + target[None, :], stored, mask=(index < BYTES)[:, None] & live[None, :])
 
 
-def pack(x: Tensor, side: PreparedSide, into: Packed, start: int | Tensor, rope: Rope | None = None) -> None:
-    """Compress x into `into` from token `start` on: `reference.compress` into a cache, in one launch.
+@triton.jit
+def pack_kernel(
+    k, k_b, k_h, k_t, k_d, v, v_b, v_h, v_t, v_d, starts, first_token, batches, tokens,
+    k_centre, k_analysis, k_factors, k_norm, k_grid, k_widths, k_start, k_levels, k_thresholds, k_deviation,
+    k_pieces, k_places,
+    v_centre, v_analysis, v_factors, v_norm, v_grid, v_widths, v_start, v_levels, v_thresholds, v_deviation,
+    v_pieces, v_places,
+    cos, sin, rope_t, rope_d, k_codes, kc_b, kc_h, kc_word, kc_token, k_scales, ks_b, ks_h,
+    v_codes, vc_b, vc_h, vc_plane, vc_token, v_scales, vs_b, vs_h,
+    HEADS: tl.constexpr, DIM: tl.constexpr, DIM_PAD: tl.constexpr, K_AXES: tl.constexpr,
+    V_AXES: tl.constexpr, K_PAD: tl.constexpr,
+    V_PAD: tl.constexpr, K_BYTES: tl.constexpr, V_BYTES: tl.constexpr, K_BYTES_PAD: tl.constexpr,
+    V_BYTES_PAD: tl.constexpr, LANES: tl.constexpr, K_PIECES: tl.constexpr, V_PIECES: tl.constexpr,
+    K_WIDEST: tl.constexpr, V_WIDEST: tl.constexpr, K_LEVELS: tl.constexpr, V_LEVELS: tl.constexpr,
+    K_THRESHOLDS: tl.constexpr, V_THRESHOLDS: tl.constexpr, K_SCALE: tl.constexpr, V_SCALE: tl.constexpr,
+    K_UNIFORM: tl.constexpr, V_UNIFORM: tl.constexpr, HAS_STARTS: tl.constexpr, TURNED: tl.constexpr,
+    BLOCK: tl.constexpr, EARLY: tl.constexpr,
+):  # fmt: skip
+    """Compress k and v [B, H, n, d] into a cache from packed token start[b] on.
 
-    x float [B, H, n, d], any strides; `start` a number for all sequences or int [B]; `rope` for keys: angles of
-    x's tokens, float32 [n, d] or [B, n, d]. Raises ValueError where shapes do not agree. Copies nothing, waits for
-    nothing.
+        y = (x - R c) E / s    code = #{thresholds below y / start(y)}    scale = <s y, z^> / <z^, z^>
+
+    with z^ = s T[code]; SCALE "norm" keeps norm(y) instead, "none" neither divides nor keeps. Every symbol as in
+    `reference`: x any float, centre f32 [H, d], analysis f16 [2, H, d, A] and factors f32 [H, A] of E / s, norm
+    f32 [H], grid f32 [H, 6, A] (`PreparedSide.grid`), widths and table_start int32 [H, A], levels f32 [H,
+    LEVELS] (with a 0 at the end), thresholds f32 [H, THRESHOLDS], pieces (`piece_bits`) and places as in
+    `PreparedSide`, cos and sin f32 [T, d] of packed token 0 on. `first_token` is the first packed token's
+    number, or what to subtract from `starts` int [B].
+    Program (h, r, s): the r-th block of rows (b, token) of head h, keys where s is 0.
     """
-    _validate(x, side, into, start, rope)
-    batch, heads, tokens, dim = x.shape
-    spec = side.spec
-    keys = spec.side == "k"
-    turned = keys and side.centred
-    cos, sin = (rope.cos, rope.sin) if turned and rope is not None else (side.centre, side.centre)
+    head, block = tl.program_id(0), tl.program_id(1)
+    if tl.program_id(2) == 0:
+        _pack_rows(
+            k, k_b, k_h, k_t, k_d, starts, first_token, batches, tokens, head, block,
+            k_centre, k_analysis, k_factors, k_norm, k_grid, k_widths, k_start, k_levels, k_thresholds,
+            k_deviation, k_pieces, k_places,
+            cos, sin, rope_t, rope_d, k_codes, kc_b, kc_h, kc_word, kc_token, k_scales, ks_b, ks_h,
+            HEADS, DIM, K_AXES, DIM_PAD, K_PAD, K_BYTES, K_BYTES_PAD, LANES, K_PIECES, K_WIDEST, K_LEVELS,
+            K_THRESHOLDS, K_SCALE, K_UNIFORM, HAS_STARTS, TURNED, BLOCK, EARLY,
+        )  # fmt: skip
+    else:
+        _pack_rows(
+            v, v_b, v_h, v_t, v_d, starts, first_token, batches, tokens, head, block,
+            v_centre, v_analysis, v_factors, v_norm, v_grid, v_widths, v_start, v_levels, v_thresholds,
+            v_deviation, v_pieces, v_places,
+            cos, sin, rope_t, rope_d, v_codes, vc_b, vc_h, vc_plane, vc_token, v_scales, vs_b, vs_h,
+            HEADS, DIM, V_AXES, DIM_PAD, V_PAD, V_BYTES, V_BYTES_PAD, 1, V_PIECES, V_WIDEST, V_LEVELS,
+            V_THRESHOLDS, V_SCALE, V_UNIFORM, HAS_STARTS, False, BLOCK, EARLY,
+        )  # fmt: skip
+
+
+def pack(k: Tensor, v: Tensor, layer: PreparedLayer, held: Held, start: int | Tensor) -> None:
+    """Compress k (after RoPE) and v float [B, H, n, d], any strides, into `held`: `ops.append` in one launch.
+
+    Copies nothing, waits for nothing. Raises ValueError where shapes do not agree.
+    """
+    _validate(k, v, layer, held)
+    batch, heads, tokens, dim = k.shape
+    turned = layer.k.centred
+    cos, sin = (held.rope.cos, held.rope.sin) if turned and held.rope is not None else (layer.k.centre,) * 2
     starts = start if isinstance(start, Tensor) else None
-    scales = into.codes if into.scales is None else into.scales
-    strides = into.codes.stride() if keys else (*into.codes.stride(), 0)
-    rows = batch * tokens
-    pack_kernel[(heads, -(-rows // ROW_BLOCK))](
-        x, *x.stride(), side.centre if starts is None else starts, 0 if starts is not None else start,
-        side.centre, spec.analysis, spec.deviation, side.widths, side.start, side.table, spec.thresholds,
-        side.pieces, side.places, cos, sin, cos.stride(0) if cos.dim() == 3 else 0, cos.stride(-2), cos.stride(-1),
-        into.codes, *strides, scales, *(scales.stride()[:3] if into.scales is not None else (0, 0, 0)),
-        rows, tokens,
-        HEADS=heads, DIM=dim, AXES=side.axes, DIM_PAD=padded(dim), AXES_PAD=padded(side.axes),
-        BYTES=spec.nbytes, BYTES_PAD=padded(spec.nbytes), LANES=spec.lanes if keys else 1,
-        PIECES=side.pieces.shape[1], WIDEST=max(profile.widths[0] for profile in spec.profiles),
-        LEVELS=side.table.shape[1], THRESHOLDS=spec.thresholds.shape[1], SCALE=spec.scale,
-        HAS_STARTS=starts is not None, TURNED=turned, BLOCK=ROW_BLOCK,
+    block = FEW_ROWS if tokens == 1 else ROW_BLOCK
+    early = launches_early(k)
+    pack_kernel[(heads, -(-batch * tokens // block), 2)](
+        k, *k.stride(), v, *v.stride(), layer.k.centre if starts is None else starts,
+        held.sinks if isinstance(start, Tensor) else start - held.sinks, batch, tokens,
+        *_tables(layer.k), *_tables(layer.v), cos, sin, cos.stride(-2), cos.stride(-1),
+        *_target(held.k), *_target(held.v), HEADS=heads, DIM=dim, DIM_PAD=padded(dim), LANES=layer.k.spec.lanes,
+        **_constants(layer.k, "K"), **_constants(layer.v, "V"),
+        HAS_STARTS=starts is not None, TURNED=turned, BLOCK=block, EARLY=early,
+        num_warps=4 if dim <= 64 else 8, **early_launch(early),
     )  # fmt: skip
 
 
-def _validate(x: Tensor, side: PreparedSide, into: Packed, start: int | Tensor, rope: Rope | None) -> None:
+def _tables(side: PreparedSide) -> tuple[Tensor, ...]:
     spec = side.spec
-    batch, heads, tokens, dim = x.shape
-    if (heads, dim) != (spec.heads, side.head_dim):
-        raise ValueError(f"x has {heads} heads of {dim}, the codec {spec.heads} of {side.head_dim}")
-    words = spec.nbytes // spec.lanes if spec.side == "k" else spec.nbytes
-    if into.codes.dtype != torch.uint8 or into.codes.shape[:3] != (batch, heads, words):
-        raise ValueError(f"codes must be uint8 {(batch, heads, words)}..., not {tuple(into.codes.shape)}")
-    if spec.residual_axes:
-        raise ValueError("residual axes are coded by the plain reference only")
-    if (into.scales is None) != (spec.scale == "none"):
-        raise ValueError("the cache's scales and the codec's do not agree")
-    if isinstance(start, int) and not 0 <= start <= into.codes.shape[3] - tokens:
-        raise ValueError(f"{tokens} tokens from {start} on do not fit in {into.codes.shape[3]}")
-    if spec.side == "k" and side.centred and (rope is None or rope.cos.shape[-2] != tokens):
-        raise ValueError(f"keys with a centre need RoPE's angles at the {tokens} tokens' positions")
+    grid = side.deviation if side.grid is None else side.grid
+    return (
+        side.centre, *side.analysis, side.coded_norm, grid, side.widths, side.start, side.table, spec.thresholds,
+        side.deviation, side.piece_bits, side.places,
+    )  # fmt: skip
+
+
+def _target(packed: Packed) -> tuple[Tensor | int, ...]:
+    """Codes and scales with their strides of sequences, heads, words or planes, tokens."""
+    scales = packed.codes if packed.scales is None else packed.scales
+    return packed.codes, *packed.codes.stride()[:4], scales, *scales.stride()[:2]
+
+
+def _constants(side: PreparedSide, name: str) -> dict[str, Any]:
+    spec = side.spec
+    values = {
+        "AXES": side.axes, "PAD": padded(side.axes), "BYTES": spec.nbytes, "BYTES_PAD": padded(spec.nbytes),
+        "PIECES": side.piece_bits.shape[3], "WIDEST": max(profile.widths[0] for profile in spec.profiles),
+        "LEVELS": side.table.shape[1], "THRESHOLDS": spec.thresholds.shape[1], "SCALE": spec.scale,
+        "UNIFORM": side.grid is not None,
+    }  # fmt: skip
+    return {f"{name}_{key}": value for key, value in values.items()}
+
+
+def _validate(k: Tensor, v: Tensor, layer: PreparedLayer, held: Held) -> None:
+    batch, heads, _, dim = k.shape
+    own = (layer.k.spec.heads, layer.k.head_dim)
+    if k.shape != v.shape or (heads, dim) != own:
+        raise ValueError(
+            f"keys {tuple(k.shape)}, values {tuple(v.shape)}: the codec has {own[0]} heads of {own[1]}"
+        )
+    for side, into in ((layer.k, held.k), (layer.v, held.v)):
+        spec = side.spec
+        words = spec.nbytes // spec.lanes if spec.side == "k" else spec.nbytes
+        if into.codes.dtype != torch.uint8 or into.codes.shape[:3] != (batch, heads, words):
+            raise ValueError(f"codes must be uint8 {(batch, heads, words)}..., not {tuple(into.codes.shape)}")
+        if spec.residual_axes:
+            raise ValueError("residual axes are coded by the plain reference only")
+        if (into.scales is None) != (spec.scale == "none"):
+            raise ValueError("the cache's scales and the codec's do not agree")
+        if into.scales is not None and into.scales.stride(2) != 1:
+            raise ValueError("the scales of a sequence's tokens must lie beside each other")
+    if layer.k.centred and (held.rope is None or held.rope.cos.shape[0] < held.tokens):
+        raise ValueError(f"keys with a centre need RoPE's angles at the {held.tokens} packed tokens' positions")

@@ -13,8 +13,12 @@ from turboesm_kernels.reference import Packed
 
 ROW_BLOCK = 16
 FOLD_TOKENS = 64
-SPLIT_BLOCK = 8
-AXIS_BLOCK = 32
+FEW_ROWS = 40
+"""Rows and heads up to which `finish` takes them one by one: latency counts, not what is read twice."""
+
+FINISH_TILE = 8192
+"""Partial results that a program of `finish` holds at once, at most."""
+
 WAVES = 8
 """Programs a multiprocessor is given before ranges of tokens are made longer instead of more."""
 
@@ -115,6 +119,11 @@ def _scales(packed: Packed) -> tuple[Tensor | int, ...]:
     return packed.scales, *packed.scales.stride()
 
 
+def launches_early(q: Tensor) -> bool:
+    """Whether a kernel may be launched while the one before it still runs (Hopper's programmatic launch)."""
+    return q.is_cuda and torch.cuda.get_device_capability(q.device) >= (9, 0)
+
+
 def early_launch(early: bool) -> dict[str, bool]:
     """The launch option that lets a kernel start while the one before it still runs."""
     return {"launch_pdl": True} if early else {}
@@ -133,13 +142,15 @@ def finish(
     if weighted:
         assert layer.v.fields is not None
         value_map, offset = layer.v.fields.map, layer.v.fields.offset
-    finish_kernel[(heads, -(-rows // ROW_BLOCK))](
+    axes_pad = padded(axes)
+    row_block = 1 if rows * heads <= FEW_ROWS else ROW_BLOCK
+    split_block = max(1, min(padded(max(splits, 1), 1), FINISH_TILE // (row_block * axes_pad), 16))
+    finish_kernel[(heads, -(-rows // row_block))](
         partials.top, partials.mass, partials.weight if weighted else partials.mass, partials.out,
         q, *q.stride(), q if held.lengths is None else held.lengths,
         sink_k, *sink_k.stride(), sink_v, *sink_v.stride(), value_map, offset, layer.v.centre, out, rows, splits,
-        HEADS=heads, QUERIES=queries, DIM=dim, AXES=axes, DIM_PAD=padded(dim),
-        AXIS_BLOCK=min(AXIS_BLOCK, padded(axes)), SPLIT_BLOCK=1 if splits <= 1 else SPLIT_BLOCK,
-        SINKS=held.sinks, ROW_BLOCK=ROW_BLOCK, HAS_LENGTHS=held.lengths is not None, HAS_WEIGHT=weighted,
-        EARLY=early, **early_launch(early),
+        HEADS=heads, QUERIES=queries, DIM=dim, AXES=axes, DIM_PAD=padded(dim), AXES_PAD=axes_pad,
+        SPLIT_BLOCK=split_block, SINKS=held.sinks, ROW_BLOCK=row_block, HAS_LENGTHS=held.lengths is not None,
+        HAS_WEIGHT=weighted, EARLY=early, num_warps=8 if axes_pad > 64 else 4, **early_launch(early),
     )  # fmt: skip
     return out

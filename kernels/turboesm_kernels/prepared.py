@@ -71,23 +71,63 @@ class PreparedSide:
         return self.spec.centre.shape[-1]
 
     @cached_property
+    def piece_bits(self) -> Tensor:
+        """int32 [H, 2, A, P], P a power of 2: mask and place in the code of each piece, for `pack`."""
+        grown = torch.nn.functional.pad(self.pieces[:, :, 3:], (0, 0, 0, 0, 0, self._slots - self.pieces.shape[1]))
+        return grown.permute(0, 2, 3, 1).contiguous()
+
+    @cached_property
     def places(self) -> Tensor:
-        """float16 [H, P, A, nbytes]: 2^shift where a piece of an axis' code goes, 0 elsewhere. For `pack`."""
+        """float16 [H, A, P, nbytes]: 2^shift where a piece of an axis' code goes, 0 elsewhere. For `pack`."""
         spec = self.spec
-        table = torch.zeros(spec.heads, self.pieces.shape[1], self.axes, spec.nbytes, dtype=torch.float16)
+        table = torch.zeros(spec.heads, self.axes, self._slots, spec.nbytes, dtype=torch.float16)
         for head, index in enumerate(spec.profile_of_head):
             seen: dict[int, int] = {}
             for piece in spec.profiles[index].pieces:
                 count = seen.setdefault(piece.axis, 0)
-                table[head, count, piece.axis, piece.byte] = 2**piece.shift
+                table[head, piece.axis, count, piece.byte] = 2**piece.shift
                 seen[piece.axis] += 1
         return table.to(spec.centre.device)
+
+    @property
+    def _slots(self) -> int:
+        return 1 << (self.pieces.shape[1] - 1).bit_length()
 
     @cached_property
     def widths(self) -> Tensor:
         """int32 [H, A]: code widths."""
         rows = [self.spec.profiles[index].widths for index in self.spec.profile_of_head]
         return torch.tensor(rows, dtype=torch.int32, device=self.spec.centre.device)
+
+    @cached_property
+    def deviation(self) -> Tensor:
+        """float32 [H, A]: deviations of the axes."""
+        return self.spec.deviation.contiguous()
+
+    @cached_property
+    def _coded(self) -> Tensor:
+        """float32 [H, A]: 1 where an axis has a code of its own."""
+        coded = (self.widths > 0).float()
+        coded[:, self.head_dim :] = 0
+        return coded
+
+    @cached_property
+    def analysis(self) -> tuple[Tensor, Tensor]:
+        """The analysis matrix over the deviations, 0 where an axis is not coded, see `in_halves`."""
+        return in_halves(self.spec.analysis * (self._coded / self.deviation)[:, None])
+
+    @cached_property
+    def coded_norm(self) -> Tensor:
+        """float32 [H]: what turns the norm of normalised coordinates into their root mean square."""
+        return self._coded.sum(-1).rsqrt()
+
+    @cached_property
+    def grid(self) -> Tensor | None:
+        """float32 [H, 6, A]: `per_step`, `half`, `top`, `level`, `zero`, `deviation` of `bits`, for `pack`."""
+        bits = self.bits
+        if bits is None:
+            return None
+        return torch.cat((bits.per_step, bits.half, bits.top, bits.level, bits.zero, bits.deviation), 1)
 
     @cached_property
     def fields(self) -> Fields | None:
@@ -101,12 +141,24 @@ class PreparedSide:
         return None if steps is None else Bits.of(self, steps)
 
 
+def in_halves(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """A matrix float32 [H, d, A] for products in float16 that are as exact as in float32.
+
+    float16 [2, H, d, A], whose sum is the matrix but for a factor of each column, a power of 2: float32 [H, A].
+    """
+    factor = torch.exp2(matrix.abs().amax(1).clamp_min(2.0**-100).log2().ceil())
+    scaled = matrix / factor[:, None]
+    high = scaled.half()
+    return torch.stack((high, (scaled - high).half())), factor
+
+
 @dataclass(frozen=True)
 class Fields:
     """A uniform-grid code as fields of 32-bit words, each the piece of 4 neighbouring axes' codes. For `fast`.
 
     A head's words come in order of how many fields they hold, most first; `shape` is the greatest count of any
-    head for the first word, the second ..., and a head with fewer has fields of mask 0. So which word and which
+    head for the first word, the second ..., and a head with fewer has fields of mask 0. A word's first field is
+    the one at bit 0. So which word and which
     bits a field has is data, and one compiled kernel serves all heads, and all layers of that shape.
 
     With levels step (code - middle), a level is the sum over its fields of weight (piece - piece's middle). Keys'
@@ -164,6 +216,11 @@ class Fields:
             offset.contiguous(),
         )
 
+    @cached_property
+    def halves(self) -> tuple[Tensor, Tensor]:
+        """`map` of keys, see `in_halves`."""
+        return in_halves(self.map)
+
     @property
     def count(self) -> int:
         """Fields of a head, F."""
@@ -201,7 +258,9 @@ def _fields_by_word(profile: Profile, steps: dict[int, float], side: Side) -> li
                 _middle(piece.width) * 2.0**stays,
             )
             words[piece.byte // FIELD_LANES][1].append(field)
-    return sorted(words, key=lambda entry: -len(entry[1]))
+    by_place = [(word, sorted(fields, key=lambda field: field.mask & 0xFF if side == "v" else field.shift))
+                for word, fields in words]  # fmt: skip
+    return sorted(by_place, key=lambda entry: -len(entry[1]))
 
 
 def _padded_table(rows: list[list[int]]) -> Tensor:

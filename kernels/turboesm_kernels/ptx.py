@@ -1,4 +1,4 @@
-# mypy: disable-error-code="no-untyped-def,untyped-decorator"
+# mypy: disable-error-code="no-untyped-def,untyped-decorator,assignment"
 """Decode attention over a uniform grid, with inline PTX: one warp a program, every tensor one value a lane.
 
 For one query token a sequence and codes in 4 byte lanes. Levels are step (code - middle), so there is no table:
@@ -9,7 +9,12 @@ the query, values by the softmax's weights. Lanes of a warp own, of a block of 1
     values   lane 4 u + i: tokens 16 u .. 16 u + 15 of byte lane i of every word: 16 bytes of a plane
 
 so the weights of a value lane's tokens lie in the 4 lanes of its own quad, which share one running maximum; the
-quads are joined once, at the end. `BLOCK` tokens of a field cost 12 to 16 instructions a lane, for 16 codes.
+quads are joined once, at the end. `BLOCK` tokens of a field cost 12 to 16 instructions a lane, for 16 codes. The
+scores of the keys' centre, <q, R_j c>, come from the tensor cores, 128 tokens a product (`assembly.bias_code`).
+
+What bounds it was measured with Nsight Compute: loads of small tables that queue behind the codes (so they are
+kept in shared memory), warps a multiprocessor (so the order of a block's work is the one that needs the fewest
+registers), then instructions issued.
 
 Which field lies where is data, not code (`prepared.Fields`): one compiled kernel serves every profile of one F.
 Weights are rounded with a dither that differs from token to token: many weights below 2^-16 of the greatest keep
@@ -28,108 +33,6 @@ BLOCK = 128
 LANE_TOKENS = 4
 UNIT = tl.constexpr(65534.0)  # of a weight; with its dither, below 2^16
 QUERY_UNIT = tl.constexpr(32767.0)
-ROUNDER = tl.constexpr(12582912.0)  # 1.5 * 2^23: added to a float, its low bits are the nearest integer's
-
-
-STREAM = "ld.global.L1::no_allocate.v4.b32"
-FENCE = "bar.warp.sync 0xffffffff;"
-"""Keeps the assembler from putting off a batch of loads until each is used: one latency, not one for each word."""
-
-
-def load_code(key_words: int, value_words: int) -> str:
-    """PTX: $0.. = 4 tokens of the lane's key words, then 16 tokens of the lane's value words, 4 registers a word.
-
-    After the outputs: address of the lane's bytes in plane 0, bytes between words, the head's places; for keys,
-    then for values. Either count may be 0.
-    """
-    outputs = [f"${i}" for i in range(4 * (key_words + value_words))]
-    base = [f"${len(outputs) + i}" for i in range(6)]
-    lines = [f".reg .b32 place<{4 * -(-max(key_words, value_words) // 4)}>;", ".reg .b64 at;"]
-    lines += _load_words(value_words, base[3:], outputs[4 * key_words :])
-    lines += _load_words(key_words, base[:3], outputs)
-    return _block([*lines, FENCE])
-
-
-def load_constraints(words: int) -> str:
-    """Operand kinds of `load_code`."""
-    return ",".join(["=&r"] * (4 * words) + ["l", "r", "l"] * 2)
-
-
-def key_code(shape: tuple[int, ...]) -> str:
-    """PTX: $0..$3 = sum over fields and lanes of query * piece, of 4 tokens.
-
-    After the outputs: the row's descriptors, F times (shift, mask, query of lanes 0 and 1, of lanes 2 and 3); the
-    words of `load_code`.
-    """
-    lines = [".reg .b32 t, d<4>;", *(f"mov.b32 ${token}, 0;" for token in range(4))]
-    for f, word in enumerate(_word_of_field(shape)):
-        lines.append(f"ld.global.v4.b32 {{d0, d1, d2, d3}}, [$4+{16 * f}];")
-        for token in range(4):
-            lines.append(f"shr.u32 t, ${5 + 4 * word + token}, d0;")
-            lines.append("and.b32 t, t, d1;")
-            lines.append(f"dp2a.lo.s32.u32 ${token}, d2, t, ${token};")
-            lines.append(f"dp2a.hi.s32.u32 ${token}, d3, t, ${token};")
-    return _block(lines)
-
-
-def _word_of_field(shape: tuple[int, ...]) -> list[int]:
-    return [word for word, count in enumerate(shape) for _ in range(count)]
-
-
-def _load_words(count: int, operands: list[str], registers: list[str]) -> list[str]:
-    """Load 16 bytes at `base` of each of `count` planes, in the order of the head's places."""
-    base, stride, places = operands
-    lines = []
-    for w in range(count):
-        if w % 4 == 0:
-            lines.append(
-                f"ld.global.v4.b32 {{{', '.join(f'place{w + i}' for i in range(4))}}}, [{places}+{4 * w}];"
-            )
-    for w in range(count):
-        lines.append(f"mad.wide.u32 at, place{w}, {stride}, {base};")
-        lines.append(f"{STREAM} {{{', '.join(registers[4 * w : 4 * w + 4])}}}, [at];")
-    return lines
-
-
-def value_code(shape: tuple[int, ...]) -> str:
-    """PTX: $f = acc * alpha + sum over 16 tokens of weight * masked byte, for each of F fields.
-
-    After the outputs: the lane's own 4 weights as 2 words, the head's masks, alpha, the words of `key_code`, the
-    F accumulators.
-    """
-    fields = sum(shape)
-    low, high, masks, alpha = (f"${fields + i}" for i in range(4))
-    word_at = fields + 4
-    acc_at = word_at + 4 * len(shape)
-    lines = [".reg .b32 p<8>, t, sum, m<4>;", ".reg .f32 x;"]
-    for owner in range(4):  # the weights of the quad's 16 tokens, in order
-        lines.append(f"shfl.sync.idx.b32 p{2 * owner}, {low}, {owner}, 0x1c1f, 0xffffffff;")
-        lines.append(f"shfl.sync.idx.b32 p{2 * owner + 1}, {high}, {owner}, 0x1c1f, 0xffffffff;")
-    for f, word in enumerate(_word_of_field(shape)):
-        if f % 4 == 0:
-            lines.append(f"ld.global.v4.b32 {{m0, m1, m2, m3}}, [{masks}+{4 * f}];")
-        lines.append("mov.b32 sum, 0;")
-        for i in range(4):
-            lines.append(f"and.b32 t, ${word_at + 4 * word + i}, m{f % 4};")
-            lines.append(f"dp2a.lo.u32.u32 sum, p{2 * i}, t, sum;")
-            lines.append(f"dp2a.hi.u32.u32 sum, p{2 * i + 1}, t, sum;")
-        lines += ["cvt.rn.f32.s32 x, sum;", f"fma.rn.f32 ${f}, ${acc_at + f}, {alpha}, x;"]
-    return _block(lines)
-
-
-def key_constraints(shape: tuple[int, ...]) -> str:
-    """Operand kinds of `key_code`."""
-    return ",".join(["=&r"] * 4 + ["l"] + ["r"] * (4 * len(shape)))
-
-
-def value_constraints(shape: tuple[int, ...]) -> str:
-    """Operand kinds of `value_code`."""
-    fields = sum(shape)
-    return ",".join(["=&f"] * fields + ["r", "r", "l", "f"] + ["r"] * (4 * len(shape)) + ["f"] * fields)
-
-
-def _block(lines: list[str]) -> str:
-    return "{\n" + "\n".join(lines) + "\n}"
 
 
 @triton.jit
@@ -160,22 +63,22 @@ def _score(total, word, i: tl.constexpr, gain, constant, bias, token, end):
 
 
 @triton.jit
-def _phase(query, q_d, row_at, live, centre, head, pair, HALF: tl.constexpr):
-    """<q, R_j c> as cosine and sine coefficients f32 [rows, pairs], and the queries' halves, in units of log 2."""
-    mask = live[:, None] & (pair < HALF)[None, :]
-    at = query + row_at[:, None] + pair[None, :] * q_d
-    first = tl.load(at, mask=mask, other=0.0).to(tl.float32) * LOG2E
-    second = tl.load(at + HALF * q_d, mask=mask, other=0.0).to(tl.float32) * LOG2E
-    c_at = centre + head[:, None] * (2 * HALF) + pair[None, :]
-    c_first = tl.load(c_at, mask=mask, other=0.0)
-    c_second = tl.load(c_at + HALF, mask=mask, other=0.0)
-    return first, second, first * c_first + second * c_second, second * c_first - first * c_second
+def _phase(query, q_d, centre, pair, DIM: tl.constexpr):
+    """<q, R_j c> as coefficients of RoPE's cosines, then sines, at j, of each lane's pairs from `pair` on.
 
-
-@triton.jit
-def _reach(even, odd):
-    """The greatest value that coefficients can add up to, at any position."""
-    return tl.sum(tl.sqrt(even * even + odd * odd), 1) + 1e-30
+    In units of log 2, with i < d/2 and i' = i + d/2: q_i c_i + q_i' c_i' of the cosine, q_i' c_i - q_i c_i' of the
+    sine. Those beyond float16's range, which no model has, are clamped.
+    """
+    even = ()
+    odd = ()
+    for i in tl.static_range(DIM // 8):
+        q = tl.load(query + (pair + i) * q_d).to(tl.float32) * LOG2E
+        r = tl.load(query + (pair + i + DIM // 2) * q_d).to(tl.float32) * LOG2E
+        c = tl.load(centre + pair + i)
+        d = tl.load(centre + pair + i + DIM // 2)
+        even = even + (tl.clamp(q * c + r * d, -60000.0, 60000.0),)  # noqa: RUF005  Triton 3.6 unpacks no tuples
+        odd = odd + (tl.clamp(r * c - q * d, -60000.0, 60000.0),)  # noqa: RUF005
+    return even + odd
 
 
 @triton.jit
@@ -187,101 +90,138 @@ def _two_halves(x):
 
 @triton.jit
 def fast_fold_kernel(
-    query, q_b, q_h, q_d, key_map, middle, shifts, masks, centre, cos, sin, rope_t, rope_d,
-    descriptors, scalars, bias, batch, tokens, bias_stride, token_blocks, rows_each,
+    query, q_b, q_h, q_d, key_map, factors, middle, shifts, masks, descriptors, scalars, batch,
     HEADS: tl.constexpr, DIM: tl.constexpr, FIELDS: tl.constexpr, FIELDS_PAD: tl.constexpr, TABLE: tl.constexpr,
-    PAIRS_PAD: tl.constexpr, FOLD_BLOCK: tl.constexpr, ROW_BLOCK: tl.constexpr, TOKEN_BLOCK: tl.constexpr,
-    EARLY: tl.constexpr,
+    DIM_PAD: tl.constexpr, FOLD_BLOCK: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    """Queries in coded axes as 16-bit integers, and the scores of the keys' centre likewise.
+    """Queries in coded axes as 16-bit integers.
 
         r = log2(e) q map[h]     gain = max |r| / 32767     r~ = round(r / gain)     constant = -gain <r~, middle>
-        bias_j = round(log2(e) <q, R_j c[h]> / unit)         unit: what keeps every j within 16 bits
 
-    query any float [B, H, 1, d], key_map f32 [H, d, 4 F], middle f32 [H, 4 F], shifts and masks int32 [H, TABLE],
-    centre f32 [H, d], cos and sin f32 [T, d]; descriptors int32 [B, H, F, 4] (see `key_code`), scalars f32
-    [B, H, 4] = (gain, constant, unit, unused), bias int16 [B, H, bias_stride]. Programs (t, g) with t <
-    token_blocks do the t-th block of the bias of rows (b, h) g rows_each ..; programs (token_blocks + h, g) fold
-    the g-th block of the queries of head h.
+    query any float [B, H, 1, d], key_map f16 [2, H, d, 4 F] and factors f32 [H, 4 F] (`in_halves`), middle f32
+    [H, 4 F], shifts and masks int32 [H, TABLE]; descriptors int32 [B, H, F, 4] (see `key_code`), scalars f32
+    [B, H, 2] = (gain, constant). Program (h, g): the g-th block of the sequences of head h.
     """
-    if EARLY:
+    head, group = tl.program_id(0), tl.program_id(1)
+    item = group * FOLD_BLOCK + tl.arange(0, FOLD_BLOCK)
+    live = item < batch
+    dim = tl.arange(0, DIM_PAD)
+    column = tl.arange(0, 4 * FIELDS_PAD)
+    own = column < 4 * FIELDS
+    weight_at = key_map + (head * DIM + dim[:, None]) * (4 * FIELDS) + column[None, :]
+    inside = (dim < DIM)[:, None] & own[None, :]
+    weight_high = tl.load(weight_at, mask=inside, other=0.0)
+    weight_low = tl.load(weight_at + HEADS * DIM * 4 * FIELDS, mask=inside, other=0.0)
+    factor = tl.load(factors + head * 4 * FIELDS + column, mask=own, other=0.0) * LOG2E
+    centre_of_piece = tl.load(middle + head * 4 * FIELDS + column, mask=own, other=0.0)
+    field = tl.arange(0, FIELDS_PAD)
+    shift = tl.load(shifts + head * TABLE + field, mask=field < FIELDS, other=0)
+    bits = tl.load(masks + head * TABLE + field, mask=field < FIELDS, other=0)
+    if EARLY:  # wait for what was launched before, then let what comes after start: it may read the cache at once
+        gdc_wait()
         gdc_launch_dependents()
-    half: tl.constexpr = DIM // 2
-    pair = tl.arange(0, PAIRS_PAD)
-    task = tl.program_id(0)
-    if task >= token_blocks:
-        head = task - token_blocks
-        item = tl.program_id(1) * FOLD_BLOCK + tl.arange(0, FOLD_BLOCK)
-        if tl.program_id(1) * FOLD_BLOCK < batch:
-            live = item < batch
-            at = item.to(tl.int64) * q_b + head * q_h
-            first, second, even, odd = _phase(query, q_d, at, live, centre, item * 0 + head, pair, half)
-            column = tl.arange(0, 4 * FIELDS_PAD)
-            own = column < 4 * FIELDS
-            weight_at = key_map + (head * DIM + pair[:, None]) * (4 * FIELDS) + column[None, :]
-            inside = (pair < half)[:, None] & own[None, :]
-            r = tl.dot(first, tl.load(weight_at, mask=inside, other=0.0), input_precision="tf32x3")
-            weight_at += half * 4 * FIELDS
-            r = tl.dot(second, tl.load(weight_at, mask=inside, other=0.0), r, input_precision="tf32x3")
-            gain = tl.max(tl.abs(r), 1) / QUERY_UNIT + 1e-30
-            whole = tl.floor(r / gain[:, None] + 0.5)
-            centre_of_piece = tl.load(middle + head * 4 * FIELDS + column, mask=own, other=0.0)
-            constant = -gain * tl.sum(whole * centre_of_piece[None, :], 1)
-            low, high = tl.split(tl.reshape(whole.to(tl.int32), (FOLD_BLOCK, 2 * FIELDS_PAD, 2)))
-            words = (low & 0xFFFF) | (high << 16)
-            front, back = tl.split(tl.reshape(words, (FOLD_BLOCK, FIELDS_PAD, 2)))
-            field = tl.arange(0, FIELDS_PAD)
-            shift = tl.load(shifts + head * TABLE + field, mask=field < FIELDS, other=0)
-            bits = tl.load(masks + head * TABLE + field, mask=field < FIELDS, other=0)
-            row = item.to(tl.int64) * HEADS + head
-            target = descriptors + (row[:, None] * FIELDS + field[None, :]) * 4
-            written = live[:, None] & (field < FIELDS)[None, :]
-            tl.store(target, tl.broadcast_to(shift[None, :], (FOLD_BLOCK, FIELDS_PAD)), mask=written)
-            tl.store(target + 1, tl.broadcast_to(bits[None, :], (FOLD_BLOCK, FIELDS_PAD)), mask=written)
-            tl.store(target + 2, front, mask=written)
-            tl.store(target + 3, back, mask=written)
-            tl.store(scalars + row * 4, gain, mask=live)
-            tl.store(scalars + row * 4 + 1, constant, mask=live)
-            tl.store(scalars + row * 4 + 2, _reach(even, odd) / QUERY_UNIT, mask=live)
+    q_at = item.to(tl.int64) * q_b + head * q_h
+    q = tl.load(query + q_at[:, None] + dim[None, :] * q_d, mask=live[:, None] & (dim < DIM)[None, :], other=0.0)
+    q = q.to(tl.float32)
+    if FOLD_BLOCK == 1:
+        weight = weight_high.to(tl.float32) + weight_low.to(tl.float32)
+        r = tl.sum(tl.sum(q, 0)[:, None] * weight, 0)[None, :] * factor[None, :]
     else:
-        token = task * TOKEN_BLOCK + tl.arange(0, TOKEN_BLOCK)
-        angle = token[None, :].to(tl.int64) * rope_t + pair[:, None] * rope_d
-        there = (token < tokens)[None, :] & (pair < half)[:, None]
-        cos_high, cos_low = _two_halves(tl.load(cos + angle, mask=there, other=0.0))
-        sin_high, sin_low = _two_halves(tl.load(sin + angle, mask=there, other=0.0))
-        begin = tl.program_id(1) * rows_each
-        end = tl.minimum(begin + rows_each, batch * HEADS)
-        for start in range(begin, end, ROW_BLOCK):
-            pair_row = start + tl.arange(0, ROW_BLOCK)
-            asked = pair_row < end
-            row_head = pair_row % HEADS
-            row_at = (pair_row // HEADS).to(tl.int64) * q_b + row_head * q_h
-            _, _, cosine, sine = _phase(query, q_d, row_at, asked, centre, row_head, pair, half)
-            reach = _reach(cosine, sine)
-            steps = QUERY_UNIT / reach[:, None]
-            even_high, even_low = _two_halves(cosine * steps)
-            odd_high, odd_low = _two_halves(sine * steps)
-            total = tl.dot(even_low, cos_high)
-            total = tl.dot(odd_low, sin_high, total)
-            total = tl.dot(even_high, cos_low, total)
-            total = tl.dot(odd_high, sin_low, total)
-            total = tl.dot(even_high, cos_high, total)
-            total = tl.dot(odd_high, sin_high, total)
-            bias_at = bias + pair_row[:, None].to(tl.int64) * bias_stride + token[None, :]
-            fits = asked[:, None] & (token < bias_stride)[None, :]
-            tl.store(bias_at, (total + ROUNDER).to(tl.int32, bitcast=True).to(tl.int16), mask=fits)
+        q_high, q_low = _two_halves(q)
+        r = tl.dot(q_low, weight_high)
+        r = tl.dot(q_high, weight_low, r)
+        r = tl.dot(q_high, weight_high, r) * factor[None, :]
+    gain = tl.max(tl.abs(r), 1) / QUERY_UNIT + 1e-30
+    whole = tl.floor(r / gain[:, None] + 0.5)
+    constant = -gain * tl.sum(whole * centre_of_piece[None, :], 1)
+    low, high = tl.split(tl.reshape(whole.to(tl.int32), (FOLD_BLOCK, 2 * FIELDS_PAD, 2)))
+    words = (low & 0xFFFF) | (high << 16)
+    front, back = tl.split(tl.reshape(words, (FOLD_BLOCK, FIELDS_PAD, 2)))
+    row = item.to(tl.int64) * HEADS + head
+    shift = tl.broadcast_to(shift[None, :], (FOLD_BLOCK, FIELDS_PAD))
+    bits = tl.broadcast_to(bits[None, :], (FOLD_BLOCK, FIELDS_PAD))
+    fours = tl.join(tl.join(shift, front), tl.join(bits, back))  # shift, bits, front, back
+    target = descriptors + row[:, None] * (4 * FIELDS) + column[None, :]
+    tl.store(target, tl.reshape(fours, (FOLD_BLOCK, 4 * FIELDS_PAD)), mask=live[:, None] & own[None, :])
+    tl.store(scalars + row * 2, gain, mask=live)
+    tl.store(scalars + row * 2 + 1, constant, mask=live)
+
+
+@triton.jit
+def _read(
+    first, token, end, row, stride, shared, token_bytes, scale, scale_token,
+    LOAD_CODE: tl.constexpr, LOAD_KINDS: tl.constexpr, WORDS: tl.constexpr,
+):  # fmt: skip
+    """A lane's part of a side's block: the scales of its 4 tokens from `scale_token` on, the words of `load_code`.
+
+    Past the end, lanes read what the last tokens' lanes read, and a block that starts there not at all.
+    """
+    own = tl.minimum(scale_token, tl.maximum(end - 1, 0) // 4 * 4)
+    n = tl.load(scale + own // 4, eviction_policy="evict_first")
+    wanted = token * 0 + (first < end).to(tl.int32)
+    words = tl.inline_asm_elementwise(
+        LOAD_CODE, LOAD_KINDS, (row + token * token_bytes, stride, shared, wanted),
+        dtype=(tl.int32,) * (4 * WORDS), is_pure=False, pack=1,
+    )  # fmt: skip
+    return n, words
+
+
+@triton.jit
+def _bias(
+    lane, shared, ROTATION: tl.constexpr, BIAS_CODE: tl.constexpr, BIAS_KINDS: tl.constexpr,
+    DIM: tl.constexpr, HAS_BIAS: tl.constexpr,
+):  # fmt: skip
+    """The centre's scores of a lane's 4 tokens of the block."""
+    b = (0.0, 0.0, 0.0, 0.0)
+    if HAS_BIAS:
+        b = tl.inline_asm_elementwise(
+            BIAS_CODE, BIAS_KINDS, (shared + lane * 16, shared + ROTATION + lane % 4 * (DIM // 2)),
+            dtype=(tl.float32,) * 4, is_pure=False, pack=1,
+        )  # fmt: skip
+    return b
+
+
+@triton.jit
+def _weigh(first, end, lane, totals, kn, vn, b, gain, constant, top, mass, weight):
+    """The online softmax over a lane's 4 tokens: its state after, the weights as 16-bit integers, what shrank."""
+    token = first + lane * 4
+    s0 = _score(totals[0], kn, 0, gain, constant, b[0], token, end)
+    s1 = _score(totals[1], kn, 1, gain, constant, b[1], token, end)
+    s2 = _score(totals[2], kn, 2, gain, constant, b[2], token, end)
+    s3 = _score(totals[3], kn, 3, gain, constant, b[3], token, end)
+    x0 = s0 + _byte_steps(vn, 0)
+    x1 = s1 + _byte_steps(vn, 1)
+    x2 = s2 + _byte_steps(vn, 2)
+    x3 = s3 + _byte_steps(vn, 3)
+    new_top = tl.maximum(top, _quad_max(tl.maximum(tl.maximum(x0, x1), tl.maximum(x2, x3))))
+    # A quad without a token yet has `NEGATIVE` as its maximum; its weights must still be 0.
+    safe = tl.maximum(new_top, 0.5 * NEGATIVE)
+    alpha = tl.exp2(top - safe)
+    mass = mass * alpha + ((tl.exp2(s0 - safe) + tl.exp2(s1 - safe)) + (tl.exp2(s2 - safe) + tl.exp2(s3 - safe)))
+    dither = lane.to(tl.float32) * 0.4721359  # 4 golden ratios; a token's is 1 golden ratio after the one before
+    w0 = (tl.exp2(x0 - safe) * UNIT + (dither - tl.floor(dither))).to(tl.int32)
+    w1 = (tl.exp2(x1 - safe) * UNIT + (dither + 0.6180340 - tl.floor(dither + 0.6180340))).to(tl.int32)
+    w2 = (tl.exp2(x2 - safe) * UNIT + (dither + 0.2360680 - tl.floor(dither + 0.2360680))).to(tl.int32)
+    w3 = (tl.exp2(x3 - safe) * UNIT + (dither + 0.8541020 - tl.floor(dither + 0.8541020))).to(tl.int32)
+    weight = weight * alpha + (w0 + w1 + w2 + w3).to(tl.float32)
+    return new_top, mass, weight, w0 | (w1 << 16), w2 | (w3 << 16), alpha
 
 
 @triton.jit
 def fast_split_kernel(
-    descriptors, scalars, bias, lengths,
+    query, q_b, q_h, q_d, centre, descriptors, scalars, turns, block_turn, cos, sin, rope_t, angles, lengths,
     k_codes, k_b, k_h, k_word, k_scales, ks_b, ks_h,
     v_codes, v_b, v_h, v_plane, v_scales, vs_b, vs_h, k_places, v_places, v_masks,
-    part_max, part_sum, part_weight, part_out, tokens, chunk, sinks, bias_stride,
-    HEADS: tl.constexpr, K_FIELDS: tl.constexpr, V_FIELDS: tl.constexpr, V_TABLE: tl.constexpr,
-    LOAD_CODE: tl.constexpr, LOAD_KINDS: tl.constexpr,
-    KEY_CODE: tl.constexpr, KEY_KINDS: tl.constexpr, VALUE_CODE: tl.constexpr, VALUE_KINDS: tl.constexpr,
-    HAS_BIAS: tl.constexpr, HAS_LENGTHS: tl.constexpr,
+    part_max, part_sum, part_weight, part_out, tokens, chunk, sinks,
+    HEADS: tl.constexpr, DIM: tl.constexpr, K_FIELDS: tl.constexpr, V_FIELDS: tl.constexpr, V_TABLE: tl.constexpr,
+    ROTATION: tl.constexpr, OPEN_CODE: tl.constexpr, OPEN_KINDS: tl.constexpr,
+    ROW_CODE: tl.constexpr, ROW_KINDS: tl.constexpr, STATE_CODE: tl.constexpr, STATE_KINDS: tl.constexpr,
+    FIRST_KEYS_CODE: tl.constexpr, FIRST_KEYS_KINDS: tl.constexpr,
+    FIRST_VALUES_CODE: tl.constexpr, FIRST_VALUES_KINDS: tl.constexpr,
+    KEYS_CODE: tl.constexpr, KEYS_KINDS: tl.constexpr, VALUES_CODE: tl.constexpr, VALUES_KINDS: tl.constexpr,
+    SCORE_CODE: tl.constexpr, SCORE_KINDS: tl.constexpr, SUM_CODE: tl.constexpr, SUM_KINDS: tl.constexpr,
+    BIAS_CODE: tl.constexpr, BIAS_KINDS: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_LENGTHS: tl.constexpr, ONE_BLOCK: tl.constexpr,
     K_WORDS: tl.constexpr, V_WORDS: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """One range of `chunk` tokens of one sequence and head, with one warp.
@@ -289,13 +229,14 @@ def fast_split_kernel(
         m = max_j (score_j + log2 n'_j)     w_j = 2^(score_j + log2 n'_j - m), in units of 2^-16
         part_sum = sum_j 2^(score_j - m)    part_weight = sum_j w_j    part_out[f, i] = sum_j w_j byte_jfi
 
-    scores in units of log 2; descriptors, scalars and bias as `fast_fold_kernel` leaves them, codes and scales as
-    in `Packed` with aligned strides, k_places, v_places and v_masks as in `Fields`; part_max, part_sum and
-    part_weight f32 [B, H, S], part_out f32 [B, H, S, 4 F'].
+    scores in units of log 2; query any float [B, H, 1, d], centre f32 [H, d]; descriptors and scalars as
+    `fast_fold_kernel` leaves them, turns and block_turn as in `Rope`, cos and sin f32 [angles, d], rows rope_t
+    apart, of packed token 0 on; codes and scales as in `Packed` with aligned strides, k_places, v_places and
+    v_masks as in `Fields`; part_max, part_sum and part_weight f32 [B, H, S], part_out f32 [B, H, S, 4 F'].
     """
-    pair = tl.program_id(0).to(tl.int64)
+    pair_row = tl.program_id(0).to(tl.int64)
     split = tl.program_id(1)
-    batch, head = pair // HEADS, pair % HEADS
+    batch, head = pair_row // HEADS, pair_row % HEADS
     end = tokens
     if HAS_LENGTHS:
         end = tl.minimum(tl.maximum(tl.load(lengths + batch).to(tl.int32) - sinks, 0), tokens)
@@ -303,7 +244,7 @@ def fast_split_kernel(
     end = tl.minimum(end, begin + chunk)
 
     lane = tl.arange(0, 32)
-    row = (descriptors + pair * (4 * K_FIELDS)).to(tl.int64, bitcast=True)
+    row = (descriptors + pair_row * (4 * K_FIELDS)).to(tl.int64, bitcast=True)
     k_place = (k_places + head * ((K_WORDS + 3) // 4 * 4)).to(tl.int64, bitcast=True)
     v_place = (v_places + head * ((V_WORDS + 3) // 4 * 4)).to(tl.int64, bitcast=True)
     masks = (v_masks + head * V_TABLE).to(tl.int64, bitcast=True)
@@ -312,75 +253,90 @@ def fast_split_kernel(
     v_row = v_plane0 + (lane % 4) * v_plane
     k_scale = (k_scales + batch * ks_b + head * ks_h).to(tl.pointer_type(tl.int32), bitcast=True)
     v_scale = (v_scales + batch * vs_b + head * vs_h).to(tl.pointer_type(tl.int32), bitcast=True)
-    bias_row = (bias + pair * bias_stride).to(tl.pointer_type(tl.int64), bitcast=True)
-    dither = lane.to(tl.float32) * 0.4721359  # 4 golden ratios; a token's is 1 golden ratio after the one before
-    dither0 = dither - tl.floor(dither)
-    dither1 = (dither + 0.6180340) - tl.floor(dither + 0.6180340)
-    dither2 = (dither + 0.2360680) - tl.floor(dither + 0.2360680)
-    dither3 = (dither + 0.8541020) - tl.floor(dither + 0.8541020)
-
     top = tl.full((32,), NEGATIVE, tl.float32)
-    mass = tl.zeros((32,), tl.float32)
-    weight = tl.zeros((32,), tl.float32)
+    mass, weight = tl.zeros((32,), tl.float32), tl.zeros((32,), tl.float32)
     sums = (tl.zeros((32,), tl.float32),) * V_FIELDS
     if EARLY:
         gdc_launch_dependents()
+    # The codes do not wait for `fast_fold_kernel`. A block's keys are read while the values of the one before are
+    # summed, its values while its keys are asked, so that few registers hold much that is under way.
+    last = tl.maximum(end - 1, 0)
+    k_token = tl.minimum(begin + lane * 4, last // 4 * 4)
+    v_token = tl.minimum(begin + lane // 4 * 16, last // 16 * 16)
+    kn, k_words_of = _read(
+        begin, k_token, end, k_row, k_word, k_place, 4, k_scale, begin + lane * 4,
+        FIRST_KEYS_CODE, FIRST_KEYS_KINDS, K_WORDS,
+    )  # fmt: skip
+    if ONE_BLOCK:
+        vn, v_words_of = _read(
+            begin, v_token, end, v_row, v_plane * 4, v_place, 1, v_scale, begin + lane * 4,
+            FIRST_VALUES_CODE, FIRST_VALUES_KINDS, V_WORDS,
+        )  # fmt: skip
+    shared = tl.inline_asm_elementwise(
+        OPEN_CODE, OPEN_KINDS,
+        (lane, masks, k_place, v_place, turns.to(tl.int64, bitcast=True), block_turn.to(tl.int64, bitcast=True)),
+        dtype=tl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
+    b = (tl.zeros((32,), tl.float32),) * 4
+    if HAS_BIAS:  # the queries were there before `fast_fold_kernel` began
+        pair = lane % 4 * (DIM // 8)
+        phase = _phase(query + batch * q_b + head * q_h, q_d, centre + head * DIM, pair, DIM)
+        angle = (tl.minimum(begin + lane // 4 * 2, angles - 1) * rope_t + pair).to(tl.int64) * 4
+        cos_at, sin_at = cos.to(tl.int64, bitcast=True) + angle, sin.to(tl.int64, bitcast=True) + angle
+        if ONE_BLOCK:
+            b = tl.inline_asm_elementwise(
+                BIAS_CODE, BIAS_KINDS, (turns.to(tl.int64, bitcast=True) + lane * 16, cos_at, sin_at) + phase,  # noqa: RUF005
+                dtype=(tl.float32,) * 4, is_pure=False, pack=1,
+            )  # fmt: skip
+        else:
+            tl.inline_asm_elementwise(
+                STATE_CODE, STATE_KINDS, (shared + lane * 16, cos_at, sin_at) + phase,  # noqa: RUF005
+                dtype=tl.int32, is_pure=False, pack=1,
+            )  # fmt: skip
     if EARLY:
         gdc_wait()
-    gain = tl.load(scalars + pair * 4)
-    constant = tl.load(scalars + pair * 4 + 1)
-    unit = tl.load(scalars + pair * 4 + 2)
-    for first in range(begin, end, 128):
-        token = first + lane * 4
-        # Past the end, lanes read what the last tokens' lanes read.
-        k_token = tl.minimum(token, (end - 1) // 4 * 4)
-        v_token = tl.minimum(first + lane // 4 * 16, (end - 1) // 16 * 16)
-        kn = tl.load(k_scale + k_token // 4)
-        vn = tl.load(v_scale + k_token // 4)
-        b0, b1, b2, b3 = 0.0, 0.0, 0.0, 0.0
-        if HAS_BIAS:
-            four = tl.load(bias_row + k_token // 4)
-            b0 = four.to(tl.int16).to(tl.float32) * unit
-            b1 = (four >> 16).to(tl.int16).to(tl.float32) * unit
-            b2 = (four >> 32).to(tl.int16).to(tl.float32) * unit
-            b3 = (four >> 48).to(tl.int16).to(tl.float32) * unit
-        read = tl.inline_asm_elementwise(
-            LOAD_CODE, LOAD_KINDS,
-            (k_row + k_token * 4, k_word, k_place, v_row + v_token, v_plane * 4, v_place),
-            dtype=(tl.int32,) * (4 * K_WORDS + 4 * V_WORDS), is_pure=False, pack=1,
-        )  # fmt: skip
+    tl.inline_asm_elementwise(ROW_CODE, ROW_KINDS, (lane, shared, row), dtype=tl.int32, is_pure=False, pack=1)
+    gain = tl.load(scalars + pair_row * 2)
+    constant = tl.load(scalars + pair_row * 2 + 1)
+    if ONE_BLOCK:
         totals = tl.inline_asm_elementwise(
-            KEY_CODE, KEY_KINDS, (row,) + read[: 4 * K_WORDS],  # noqa: RUF005  Triton 3.6 unpacks no tuples
+            SCORE_CODE, SCORE_KINDS, (shared,) + k_words_of,  # noqa: RUF005  Triton 3.6 unpacks no tuples
             dtype=(tl.int32,) * 4, is_pure=False, pack=1,
         )  # fmt: skip
-        s0 = _score(totals[0], kn, 0, gain, constant, b0, token, end)
-        s1 = _score(totals[1], kn, 1, gain, constant, b1, token, end)
-        s2 = _score(totals[2], kn, 2, gain, constant, b2, token, end)
-        s3 = _score(totals[3], kn, 3, gain, constant, b3, token, end)
-        x0 = s0 + _byte_steps(vn, 0)
-        x1 = s1 + _byte_steps(vn, 1)
-        x2 = s2 + _byte_steps(vn, 2)
-        x3 = s3 + _byte_steps(vn, 3)
-        new_top = tl.maximum(top, _quad_max(tl.maximum(tl.maximum(x0, x1), tl.maximum(x2, x3))))
-        # A quad without a token yet has `NEGATIVE` as its maximum; its weights must still be 0.
-        safe = tl.maximum(new_top, 0.5 * NEGATIVE)
-        alpha = tl.exp2(top - safe)
-        mass = mass * alpha + (
-            (tl.exp2(s0 - safe) + tl.exp2(s1 - safe)) + (tl.exp2(s2 - safe) + tl.exp2(s3 - safe))
+        top, mass, weight, low, high, alpha = _weigh(
+            begin, end, lane, totals, kn, vn, b, gain, constant, top, mass, weight
         )
-        w0 = (tl.exp2(x0 - safe) * UNIT + dither0).to(tl.int32)
-        w1 = (tl.exp2(x1 - safe) * UNIT + dither1).to(tl.int32)
-        w2 = (tl.exp2(x2 - safe) * UNIT + dither2).to(tl.int32)
-        w3 = (tl.exp2(x3 - safe) * UNIT + dither3).to(tl.int32)
-        weight = weight * alpha + (w0 + w1 + w2 + w3).to(tl.float32)
         sums = tl.inline_asm_elementwise(
-            VALUE_CODE, VALUE_KINDS,
-            (w0 | (w1 << 16), w2 | (w3 << 16), masks, alpha) + read[4 * K_WORDS :] + sums,  # noqa: RUF005
+            SUM_CODE, SUM_KINDS, (low, high, shared, alpha) + v_words_of + sums,  # noqa: RUF005
             dtype=(tl.float32,) * V_FIELDS, is_pure=True, pack=1,
         )  # fmt: skip
-        top = new_top
+    else:
+        for first in range(begin, end, 128):
+            own_b = _bias(lane, shared, ROTATION, BIAS_CODE, BIAS_KINDS, DIM, HAS_BIAS)
+            totals = tl.inline_asm_elementwise(
+                SCORE_CODE, SCORE_KINDS, (shared,) + k_words_of,  # noqa: RUF005
+                dtype=(tl.int32,) * 4, is_pure=False, pack=1,
+            )  # fmt: skip
+            own_kn = kn
+            v_token = tl.minimum(first + lane // 4 * 16, last // 16 * 16)
+            vn, v_words_of = _read(
+                first, v_token, end, v_row, v_plane * 4, shared, 1, v_scale, first + lane * 4,
+                VALUES_CODE, VALUES_KINDS, V_WORDS,
+            )  # fmt: skip
+            k_token = tl.minimum(first + 128 + lane * 4, last // 4 * 4)
+            kn, k_words_of = _read(
+                first + 128, k_token, end, k_row, k_word, shared, 4, k_scale, first + 128 + lane * 4,
+                KEYS_CODE, KEYS_KINDS, K_WORDS,
+            )  # fmt: skip
+            top, mass, weight, low, high, alpha = _weigh(
+                first, end, lane, totals, own_kn, vn, own_b, gain, constant, top, mass, weight
+            )
+            sums = tl.inline_asm_elementwise(
+                SUM_CODE, SUM_KINDS, (low, high, shared, alpha) + v_words_of + sums,  # noqa: RUF005
+                dtype=(tl.float32,) * V_FIELDS, is_pure=False, pack=1,
+            )  # fmt: skip
 
-    part = pair * tl.num_programs(1) + split
+    part = pair_row * tl.num_programs(1) + split
     warp_top = tl.max(top, 0)
     shrink = tl.exp2(top - tl.maximum(warp_top, 0.5 * NEGATIVE))
     tl.store(part_max + part, warp_top)

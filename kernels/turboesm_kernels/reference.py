@@ -31,6 +31,9 @@ Scale = Literal["none", "norm", "least-squares"]
 SCALE_STEPS_PER_OCTAVE = 32
 SCALE_ZERO = 128
 
+TURN = 128
+"""Tokens of a block of the fast kernel: see `Rope.turns`."""
+
 
 @dataclass(frozen=True)
 class SideSpec:
@@ -230,6 +233,40 @@ class Rope:
         """Cosines, then sines, of the first half of channels: [d, T] for angles [T, d]."""
         half = self.cos.shape[-1] // 2
         return torch.cat((self.cos[:, :half], self.sin[:, :half]), 1).mT
+
+    @cached_property
+    def turns(self) -> Tensor:
+        """Cosines and sines of the turns by 16 g and 16 g + 1 tokens, g < 8, as `ptx.bias_code` multiplies them.
+
+        A sum of two float16 [2, d / 16, 32 lanes, 4 registers, (cosine, sine)]; angles [T, d] of consecutive
+        positions. Turns by T tokens or more are 0: nothing asks for them. Made when first asked for, so ask once
+        before a CUDA graph is captured.
+        """
+        half = self.cos.shape[-1] // 2
+        lane = torch.arange(32, device=self.cos.device)
+        register = torch.arange(4, device=lane.device)
+        offset = 16 * (lane // 4)[:, None] + register % 2  # [32, 4]
+        first_pair = half // 4 * (lane % 4)[:, None] + register // 2
+        pair = first_pair + 2 * torch.arange(half // 8, device=lane.device)[:, None, None]
+        there = (offset < len(self.cos))[None]
+        row = offset.clamp(max=len(self.cos) - 1).expand(pair.shape)
+        cos, sin = (x.double()[:, :half] for x in (self.cos, self.sin))
+        cos_0, sin_0 = cos[0][pair], sin[0][pair]
+        cosine = cos[row, pair] * cos_0 + sin[row, pair] * sin_0
+        sine = sin[row, pair] * cos_0 - cos[row, pair] * sin_0
+        whole = torch.stack((cosine * there, sine * there), -1)
+        high = whole.half()
+        return torch.stack((high, (whole - high).half()))
+
+    @cached_property
+    def block_turn(self) -> Tensor:
+        """Cosines, then sines, of the turn by 128 tokens, float32 [d]; 0 where there are no more angles [T, d]."""
+        half = self.cos.shape[-1] // 2
+        if len(self.cos) <= TURN:
+            return torch.zeros(2 * half, device=self.cos.device)
+        cos, sin = (x.double()[:, :half] for x in (self.cos, self.sin))
+        turn = (cos[TURN] * cos[0] + sin[TURN] * sin[0], sin[TURN] * cos[0] - cos[TURN] * sin[0])
+        return torch.cat(turn).float()
 
     @classmethod
     def at(cls, positions: Tensor, inverse_frequencies: Tensor) -> Rope:

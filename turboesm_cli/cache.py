@@ -21,6 +21,7 @@ from turboesm_cli import decode
 from turboesm_cli.codec import CodecSpec, LayerSpec
 from turboesm_cli.lengths import Ragged
 from turboesm_cli.model import EsmModel
+from turboesm_cli.sequences import VOCABULARY
 
 SINK_DTYPE = torch.float16
 ALIGNMENT = 16
@@ -183,6 +184,11 @@ def check_tensors(spec: CodecSpec, tensors: Mapping[str, Tensor], length: int, b
     for name, tensor in tensors.items():
         if tensor.dtype != full[name].dtype or tensor.shape != full[name].shape:
             raise ValueError(f"{name} is {tensor.dtype} {list(tensor.shape)}, not {list(full[name].shape)}")
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+            raise ValueError(f"{name} is not finite")
+        if name.endswith(".tokens") and int(tensor.max()) >= len(VOCABULARY):
+            raise ValueError(f"{name} holds what is no token of ESM-2")
     if not bool(((tensors["unmasked"] > 0) & (tensors["unmasked"] <= 1)).all()):
         raise ValueError("the fraction of tokens that are not masked is not in 0..1")
 

@@ -9,16 +9,18 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from importlib.util import find_spec
 from typing import Self
 
 import torch
 from torch import Tensor
-from turboesm_kernels import kinds, lookup, ops, reference
+from turboesm_kernels import kinds, lookup, ops, reference, selfcheck
 from turboesm_kernels.ops import Held, PreparedLayer, put
 from turboesm_kernels.reference import Packed, Rope, SideSpec
 
 from turboesm_cli import decode
 from turboesm_cli.codec import CodecSpec, LayerSpec
+from turboesm_cli.errors import DeviceError
 from turboesm_cli.lengths import Ragged
 from turboesm_cli.model import EsmModel
 from turboesm_cli.sequences import VOCABULARY
@@ -232,8 +234,16 @@ def _prepare(model: EsmModel, spec: CodecSpec) -> _Prepared:
     spec = on_device(spec, model.device)
     layers = [None if layer is None else PreparedLayer.of(layer.k, layer.v) for layer in spec.layers]
     on_cpu = model.device.type == "cpu"
+    if model.device.type == "cuda":
+        _check_kernels([layer for layer in layers if layer is not None], model.device)
     pairs = [lookup.Pair.of(layer.k, layer.v) if layer and on_cpu else None for layer in layers]
     return _Prepared(model, spec, layers, decode.token_tables(model), pairs)
+
+
+def _check_kernels(layers: list[PreparedLayer], device: torch.device) -> None:
+    problem = selfcheck.problem(layers) if find_spec("triton") is not None else None
+    if problem:
+        raise DeviceError(f"{device}: {problem}; install another version of Triton, or use --device cpu")
 
 
 def _room(capacity: int, device: torch.device) -> int:

@@ -7,6 +7,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 PIP_FLAGS ?=
+WORKERS ?= 2
 DEMO ?= full
 OUT ?= demo
 FUZZ_SECONDS ?= 600
@@ -49,7 +50,7 @@ type: setup
 	$(BIN)/mypy
 
 test: setup
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS)
 
 fuzz: setup
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[fuzz]"

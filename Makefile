@@ -1,5 +1,7 @@
 # make demo   set up and run the whole pipeline on the embedded model and the bundled proteins
 # make test   set up and run the tests
+# make fuzz   search for inputs that break the readers, FUZZ_SECONDS of each kind
+# make killtest   kill each long command 50 times and resume it
 # On a machine without a GPU, a smaller torch: make setup PIP_FLAGS="--extra-index-url https://download.pytorch.org/whl/cpu"
 
 PYTHON ?= python3
@@ -7,6 +9,9 @@ VENV ?= .venv
 PIP_FLAGS ?=
 DEMO ?= full
 OUT ?= demo
+FUZZ_SECONDS ?= 600
+KILLS ?= 50
+FUZZ := $(VENV)/fuzz
 
 BIN := $(VENV)/bin
 TURBOESM := $(BIN)/turboesm
@@ -25,7 +30,7 @@ PROTEINS := 2
 DECODED := 2
 endif
 
-.PHONY: setup lint type test demo clean
+.PHONY: setup lint type test fuzz killtest demo clean
 
 setup: $(VENV)/.ready
 
@@ -45,6 +50,16 @@ type: setup
 
 test: setup
 	$(BIN)/python -m pytest
+
+fuzz: setup
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[fuzz]"
+	for target in fasta archive; do \
+	  mkdir -p $(FUZZ)/$$target && (cd $(FUZZ)/$$target && $(CURDIR)/$(BIN)/python $(CURDIR)/tests/fuzz/run.py $$target \
+	    -max_total_time=$(FUZZ_SECONDS) -rss_limit_mb=8192 -verbosity=0 .) || exit 1; \
+	done
+
+killtest: setup
+	TURBOESM_KILLS=$(KILLS) $(BIN)/python -m pytest tests/test_interruption.py -k random_moments -v --junitxml=$(VENV)/killtest.xml
 
 demo: setup
 	mkdir -p $(OUT)

@@ -11,11 +11,16 @@ from pathlib import Path
 import esm
 import pytest
 import torch
+from hypothesis import settings
 
 from turboesm_cli.codec import RECIPES, CodecSpec, LayerSpec, fit
 from turboesm_cli.model import EsmModel, load_model
 from turboesm_cli.sequences import Protein, read_fasta
 from turboesm_cli.stats import collect
+
+settings.register_profile("house", deadline=None)
+settings.register_profile("search", max_examples=20_000, deadline=None, print_blob=True)
+settings.load_profile("house")  # --hypothesis-profile comes after
 
 ROOT = Path(__file__).resolve().parents[1]
 DATA = ROOT / "data"

@@ -13,27 +13,32 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 CLI = ROOT / "turboesm_cli"
+DATA = ROOT / "data"
 
 # Each module may import those before it, its own line included, and the leaves.
-LEAVES = {"__init__", "errors", "files", "metrics", "running", "timing", "console", "datasets"}
+LEAVES = {"__init__", "errors", "files", "metrics", "running", "timing", "console", "datasets", "identity"}
 STAGES = [
-    {"archive", "quantizer", "results", "sequences"},
-    {"formats", "lengths", "prompts", "variants"},
+    {"journal", "rejects", "seen", "tokens"},
+    {"sources"},
+    {"records"},
+    {"archive", "quantizer", "results", "sequences", "work"},
+    {"formats", "lengths", "outcomes", "prompts", "variants"},
     {"model", "tables", "plots"},
     {"decode", "dense", "figures", "pages"},
     {"batching", "generation", "recipes"},
     {"sensitivity", "axes", "allocation"},
+    {"sums"},
     {"stats"},
     {"moments"},
     {"sides"},
     {"codec"},
     {"cache"},
     {"bundle", "memory"},
-    {"calibration", "packfile", "prefill"},
-    {"engine"},
+    {"calibration", "packfile"},
+    {"engine", "inventory"},
     {"plan", "tasks"},
     {"evaluation", "replay"},
-    {"summaries", "workload"},
+    {"prefill", "summaries", "workload"},
     {"ablation", "benchmark", "throughput"},
     {"crossover"},
     {"paper_kernel"},
@@ -43,6 +48,8 @@ WITHOUT_TORCH = {
     "errors",
     "files",
     "console",
+    "identity",
+    "journal",
     "sequences",
     "results",
     "figures",
@@ -136,8 +143,10 @@ def test_help_answers_at_once() -> None:
 def test_the_wheel_holds_what_it_should(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--quiet", "-w", str(tmp_path), str(ROOT)]
     subprocess.run(command, check=True, capture_output=True)
-    names = zipfile.ZipFile(next(tmp_path.glob("*.whl"))).namelist()
-    tops = {name.split("/")[0].split("-")[0] for name in names}
-    assert tops == {"turboesm_cli", "turboesm_kernels", "turboesm_data", "turboesm"}
-    assert "turboesm_data/evaluation/tm.fasta" in names
-    assert not any("results" in name.lower() and name.endswith(".csv") for name in names)
+    names = set(zipfile.ZipFile(next(tmp_path.glob("*.whl"))).namelist())
+    homes = {"turboesm_cli": CLI, "turboesm_kernels": ROOT / "kernels" / "turboesm_kernels", "turboesm_data": DATA}
+    code = {f"{name}/{path.relative_to(home)}" for name, home in homes.items() for path in home.rglob("*.py")}
+    data = {f"turboesm_data/{path.relative_to(DATA)}" for path in DATA.glob("*/*.fasta")}
+    data |= {"turboesm_data/README.md", "turboesm_data/SOURCES.tsv"}
+    described = {name for name in names if name.split("/")[0].endswith(".dist-info")}
+    assert names - described == code | data

@@ -5,17 +5,19 @@ from __future__ import annotations
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from turboesm_cli import decode
 from turboesm_cli.archive import Archive
-from turboesm_cli.bundle import write_bundle
+from turboesm_cli.bundle import read_bundle, write_bundle
 from turboesm_cli.cache import (
     PackedCache,
     PackedCodec,
     bytes_per_sequence,
+    check_tensors,
     codec_nbytes,
     dense_bytes_per_sequence,
 )
@@ -220,3 +222,23 @@ def test_caches_that_do_not_fit_are_refused(on_disk, tiny: EsmModel) -> None:  #
         (stored,) = file
         with pytest.raises(BundleError, match="damaged"):
             stored.read()
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "reason"),
+    [
+        ("layers.0.tokens", lambda tensor: tensor + 200, "no token of ESM-2"),
+        ("layers.1.k.sinks", lambda tensor: tensor * torch.nan, "not finite"),
+        ("unmasked", lambda tensor: tensor * torch.inf, "not finite"),
+        ("unmasked", lambda tensor: tensor * 0, "not in 0..1"),
+    ],
+)
+def test_caches_with_what_no_cache_holds_are_refused(name: str, change: Any, reason: str) -> None:
+    golden = Path(__file__).parent / "golden" / "auto-v1.tqz"
+    bundle = read_bundle(golden)
+    with Packfile(golden.with_suffix(".tqkv"), bundle, file_sha256(golden)) as file:
+        stored = next(iter(file))
+        tensors = stored.read()
+    check_tensors(bundle.spec, tensors, stored.cached)
+    with pytest.raises(ValueError, match=reason):
+        check_tensors(bundle.spec, tensors | {name: change(tensors[name])}, stored.cached)

@@ -5,10 +5,8 @@ from __future__ import annotations
 import csv
 import json
 import os
-import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -279,22 +277,3 @@ def test_wrong_command_lines_have_exit_code_2(run: Run) -> None:
 def test_help_has_an_example(run: Run, command: str) -> None:
     done = run(command, "--help")
     assert done.returncode == 0 and f"Example: turboesm {command}" in " ".join(done.stdout.split())
-
-
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_stopped_command_leaves_nothing_half_written(
-    home: Path, environment: dict[str, str], number: signal.Signals, code: int
-) -> None:
-    folder = home / number.name
-    folder.mkdir()
-    command = [sys.executable, "-m", "turboesm_cli.app", "calibrate", "embedded", CALIBRATION, "-o", "x.tqz"]
-    process = subprocess.Popen(command, cwd=folder, env=environment, stderr=subprocess.PIPE, text=True)
-    assert process.stderr is not None
-    while "model:" not in process.stderr.readline():
-        assert process.poll() is None
-    time.sleep(1.0)
-    process.send_signal(number)
-    _, err = process.communicate(timeout=60)
-    assert process.returncode == code, err
-    assert "Traceback" not in err
-    assert list(folder.iterdir()) == []

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import torch
+from numbered import in_order
 from torch import Tensor
 
 from turboesm_cli import decode, engine
@@ -16,14 +18,16 @@ from turboesm_cli.calibration import calibrate
 from turboesm_cli.codec import RECIPES, CodecSpec, parse_recipe
 from turboesm_cli.commands.decode import _Run
 from turboesm_cli.dense import DenseCache
-from turboesm_cli.engine import Batch, Job, Stepper, in_order
+from turboesm_cli.engine import Batch, Job, Stepper
 from turboesm_cli.formats import FORMATS
 from turboesm_cli.generation import Sampling, draw, sample
 from turboesm_cli.model import EsmModel
+from turboesm_cli.outcomes import to_tensors
 from turboesm_cli.replay import Prompt, compare, run
 from turboesm_cli.sequences import MASK, Protein
 from turboesm_cli.stats import to_tokens
 from turboesm_cli.tasks import Forced, Sampled
+from turboesm_cli.work import NOTHING_KEPT, Work, saved_work
 from turboesm_cli.workload import of_proteins
 
 SLOTS = 3
@@ -88,7 +92,7 @@ def test_given_tokens_in_a_batch_as_alone(
     batch = Batch(
         precise, new, lambda slots: Forced.of(precise, slots, 32), SLOTS, CAPACITY, sinks_of(precise_specs, kind)
     )
-    found = list(in_order(batch.run(jobs)))
+    found = in_order(batch.run(enumerate(jobs)))
     assert len(found) == len(jobs) > SLOTS
     for job, hidden in zip(jobs, found, strict=True):
         assert torch.allclose(hidden, alone(precise, job, new(1, CAPACITY)), rtol=0, atol=ROUNDING)
@@ -107,7 +111,7 @@ def test_sampled_tokens_in_a_batch_as_alone(
         CAPACITY,
         sinks_of(precise_specs, kind),
     )
-    found = list(in_order(batch.run(jobs)))
+    found = in_order(batch.run(enumerate(jobs)))
     for number, (job, ids) in enumerate(zip(jobs, found, strict=True)):
         expected = sampled_alone(precise, job, new(1, CAPACITY), draw(5 + number, job.steps))
         assert torch.equal(ids, expected)
@@ -120,7 +124,7 @@ def test_a_batch_on_the_cpus_own_kernels(tiny: EsmModel, specs: dict[str, CodecS
         tiny, lambda slots, room: PackedCache(tiny, specs["flat"], slots, room),
         lambda slots: Forced.of(tiny, slots, 32), SLOTS, CAPACITY, specs["flat"].recipe.sinks,
     )  # fmt: skip
-    for job, hidden in zip(jobs, in_order(batch.run(jobs)), strict=True):
+    for job, hidden in zip(jobs, in_order(batch.run(enumerate(jobs))), strict=True):
         expected = alone(tiny, job, PackedCache(tiny, specs["flat"], 1, CAPACITY))
         assert torch.nn.functional.cosine_similarity(hidden, expected, dim=-1).min() > 0.999
 
@@ -134,7 +138,7 @@ def test_jobs_are_taken_when_there_is_a_slot(tiny: EsmModel, jobs: list[Job]) ->
             yield job
 
     new = cache_maker(tiny, {}, "fp32")
-    results = Batch(tiny, new, lambda slots: Forced.of(tiny, slots, 32), 2, CAPACITY).run(source())
+    results = Batch(tiny, new, lambda slots: Forced.of(tiny, slots, 32), 2, CAPACITY).run(enumerate(source()))
     next(results)
     assert taken <= 3  # two in slots, one that waits
     assert len(list(results)) == len(jobs) - 1
@@ -170,7 +174,7 @@ def test_out_of_memory_halves_the_batch_and_loses_nothing(
         precise, new, lambda slots: failing.of(precise, slots, 32), 4, CAPACITY,
         on_step=steps.append, on_shrink=shrunk.append,
     )  # fmt: skip
-    found = list(in_order(batch.run(iter(jobs))))
+    found = in_order(batch.run(enumerate(jobs)))
     assert shrunk == [2, 1]
     assert sum(steps) == sum(job.steps for job in jobs) and min(steps) < 0
     for job, hidden in zip(jobs, found, strict=True):
@@ -194,7 +198,7 @@ def test_out_of_memory_in_a_prefill(precise: EsmModel, jobs: list[Job], monkeypa
         precise, cache_maker(precise, {}, "fp32"), lambda slots: Forced.of(precise, slots, 32), 4, CAPACITY,
         on_shrink=shrunk.append,
     )  # fmt: skip
-    assert [len(hidden) for hidden in in_order(batch.run(jobs))] == [job.steps for job in jobs]
+    assert [len(hidden) for hidden in in_order(batch.run(enumerate(jobs)))] == [job.steps for job in jobs]
     assert shrunk == [2] and calls > 2
 
 
@@ -204,7 +208,7 @@ def test_a_batch_of_one_that_does_not_fit_is_an_error(
     failing.at_steps = [1]
     batch = Batch(tiny, cache_maker(tiny, {}, "fp32"), lambda slots: failing.of(tiny, slots, 32), 1, CAPACITY)
     with pytest.raises(torch.OutOfMemoryError):
-        list(batch.run(jobs))
+        list(batch.run(enumerate(jobs)))
 
 
 @pytest.fixture(scope="module")
@@ -221,9 +225,10 @@ def test_the_command_says_that_it_halved_the_batch(
 ) -> None:
     failing.at_steps = [3]
     work = of_proteins(lambda: peptides[:9], lambda protein: 5, bundle)
-    command = _Run(bundle, tiny, work, "packed", 4, work.longest)
+    command = _Run(bundle, tiny, work, NOTHING_KEPT, "packed", 4, work.longest)
     batch = command.batch(lambda slots: failing.of(tiny, slots, work.longest), lambda done=1: None)
-    accessions = [p.protein.accession for p in run(batch, work.prompts(), lambda prompt, _: prompt)]
+    done = run(batch, work.prompts, lambda prompt, hidden: {"hidden": hidden}, NOTHING_KEPT)
+    accessions = [prompt.protein.accession for prompt, _ in done]
     assert accessions == [protein.accession for protein in peptides[:9]]
     assert "out of memory: the batch is halved to 2" in capsys.readouterr().err
 
@@ -234,9 +239,44 @@ def test_results_of_a_batch_are_compared_in_the_order_of_the_input(
     prompts = [Prompt(protein, 1 + index % 5) for index, protein in enumerate(peptides[:8])]
     longest = max(protein.residues for protein in peptides[:8]) + 2
     batch = Batch(tiny, cache_maker(tiny, {}, "fp32"), lambda slots: Forced.of(tiny, slots, longest), 3, longest)
-    found = list(run(batch, prompts, lambda prompt, hidden: compare(tiny, prompt, hidden)[0]))
-    assert [result.protein for result in found] == [prompt.protein for prompt in prompts]
-    assert all(result.cosines.min() > 1 - 1e-6 for result in found)
+    found = list(
+        run(batch, lambda: prompts, lambda prompt, hidden: to_tensors(compare(tiny, prompt, hidden)), NOTHING_KEPT)
+    )
+    assert [prompt for prompt, _ in found] == prompts
+    assert all(held["0.cosines"].min() > 1 - 1e-6 for _, held in found)
+
+
+def test_what_is_saved_is_not_decoded_again_and_takes_its_place_in_the_order(
+    tiny: EsmModel, peptides: list[Protein], tmp_path: Path
+) -> None:
+    prompts = [Prompt(protein, 1) for protein in peptides[:7]]
+    longest = max(protein.residues for protein in peptides[:7]) + 2
+    entered: list[int] = []
+
+    class Counting(Forced):
+        def enter(self, slot: int, number: int, job: Job) -> None:
+            entered.append(number)
+            super().enter(slot, number, job)
+
+    def all_of(work: Work) -> Iterator[tuple[Prompt, dict[str, Tensor]]]:
+        batch = Batch(
+            tiny, cache_maker(tiny, {}, "fp32"), lambda slots: Counting.of(tiny, slots, longest), 2, longest
+        )
+        return run(batch, lambda: prompts, lambda prompt, hidden: {"hidden": hidden.cpu()}, work)
+
+    expected = [held["hidden"] for _, held in all_of(NOTHING_KEPT)]
+    with pytest.raises(KeyboardInterrupt), saved_work(tmp_path / "out", {}) as work:
+        for _ in zip(range(3), all_of(work), strict=False):
+            pass
+        raise KeyboardInterrupt
+    entered.clear()
+    with saved_work(tmp_path / "out", {}) as work:
+        saved = {number for number in range(7) if str(number) in work}
+        found = list(all_of(work))
+    assert len(saved) >= 3 and set(entered) == set(range(7)) - saved
+    assert [prompt for prompt, _ in found] == prompts
+    for (_, held), hidden in zip(found, expected, strict=True):
+        assert torch.allclose(held["hidden"], hidden, atol=1e-5)
 
 
 def test_a_prefill_holds_one_layers_keys_and_values(

@@ -20,7 +20,7 @@ import typer
 from typer.testing import CliRunner, Result
 
 from turboesm_cli.commands.report import report
-from turboesm_cli.errors import InputError, OutputError
+from turboesm_cli.errors import BundleError, InputError, OutputError
 from turboesm_cli.figures import Section, sections
 from turboesm_cli.results import ResultRow, read_csv, to_records, write_csv
 from turboesm_cli.tables import Table, cosine, number
@@ -387,7 +387,7 @@ def test_json_and_several_files(rows_csv: Path, tmp_path: Path) -> None:
         ("rows.csv", "report.pdf", InputError, "name it .html or .md"),
         ("rows.csv", "report", InputError, "name it .html or .md"),
         ("none.csv", "report.html", InputError, "No such file"),
-        ("bundle.tqz", "report.html", InputError, "it is a bundle"),
+        ("bundle.tqz", "report.html", BundleError, "no file"),
         ("rows.csv", "taken.html", OutputError, "pass --force"),
         ("rows.csv", "folder.md", OutputError, "it is a folder"),
         ("rows.csv", "taken.html/below.html", OutputError, "cannot write"),

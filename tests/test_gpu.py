@@ -7,12 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from numbered import in_order
 
 from turboesm_cli import decode
 from turboesm_cli.cache import PackedCache, PackedCodec
 from turboesm_cli.calibration import calibrate
 from turboesm_cli.codec import RECIPES, CodecSpec
-from turboesm_cli.engine import Batch, Graph, Job, in_order
+from turboesm_cli.engine import Batch, Graph, Job
 from turboesm_cli.generation import Sampling
 from turboesm_cli.model import EsmModel, load_model
 from turboesm_cli.plan import sequence_bytes
@@ -106,9 +107,9 @@ def assert_close(found: list[torch.Tensor], expected: list[torch.Tensor]) -> Non
 def test_graphs_step_as_eager_steps_do(
     wide: EsmModel, wide_spec: CodecSpec, jobs: list[Job], kind: str, slots: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    captured = list(in_order(batch_of(wide, wide_spec, kind, jobs, slots).run(jobs)))
+    captured = in_order(batch_of(wide, wide_spec, kind, jobs, slots).run(enumerate(jobs)))
     monkeypatch.setattr(Graph, "__call__", lambda self: self._step())
-    eager = list(in_order(batch_of(wide, wide_spec, kind, jobs, slots).run(jobs)))
+    eager = in_order(batch_of(wide, wide_spec, kind, jobs, slots).run(enumerate(jobs)))
     for a, b in zip(captured, eager, strict=True):
         assert torch.allclose(a, b, atol=1e-3)
 
@@ -117,13 +118,13 @@ def test_graphs_step_as_eager_steps_do(
 def test_a_batch_gives_what_each_gives_alone(
     wide: EsmModel, wide_spec: CodecSpec, jobs: list[Job], kind: str
 ) -> None:
-    together = list(in_order(batch_of(wide, wide_spec, kind, jobs, 5).run(jobs)))
-    alone = [next(batch_of(wide, wide_spec, kind, [job], 1).run([job]))[1] for job in jobs]
+    together = in_order(batch_of(wide, wide_spec, kind, jobs, 5).run(enumerate(jobs)))
+    alone = [next(batch_of(wide, wide_spec, kind, [job], 1).run([(0, job)]))[1] for job in jobs]
     assert_close(together, alone)
 
 
 def test_a_batch_gives_what_one_causal_pass_gives(wide: EsmModel, wide_spec: CodecSpec, jobs: list[Job]) -> None:
-    found = list(in_order(batch_of(wide, wide_spec, "packed", jobs, 5).run(jobs)))
+    found = in_order(batch_of(wide, wide_spec, "packed", jobs, 5).run(enumerate(jobs)))
     codec = PackedCodec(wide_spec, wide.device)
     for job, hidden in zip(jobs, found, strict=True):
         assert job.rest is not None
@@ -142,7 +143,7 @@ def test_sampling_repeats(wide: EsmModel, wide_spec: CodecSpec, jobs: list[Job],
             wide, lambda n, room: new_cache(wide, wide_spec, kind, n, room),
             lambda n: Sampled.of(wide, n, 20, Sampling(), 3), 5, longest, wide_spec.recipe.sinks,
         )  # fmt: skip
-        runs.append([ids.tolist() for ids in in_order(batch.run([Job(job.prompt, 20) for job in jobs]))])
+        runs.append([ids.tolist() for ids in in_order(batch.run(enumerate(Job(job.prompt, 20) for job in jobs)))])
     assert runs[0] == runs[1]
     assert len({tuple(ids) for ids in runs[0]}) == len(jobs)
 
@@ -161,7 +162,7 @@ def test_running_out_of_memory_halves_the_batch(wide: EsmModel, wide_spec: Codec
             wide, lambda n, capacity: new_cache(wide, wide_spec, "fp32", n, capacity),
             lambda n: Forced.of(wide, n, longest), slots, room, on_shrink=shrunk.append,
         )  # fmt: skip
-        found = [len(hidden) for hidden in in_order(batch.run(jobs))]
+        found = [len(hidden) for hidden in in_order(batch.run(enumerate(jobs)))]
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
     assert found == [job.steps for job in jobs]

@@ -319,6 +319,28 @@ def test_pack_on_gpu(case: Case) -> None:
     check_pack(case, "cuda")
 
 
+CHECKED = [
+    Case(dim=16, kind="flat"),
+    Case(dim=64, kind="uniform"),
+    Case(dim=64, kind="table", bits=4, scale="none"),
+]
+
+
+@interpreted
+@pytest.mark.parametrize("case", CHECKED, ids=str)
+def test_selfcheck(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It finds nothing to say of the kernels, and says what is wrong with broken ones."""
+    from turboesm_kernels import pack, selfcheck
+
+    layers = [make(case)[2]]
+    assert selfcheck.problem(layers) is None
+    with monkeypatch.context() as broken:
+        broken.setattr(ops, "attend", lambda q, held, layer: 1.1 * ops.plain_attend(q, held, layer))
+        assert "attention kernel" in (selfcheck.problem(layers) or "")
+    monkeypatch.setattr(pack, "pack", lambda *arguments: None)
+    assert "packs" in (selfcheck.problem(layers) or "")
+
+
 def check_tokens(
     dim: int, length: int, drops: bool, device: str = "cpu", dtype: torch.dtype = torch.float32
 ) -> None:

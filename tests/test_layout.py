@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from turboesm_kernels import reference
 from turboesm_kernels.layout import BYTE, Profile, bytes_for, lanes_for, uniform
@@ -65,7 +65,6 @@ def test_memory_order_of_keys_and_values() -> None:
     assert values[0, 0, 5].tolist() == [5, 13, 21]
 
 
-@settings(max_examples=60, deadline=None)
 @given(profiles())
 def test_every_bit_of_every_code_has_one_place(profile: Profile) -> None:
     taken = [(p.byte, p.shift + bit) for p in profile.pieces for bit in range(p.width)]
@@ -75,7 +74,6 @@ def test_every_bit_of_every_code_has_one_place(profile: Profile) -> None:
     assert sorted(coded) == [(axis, bit) for axis, width in enumerate(profile.widths) for bit in range(width)]
 
 
-@settings(max_examples=40, deadline=None)
 @given(profiles(), st.sampled_from(["k", "v"]), st.integers(0, 5), st.integers(0, 99))
 def test_unpack_undoes_pack(profile: Profile, side: Side, tokens: int, seed: int) -> None:
     spec = spec_of([profile], side, (0, 0, 0))
@@ -115,7 +113,6 @@ def test_sizes_by_head_dim(head_dim: int, lanes: int) -> None:
     assert bytes_for(head_dim, 2.5) <= head_dim * 2.5 / BYTE < bytes_for(head_dim, 2.5) + lanes
 
 
-@settings(max_examples=50, deadline=None)
 @given(st.floats(0.07, 15.0))
 def test_scales_come_back_within_a_step(scale: float) -> None:
     back = reference.byte_to_scale(reference.scale_to_byte(torch.tensor([scale])))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import pickle
 from collections.abc import Callable
 from pathlib import Path
@@ -239,14 +240,51 @@ def test_bad_configs_are_one_line_errors(
         load_model(str(folder), "cpu")
 
 
-def test_a_bad_index_of_weight_files_is_a_one_line_error(tiny_path: Path, tmp_path: Path) -> None:
+BAD_INDICES = {
+    "empty": "",
+    "list": "[]",
+    "number": '{"weight_map": 3}',
+    "no names": '{"weight_map": {}}',
+    "deep": "[" * 100_000,
+    "a number for a name": '{"weight_map": {"a": 3}}',
+    "a list for a name": '{"weight_map": {"a": ["model.safetensors"]}}',
+    "names of two kinds": '{"weight_map": {"a": 3, "b": "x.safetensors"}}',
+    "another folder": '{"weight_map": {"a": "../hf/moved.safetensors"}}',
+    "a whole path": '{"weight_map": {"a": "/etc/passwd.bin"}}',
+    "NUL": '{"weight_map": {"a": "moved\\u0000.safetensors"}}',
+    "a pipe": '{"weight_map": {"a": "pipe"}}',
+    "no such file": '{"weight_map": {"a": "none.safetensors"}}',
+    "itself": '{"weight_map": {"a": "model.safetensors.index.json"}}',
+}
+
+
+@pytest.mark.parametrize("text", BAD_INDICES.values(), ids=BAD_INDICES.keys())
+def test_a_bad_index_of_weight_files_is_a_one_line_error(text: str, tiny_path: Path, tmp_path: Path) -> None:
     folder = to_hugging_face(tiny_path, tmp_path / "hf")
-    (folder / "model.safetensors").unlink()
-    for text in ("", "[]", '{"weight_map": 3}', '{"weight_map": {"a": "../../x"}}'):
-        (folder / "model.safetensors.index.json").write_text(text)
-        with pytest.raises(ModelError) as caught:
-            load_model(str(folder), "cpu")
-        assert "\n" not in str(caught.value)
+    (folder / "model.safetensors").rename(folder / "moved.safetensors")
+    os.mkfifo(folder / "pipe")
+    (folder / "model.safetensors.index.json").write_text(text)
+    with pytest.raises(ModelError, match=r"index\.json|none\.safetensors") as caught:
+        load_model(str(folder), "cpu")
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 700
+
+
+def test_an_index_names_files_beside_it(tiny_path: Path, tmp_path: Path, tiny: EsmModel) -> None:
+    folder = to_hugging_face(tiny_path, tmp_path / "hf")
+    (folder / "model.safetensors").rename(folder / "model-00001.safetensors")
+    (folder / "model.safetensors.index.json").write_text('{"weight_map": {"a": "model-00001.safetensors"}}')
+    assert load_model(str(folder), "cpu").fingerprint == tiny.fingerprint
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_one_weight_that_is_no_number_is_named(value: float, tiny_path: Path, tmp_path: Path) -> None:
+    with torch.serialization.safe_globals([argparse.Namespace]):
+        found = torch.load(tiny_path, weights_only=True)
+    name = "encoder.sentence_encoder.layers.1.self_attn.k_proj.weight"
+    found["model"][name][3, 5] = value
+    torch.save(found, tmp_path / "one.pt")
+    with pytest.raises(ModelError, match=r"layers\.1\.self_attn\.k_proj\.weight holds what is no number"):
+        load_model(str(tmp_path / "one.pt"), "cpu")
 
 
 def test_unknown_names_and_devices() -> None:

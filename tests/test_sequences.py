@@ -24,8 +24,9 @@ from Bio.SeqIO.FastaIO import SimpleFastaParser
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from turboesm_cli import sequences
+from turboesm_cli import sequences, sources
 from turboesm_cli.errors import InputError
+from turboesm_cli.seen import Seen
 from turboesm_cli.sequences import (
     LongPolicy,
     Mend,
@@ -249,7 +250,7 @@ def test_one_report_serves_several_files() -> None:
 
 @pytest.mark.parametrize("offset", range(-7, 8))
 def test_a_mask_on_the_border_of_two_pieces(offset: int) -> None:
-    sequence = "M" * (sequences._PIECE + offset) + "<mask>" + "K" * 10
+    sequence = "M" * (sources.PIECE + offset) + "<mask>" + "K" * 10
     (protein,), _ = read(">a\n" + sequence, max_residues=100_000)
     assert protein.sequence == sequence
 
@@ -542,6 +543,26 @@ def test_digest_is_of_the_multiset_of_sequences() -> None:
     assert digest([one, two]) == digest([two, Protein("other", "name", "MK")])
     assert len({digest([]), digest([one]), digest([one, one]), digest([Protein("c", "", "MKW")])}) == 4
     assert digest([one]) == hashlib.sha256(hashlib.sha256(b"MK").digest()).hexdigest()
+
+
+@given(st.lists(st.text(max_size=3)), st.lists(st.text(max_size=3)))
+def test_what_was_seen_is_known(added: list[str], others: list[str]) -> None:
+    seen = Seen()
+    for text in added:
+        seen.add(text)
+    assert {text for text in [*added, *others] if text in seen} == set(added)
+
+
+def test_many_are_seen_in_little_memory() -> None:
+    seen = Seen()
+    tracemalloc.start()
+    for index in range(20_000):
+        seen.add(f"sp|A{index:08d}|NAME")
+    size = tracemalloc.get_traced_memory()[0]
+    tracemalloc.stop()
+    assert size < 24 * 20_000 + 20_000
+    assert all(f"sp|A{index:08d}|NAME" in seen for index in range(0, 20_000, 7))
+    assert not any(f"sp|B{index:08d}|NAME" in seen for index in range(5_000))
 
 
 def test_written_lines(tmp_path: Path) -> None:

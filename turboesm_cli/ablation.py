@@ -23,6 +23,7 @@ from turboesm_cli.results import ResultRow
 from turboesm_cli.sequences import Protein
 from turboesm_cli.stats import collect
 from turboesm_cli.summaries import Context
+from turboesm_cli.work import NOTHING_KEPT, Work
 
 SUBSETS = 3
 CONTEXT = 1024
@@ -97,16 +98,18 @@ def ablate(
     calibration: Sequence[Protein],
     families: Mapping[str, Sequence[Protein]],
     tick: Callable[[int], None],
+    work: Work = NOTHING_KEPT,
 ) -> Iterator[ResultRow]:
     """Rows of the protocol ablation: each variant's error in each family; `seed` is the calibration subset."""
     table = variants(model.shape.head_dim)
     for subset, part in enumerate(subsets(calibration)):
-        statistics = collect(model, part, tick=tick)
+        own = work.under(f"subset{subset}")
+        statistics = collect(model, part, tick=tick, work=own)
         distinct = {variant.recipe: fit(model, statistics, variant.recipe) for variant in table}
         context = Context(model, seed=subset)
         everything: dict[Recipe, list[ProteinResult]] = {recipe: [] for recipe in distinct}
         for family, proteins in families.items():
-            found = _decode(model, proteins, distinct, tick)
+            found = _decode(model, proteins, distinct, tick, own.under(family))
             for variant in table:
                 yield _error(context, variant, family, found[variant.recipe])
             for recipe, results in found.items():
@@ -117,12 +120,16 @@ def ablate(
 
 
 def _decode(
-    model: EsmModel, proteins: Sequence[Protein], specs: Mapping[Recipe, CodecSpec], tick: Callable[[int], None]
+    model: EsmModel,
+    proteins: Sequence[Protein],
+    specs: Mapping[Recipe, CodecSpec],
+    tick: Callable[[int], None],
+    work: Work,
 ) -> dict[Recipe, list[ProteinResult]]:
     names = {str(index): recipe for index, recipe in enumerate(specs)}
     codecs = {name: PackedCodec(specs[recipe], model.device) for name, recipe in names.items()}
     found: dict[Recipe, list[ProteinResult]] = {recipe: [] for recipe in specs}
-    for name, result in compare_decoding(model, proteins, codecs):
+    for name, result in compare_decoding(model, proteins, codecs, work=work):
         if name in names:
             found[names[name]].append(result)
         tick(1)

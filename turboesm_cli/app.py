@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import io
 import os
+import shlex
 import signal
 import sys
+import traceback
+import warnings
+from pathlib import Path
 from typing import Any, NoReturn
 
 import typer
@@ -19,6 +23,8 @@ from turboesm_cli.commands.quantize import quantize
 from turboesm_cli.commands.report import report
 from turboesm_cli.errors import DeviceError, OutputError, TurboESMError
 
+INTERRUPTED, TERMINATED = 130, 143
+
 EPILOG = (
     "Exit codes: 0 success, 1 a defect of turboesm, 2 wrong command line, 3 unusable input file, 4 model, "
     "5 bundle or cache file, 6 device, 7 output, 130 interrupted, 143 terminated."
@@ -30,31 +36,41 @@ class _Commands(typer.core.TyperGroup):
 
     def invoke(self, ctx: Any) -> Any:
         try:
-            return super().invoke(ctx)
-        except TurboESMError as error:
-            if _debugging(ctx):
-                raise
-            console.fail(str(error))
-            raise typer.Exit(error.exit_code) from error
-        except MemoryError as error:
-            console.fail("out of memory; use shorter or fewer proteins at a time, or another --device")
-            raise typer.Exit(DeviceError.exit_code) from error
-        except RuntimeError as error:
-            if not _ran_out_of_memory(error) or _debugging(ctx):
-                raise
-            console.fail("out of memory; use shorter or fewer proteins at a time, or another --device")
-            raise typer.Exit(DeviceError.exit_code) from error
+            found = super().invoke(ctx)
+            console.log("finished: exit code 0")
+            return found
         except BrokenPipeError:  # whoever read our output has enough
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             raise typer.Exit(0) from None
-        except OSError as error:
-            if _debugging(ctx):
+        except BaseException as error:
+            known = _known(error)
+            if known is None or (_debugging(ctx) and isinstance(error, Exception)):
+                is_of_typer = hasattr(error, "exit_code")  # a wrong command line, --help
+                console.log(f"stopped: {error}" if is_of_typer else "".join(traceback.format_exception(error)))
                 raise
-            console.fail(f"{error.strerror or error}; check the output and its disk")
-            raise typer.Exit(OutputError.exit_code) from error
-        except KeyboardInterrupt as error:
-            console.fail("interrupted; no output was written")
-            raise typer.Exit(130) from error
+            message, code = known
+            console.fail("; ".join([message, *getattr(error, "__notes__", ())]))
+            console.log(f"finished: exit code {code}")
+            raise typer.Exit(code) from error
+
+
+def _known(error: BaseException) -> tuple[str, int] | None:
+    """The message and the exit code of an error that is no defect of turboesm."""
+    if isinstance(error, TurboESMError):
+        return str(error), error.exit_code
+    if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and _ran_out_of_memory(error)):
+        return "out of memory; use shorter or fewer proteins at a time, or another --device", DeviceError.exit_code
+    if isinstance(error, OSError):
+        return f"{error.strerror or error}; check the output and its disk", OutputError.exit_code
+    if isinstance(error, _Terminated):
+        return "terminated; no output was written", TERMINATED
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted; no output was written", INTERRUPTED
+    return None
+
+
+class _Terminated(SystemExit):
+    """SIGTERM, which a scheduler sends, or SIGHUP."""
 
 
 app = typer.Typer(
@@ -78,6 +94,13 @@ def _print_version(wanted: bool) -> None:
 @app.callback()
 def root(
     debug: bool = typer.Option(False, "--debug", help="Show the traceback of an error."),
+    log: Path | None = typer.Option(
+        None,
+        "--log",
+        envvar="TURBOESM_LOG",
+        help="Append what is said on stderr to this file, with the time, for runs that nobody watches.",
+        show_default=False,
+    ),
     version: bool = typer.Option(
         False, "--version", callback=_print_version, is_eager=True, help="Print the version and exit."
     ),
@@ -86,6 +109,16 @@ def root(
 
     In this order: calibrate a model on proteins, quantize or decode with the bundle, bench recipes, report.
     """
+    if log is not None:
+        _start_log(log)
+
+
+def _start_log(path: Path) -> None:
+    try:
+        console.log_to(path)
+    except OSError as error:
+        raise OutputError(f"cannot write the log {path}: {error.strerror}; choose another file") from error
+    console.log(f"started: turboesm {__version__}: {shlex.join(sys.argv[1:])}")
 
 
 def main() -> None:
@@ -93,14 +126,14 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):  # a name that the terminal's encoding lacks is no reason to stop
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
+    warnings.showwarning = lambda message, *_where, **_more: console.warn(" ".join(str(message).split()))
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, _terminate)
     app()
 
 
 def _terminate(_signal: int, _frame: object) -> NoReturn:
-    console.fail("terminated; no output was written")
-    sys.exit(143)
+    raise _Terminated(TERMINATED)
 
 
 def _ran_out_of_memory(error: RuntimeError) -> bool:

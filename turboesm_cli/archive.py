@@ -28,6 +28,7 @@ FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 MANIFEST_LIMIT = 64 << 20
 PART_LIMIT = 16 << 30
+TEXT_LIMIT = 300
 
 
 def write_archive(
@@ -44,17 +45,22 @@ def write_archive(
         archive.writestr(_entry(MANIFEST), json.dumps(head | manifest | {"parts": listed}, indent=1))
 
 
+def kind_of(path: Path) -> str:
+    """What kind of archive a file says to be, "" where it does not say. Raises BundleError for other files."""
+    with _opened(path, "turboesm") as archive:
+        try:
+            manifest = _manifest(archive)
+        except (*_UNREADABLE, KeyError, ValueError):
+            return ""
+    return str(manifest.get("format", "")) if isinstance(manifest, dict) else ""
+
+
 class Archive:
     """An archive opened for reading; use it as a context manager. Raises BundleError for what is wrong with it."""
 
     def __init__(self, path: Path, kind: str) -> None:
         self._path = Path(path)
-        try:
-            self._zip = zipfile.ZipFile(self._path)
-        except FileNotFoundError as error:
-            raise BundleError(f"no file {path}; check the path") from error
-        except (OSError, zipfile.BadZipFile, NotImplementedError) as error:
-            raise BundleError(f"{path} is no {kind} file or was cut off ({error}); make it again") from error
+        self._zip = _opened(self._path, kind)
         try:
             self.manifest = self._read_manifest(kind)
             self._check_parts()
@@ -78,7 +84,7 @@ class Archive:
         listed = self.manifest["parts"][name]
         try:
             data = self._zip.read(name)
-        except (OSError, zipfile.BadZipFile, EOFError, RuntimeError, NotImplementedError) as error:
+        except _UNREADABLE as error:
             raise self._broken(f"part {name} cannot be read ({error})") from error
         if hashlib.sha256(data).hexdigest() != listed["sha256"]:
             raise self._broken(f"part {name} differs from its sha256")
@@ -89,11 +95,8 @@ class Archive:
 
     def _read_manifest(self, kind: str) -> dict[str, Any]:
         try:
-            entry = self._zip.getinfo(MANIFEST)
-            if entry.file_size > MANIFEST_LIMIT or entry.compress_type != zipfile.ZIP_STORED:
-                raise self._broken(f"{MANIFEST} is compressed or over {MANIFEST_LIMIT:,} bytes")
-            manifest = json.loads(self._zip.read(entry))
-        except (KeyError, ValueError, OSError, zipfile.BadZipFile, RuntimeError, NotImplementedError) as error:
+            manifest = _manifest(self._zip)
+        except (*_UNREADABLE, KeyError, ValueError) as error:
             raise self._broken(f"no readable {MANIFEST} ({error})") from error
         if not isinstance(manifest, dict) or manifest.get("format") != kind:
             found = manifest.get("format") if isinstance(manifest, dict) else None
@@ -115,7 +118,12 @@ class Archive:
             raise self._broken("the parts are not those that the manifest lists")
         for name, described in listed.items():
             entry = entries[name]
-            if Path(name).is_absolute() or ".." in Path(name).parts or entry.compress_type != zipfile.ZIP_STORED:
+            if (
+                not name.isprintable()
+                or Path(name).is_absolute()
+                or ".." in Path(name).parts
+                or entry.compress_type != zipfile.ZIP_STORED
+            ):
                 raise self._broken(f"part {name!r} has an unsafe name or is compressed")
             size = described.get("bytes") if isinstance(described, dict) else None
             if entry.file_size != size or entry.file_size > PART_LIMIT or "sha256" not in described:
@@ -123,6 +131,38 @@ class Archive:
 
     def _broken(self, reason: str) -> BundleError:
         return BundleError(f"{self._path} is damaged: {reason}; make it again")
+
+
+def printable(value: object) -> str:
+    """A short text that is safe to show, such as a name. Raises ValueError for anything else."""
+    if not isinstance(value, str) or len(value) > TEXT_LIMIT or not value.isprintable():
+        raise ValueError(f"{str(value)[:40]!r} is no short printable text")
+    return value
+
+
+_UNREADABLE = (OSError, zipfile.BadZipFile, EOFError, RuntimeError, NotImplementedError)
+"""What reading a member raises where it is damaged, encrypted or compressed in an unknown way."""
+
+
+def _opened(path: Path, kind: str) -> zipfile.ZipFile:
+    try:
+        return zipfile.ZipFile(path)
+    except FileNotFoundError as error:
+        raise BundleError(f"no file {path}; check the path") from error
+    except (OSError, ValueError, zipfile.BadZipFile, NotImplementedError) as error:
+        raise BundleError(f"{path} is no {kind} file or was cut off ({error}); make it again") from error
+
+
+def _manifest(archive: zipfile.ZipFile) -> Any:
+    """The manifest, its size checked first; no NaN. Raises KeyError, ValueError and what `_UNREADABLE` lists."""
+    entry = archive.getinfo(MANIFEST)
+    if entry.file_size > MANIFEST_LIMIT or entry.compress_type != zipfile.ZIP_STORED:
+        raise ValueError(f"compressed or over {MANIFEST_LIMIT:,} bytes")
+    return json.loads(archive.read(entry), parse_constant=_no_number)
+
+
+def _no_number(text: str) -> None:
+    raise ValueError(f"{text} in {MANIFEST}")
 
 
 def _entry(name: str) -> zipfile.ZipInfo:

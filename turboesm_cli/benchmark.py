@@ -13,6 +13,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import platformdirs
@@ -28,12 +29,14 @@ from turboesm_cli.dense import DenseCodec
 from turboesm_cli.errors import BundleError, InputError, OutputError
 from turboesm_cli.evaluation import DRIFT, ProteinResult, compare_decoding, first_layer_cosines
 from turboesm_cli.formats import FORMATS
+from turboesm_cli.identity import code_digest
 from turboesm_cli.model import EsmModel
 from turboesm_cli.replay import new_cache
 from turboesm_cli.results import ResultRow
 from turboesm_cli.sequences import Protein, digest
 from turboesm_cli.stats import collect
 from turboesm_cli.summaries import Context
+from turboesm_cli.work import NOTHING_KEPT, Tensors, Work
 
 MEMORY_LENGTHS = (128, 256, 512, 1024)
 TIMED_CONTEXT = 256
@@ -55,14 +58,18 @@ class Entry:
 
 
 def calibrated(
-    model: EsmModel, proteins: Sequence[Protein], recipes: Mapping[str, Recipe], tick: Tick | None = None
+    model: EsmModel,
+    proteins: Sequence[Protein],
+    recipes: Mapping[str, Recipe],
+    tick: Tick | None = None,
+    work: Work = NOTHING_KEPT,
 ) -> list[Entry]:
     """A bundle for each recipe: from the user's cache folder, else calibrated (statistics once) and kept there."""
     paths = {name: _cached_path(model, proteins, recipe) for name, recipe in recipes.items()}
     found = {name: _read_if_good(path) for name, path in paths.items()}
     if all(found.values()):
         return [Entry(name, bundle) for name, bundle in found.items() if bundle]
-    statistics = collect(model, proteins, tick=tick)
+    statistics = collect(model, proteins, tick=tick, work=work)
     for name, recipe in recipes.items():
         if not found[name]:
             found[name] = bundle = bundle_of(model, proteins, statistics, recipe)
@@ -85,7 +92,12 @@ def refuse_seen(entries: Sequence[Entry], families: Families) -> None:
 
 
 def accuracy(
-    model: EsmModel, entries: Sequence[Entry], families: Families, tick: Tick, formats: Sequence[str] = ()
+    model: EsmModel,
+    entries: Sequence[Entry],
+    families: Families,
+    tick: Tick,
+    formats: Sequence[str] = (),
+    work: Work = NOTHING_KEPT,
 ) -> Iterator[ResultRow]:
     """Rows of the protocols decode and drift: families, proteins, all; `formats` of dense caches."""
     context = Context(model)
@@ -96,7 +108,7 @@ def accuracy(
     by_name: dict[str, list[ProteinResult]] = {name: [] for name in (DRIFT, *codecs)}
     for family, proteins in families.items():
         own: dict[str, list[ProteinResult]] = {name: [] for name in by_name}
-        for name, result in compare_decoding(model, proteins, codecs):
+        for name, result in compare_decoding(model, proteins, codecs, work=work.under(family)):
             own[name].append(result)
             tick(1)
         yield from _accuracy_rows(context, recipes, family, own)
@@ -108,11 +120,16 @@ def accuracy(
                 yield row
 
 
-def first_layer(model: EsmModel, entries: Sequence[Entry], families: Families) -> Iterator[ResultRow]:
+def first_layer(
+    model: EsmModel, entries: Sequence[Entry], families: Families, work: Work = NOTHING_KEPT
+) -> Iterator[ResultRow]:
     """Rows of the protocols paper (heads joined) and paper_heads (each head on its own)."""
     context = Context(model)
-    for entry in entries:
-        found = {family: list(first_layer_cosines(model, few, entry.spec)) for family, few in families.items()}
+    for index, entry in enumerate(entries):
+        found = {
+            family: list(first_layer_cosines(model, few, entry.spec, work.under(f"{index}-{family}")))
+            for family, few in families.items()
+        }
         if len(families) > 1:
             found["all"] = [part for parts in found.values() for part in parts]
         for family, parts in found.items():
@@ -149,13 +166,15 @@ def memory(model: EsmModel, entries: Sequence[Entry], formats: Sequence[str] = (
 
 
 @torch.no_grad()
-def times(model: EsmModel, entries: Sequence[Entry], repeats: int = 20) -> Iterator[ResultRow]:
+def times(
+    model: EsmModel, entries: Sequence[Entry], repeats: int = 20, work: Work = NOTHING_KEPT
+) -> Iterator[ResultRow]:
     """Rows of the protocol time: microseconds to decode one token of one sequence after 256 cached ones."""
     context = Context(model)
     tokens = torch.randint(4, 24, (1, TIMED_CONTEXT), generator=torch.Generator().manual_seed(0)).to(model.device)
     variants: list[tuple[Recipe | str, CodecSpec, str]] = [(kv, entries[0].spec, kv) for kv in ("fp32", "fp16")]
     variants += [(entry.spec.recipe, entry.spec, "packed") for entry in entries]
-    for recipe, spec, kv in variants:
+    for index, (recipe, spec, kv) in enumerate(variants):
         cache = new_cache(model, spec, kv, 1, TIMED_CONTEXT + 1)
         prefill(model, tokens, cache)
 
@@ -163,11 +182,18 @@ def times(model: EsmModel, entries: Sequence[Entry], repeats: int = 20) -> Itera
             step(model, tokens[:, 0], cache)
             cache.truncate(TIMED_CONTEXT)
 
-        took = timing.measure(one_token, model.device, repeats=repeats)
+        saved = work.unit(str(index), partial(_timed, one_token, model.device, repeats))
+        median, p20, p80 = saved["median_p20_p80"].tolist()
         yield context.row(
-            recipe, "", "time", "us_per_token", took.median, "us", took.n,
-            tokens=TIMED_CONTEXT, p20=took.p20, p80=took.p80,
+            recipe, "", "time", "us_per_token", median, "us", int(saved["n"]),
+            tokens=TIMED_CONTEXT, p20=p20, p80=p80,
         )  # fmt: skip
+
+
+def _timed(call: Callable[[], object], device: torch.device, repeats: int) -> Tensors:
+    took = timing.measure(call, device, repeats=repeats)
+    spread = torch.tensor([took.median, took.p20, took.p80], dtype=torch.float64)
+    return {"median_p20_p80": spread, "n": torch.tensor(took.n)}
 
 
 def _accuracy_rows(
@@ -185,20 +211,9 @@ def _accuracy_rows(
 
 def _cached_path(model: EsmModel, proteins: Sequence[Protein], recipe: Recipe) -> Path:
     """Where the bundle is kept: named by all that it follows from, the code that makes it included."""
-    identity = [__version__, _code_digest(), model.fingerprint, digest(proteins), recipe.as_dict()]
+    identity = [__version__, code_digest(), model.fingerprint, digest(proteins), recipe.as_dict()]
     key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:32]
     return platformdirs.user_cache_path("turboesm") / "bundles" / f"{key}.tqz"
-
-
-def _code_digest() -> str:
-    """sha256 of the installed sources: another version of any of them calibrates anew."""
-    import turboesm_kernels
-
-    folders = [Path(__file__).parent, Path(str(turboesm_kernels.__file__)).parent]
-    found = hashlib.sha256()
-    for path in sorted(path for folder in folders for path in folder.rglob("*.py")):
-        found.update(path.read_bytes())
-    return found.hexdigest()
 
 
 def _read_if_good(path: Path) -> Bundle | None:

@@ -21,9 +21,9 @@ from torch import Tensor
 from turboesm_kernels.layout import Profile
 from turboesm_kernels.reference import Side, SideSpec, table_size, table_slice
 
-from turboesm_cli.archive import Archive, write_archive
+from turboesm_cli.archive import Archive, printable, write_archive
 from turboesm_cli.codec import CodecSpec, LayerSpec, Recipe
-from turboesm_cli.errors import BundleError
+from turboesm_cli.errors import BundleError, ModelError
 from turboesm_cli.model import EsmModel, Shape, check_shape
 from turboesm_cli.sequences import Protein
 
@@ -97,7 +97,7 @@ def read_bundle(path: Path) -> Bundle:
         manifest, tensors = archive.manifest, archive.read(PART) if PART in archive.parts else {}
     try:
         return _bundle(path, manifest, tensors)
-    except (LookupError, TypeError, ValueError, AttributeError) as error:
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, ModelError) as error:
         raise BundleError(f"{path} is damaged: {error!r}; calibrate again") from error
 
 
@@ -117,29 +117,49 @@ def _bundle(path: Path, manifest: dict[str, Any], tensors: dict[str, Tensor]) ->
     if any(layer is None and not (index == 0 and recipe.exact_first) for index, layer in enumerate(layers)):
         raise ValueError("a layer other than the first has no codec")
     return Bundle(
-        str(model["name"]),
-        str(model["fingerprint"]),
+        printable(model["name"]),
+        printable(model["fingerprint"]),
         shape,
         Calibration(
-            calibration["sha256"],
+            printable(calibration["sha256"]),
             int(calibration["proteins"]),
             int(calibration["tokens"]),
-            frozenset(calibration["sequences"]),
+            frozenset(map(printable, calibration["sequences"])),
         ),
-        CodecSpec(recipe, layers, shape.heads, shape.head_dim, tuple(manifest.get("choices", ()))),
+        CodecSpec(
+            recipe,
+            layers,
+            shape.heads,
+            shape.head_dim,
+            tuple(_choice(choice) for choice in manifest.get("choices", ())),
+        ),
     )
 
 
+_LIKE = Recipe("", bits_k=3, bits_v=3)
+"""A recipe whose fields have the types that all have."""
+
+
 def _recipe(described: dict[str, Any]) -> Recipe:
-    known = {field.name: field.type for field in fields(Recipe)}
-    recipe = Recipe(**{key: value for key, value in described.items() if key in known})
-    if type(recipe.sinks) is not int or not 0 <= recipe.sinks <= 16 or type(recipe.exact_first) is not bool:
-        raise ValueError(f"sinks {recipe.sinks!r} or exact_first {recipe.exact_first!r}")
-    if not isinstance(recipe.name, str) or not all(
-        isinstance(b, int | float) for b in (recipe.bits_k, recipe.bits_v)
-    ):
-        raise ValueError("the recipe's name or bits")
+    names = {field.name for field in fields(Recipe)}
+    recipe = Recipe(**{key: value for key, value in described.items() if key in names})
+    for name, like in _LIKE.as_dict().items():
+        value = getattr(recipe, name)
+        if isinstance(like, str):
+            printable(value)
+        elif type(value) is not type(like) and not (name in ("bits_k", "bits_v") and type(value) is float):
+            raise ValueError(f"{name} of the recipe is {value!r}")
+    if not 0 <= recipe.sinks <= 16 or not (0 < recipe.bits_k <= 16 and 0 < recipe.bits_v <= 16):
+        raise ValueError(f"{recipe.sinks} sinks, {recipe.bits_k} and {recipe.bits_v} bits")
     return recipe
+
+
+def _choice(described: dict[str, Any]) -> dict[str, Any]:
+    """What a bundle says of a choice, which is told and not decoded with."""
+    if type(described["layer"]) is not int or described["side"] not in SIDES:
+        raise ValueError("a choice without a layer or a side")
+    predicted = {printable(name): float(error) for name, error in described["predicted"].items()}
+    return described | {"allocation": printable(described["allocation"]), "predicted": predicted}
 
 
 def _describe(layer: LayerSpec) -> dict[str, Any]:

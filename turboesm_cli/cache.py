@@ -9,18 +9,21 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from importlib.util import find_spec
 from typing import Self
 
 import torch
 from torch import Tensor
-from turboesm_kernels import kinds, lookup, ops, reference
+from turboesm_kernels import kinds, lookup, ops, reference, selfcheck
 from turboesm_kernels.ops import Held, PreparedLayer, put
 from turboesm_kernels.reference import Packed, Rope, SideSpec
 
 from turboesm_cli import decode
 from turboesm_cli.codec import CodecSpec, LayerSpec
+from turboesm_cli.errors import DeviceError
 from turboesm_cli.lengths import Ragged
 from turboesm_cli.model import EsmModel
+from turboesm_cli.sequences import VOCABULARY
 
 SINK_DTYPE = torch.float16
 ALIGNMENT = 16
@@ -59,7 +62,7 @@ class PackedCache(Ragged):
         super().__init__(batch, capacity, model.device)
         self._codec = _prepare(model, spec)
         self._backend = backend
-        self._rope = decode.rope_at(model, 0, _room(capacity, model.device))
+        self._rope = decode.rope_at(model, 0, _room(capacity, model.device) + ALIGNMENT)
         self._sinks = sinks = min(spec.recipe.sinks, capacity)
         self._packed_starts = torch.zeros_like(self.starts)
         self._packed_rope = Rope(self._rope.cos[sinks:], self._rope.sin[sinks:])
@@ -183,6 +186,11 @@ def check_tensors(spec: CodecSpec, tensors: Mapping[str, Tensor], length: int, b
     for name, tensor in tensors.items():
         if tensor.dtype != full[name].dtype or tensor.shape != full[name].shape:
             raise ValueError(f"{name} is {tensor.dtype} {list(tensor.shape)}, not {list(full[name].shape)}")
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+            raise ValueError(f"{name} is not finite")
+        if name.endswith(".tokens") and int(tensor.max()) >= len(VOCABULARY):
+            raise ValueError(f"{name} holds what is no token of ESM-2")
     if not bool(((tensors["unmasked"] > 0) & (tensors["unmasked"] <= 1)).all()):
         raise ValueError("the fraction of tokens that are not masked is not in 0..1")
 
@@ -226,8 +234,16 @@ def _prepare(model: EsmModel, spec: CodecSpec) -> _Prepared:
     spec = on_device(spec, model.device)
     layers = [None if layer is None else PreparedLayer.of(layer.k, layer.v) for layer in spec.layers]
     on_cpu = model.device.type == "cpu"
+    if model.device.type == "cuda":
+        _check_kernels([layer for layer in layers if layer is not None], model.device)
     pairs = [lookup.Pair.of(layer.k, layer.v) if layer and on_cpu else None for layer in layers]
     return _Prepared(model, spec, layers, decode.token_tables(model), pairs)
+
+
+def _check_kernels(layers: list[PreparedLayer], device: torch.device) -> None:
+    problem = selfcheck.problem(layers) if find_spec("triton") is not None else None
+    if problem:
+        raise DeviceError(f"{device}: {problem}; install another version of Triton, or use --device cpu")
 
 
 def _room(capacity: int, device: torch.device) -> int:

@@ -9,13 +9,18 @@ from turboesm_cli.codec import Recipe, fit
 from turboesm_cli.model import EsmModel
 from turboesm_cli.sequences import Protein, digest
 from turboesm_cli.stats import Statistics, collect
+from turboesm_cli.work import NOTHING_KEPT, Work
 
 
 def calibrate(
-    model: EsmModel, proteins: Sequence[Protein], recipe: Recipe, tick: Callable[[int], None] | None = None
+    model: EsmModel,
+    proteins: Sequence[Protein],
+    recipe: Recipe,
+    tick: Callable[[int], None] | None = None,
+    work: Work = NOTHING_KEPT,
 ) -> Bundle:
     """Statistics of `proteins` and the codec that `recipe` makes of them. Raises InputError for too few."""
-    return bundle_of(model, proteins, collect(model, proteins, tick=tick), recipe)
+    return bundle_of(model, proteins, collect(model, proteins, tick=tick, work=work), recipe)
 
 
 def bundle_of(model: EsmModel, proteins: Sequence[Protein], statistics: Statistics, recipe: Recipe) -> Bundle:

@@ -1,13 +1,17 @@
-"""The only printer: results go to stdout, talk to stderr."""
+"""The only printer: results go to stdout, talk to stderr and to the log file."""
 
 from __future__ import annotations
 
+import contextlib
+import datetime
 import json
+import os
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Protocol
+from pathlib import Path
+from typing import Any, Protocol, TextIO
 
 from rich.console import Console
 from rich.progress import (
@@ -33,21 +37,52 @@ class Tick(Protocol):
     def __call__(self, done: int = 1) -> None: ...
 
 
+_logs: list[TextIO] = []
+
+
+def log_to(path: Path) -> None:
+    """Append all that is said on stderr from now on to a file, each line with its time. Raises OSError."""
+    _logs.append(path.open("a", encoding="utf-8", errors="backslashreplace"))
+
+
+def log(message: str) -> None:
+    """Write a line to the log file alone, if there is one. A disk that is full stops the log, not the work."""
+    now = datetime.datetime.now().astimezone().isoformat(" ", "seconds")
+    with contextlib.suppress(OSError, ValueError):
+        for stream in _logs:
+            stream.writelines(f"{now} [{os.getpid()}] {line}\n" for line in message.splitlines())
+            stream.flush()
+
+
+UNPRINTABLE = "\N{REPLACEMENT CHARACTER}"
+
+
+def _shown(text: str) -> str:
+    """Text from files may hold anything, but not steer the terminal."""
+    return "".join(letter if letter.isprintable() or letter == "\n" else UNPRINTABLE for letter in text)
+
+
 def say(message: str) -> None:
     """Print a line of talk to stderr."""
+    message = _shown(message)
+    log(message)
     err.print(message, markup=False, emoji=False)
 
 
 def warn(message: str) -> None:
     """Print a warning to stderr."""
+    message = _shown(message)
+    log(f"warning: {message}")
     err.print("[yellow]warning:[/yellow]", end=" ")
     err.print(message, markup=False, emoji=False)
 
 
 def fail(message: str) -> None:
     """Print an error to stderr, on one line."""
+    line = _shown(" ".join(message.split()))
+    log(f"error: {line}")
     err.print("[red]error:[/red]", end=" ")
-    err.print(" ".join(message.split()), markup=False, emoji=False)
+    err.print(line, markup=False, emoji=False)
 
 
 def print_json(value: Any) -> None:
@@ -58,11 +93,11 @@ def print_json(value: Any) -> None:
 
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """Print a table on stdout; the first column is left-aligned, the rest right-aligned."""
-    table = Table(title=Text(title), title_justify="left")
+    table = Table(title=Text(_shown(title)), title_justify="left")
     for index, column in enumerate(columns):
         table.add_column(column, justify="left" if index == 0 else "right", overflow="fold")
     for row in rows:
-        table.add_row(*(Text(cell) for cell in row))  # a cell is text, whatever brackets it holds
+        table.add_row(*(Text(_shown(cell)) for cell in row))  # a cell is text, whatever brackets it holds
     Console(highlight=False, width=None if sys.stdout.isatty() else 160).print(table)
 
 
@@ -72,8 +107,9 @@ def progress(label: str, total: int) -> Iterator[Tick]:
 
     Yields the callback that advances it.
     """
+    told = _ticker(label, total, log if err.is_terminal else say)
     if not err.is_terminal:
-        yield _logging_tick(label, total)
+        yield told
         return
     columns = (
         TextColumn("{task.description}"),
@@ -88,11 +124,13 @@ def progress(label: str, total: int) -> Iterator[Tick]:
 
         def tick(done: int = 1) -> None:
             bar.advance(task, done)
+            told(done)
 
         yield tick
 
 
-def _logging_tick(label: str, total: int) -> Tick:
+def _ticker(label: str, total: int, tell: Callable[[str], None]) -> Tick:
+    """Tells now and then how far work is."""
     start = last = time.monotonic()
     finished = 0
 
@@ -103,6 +141,6 @@ def _logging_tick(label: str, total: int) -> Tick:
         if now - last >= SECONDS_BETWEEN_LOG_LINES or finished >= total:
             last = now
             left = (now - start) / finished * (total - finished)
-            say(f"{label}: {finished} of {total}, {now - start:.0f} s, about {left:.0f} s left")
+            tell(f"{label}: {finished} of {total}, {now - start:.0f} s, about {left:.0f} s left")
 
     return tick

@@ -152,7 +152,7 @@ class Batch(Generic[TaskT]):
         self._on_step, self._on_shrink = on_step, on_shrink
 
     @torch.no_grad()
-    def run(self, jobs: Iterable[Job]) -> Iterator[tuple[int, Tensor]]:
+    def run(self, jobs: Iterable[tuple[int, Job]]) -> Iterator[tuple[int, Tensor]]:
         """(number of the job, its result) as jobs finish. Jobs are taken when there is a slot for them."""
         waiting = _Queue(jobs)
         active: dict[int, _Active] = {}
@@ -210,10 +210,10 @@ class Batch(Generic[TaskT]):
 
 
 class _Queue:
-    """Jobs that wait, numbered; those put back come first."""
+    """Numbered jobs that wait; those put back come first."""
 
-    def __init__(self, jobs: Iterable[Job]) -> None:
-        self._source = iter(enumerate(jobs))
+    def __init__(self, jobs: Iterable[tuple[int, Job]]) -> None:
+        self._source = iter(jobs)
         self._front: deque[tuple[int, Job]] = deque()
 
     def __bool__(self) -> bool:
@@ -240,17 +240,3 @@ class _Queue:
 def _runs(slots: Sequence[int]) -> list[list[int]]:
     """Ascending numbers as runs of neighbours."""
     return [[slot for _, slot in run] for _, run in groupby(enumerate(slots), lambda pair: pair[1] - pair[0])]
-
-
-ResultT = TypeVar("ResultT")
-
-
-def in_order(results: Iterable[tuple[int, ResultT]]) -> Iterator[ResultT]:
-    """Numbered results 0, 1, 2, ... in that order; those that come early wait."""
-    early: dict[int, ResultT] = {}
-    expected = 0
-    for number, result in results:
-        early[number] = result
-        while expected in early:
-            yield early.pop(expected)
-            expected += 1

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property, partial
 
 import torch
 from torch import Tensor
@@ -13,29 +14,17 @@ from turboesm_cli import decode, metrics
 from turboesm_cli.cache import on_device
 from turboesm_cli.codec import CodecSpec, without_residual
 from turboesm_cli.model import EsmModel
+from turboesm_cli.outcomes import ProteinResult as ProteinResult
+from turboesm_cli.outcomes import from_tensors, to_tensors
 from turboesm_cli.sequences import PAD, Protein
 from turboesm_cli.stats import batches, to_tokens
+from turboesm_cli.work import NOTHING_KEPT, Tensors, Work
 
 DRIFT = ""
 """Stands for a codec's name where the cache is fp32 and the reference ESM-2 itself."""
 
 Prompt = Callable[[Protein], int]
 """How many tokens of a protein, `<cls>` counted, are prefilled; 0 for a decode from an empty cache."""
-
-
-@dataclass(frozen=True)
-class ProteinResult:
-    """One protein's decoded tokens against a reference.
-
-    cosines      float64 [n] of the final hidden states
-    predictions  with an LM head
-    layers       float64 [L, 2], squared error and norm of each layer's attention output, where it was traced
-    """
-
-    protein: Protein
-    cosines: Tensor
-    predictions: metrics.Predictions | None = None
-    layers: Tensor | None = None
 
 
 def empty_cache(_protein: Protein) -> int:
@@ -50,23 +39,67 @@ def compare_decoding(
     codecs: Mapping[str, decode.Codec],
     prompt: Prompt = empty_cache,
     tokens_per_batch: int = 4096,
+    work: Work = NOTHING_KEPT,
 ) -> Iterator[tuple[str, ProteinResult]]:
     """Each protein decoded with each codec against the same decode with an fp32 cache, teacher-forced.
 
     Yields (codec's name, result), batch after batch, and under DRIFT the fp32 decode against encoding the
-    whole protein with ESM-2.
+    whole protein with ESM-2. `work` keeps each batch's results of each codec.
     """
-    for batch in batches(proteins, tokens_per_batch):
-        tokens = to_tokens(batch, model.device)
-        prompts = [prompt(protein) for protein in batch]
-        wanted: list[Tensor] = []
-        exact = decode.teacher_forced(model, tokens, prompts, None, wanted.append)
-        encoded = decode.encode(model, tokens)
-        yield from _named(DRIFT, _compare(model, batch, tokens, prompts, encoded, exact))
-        for name, codec in codecs.items():
-            found: list[Tensor] = []
-            candidate = decode.teacher_forced(model, tokens, prompts, codec, found.append)
-            yield from _named(name, _compare(model, batch, tokens, prompts, exact, candidate, (wanted, found)))
+    for number, proteins_of_batch in enumerate(batches(proteins, tokens_per_batch)):
+        batch = _Batch(model, proteins_of_batch, prompt)
+        units: dict[str, Callable[[], list[ProteinResult]]] = {DRIFT: batch.drift}
+        units |= {name: partial(batch.quantized, codec) for name, codec in codecs.items()}
+        for index, (name, compute) in enumerate(units.items()):
+            saved = work.unit(f"{number}-{index}", partial(_tensors_of, compute))
+            for result in from_tensors(saved, proteins_of_batch):
+                yield name, result
+
+
+def _tensors_of(compute: Callable[[], list[ProteinResult]]) -> Tensors:
+    return to_tensors(compute())
+
+
+class _Batch:
+    """Proteins decoded together; the fp32 decode, which codecs are compared with, is computed once, if at all."""
+
+    def __init__(self, model: EsmModel, proteins: Sequence[Protein], prompt: Prompt) -> None:
+        self._model, self._proteins = model, proteins
+        self._prompts = [prompt(protein) for protein in proteins]
+        self._wanted: list[Tensor] = []
+
+    @cached_property
+    def _tokens(self) -> Tensor:
+        return to_tokens(self._proteins, self._model.device)
+
+    @cached_property
+    def _exact(self) -> Tensor:
+        return decode.teacher_forced(self._model, self._tokens, self._prompts, None, self._wanted.append)
+
+    def drift(self) -> list[ProteinResult]:
+        """The fp32 decode against ESM-2 on whole proteins."""
+        return list(self._compare(decode.encode(self._model, self._tokens), self._exact))
+
+    def quantized(self, codec: decode.Codec) -> list[ProteinResult]:
+        """The decode with a codec against the fp32 decode."""
+        exact, found = self._exact, list[Tensor]()
+        candidate = decode.teacher_forced(self._model, self._tokens, self._prompts, codec, found.append)
+        return list(self._compare(exact, candidate, (self._wanted, found)))
+
+    def _compare(
+        self, expected: Tensor, found: Tensor, traces: tuple[Sequence[Tensor], Sequence[Tensor]] | None = None
+    ) -> Iterator[ProteinResult]:
+        cosines = metrics.cosines(expected, found)
+        for row, (protein, start) in enumerate(zip(self._proteins, self._prompts, strict=True)):
+            stop = int(self._tokens[row].ne(PAD).sum())
+            own = (x[row, start:stop] for x in (self._tokens, expected, found))
+            yield ProteinResult(
+                protein,
+                cosines[row, start:stop].cpu(),
+                compare_predictions(self._model, *own),
+                traces
+                and metrics.relative_errors(*([x[row, :, start:stop] for x in side] for side in traces)).cpu(),
+            )
 
 
 @dataclass(frozen=True)
@@ -78,26 +111,34 @@ class FirstLayer:
 
 
 @torch.no_grad()
-def first_layer_cosines(model: EsmModel, proteins: Sequence[Protein], spec: CodecSpec) -> Iterator[FirstLayer]:
+def first_layer_cosines(
+    model: EsmModel, proteins: Sequence[Protein], spec: CodecSpec, work: Work = NOTHING_KEPT
+) -> Iterator[FirstLayer]:
     """Protocol `paper`: layer 0's attention output, batch after batch.
 
     As the paper's public code measures it (github.com/YueHuLab/TurboESM): bidirectional attention over the
     quantized keys and values of layer 0 alone, exact queries, without the residual bit. That code takes the
     cosine of each head on its own (`heads`).
     """
-    layer = on_device(spec, model.device).layers[0]
-    for batch in batches(proteins, 4096):
-        tokens = to_tokens(batch, model.device)
-        real = tokens.ne(PAD)
-        q, k, v = _first_layer(model, tokens)
-        exact = reference.attend(q, k, v, real.sum(-1))
-        candidate = exact
-        if layer is not None:
-            side = without_residual(layer.k) if spec.recipe.residual == "sign" else layer.k
-            back_k = reference.roundtrip(k, side, decode.rope_at(model, 0, tokens.shape[1]))
-            candidate = reference.attend(q, back_k, reference.roundtrip(v, layer.v), real.sum(-1))
-        pair = [x.transpose(1, 2)[real] for x in (exact, candidate)]
-        yield FirstLayer(metrics.cosines(*(x.flatten(1) for x in pair)), metrics.cosines(*pair).flatten())
+    spec = on_device(spec, model.device)
+    for number, batch in enumerate(batches(proteins, 4096)):
+        saved = work.unit(str(number), partial(_first_layer_cosines, model, batch, spec))
+        yield FirstLayer(saved["joined"], saved["heads"])
+
+
+def _first_layer_cosines(model: EsmModel, batch: Sequence[Protein], spec: CodecSpec) -> Tensors:
+    tokens = to_tokens(batch, model.device)
+    real = tokens.ne(PAD)
+    q, k, v = _first_layer(model, tokens)
+    exact = candidate = reference.attend(q, k, v, real.sum(-1))
+    layer = spec.layers[0]
+    if layer is not None:
+        side = without_residual(layer.k) if spec.recipe.residual == "sign" else layer.k
+        back_k = reference.roundtrip(k, side, decode.rope_at(model, 0, tokens.shape[1]))
+        candidate = reference.attend(q, back_k, reference.roundtrip(v, layer.v), real.sum(-1))
+    pair = [x.transpose(1, 2)[real] for x in (exact, candidate)]
+    joined = metrics.cosines(*(x.flatten(1) for x in pair))
+    return {"joined": joined.cpu(), "heads": metrics.cosines(*pair).flatten().cpu()}
 
 
 def _first_layer(model: EsmModel, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -112,31 +153,6 @@ def _first_layer(model: EsmModel, tokens: Tensor) -> tuple[Tensor, Tensor, Tenso
 
     decode.encode(model, tokens, observe)
     return found[0]
-
-
-def _named(name: str, results: Iterable[ProteinResult]) -> Iterator[tuple[str, ProteinResult]]:
-    for result in results:
-        yield name, result
-
-
-def _compare(
-    model: EsmModel,
-    batch: Sequence[Protein],
-    tokens: Tensor,
-    prompts: Sequence[int],
-    expected: Tensor,
-    found: Tensor,
-    traces: tuple[Sequence[Tensor], Sequence[Tensor]] | None = None,
-) -> Iterator[ProteinResult]:
-    cosines = metrics.cosines(expected, found)
-    for row, (protein, start) in enumerate(zip(batch, prompts, strict=True)):
-        stop = int(tokens[row].ne(PAD).sum())
-        yield ProteinResult(
-            protein,
-            cosines[row, start:stop].cpu(),
-            compare_predictions(model, *(x[row, start:stop] for x in (tokens, expected, found))),
-            traces and metrics.relative_errors(*([x[row, :, start:stop] for x in side] for side in traces)).cpu(),
-        )
 
 
 def compare_predictions(

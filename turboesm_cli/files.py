@@ -1,8 +1,11 @@
-"""Outputs that appear whole or not at all."""
+"""Outputs that appear whole or not at all, and locks that end with their process."""
 
 from __future__ import annotations
 
+import datetime
+import fcntl
 import os
+import socket
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,7 +16,7 @@ from turboesm_cli.errors import OutputError
 
 @contextmanager
 def atomic_output(path: Path) -> Iterator[Path]:
-    """Yield a path beside `path` to write to; on success it is synced and renamed to `path`.
+    """Yield a path beside `path`, or in its work folder; on success it is synced and renamed to `path`.
 
     On any exception the partial file is removed and `path` is left as it was. Raises OutputError where
     the folder cannot be written to or the disk is full.
@@ -23,7 +26,9 @@ def atomic_output(path: Path) -> Iterator[Path]:
         raise OutputError(f"cannot write {path}: it is no regular file; choose another output path")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=".turboesm-", suffix=".part", dir=path.parent)
+        work = work_folder(path)
+        folder = work if work.is_dir() else path.parent  # what kill -9 leaves there goes with the folder
+        handle, name = tempfile.mkstemp(prefix=".turboesm-", suffix=".part", dir=folder)
     except OSError as error:
         raise OutputError(f"cannot write {path}: {error.strerror}; choose another output path") from error
     os.close(handle)
@@ -66,6 +71,65 @@ def check_output(path: Path, force: bool) -> None:
         raise OutputError(
             f"cannot write {path}: {parent} is no folder that can be written to; choose another path"
         )
+
+
+def work_folder(path: Path) -> Path:
+    """The folder beside output `path` in which unfinished work on it is kept."""
+    path = Path(path).resolve()
+    return path.with_name(f"{path.name}.partial")
+
+
+@contextmanager
+def locked(lock: Path, path: Path) -> Iterator[None]:
+    """Hold the file `lock`, its folder made if need be, while output `path` is worked on.
+
+    The kernel lets go of it when the process ends, however it ends. Raises OutputError where another process
+    holds it, naming that process. Where the file system knows no locks, none is held.
+    """
+    for _ in range(100):
+        try:
+            lock.parent.mkdir(parents=True, exist_ok=True)
+            handle = os.open(lock, os.O_RDWR | os.O_CREAT, 0o666)
+        except FileNotFoundError:  # who held it has just removed the folder
+            continue
+        except OSError as error:
+            raise OutputError(f"cannot write {path}: {error.strerror}; choose another output path") from error
+        try:
+            _lock(handle, path)
+            if _is_at(handle, lock):
+                os.truncate(handle, 0)
+                os.pwrite(handle, _who().encode(), 0)
+                yield
+                return
+        finally:
+            os.close(handle)
+    raise OutputError(f"cannot write {path}: {lock} cannot be held; choose another output path")
+
+
+def _lock(handle: int, path: Path) -> None:
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        who = os.pread(handle, 200, 0).decode(errors="replace")
+        who = "".join(letter for letter in who if letter.isprintable()) or "another process"
+        raise OutputError(
+            f"{path} is being worked on by {who}; wait for it, or choose another output path"
+        ) from error
+    except OSError:
+        return
+
+
+def _is_at(handle: int, lock: Path) -> bool:
+    """Whether the open file is still the one at the path: its folder goes when the work is finished."""
+    try:
+        return os.path.samestat(os.fstat(handle), lock.stat())
+    except FileNotFoundError:
+        return False
+
+
+def _who() -> str:
+    now = datetime.datetime.now().astimezone().isoformat(" ", "seconds")
+    return f"process {os.getpid()} on {socket.gethostname()}, since {now}"
 
 
 def _publish(partial: Path, path: Path) -> None:

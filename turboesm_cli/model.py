@@ -20,12 +20,14 @@ from typing import Any
 import esm
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from turboesm_cli.errors import DeviceError, ModelError
 
 VOCABULARY_SIZE = 33
 EMBEDDED = "embedded"
 RANDOM_PREFIX = "random:"
+INDEX_LIMIT = 16 << 20
 WEIGHTS_URL = "https://dl.fbaipublicfiles.com/fair-esm/models/{name}.pt"
 
 
@@ -187,7 +189,7 @@ def _read(name: str) -> _Checkpoint:
 def _build(found: _Checkpoint) -> EsmModel:
     """fair-esm's module around the checkpoint's weights, with no copy of them."""
     shape, weights = found.shape, dict(found.weights)
-    with torch.device("meta"):
+    with torch.device("meta"), _Uninitialized():
         net = esm.ESM2(shape.layers, shape.width, shape.heads, token_dropout=found.token_dropout)
     has_lm_head = "lm_head.dense.weight" in weights
     _fill_in(net, weights, shape)
@@ -200,6 +202,22 @@ def _build(found: _Checkpoint) -> EsmModel:
     return EsmModel(
         found.name, net, shape, _fingerprint(net), has_lm_head, is_random=found.is_random, note=found.note
     )
+
+
+class _Uninitialized(TorchFunctionMode):
+    """Skips the initialization of modules on `meta`, whose weights come from a checkpoint.
+
+    All it would do there, like arithmetic, is to import torch._dynamo, which takes longer than torch itself.
+    """
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if getattr(func, "__module__", "") == "torch.nn.init":
+            return args[0] if args else (kwargs or {})["tensor"]
+        if func is torch.arange:  # fair-esm makes RoPE's frequencies of it
+            return func(*args, **(kwargs or {}), device="cpu")
+        return func(*args, **(kwargs or {}))
 
 
 def _fill_in(net: nn.Module, weights: dict[str, Tensor], shape: Shape) -> None:
@@ -318,15 +336,29 @@ def _weight_files(folder: Path) -> list[Path]:
             return [folder / single]
         index = folder / f"{single}.index.json"
         if index.exists():
-            return [folder / Path(part).name for part in _parts_of(index)]
+            return [folder / part for part in _parts_of(index)]
     raise ModelError(f"{folder} holds neither model.safetensors nor pytorch_model.bin; copy the weights there")
 
 
 def _parts_of(index: Path) -> list[str]:
+    """Names of the weight files of an index, all beside it. Raises ModelError."""
     try:
-        return sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        if index.stat().st_size > INDEX_LIMIT:
+            raise ValueError(f"over {INDEX_LIMIT:,} bytes")
+        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        if not names or not all(isinstance(name, str) and _is_weight_file(name) for name in names):
+            raise ValueError("a name that is no .safetensors or .bin file beside the index")
+        return sorted(names)
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-        raise ModelError(f"{index} names no weight files ({error!r}); download it again") from error
+        raise ModelError(f"{index} names no weight files ({_one_line(error)}); download it again") from error
+
+
+def _is_weight_file(name: str) -> bool:
+    return Path(name).name == name and name.isprintable() and name.endswith((".safetensors", ".bin"))
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join((str(error) or type(error).__name__).split())[:200]
 
 
 def _load_weights(path: Path) -> dict[str, Tensor]:
@@ -336,7 +368,7 @@ def _load_weights(path: Path) -> dict[str, Tensor]:
         try:
             return dict(safetensors.torch.load_file(path))
         except (OSError, safetensors.SafetensorError) as error:
-            raise ModelError(f"{path} cannot be read ({error}); download it again") from error
+            raise ModelError(f"{path} cannot be read ({_one_line(error)}); download it again") from error
     return _check_weights(_load_pickle(path), path)
 
 
@@ -407,7 +439,7 @@ def _random(name: str) -> _Checkpoint:
     if official is None:
         raise ModelError(f"{RANDOM_PREFIX}{name}: name an official ESM-2 after {RANDOM_PREFIX}")
     shape = OFFICIAL[official]
-    with torch.device("meta"):
+    with torch.device("meta"), _Uninitialized():
         expected = esm.ESM2(shape.layers, shape.width, shape.heads).state_dict()
     generator = torch.Generator().manual_seed(0)
     weights = {}

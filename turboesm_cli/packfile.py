@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -16,11 +15,11 @@ from typing import Any
 
 from torch import Tensor
 
-from turboesm_cli.archive import Archive, write_archive
+from turboesm_cli.archive import Archive, printable, write_archive
 from turboesm_cli.bundle import Bundle
 from turboesm_cli.cache import PackedCache, check_tensors
 from turboesm_cli.errors import BundleError, InputError
-from turboesm_cli.sequences import RECORD_CAP, Protein
+from turboesm_cli.sequences import RECORD_CAP, Protein, tokenize
 
 KIND = "turboesm-caches"
 
@@ -99,7 +98,7 @@ class Packfile:
         try:
             if self._archive.manifest.get("bundle_sha256") != bundle_sha256:
                 raise BundleError(f"{path} was packed with another bundle; name the one that it was packed with")
-            self._listed = self._list()
+            self._listed = described_proteins(self._archive.manifest, path)
         except BundleError:
             self._archive.__exit__()
             raise
@@ -114,40 +113,49 @@ class Packfile:
         return len(self._listed)
 
     def __iter__(self) -> Iterator[StoredProtein]:
-        for described in self._listed:
-            with self._damage():
-                protein, cached = _described(described, self._path)
-                part: str = described["part"]
-            yield StoredProtein(protein, cached, partial(self._read, part, cached))
+        for item in self._listed:
+            yield StoredProtein(item.protein, item.cached, partial(self._read, item.part, item.cached))
 
     def _read(self, part: str, cached: int) -> dict[str, Tensor]:
-        with self._damage():
-            tensors = self._archive.read(part)
+        tensors = self._archive.read(part)
+        try:
             check_tensors(self._spec, tensors, cached)
+        except (ValueError, RuntimeError) as error:
+            raise BundleError(f"{self._path} is damaged: {error}; quantize again") from error
         return tensors
 
-    def _list(self) -> list[dict[str, Any]]:
-        found = self._archive.manifest.get("proteins")
-        if not isinstance(found, list) or not found:
-            raise BundleError(f"{self._path} lists no proteins; quantize again")
-        return found
 
-    @contextmanager
-    def _damage(self) -> Iterator[None]:
-        try:
-            yield
-        except (LookupError, TypeError, ValueError, RuntimeError, InputError) as error:
-            raise BundleError(f"{self._path} is damaged: {error}; quantize again") from error
+@dataclass(frozen=True)
+class Described:
+    """What a manifest says of a protein: how many of its tokens are cached, in which part, in how many bytes."""
+
+    protein: Protein
+    cached: int
+    part: str
+    nbytes: int
 
 
-def _described(described: dict[str, Any], path: Path) -> tuple[Protein, int]:
-    """A protein and how many of its tokens are cached; at least `<eos>` is left to decode."""
+def described_proteins(manifest: dict[str, Any], path: Path) -> list[Described]:
+    """The proteins that a manifest lists, checked. Raises BundleError."""
+    found = manifest.get("proteins")
+    if not isinstance(found, list) or not found:
+        raise BundleError(f"{path} lists no proteins; quantize again")
+    try:
+        return [_described(item, manifest["parts"], path) for item in found]
+    except (LookupError, TypeError, ValueError, InputError) as error:
+        raise BundleError(f"{path} is damaged: {error}; quantize again") from error
+
+
+def _described(described: dict[str, Any], parts: dict[str, Any], path: Path) -> Described:
+    """At least `<eos>` is left to decode."""
     accession, sequence, cached = described["accession"], described["sequence"], described["cached"]
-    if not (isinstance(accession, str) and isinstance(sequence, str) and type(cached) is int):
-        raise ValueError("an accession, a sequence or a count of tokens is of the wrong type")
-    if len(sequence) > RECORD_CAP:
-        raise ValueError(f"a sequence of {len(sequence):,} letters")
-    protein = Protein(accession, "", sequence, source=str(path))
+    part, nbytes = described["part"], described["bytes"]
+    if not isinstance(sequence, str) or type(cached) is not int or type(nbytes) is not int or nbytes < 0:
+        raise ValueError("a sequence or a count is of the wrong type")
+    if len(sequence) > RECORD_CAP or printable(part) not in parts:
+        raise ValueError(f"a sequence of {len(sequence):,} letters, or a part {part!r} that is not there")
+    protein = Protein(printable(accession), "", sequence, source=str(path))
+    tokenize(sequence)
     if not 0 < cached <= protein.residues + 1:
         raise ValueError(f"{cached} tokens cached of {protein.residues + 2}")
-    return protein, cached
+    return Described(protein, cached, part, nbytes)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
+from functools import partial
+
 import torch
 
 from turboesm_cli import decode
@@ -9,8 +12,10 @@ from turboesm_cli.cache import PackedCache
 from turboesm_cli.codec import CodecSpec
 from turboesm_cli.model import EsmModel
 from turboesm_cli.packfile import CachedProtein
+from turboesm_cli.replay import Prompt
 from turboesm_cli.sequences import Protein
 from turboesm_cli.stats import to_tokens
+from turboesm_cli.work import Tensors, Work
 
 
 @torch.no_grad()
@@ -19,3 +24,18 @@ def cache_protein(model: EsmModel, spec: CodecSpec, protein: Protein, cached: in
     cache = PackedCache(model, spec, 1, cached + room)
     decode.prefill(model, to_tokens([protein], model.device)[:, :cached], cache)
     return CachedProtein(protein, cached, cache)
+
+
+def cache_proteins(
+    model: EsmModel, spec: CodecSpec, prompts: Iterable[Prompt], work: Work
+) -> Iterator[CachedProtein]:
+    """Each protein's prompt in a cache of its own, from `work` where it is saved there."""
+    for index, prompt in enumerate(prompts):
+        tensors = work.unit(str(index), partial(_packed, model, spec, prompt.protein, prompt.cached))
+        cache = PackedCache(model, spec, 1, prompt.cached)
+        cache.load(tensors, prompt.cached)
+        yield CachedProtein(prompt.protein, prompt.cached, cache)
+
+
+def _packed(model: EsmModel, spec: CodecSpec, protein: Protein, cached: int) -> Tensors:
+    return cache_protein(model, spec, protein, cached).cache.tensors

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import TypeVar
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -13,14 +13,13 @@ from turboesm_cli import decode, metrics
 from turboesm_cli.cache import PackedCache
 from turboesm_cli.codec import CodecSpec
 from turboesm_cli.dense import DenseCache
-from turboesm_cli.engine import AnyCache, Batch, Job, TaskT, in_order
+from turboesm_cli.engine import AnyCache, Batch, Job, TaskT
 from turboesm_cli.evaluation import ProteinResult, compare_predictions
 from turboesm_cli.formats import FORMATS
 from turboesm_cli.model import EsmModel
 from turboesm_cli.sequences import Protein, detokenize
 from turboesm_cli.stats import to_tokens
-
-ResultT = TypeVar("ResultT")
+from turboesm_cli.work import Tensors, Work
 
 
 @dataclass(frozen=True)
@@ -60,22 +59,31 @@ def new_cache(model: EsmModel, spec: CodecSpec, kv: str, slots: int, capacity: i
 
 def run(
     batch: Batch[TaskT],
-    prompts: Iterable[Prompt],
-    finish: Callable[[Prompt, Tensor], ResultT],
+    prompts: Callable[[], Iterable[Prompt]],
+    finish: Callable[[Prompt, Tensor], Tensors],
+    work: Work,
     steps: int | None = None,
-) -> Iterator[ResultT]:
-    """What `finish` makes of each prompt and its job's result, in the order of the prompts.
+) -> Iterator[tuple[Prompt, Tensors]]:
+    """Each prompt with what `finish` makes of its job's result, in the order of the prompts.
 
-    What overtakes a slower protein waits as `finish` leaves it.
+    What overtakes a slower protein waits as `finish` leaves it. What `work` has is not decoded again.
     """
     started: dict[int, Prompt] = {}
 
-    def jobs() -> Iterator[Job]:
-        for number, prompt in enumerate(prompts):
-            started[number] = prompt
-            yield prompt.job(steps)
+    def jobs() -> Iterator[tuple[int, Job]]:
+        for number, prompt in enumerate(prompts()):
+            if str(number) not in work:
+                started[number] = prompt
+                yield number, prompt.job(steps)
 
-    yield from in_order((number, finish(started.pop(number), found)) for number, found in batch.run(jobs()))
+    fresh = batch.run(jobs())
+    early: dict[int, Tensors] = {}
+    for expected, prompt in enumerate(prompts()):
+        while expected not in early and str(expected) not in work:
+            number, found = next(fresh)
+            early[number] = work.unit(str(number), partial(finish, started.pop(number), found))
+        held = early.pop(expected) if expected in early else work.unit(str(expected), dict)
+        yield prompt, held
 
 
 @torch.no_grad()

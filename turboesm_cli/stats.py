@@ -8,14 +8,12 @@ For each layer and head, sums over tokens in float64, of keys before and after R
 phases; and a fixed number of keys and values, those of the tokens with the smallest hash. Memory depends on
 the model alone, not on the number of proteins; two sets' statistics add up to those of their union; neither
 order nor repetition of the runs matters.
-
-Tokens at position 0 (`<cls>`) are summed apart from the rest, since a cache may keep them exact.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, replace
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -30,121 +28,16 @@ from turboesm_cli.errors import InputError
 from turboesm_cli.model import Captured, EsmModel, Shape
 from turboesm_cli.sensitivity import Sensitivity, measure
 from turboesm_cli.sequences import PAD, Protein
-
-VALUES_PER_HEAD = 1 << 17
-"""Values of keys (and of values) kept of each head: 8192 tokens at head_dim 16, 2048 at 64."""
-
-HELD_PART = 4
-"""Of the proteins held back, this many times fewer are kept."""
+from turboesm_cli.sums import BODY as BODY
+from turboesm_cli.sums import CLS as CLS
+from turboesm_cli.sums import HELD_PART, Sample, stacked
+from turboesm_cli.sums import LayerSums as LayerSums
+from turboesm_cli.sums import Statistics as Statistics
+from turboesm_cli.sums import sample_size as sample_size
+from turboesm_cli.work import NOTHING_KEPT, Tensors, Work
 
 BACKWARD_TOKENS = 512
 """Tokens of a batch at most where gradients are taken."""
-
-CLS, BODY = 0, 1
-
-
-@dataclass(frozen=True)
-class LayerSums:
-    """Sums over tokens of one layer, float64; the first index is CLS or BODY.
-
-    count [2]; key [2, H, d] before RoPE; value [2, H, d]; key_key, query_query [2, H, d, d] after RoPE;
-    key_phase [2, H, d, d]: keys times (cos, sin) of RoPE's d/2 angles; phase_phase [2, d, d];
-    value_value [2, H, d, d].
-    """
-
-    count: Tensor
-    key: Tensor
-    value: Tensor
-    key_key: Tensor
-    query_query: Tensor
-    value_value: Tensor
-    key_phase: Tensor
-    phase_phase: Tensor
-
-    @classmethod
-    def zeros(cls, heads: int, head_dim: int) -> LayerSums:
-        """Sums over no token."""
-        vector, matrix = (2, heads, head_dim), (2, heads, head_dim, head_dim)
-        shapes = [(2,), vector, vector, matrix, matrix, matrix, matrix, (2, head_dim, head_dim)]
-        return cls(*(torch.zeros(shape, dtype=torch.float64) for shape in shapes))
-
-    def __add__(self, other: LayerSums) -> LayerSums:
-        return LayerSums(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
-
-    def over(self, groups: Sequence[int]) -> LayerSums:
-        """The sums over some of the groups together, still with a first index, of size 1."""
-        return LayerSums(*(getattr(self, f.name)[list(groups)].sum(0, keepdim=True) for f in fields(self)))
-
-
-@dataclass(frozen=True)
-class Sample:
-    """Keys (after RoPE) and values of the tokens with the smallest hashes, ascending.
-
-    hashes int64 [S]; positions int64 [S]; keys, values float32, one [S, H, d] a layer.
-    """
-
-    hashes: Tensor
-    positions: Tensor
-    keys: tuple[Tensor, ...]
-    values: tuple[Tensor, ...]
-
-    @classmethod
-    def empty(cls, shape: Shape) -> Sample:
-        """No tokens of a model of this shape."""
-        none = torch.zeros(0, dtype=torch.int64)
-        vectors = (torch.zeros(0, shape.heads, shape.head_dim),) * shape.layers
-        return cls(none, none, vectors, vectors)
-
-    def merged(self, other: Sample, size: int) -> Sample:
-        """The `size` tokens with the smallest hashes of both."""
-        hashes, order = torch.sort(torch.cat((self.hashes, other.hashes)), stable=True)
-        order = order[:size]
-        positions = torch.cat((self.positions, other.positions))[order]
-        keys = tuple(torch.cat(pair)[order] for pair in zip(self.keys, other.keys, strict=True))
-        values = tuple(torch.cat(pair)[order] for pair in zip(self.values, other.values, strict=True))
-        return Sample(hashes[:size], positions, keys, values)
-
-
-@dataclass(frozen=True)
-class Statistics:
-    """What calibration knows of a model.
-
-    layers, sample    sums a layer, and tokens, over the proteins to fit to
-    sensitivity, held gradients, and tokens, over the proteins held back
-    proteins, tokens  how much went in, both kinds together
-    """
-
-    layers: tuple[LayerSums, ...]
-    sample: Sample
-    sensitivity: Sensitivity
-    held: Sample
-    proteins: int
-    tokens: int
-
-    @classmethod
-    def empty(cls, shape: Shape) -> Statistics:
-        """Statistics of no protein, for a model of this shape."""
-        matrices = (shape.layers, 2, shape.heads, shape.head_dim, shape.head_dim)
-        sensitivity = Sensitivity(torch.zeros(matrices, dtype=torch.float64), 0)
-        layers = (LayerSums.zeros(shape.heads, shape.head_dim),) * shape.layers
-        return cls(layers, Sample.empty(shape), sensitivity, Sample.empty(shape), 0, 0)
-
-    def __add__(self, other: Statistics) -> Statistics:
-        layers = tuple(a + b for a, b in zip(self.layers, other.layers, strict=True))
-        size = sample_size(self.sample.keys[0].shape[-1])
-        return Statistics(
-            layers,
-            self.sample.merged(other.sample, size),
-            self.sensitivity + other.sensitivity,
-            self.held.merged(other.held, size // HELD_PART),
-            self.proteins + other.proteins,
-            self.tokens + other.tokens,
-        )
-
-
-def sample_size(head_dim: int) -> int:
-    """Tokens kept at this head_dim."""
-    return VALUES_PER_HEAD // head_dim
 
 
 def collect(
@@ -152,35 +45,75 @@ def collect(
     proteins: Sequence[Protein],
     tokens_per_batch: int = 4096,
     tick: Callable[[int], None] | None = None,
+    work: Work = NOTHING_KEPT,
 ) -> Statistics:
     """Run the model over `proteins`, prompts as in `prompt_lengths`, and sum up what its attention works with.
 
-    `tick` is called with the number of proteins of each finished batch. Raises InputError for no proteins.
+    `tick` is called with the number of proteins of each finished batch. `work` keeps what is done, batch by
+    batch. Raises InputError for no proteins.
     """
     if not proteins:
         raise InputError("no proteins to calibrate on; name a FASTA file with at least one")
     fitted, held = hold_back(proteins)
     size = sample_size(model.shape.head_dim)
     kept, kept_held = _Keeper(model.shape, size), _Keeper(model.shape, size // HELD_PART)
-    total = Statistics.empty(model.shape)
-    for batch in batches(fitted, tokens_per_batch):
-        layers, sample = _sum_batch(model, batch, kept.limit)
-        kept.add(sample)
-        total = replace(total, layers=tuple(a + b for a, b in zip(total.layers, layers, strict=True)))
-        _report(tick, batch)
-    for batch in batches(held, min(tokens_per_batch, BACKWARD_TOKENS)):
-        kept_held.add(_sum_batch(model, batch, kept_held.limit)[1])
-        total = replace(total, sensitivity=total.sensitivity + measure(model, batch))
-        _report(tick, batch)
-    tokens = sum(protein.residues + 2 for protein in proteins)
-    return replace(total, sample=kept.merged(), held=kept_held.merged(), proteins=len(proteins), tokens=tokens)
+    todo = list(batches(fitted, tokens_per_batch))
+    sums = _added_up(partial(_sum_batch, model), todo, kept, work.under("fitted"), tick)
+    todo = list(batches(held, min(tokens_per_batch, BACKWARD_TOKENS)))
+    gradients = _added_up(partial(_measure_batch, model), todo, kept_held, work.under("held"), tick)
+    return Statistics(
+        LayerSums.of_layers(sums),
+        kept.merged(),
+        Sensitivity(gradients["gram"], int(gradients["tokens"])),
+        kept_held.merged(),
+        len(proteins),
+        sum(protein.residues + 2 for protein in proteins),
+    )
+
+
+Measure = Callable[[Sequence[Protein], int], tuple[Tensors, Sample]]
+"""(batch, limit of hashes) -> what is summed up over batches, and the batch's tokens with the smallest hashes."""
+
+
+def _added_up(
+    measure: Measure,
+    todo: Sequence[Sequence[Protein]],
+    keeper: _Keeper,
+    work: Work,
+    tick: Callable[[int], None] | None,
+) -> Tensors:
+    """The sums that `measure` gives, over all batches in their order; the keeper takes in their tokens.
+
+    A batch's tokens are saved as a unit, then the sums up to it; what is saved is not measured again.
+    """
+    total = work.total("sums")
+    done = int(total.pop("batches", torch.tensor(0)))
+    for number, batch in enumerate(todo):
+        unit = f"tokens-{number}"
+        if number < done:
+            saved = work.unit(unit, partial(_tokens_of, measure, batch, keeper.limit))
+            keeper.add(Sample.of(saved, keeper.layers))
+        else:
+            sums, sample = measure(batch, keeper.limit)
+            keeper.add(sample)
+            total = {name: total[name] + part if total else part for name, part in sums.items()}
+            work.unit(unit, partial(dict, sample.tensors))
+            so_far = total | {"batches": torch.tensor(number + 1)}
+            work.save_total("sums", so_far, last=number + 1 == len(todo))
+        if tick:
+            tick(len(batch))
+    return total
+
+
+def _tokens_of(measure: Measure, batch: Sequence[Protein], limit: int) -> Tensors:
+    return measure(batch, limit)[1].tensors
 
 
 class _Keeper:
     """The tokens with the smallest hashes so far; merges only now and then, since a merge copies them all."""
 
     def __init__(self, shape: Shape, size: int) -> None:
-        self._kept, self._size = Sample.empty(shape), size
+        self._kept, self._size, self.layers = Sample.empty(shape), size, shape.layers
         self._pending: list[Sample] = []
 
     @property
@@ -202,12 +135,13 @@ class _Keeper:
         return self._kept
 
 
-def _report(tick: Callable[[int], None] | None, batch: Sequence[Protein]) -> None:
-    if tick:
-        tick(len(batch))
+def _measure_batch(model: EsmModel, proteins: Sequence[Protein], limit: int) -> tuple[Tensors, Sample]:
+    """Gradients of a batch, and of its tokens with hashes up to `limit` those with the smallest."""
+    found = measure(model, proteins)
+    return {"gram": found.gram, "tokens": torch.tensor(found.tokens)}, _sum_batch(model, proteins, limit)[1]
 
 
-def _sum_batch(model: EsmModel, proteins: Sequence[Protein], limit: int) -> tuple[tuple[LayerSums, ...], Sample]:
+def _sum_batch(model: EsmModel, proteins: Sequence[Protein], limit: int) -> tuple[Tensors, Sample]:
     """Sums over a batch, and of its tokens with hashes up to `limit` those with the smallest."""
     tokens = to_tokens(proteins, model.device)
     real = tokens.ne(PAD)
@@ -229,7 +163,7 @@ def _sum_batch(model: EsmModel, proteins: Sequence[Protein], limit: int) -> tupl
     with torch.no_grad():
         encode(model, tokens, attend)
     positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)[real]
-    return tuple(layers), Sample(hashes[order].cpu(), positions[order].cpu(), tuple(keys), tuple(values))
+    return stacked(layers), Sample(hashes[order].cpu(), positions[order].cpu(), tuple(keys), tuple(values))
 
 
 def _pick(x: Tensor, real: Tensor) -> Tensor:

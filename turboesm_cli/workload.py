@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ class Workload:
     decoded   tokens that follow the prompts, all proteins together
     longest   tokens of the longest protein, `<cls>` and `<eos>` counted
     known     proteins that were in the bundle's calibration set
+    sha256    of names, sequences and lengths of prompts, in their order
     prompts   the proteins, from the first one at each call
     """
 
@@ -28,6 +30,7 @@ class Workload:
     decoded: int
     longest: int
     known: int
+    sha256: str
     prompts: Callable[[], Iterator[Prompt]]
 
 
@@ -54,9 +57,11 @@ def of_packfile(stack: ExitStack, file: Packfile, limit: int | None, bundle: Bun
 
 def _counted(prompts: Callable[[], Iterator[Prompt]], bundle: Bundle) -> Workload:
     count = decoded = longest = known = 0
+    identity = hashlib.sha256()
     for prompt in prompts():
         tokens = prompt.protein.residues + 2
         count, longest = count + 1, max(longest, tokens)
         decoded += tokens - prompt.cached
+        identity.update(f"{prompt.protein.accession}\0{prompt.protein.sequence}\0{prompt.cached}\0".encode())
         known += len(seen(bundle, [prompt.protein]))
-    return Workload(count, decoded, longest, known, prompts)
+    return Workload(count, decoded, longest, known, identity.hexdigest(), prompts)

@@ -24,7 +24,7 @@ FEW_ROWS = 40
 REGISTERS = 96
 """Of a thread, so that 21 warps fit a multiprocessor; codes of more words or fields get what they need."""
 
-FEW_REGISTERS = 42
+FEW_REGISTERS = 40
 """Registers of a block's words and sums up to which REGISTERS suffice."""
 
 WARPS = 21
@@ -130,7 +130,7 @@ def fold(q: Tensor, layer: PreparedLayer, fields: Fields, early: bool) -> Folded
         descriptors, scalars, batch,
         HEADS=heads, DIM=dim, FIELDS=fields.count, FIELDS_PAD=padded(fields.count, 4),
         TABLE=fields.shifts.shape[1], DIM_PAD=padded(dim), FOLD_BLOCK=fold_block,
-        EARLY=early, num_warps=4, **portable.early_launch(early),
+        EARLY=early, num_warps=4 if dim <= 64 else 8, **portable.early_launch(early),
     )  # fmt: skip
     return Folded(descriptors, scalars)
 

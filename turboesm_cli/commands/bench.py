@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -9,8 +10,10 @@ import typer
 
 from turboesm_cli import console
 from turboesm_cli.commands import options
+from turboesm_cli.commands.reading import Reading
 from turboesm_cli.errors import InputError
 from turboesm_cli.files import check_output
+from turboesm_cli.sequences import MAX_RESIDUES, RECORD_CAP
 
 if TYPE_CHECKING:
     from turboesm_cli.benchmark import Entry
@@ -18,6 +21,7 @@ if TYPE_CHECKING:
     from turboesm_cli.model import EsmModel
     from turboesm_cli.results import ResultRow
     from turboesm_cli.sequences import Protein
+    from turboesm_cli.work import Work
 
 
 Shown = tuple[str, list[str], list[list[str]]]
@@ -78,6 +82,7 @@ def bench(
     ] = False,
     dtype: options.Dtype = "fp32",
     allow_seen: Annotated[bool, typer.Option(help="Flag, do not refuse, proteins seen in calibration.")] = False,
+    rejects: options.Rejects = None,
     model: options.Model = None,
     device: options.Device = "auto",
     json: options.Json = False,
@@ -92,6 +97,8 @@ def bench(
 
     Example: turboesm bench --throughput --model random:esm2_t33_650M --dtype bf16 --batch 1,64 --context 1024
     """
+    from turboesm_cli.results import to_records, write_csv
+
     if not (throughput and plan):
         check_output(output, force)
     if throughput:
@@ -107,20 +114,27 @@ def bench(
     if kernels:
         _bench_kernels(output)
         return
-    sets = _families(families, max_proteins, max_residues)
+    reading = Reading(rejects=rejects, max_residues=RECORD_CAP)
+    sets = _families(reading, families, max_proteins, max_residues)
     if dtype != "fp32":
         raise InputError("--dtype is for --throughput; codecs are fitted and compared in fp32")
     loaded = options.open_model(model, device)
-    if ablate:
-        rows, tables = _ablate(loaded, _calibration(calibration, max_calibration), sets)
-    else:
-        named, formats = _split_recipes(recipes or "paper,flat,auto@2,auto")
-        entries = _entries(loaded, named, bundle, _calibration(calibration, max_calibration))
-        _check_seen(entries, sets, allow_seen)
-        rows, tables = _measure(loaded, entries, sets, formats)
-    from turboesm_cli.results import to_records, write_csv
-
-    write_csv(output, rows)
+    learned = _calibration(replace(reading, limit=max_calibration, max_residues=MAX_RESIDUES), calibration)
+    chosen = recipes or "paper,flat,auto@2,auto"
+    described = {
+        "families": ", ".join(f"{len(few)} of {family}" for family, few in sets.items()),
+        "measured": "ablation" if ablate else ", ".join(_sources(chosen, bundle)),
+    }
+    inputs = _digest([learned, *sets.values()])
+    with options.unfinished_work(output, force, "bench", loaded, inputs, **described) as work:
+        if ablate:
+            rows, tables = _ablate(loaded, learned, sets, work)
+        else:
+            named, formats = _split_recipes(chosen)
+            entries = _entries(loaded, named, bundle, learned, work)
+            _check_seen(entries, sets, allow_seen)
+            rows, tables = _measure(loaded, entries, sets, formats, work)
+        write_csv(output, rows)
     if json:
         console.print_json(to_records(rows))
     else:
@@ -151,16 +165,28 @@ def _bench_kernels(output: Path) -> None:
     console.print_table(title, *bench_kernels.map_cells(rows))
 
 
-def _families(names: str, limit: int | None, max_residues: int) -> dict[str, list[Protein]]:
+def _sources(recipes: str, bundles: list[Path] | None) -> list[str]:
+    """What the codecs come from: recipes, or bundles by their start of sha256."""
+    from turboesm_cli.packfile import file_sha256
+
+    return [f"{path} {file_sha256(path)[:16]}" for path in bundles] if bundles else [recipes]
+
+
+def _digest(sets: list[list[Protein]]) -> str:
+    from turboesm_cli.sequences import digest_in_order
+
+    return digest_in_order(protein for proteins in sets for protein in proteins)
+
+
+def _families(reading: Reading, names: str, limit: int | None, max_residues: int) -> dict[str, list[Protein]]:
     from turboesm_cli.datasets import family_label, family_path
-    from turboesm_cli.sequences import MAX_RESIDUES, RECORD_CAP
 
     sets = {}
     for name in filter(None, names.split(",")):
         label = family_label(name)
         if label in sets or label == "all":
             raise InputError(f"two families are called {label!r}, or one 'all'; rename a file")
-        proteins = options.read_proteins(str(family_path(name)), longest=RECORD_CAP)
+        proteins = reading.proteins(str(family_path(name)))
         short = [protein for protein in proteins if protein.residues <= min(max_residues, MAX_RESIDUES)]
         console.say(f"{label}: {len(short)} of {len(proteins)} proteins, up to {max_residues} residues")
         sets[label] = short[:limit]
@@ -169,13 +195,15 @@ def _families(names: str, limit: int | None, max_residues: int) -> dict[str, lis
     return sets
 
 
-def _calibration(path: Path | None, limit: int | None) -> list[Protein]:
+def _calibration(reading: Reading, path: Path | None) -> list[Protein]:
     from turboesm_cli.datasets import calibration_path
 
-    return options.read_proteins(str(path or calibration_path()), limit=limit)
+    return reading.proteins(str(path or calibration_path()))
 
 
-def _entries(model: EsmModel, recipes: str, bundles: list[Path] | None, proteins: list[Protein]) -> list[Entry]:
+def _entries(
+    model: EsmModel, recipes: str, bundles: list[Path] | None, proteins: list[Protein], work: Work
+) -> list[Entry]:
     from turboesm_cli.benchmark import Entry, calibrated
     from turboesm_cli.bundle import read_bundle
 
@@ -187,7 +215,7 @@ def _entries(model: EsmModel, recipes: str, bundles: list[Path] | None, proteins
         return ready
     chosen = _recipes(recipes)
     with console.progress("calibrating", len(proteins)) as tick:
-        entries = calibrated(model, proteins, chosen, tick)
+        entries = calibrated(model, proteins, chosen, tick, work.under("calibration"))
     _refuse_twins(entries)
     return entries
 
@@ -231,24 +259,24 @@ def _check_seen(entries: list[Entry], sets: dict[str, list[Protein]], allow: boo
 
 
 def _measure(
-    model: EsmModel, entries: list[Entry], sets: dict[str, list[Protein]], formats: list[str]
+    model: EsmModel, entries: list[Entry], sets: dict[str, list[Protein]], formats: list[str], work: Work
 ) -> tuple[list[ResultRow], list[Shown]]:
     from turboesm_cli import benchmark
     from turboesm_cli.summaries import bench_tables
 
-    rows = [*benchmark.memory(model, entries, formats), *benchmark.times(model, entries)]
+    rows = [*benchmark.memory(model, entries, formats), *benchmark.times(model, entries, work=work.under("time"))]
     if model.is_random:
         console.warn(f"{model.name} has random weights: time and memory are measured, accuracy is not")
     else:
         total = sum(map(len, sets.values())) * (len(entries) + len(formats) + 1)
         with console.progress("decoding", total) as tick:
-            rows += benchmark.accuracy(model, entries, sets, tick, formats)
-        rows += benchmark.first_layer(model, entries, sets)
+            rows += benchmark.accuracy(model, entries, sets, tick, formats, work.under("decode"))
+        rows += benchmark.first_layer(model, entries, sets, work.under("layer0"))
     return rows, bench_tables(rows, [*(entry.spec.recipe for entry in entries), *formats], list(sets))
 
 
 def _ablate(
-    model: EsmModel, proteins: list[Protein], sets: dict[str, list[Protein]]
+    model: EsmModel, proteins: list[Protein], sets: dict[str, list[Protein]], work: Work
 ) -> tuple[list[ResultRow], list[Shown]]:
     from turboesm_cli.ablation import SUBSETS, ablate, ablation_table, variants
 
@@ -259,6 +287,6 @@ def _ablate(
     recipes = {variant.recipe for variant in variants(model.shape.head_dim)}
     total = len(proteins) + sum(map(len, sets.values())) * (len(recipes) + 1) * SUBSETS
     with console.progress("calibrating and decoding", total) as tick:
-        rows = list(ablate(model, proteins, sets, tick))
+        rows = list(ablate(model, proteins, sets, tick, work))
     title = "Error (1 - mean cosine, all families) with one part changed; range over three calibration subsets"
     return rows, [(title, *ablation_table(rows))]

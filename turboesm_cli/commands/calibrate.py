@@ -9,8 +9,9 @@ import typer
 
 from turboesm_cli import console
 from turboesm_cli.commands import options
+from turboesm_cli.commands.reading import Reading
 from turboesm_cli.files import check_output
-from turboesm_cli.sequences import LongPolicy
+from turboesm_cli.sequences import LongPolicy, digest
 
 
 def calibrate(
@@ -37,6 +38,7 @@ def calibrate(
     max_proteins: options.MaxProteins = None,
     strict: options.Strict = False,
     long: options.Long = LongPolicy.ERROR,
+    rejects: options.Rejects = None,
     device: options.Device = "auto",
     force: options.Force = False,
 ) -> None:
@@ -54,12 +56,15 @@ def calibrate(
     chosen = with_bits(with_bits(parse_recipe(recipe), bits, bits), bits_k, bits_v)
     if output is not None:
         check_output(output, force)
-    proteins = options.read_proteins(fasta, strict, long, max_proteins)
+    proteins = Reading(strict, long, max_proteins, rejects).proteins(fasta)
     loaded = options.open_model(model, device)
     path = output or Path(f"{loaded.name}-{chosen.name}.tqz")
     check_output(path, force)
-    with console.progress("calibrating", len(proteins)) as tick:
-        bundle = learn(loaded, proteins, chosen, tick)
-    write_bundle(path, bundle)
+    with options.unfinished_work(
+        path, force, "calibrate", loaded, digest(proteins), recipe=chosen.as_dict()
+    ) as work:
+        with console.progress("calibrating", len(proteins)) as tick:
+            bundle = learn(loaded, proteins, chosen, tick, work)
+        write_bundle(path, bundle)
     console.say(f"{len(proteins)} proteins, {bundle.calibration.tokens:,} tokens, recipe {chosen.name}")
     console.out.print(str(path), markup=False, emoji=False)

@@ -12,6 +12,7 @@ import typer
 
 from turboesm_cli import console
 from turboesm_cli.commands import options
+from turboesm_cli.commands.reading import Reading
 from turboesm_cli.errors import InputError
 from turboesm_cli.files import check_output
 from turboesm_cli.sequences import LongPolicy, Protein
@@ -21,13 +22,13 @@ if TYPE_CHECKING:
 
     from turboesm_cli.bundle import Bundle
     from turboesm_cli.engine import Batch, TaskT
-    from turboesm_cli.evaluation import ProteinResult
     from turboesm_cli.generation import Sampling
     from turboesm_cli.model import EsmModel
     from turboesm_cli.plan import Plan
     from turboesm_cli.replay import Prompt
     from turboesm_cli.results import ResultRow
     from turboesm_cli.summaries import Summary
+    from turboesm_cli.work import Tensors, Work
     from turboesm_cli.workload import Workload
 
 KV = Literal["packed", "fp32", "fp16", "bf16", "int8", "fp8"]
@@ -72,6 +73,7 @@ def decode(
     max_proteins: options.MaxProteins = None,
     strict: options.Strict = False,
     long: options.Long = LongPolicy.ERROR,
+    rejects: options.Rejects = None,
     device: options.Device = "auto",
     json: options.Json = False,
     force: options.Force = False,
@@ -90,12 +92,15 @@ def decode(
     Example: turboesm decode 650M.tqz proteins.fasta --prompt all --generate 50 --seed 1 -o longer.fasta
     """
     from turboesm_cli.bundle import read_bundle
+    from turboesm_cli.packfile import file_sha256
+    from turboesm_cli.work import NOTHING_KEPT
 
     if output is not None and not plan:
         check_output(output, force)
     codec = read_bundle(bundle)
     with ExitStack() as stack:
-        work = _workload(stack, bundle, codec, source, prompt, kv, strict, long, max_proteins)
+        reading = Reading(strict, long, max_proteins, rejects)
+        work = _workload(stack, bundle, codec, source, prompt, kv, reading)
         plans = _plans(codec, work, generate, device, dtype)
         if plan:
             _show_plans(plans, json)
@@ -103,7 +108,13 @@ def decode(
         loaded = options.open_model(model, device, codec, dtype)
         codec.check_model(loaded, bundle)
         own = next(item for item in plans if item.kind == kv)
-        run = _Run(codec, loaded, work, kv, _slots(batch, own, work, loaded), own.context)
+        saved = NOTHING_KEPT
+        if output is not None:
+            sampling = f"{generate} residues, {temperature:g}, {top_p:g}, seed {seed}" if generate else "none"
+            described = {"bundle": file_sha256(bundle)[:16], "cache": kv, "dtype": dtype, "sampling": sampling}
+            kept = options.unfinished_work(output, force, "decode", loaded, work.sha256, **described)
+            saved = stack.enter_context(kept)
+        run = _Run(codec, loaded, work, saved, kv, _slots(batch, own, work, loaded), own.context)
         if generate:
             _generate(run, generate, temperature, top_p, seed, output)
         else:
@@ -117,9 +128,7 @@ def _workload(
     source: str,
     prompt: str | None,
     kv: KV,
-    strict: bool,
-    long: LongPolicy,
-    limit: int | None,
+    reading: Reading,
 ) -> Workload:
     from turboesm_cli.packfile import Packfile, file_sha256, is_packfile
     from turboesm_cli.prompts import parse_prompt
@@ -132,8 +141,8 @@ def _workload(
     if packed and kv != "packed":
         raise InputError(f"{source} holds packed caches; --kv {kv} needs the proteins' FASTA file")
     if packed:
-        return of_packfile(stack, Packfile(Path(source), bundle, file_sha256(path)), limit, bundle)
-    work = of_proteins(options.stream_proteins(source, strict, long, limit), rule, bundle)
+        return of_packfile(stack, Packfile(Path(source), bundle, file_sha256(path)), reading.limit, bundle)
+    work = of_proteins(reading.stream(source), rule, bundle)
     if work.known:
         console.warn(f"{work.known} of {work.count} proteins were in the bundle's calibration set")
     return work
@@ -181,6 +190,7 @@ class _Run:
     bundle: Bundle
     model: EsmModel
     work: Workload
+    saved: Work
     kv: KV
     slots: int
     capacity: int
@@ -227,17 +237,19 @@ def _compare(run: _Run, output: Path | None, as_json: bool) -> None:
 
 def _compared(run: _Run, summary: Summary) -> Iterator[ResultRow]:
     """Rows protein by protein, in the order of the input, then those of all together."""
+    from turboesm_cli.outcomes import from_tensors, to_tensors
     from turboesm_cli.replay import compare
     from turboesm_cli.replay import run as decoded
     from turboesm_cli.tasks import Forced
 
-    def finish(prompt: Prompt, found: Tensor) -> tuple[ProteinResult, ProteinResult]:
-        return compare(run.model, prompt, found)
+    def finish(prompt: Prompt, found: Tensor) -> Tensors:
+        return to_tensors(compare(run.model, prompt, found))
 
     with console.progress("decoding tokens", run.work.decoded) as tick:
         batch = run.batch(lambda slots: Forced.of(run.model, slots, run.work.longest), tick)
-        for results in decoded(batch, run.work.prompts(), finish):
-            yield from summary.add(*results)
+        for prompt, held in decoded(batch, run.work.prompts, finish, run.saved):
+            result, drift = from_tensors(held, [prompt.protein] * 2)
+            yield from summary.add(result, drift)
     yield from summary.rows()
 
 
@@ -261,11 +273,13 @@ def _sampled(run: _Run, count: int, sampling: Sampling, seed: int) -> Iterator[P
     from turboesm_cli.sequences import detokenize
     from turboesm_cli.tasks import Sampled
 
-    def finish(prompt: Prompt, found: Tensor) -> tuple[Prompt, str]:
-        return prompt, detokenize(found.tolist())
+    def finish(_prompt: Prompt, found: Tensor) -> Tensors:
+        return {"ids": found.cpu()}
 
     with console.progress("sampling residues", run.work.count * count) as tick:
         batch = run.batch(lambda slots: Sampled.of(run.model, slots, count, sampling, seed), tick)
-        for index, (prompt, residues) in enumerate(decoded(batch, run.work.prompts(), finish, count)):
+        results = decoded(batch, run.work.prompts, finish, run.saved, count)
+        for index, (prompt, held) in enumerate(results):
+            residues = detokenize(held["ids"].tolist())
             note = f"prompt={prompt.cached - 1} sampled={count} seed={seed + index} kv={run.kv}"
             yield Protein(prompt.protein.accession, note, prompt.text + residues)

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
-from itertools import islice
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from turboesm_cli import console
-from turboesm_cli.sequences import MAX_RESIDUES, LongPolicy, Protein, ReadPolicy, ReadReport, read_fasta
+from turboesm_cli.files import work_folder
+from turboesm_cli.sequences import LongPolicy
 
 if TYPE_CHECKING:
     from turboesm_cli.bundle import Bundle
     from turboesm_cli.model import EsmModel
+    from turboesm_cli.work import SavedWork
 
 Model = Annotated[
     str | None,
@@ -27,10 +29,14 @@ Model = Annotated[
     ),
 ]
 Device = Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:1 or auto (CUDA where there is one).")]
-Force = Annotated[bool, typer.Option("--force", "-f", help="Overwrite the output.")]
+Force = Annotated[bool, typer.Option("--force", "-f", help="Overwrite the output, and unfinished work on it.")]
 Json = Annotated[bool, typer.Option("--json", help="Print results as JSON on stdout instead of tables.")]
 Strict = Annotated[bool, typer.Option("--strict", help="Stop at the first record to mend or to skip.")]
 Long = Annotated[LongPolicy, typer.Option("--long", help="Proteins of more than 1022 residues.")]
+Rejects = Annotated[
+    Path | None,
+    typer.Option("--rejects", help="Write a table (TSV) of skipped records here.", show_default=False),
+]
 MaxProteins = Annotated[
     int | None, typer.Option("--max-proteins", min=1, help="Use the first N proteins.", show_default=False)
 ]
@@ -58,51 +64,32 @@ def open_model(name: str | None, device: str, bundle: Bundle | None = None, dtyp
     return model
 
 
-def read_proteins(
-    source: str,
-    strict: bool = False,
-    long: LongPolicy = LongPolicy.ERROR,
-    limit: int | None = None,
-    longest: int = MAX_RESIDUES,
-) -> list[Protein]:
-    """All proteins of a FASTA file, or the first `limit`; what was mended or skipped goes to stderr."""
-    found = ReadReport()
-    policy = ReadPolicy(strict=strict, long=long, max_residues=longest)
-    proteins = list(islice(read_fasta(source, policy, found), limit))
-    say_what_was_mended(source, found)
-    return proteins
+@contextmanager
+def unfinished_work(
+    path: Path, force: bool, command: str, model: EsmModel, proteins: str, **options: object
+) -> Iterator[SavedWork]:
+    """The work on output `path`, locked and gone on with where it was stopped.
 
+    What the output follows from: the command, the model, the device, `proteins` (a digest), and `options`.
+    """
+    import torch
 
-def stream_proteins(
-    source: str, strict: bool, long: LongPolicy, limit: int | None
-) -> Callable[[], Iterator[Protein]]:
-    """As `read_proteins`, but read anew at each call; what cannot be read twice is held in memory."""
-    if source == "-" or not Path(source).is_file():
-        proteins = read_proteins(source, strict, long, limit)
-        return lambda: iter(proteins)
-    first = True
+    from turboesm_cli import __version__
+    from turboesm_cli.identity import code_digest
+    from turboesm_cli.summaries import device_name
+    from turboesm_cli.work import saved_work
 
-    def read() -> Iterator[Protein]:
-        nonlocal first
-        found, told = ReadReport(), not first
-        first = False
-        yield from islice(read_fasta(source, ReadPolicy(strict=strict, long=long), found), limit)
-        if not told:
-            say_what_was_mended(source, found)
-
-    return read
-
-
-def say_what_was_mended(source: str, found: ReadReport) -> None:
-    """Warn of records that were mended or skipped."""
-    for what, count in sorted(found.mended.items()):
-        console.warn(f"{source}: {what}: {count} records")
-    for reject in found.rejects[:20]:
-        console.warn(
-            f"{source}: skipped record {reject.record} ({reject.accession}), line {reject.line}: {reject.reason}"
-        )
-    if len(found.rejects) > 20:
-        console.warn(f"{source}: skipped {len(found.rejects) - 20} more records")
+    run = {name.replace("_", " "): str(value) for name, value in options.items()} | {
+        "command": command,
+        "model": f"{model.name} {model.fingerprint[:16]}",
+        "device": device_name(model.device),
+        "proteins": proteins[:16],
+        "version": f"turboesm {__version__} ({code_digest()[:8]}), torch {torch.__version__}",
+    }
+    with saved_work(path, run, force) as work:
+        if work.units:
+            console.say(f"going on with the unfinished work in {work_folder(path)}: {work.units} units are done")
+        yield work
 
 
 def default_output(source: str, suffix: str) -> Path:

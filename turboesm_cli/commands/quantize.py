@@ -10,11 +10,13 @@ import typer
 
 from turboesm_cli import console
 from turboesm_cli.commands import options
+from turboesm_cli.commands.reading import Reading
 from turboesm_cli.files import check_output
 from turboesm_cli.sequences import LongPolicy
 
 if TYPE_CHECKING:
     from turboesm_cli.memory import MemoryLine
+    from turboesm_cli.work import Work
 
 
 def quantize(
@@ -31,6 +33,7 @@ def quantize(
     max_proteins: options.MaxProteins = None,
     strict: options.Strict = False,
     long: options.Long = LongPolicy.ERROR,
+    rejects: options.Rejects = None,
     device: options.Device = "auto",
     json: options.Json = False,
     force: options.Force = False,
@@ -46,27 +49,29 @@ def quantize(
     from turboesm_cli.cache import codec_nbytes
     from turboesm_cli.memory import memory_of
     from turboesm_cli.packfile import CachedProtein, file_sha256, write_packfile
-    from turboesm_cli.prefill import cache_protein
+    from turboesm_cli.prefill import cache_proteins
     from turboesm_cli.prompts import parse_prompt
+    from turboesm_cli.workload import of_proteins
 
     path = output or options.default_output(fasta, ".tqkv")
     check_output(path, force)
     rule = parse_prompt(prompt)
     codec = read_bundle(bundle)
-    proteins = options.read_proteins(fasta, strict, long, max_proteins)
+    todo = of_proteins(Reading(strict, long, max_proteins, rejects).stream(fasta), rule, codec)
     loaded = options.open_model(model, device, codec)
     codec.check_model(loaded, bundle)
     lines: list[MemoryLine] = []
 
-    def caches() -> Iterator[CachedProtein]:
-        with console.progress("packing", len(proteins)) as tick:
-            for protein in proteins:
-                item = cache_protein(loaded, codec.spec, protein, rule(protein))
-                lines.append(memory_of(codec.spec, protein.accession, item.cached, item.cache.nbytes))
+    def caches(work: Work) -> Iterator[CachedProtein]:
+        with console.progress("packing", todo.count) as tick:
+            for item in cache_proteins(loaded, codec.spec, todo.prompts(), work):
+                lines.append(memory_of(codec.spec, item.protein.accession, item.cached, item.cache.nbytes))
                 yield item
                 tick()
 
-    write_packfile(path, codec, file_sha256(bundle), caches())
+    source = file_sha256(bundle)
+    with options.unfinished_work(path, force, "quantize", loaded, todo.sha256, bundle=source[:16]) as work:
+        write_packfile(path, codec, source, caches(work))
     _show(lines, codec.spec.recipe.name, codec_nbytes(codec.spec), json)
     console.say(f"caches of {len(lines)} proteins in {path} ({path.stat().st_size:,} bytes, headers included)")
 

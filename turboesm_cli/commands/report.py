@@ -19,7 +19,10 @@ if TYPE_CHECKING:
 def report(
     results: Annotated[
         list[Path],
-        typer.Argument(help="Result files: CSV, or the JSON that --json prints.", show_default=False),
+        typer.Argument(
+            help="Result files: CSV, or the JSON that --json prints. Or bundles (.tqz) and caches (.tqkv).",
+            show_default=False,
+        ),
     ],
     output: Annotated[
         Path,
@@ -28,14 +31,29 @@ def report(
         ),
     ] = Path("report.html"),
     title: Annotated[str, typer.Option(help="Title of the page.")] = "turboesm results",
+    json: Annotated[
+        bool, typer.Option("--json", help="Print what a bundle or a file of caches holds as JSON.")
+    ] = False,
     force: Annotated[bool, typer.Option("--force", "-f", help="Overwrite an earlier report.")] = False,
 ) -> None:
-    """Show result files as tables and plots, in one page.
+    """Show result files as tables and plots, in one page; or what a bundle or a file of caches holds.
 
-    Accuracy by protein family, memory, time and drift, one section a model. Prints the path of the page.
+    Accuracy by protein family, memory, time and drift, one section a model. Prints the path of the page. Of a
+    bundle it prints model, recipe, calibration, how each layer is coded and what error that is predicted to
+    make, sizes and sha256, with everything in the file checked.
 
     Example: turboesm report results.csv more.csv -o report.html
+
+    Example: turboesm report 650M.tqz
     """
+    archives = [path for path in results if path.suffix.lower() in (".tqz", ".tqkv")]
+    if archives and len(archives) < len(results):
+        raise InputError("bundles and caches are not reported together with results; name one kind of file")
+    if archives:
+        _inventory(archives, json)
+        return
+    if json:
+        raise InputError("--json goes with bundles and caches; results make a page (see --output)")
     _check_output(output, force)
     sections = _sections(results)
     page = _page(output, title, sections)
@@ -44,6 +62,18 @@ def report(
     # The page comes last: where it exists, all that it shows exists.
     write_text(output, page.text)
     console.out.print(str(output), markup=False, emoji=False)
+
+
+def _inventory(paths: list[Path], as_json: bool) -> None:
+    from turboesm_cli.inventory import facts_of, tables_of
+
+    found = [facts_of(path) for path in paths]
+    if as_json:
+        console.print_json(found)
+        return
+    for facts in found:
+        for title, columns, rows in tables_of(facts):
+            console.print_table(title, columns, rows)
 
 
 def _check_output(output: Path, force: bool) -> None:
@@ -59,9 +89,6 @@ def _sections(paths: list[Path]) -> list[Section]:
     from turboesm_cli.figures import sections
     from turboesm_cli.results import read_csv
 
-    for path in paths:
-        if path.suffix.lower() == ".tqz":
-            raise InputError(f"cannot report on {path}: it is a bundle; give the results of a measurement with it")
     return sections(read_csv(paths))
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from turboesm_cli import console
 from turboesm_cli.commands import options
+from turboesm_cli.commands.reading import Reading
 from turboesm_cli.errors import InputError
 
 if TYPE_CHECKING:
@@ -152,7 +153,7 @@ def _model_and_codecs(wanted: Wanted) -> tuple[EsmModel, list[CodecSpec]]:
         bundle.check_model(model, path)
     if not ready:
         named = {name: parse_recipe(name) for name in filter(None, wanted.recipes.split(","))}
-        proteins = options.read_proteins(str(calibration_path()), limit=CALIBRATION_PROTEINS)
+        proteins = Reading(limit=CALIBRATION_PROTEINS).proteins(str(calibration_path()))
         with console.progress("calibrating", len(proteins)) as tick:
             ready = [entry.bundle for entry in calibrated(model, proteins, named, tick)]
     if not ready:

@@ -1,0 +1,282 @@
+"""Work saved beside an output: whole records alone count, one process at a time, one run at a time."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import resource
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+
+from turboesm_cli.errors import InputError, OutputError
+from turboesm_cli.files import work_folder
+from turboesm_cli.journal import Journal
+from turboesm_cli.work import NOTHING_KEPT, SavedWork, Tensors, saved_work
+
+RUN = {"command": "test", "seed": "1"}
+
+
+def number(value: float) -> Tensors:
+    return {"x": torch.tensor(value)}
+
+
+def never() -> Tensors:
+    raise AssertionError("this unit was saved, and is not computed again")
+
+
+def stop_after(path: Path, units: int, run: dict[str, str] = RUN) -> BaseException:
+    """Do some units and be interrupted; the exception, with its note."""
+    with pytest.raises(KeyboardInterrupt) as caught, saved_work(path, run) as work:
+        for index in range(units):
+            work.unit(str(index), lambda index=index: number(index))
+        raise KeyboardInterrupt
+    return caught.value
+
+
+def test_a_journal_gives_back_what_it_took(tmp_path: Path) -> None:
+    journal = Journal(tmp_path / "j")
+    parts = {"a": b"", "b" * 300: b"x" * 3_000_000, "é": bytes(range(256))}
+    for name, data in parts.items():
+        journal.append(name, data)
+    journal.close()
+    again = Journal(tmp_path / "j")
+    assert {name: again.read(name) for name in parts} == parts
+    assert len(again) == 3 and "c" not in again
+    again.close()
+
+
+def test_a_journal_cut_off_anywhere_keeps_its_whole_records(tmp_path: Path) -> None:
+    journal = Journal(tmp_path / "j")
+    ends = [0]
+    for name in "abc":
+        journal.append(name, name.encode() * 5)
+        ends.append((tmp_path / "j").stat().st_size)
+    journal.close()
+    whole = (tmp_path / "j").read_bytes()
+    for size in range(len(whole) + 1):
+        (tmp_path / "cut").write_bytes(whole[:size])
+        cut = Journal(tmp_path / "cut")
+        assert len(cut) == sum(end <= size for end in ends) - 1
+        cut.append("new", b"data")  # goes after the last whole record
+        cut.close()
+        again = Journal(tmp_path / "cut")
+        assert again.read("new") == b"data"
+        again.close()
+
+
+def test_a_flipped_bit_ends_the_journal_before_its_record(tmp_path: Path) -> None:
+    journal = Journal(tmp_path / "j")
+    journal.append("a", b"first")
+    first = (tmp_path / "j").stat().st_size
+    journal.append("b", b"second")
+    journal.close()
+    whole = (tmp_path / "j").read_bytes()
+    for at in range(first, len(whole)):
+        (tmp_path / "bad").write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
+        bad = Journal(tmp_path / "bad")
+        assert len(bad) == 1 and bad.read("a") == b"first"
+        bad.close()
+
+
+def test_units_are_computed_once(tmp_path: Path) -> None:
+    path = tmp_path / "out"
+    error = stop_after(path, 3)
+    assert "run the same command again" in error.__notes__[0] and str(work_folder(path)) in error.__notes__[0]
+    with saved_work(path, RUN) as work:
+        assert work.units == 3
+        assert [float(work.unit(str(index), never)["x"]) for index in range(3)] == [0, 1, 2]
+        assert float(work.under("p").unit("0", lambda: number(7))["x"]) == 7
+        assert float(work.unit("p-0", never)["x"]) == 7
+        path.write_text("published")
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_totals_are_replaced(tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt), saved_work(tmp_path / "out", RUN) as work:
+        assert work.total("sum") == {}
+        work.unit("0", lambda: number(1))
+        for value in (1, 2, 3):
+            work.save_total("sum", number(value), last=True)
+        raise KeyboardInterrupt
+    with saved_work(tmp_path / "out", RUN) as work:
+        assert float(work.total("sum")["x"]) == 3
+
+
+def test_dear_totals_are_not_saved_every_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [1000.0]
+    monkeypatch.setattr("turboesm_cli.work.time.monotonic", lambda: now[0])
+    save_file = __import__("safetensors.torch").torch.save_file
+
+    def slow(*arguments: object) -> None:
+        now[0] += 10
+        save_file(*arguments)
+
+    monkeypatch.setattr("safetensors.torch.save_file", slow)
+    saved = []
+    with saved_work(tmp_path / "out", RUN) as work:
+        for value in range(100):
+            now[0] += 1
+            work.save_total("sum", number(value))
+            saved.append(float(work.total("sum")["x"]))
+        work.save_total("sum", number(100), last=True)
+        assert float(work.total("sum")["x"]) == 100
+    assert len(set(saved)) == 2  # at 10 s each, a fifth of the time is one every 50 s
+
+
+def test_a_run_without_units_leaves_nothing(tmp_path: Path) -> None:
+    assert not hasattr(stop_after(tmp_path / "out", 0), "__notes__")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_was_there_keeps_what_is_not_ours(tmp_path: Path) -> None:
+    folder = work_folder(tmp_path / "out")
+    folder.mkdir()
+    (folder / "notes.txt").write_text("mine")
+    with saved_work(tmp_path / "out", RUN) as work:
+        work.unit("0", lambda: number(1))
+        work.save_total("sum", number(1), last=True)
+    assert [path.name for path in folder.iterdir()] == ["notes.txt"]
+
+
+def test_work_that_can_only_fail_again_is_not_kept(tmp_path: Path) -> None:
+    with pytest.raises(InputError) as caught, saved_work(tmp_path / "out", RUN) as work:
+        work.unit("0", lambda: number(1))
+        raise InputError("too few tokens")
+    assert not hasattr(caught.value, "__notes__") and list(tmp_path.iterdir()) == []
+
+
+def test_another_run_is_refused_or_forced(tmp_path: Path) -> None:
+    path = tmp_path / "out"
+    stop_after(path, 2)
+    with (
+        pytest.raises(OutputError, match=r"another run \(seed: 1, not 2\).*--force"),
+        saved_work(path, RUN | {"seed": "2"}),
+    ):
+        pass
+    with saved_work(path, RUN) as work:
+        assert work.units == 2, "the refusal has kept the work"
+        raise_later = work.units
+    assert raise_later == 2
+    stop_after(path, 2)
+    with saved_work(path, RUN | {"seed": "2"}, force=True) as work:
+        assert work.units == 0
+
+
+def test_force_goes_on_with_its_own_run(tmp_path: Path) -> None:
+    path = tmp_path / "out"
+    path.write_text("old")
+    with pytest.raises(KeyboardInterrupt), saved_work(path, RUN, force=True) as work:
+        work.unit("0", lambda: number(1))
+        raise KeyboardInterrupt
+    with pytest.raises(OutputError, match="--force"), saved_work(path, RUN):
+        pass
+    with saved_work(path, RUN, force=True) as work:
+        assert work.units == 1
+
+
+def test_a_strange_journal_is_refused_not_trusted(tmp_path: Path) -> None:
+    folder = work_folder(tmp_path / "out")
+    folder.mkdir()
+    journal = Journal(folder / "journal")
+    journal.append("run", b'["not", "a", "run"]')
+    journal.append("0", b"no tensors")
+    journal.close()
+    with pytest.raises(OutputError, match="another run"), saved_work(tmp_path / "out", RUN):
+        pass
+    stop_after(tmp_path / "out2", 1)
+    journal = Journal(work_folder(tmp_path / "out2") / "journal")
+    journal.append("1", b"no tensors")
+    journal.close()
+    with pytest.raises(OutputError, match="damaged"), saved_work(tmp_path / "out2", RUN) as work:
+        work.unit("1", never)
+
+
+def test_two_at_once_are_refused_by_name(tmp_path: Path) -> None:
+    path = tmp_path / "out"
+    with saved_work(path, RUN) as work:
+        with (
+            pytest.raises(OutputError, match=rf"worked on by process {os.getpid()} on .*since"),
+            saved_work(path, RUN, force=True),
+        ):
+            pass
+        work.unit("0", lambda: number(1))  # the refusal has left the folder alone
+        assert (work_folder(path) / "journal").exists()
+
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from turboesm_cli.work import saved_work
+with saved_work(Path(sys.argv[1]), {"command": "test", "seed": "1"}) as work:
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_a_lock_ends_with_its_process(tmp_path: Path) -> None:
+    path = tmp_path / "out"
+    process = subprocess.Popen([sys.executable, "-c", HOLD, str(path)], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None and process.stdout.readline() == "held\n"
+    with pytest.raises(OutputError, match=f"process {process.pid} "), saved_work(path, RUN):
+        pass
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    with saved_work(path, RUN):
+        pass
+
+
+def test_where_there_are_no_locks_work_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_locks(_handle: int, _how: int) -> None:
+        raise OSError(37, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    with saved_work(tmp_path / "out", RUN) as work:
+        work.unit("0", lambda: number(1))
+
+
+@contextmanager
+def files_of_at_most(nbytes: int) -> Iterator[None]:
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (nbytes, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_full_disk_keeps_what_is_saved(tmp_path: Path) -> None:
+    path = tmp_path / "out"
+    big = {"x": torch.zeros(5000)}
+    with (
+        files_of_at_most(30_000),
+        pytest.raises(OutputError, match="cannot save work in") as caught,
+        saved_work(path, RUN) as work,
+    ):
+        for index in range(5):
+            work.unit(str(index), lambda: big)
+    assert "run the same command again" in caught.value.__notes__[0]
+    with saved_work(path, RUN) as work:
+        assert work.units == 1
+        assert torch.equal(work.unit("0", never)["x"], big["x"])
+
+
+def test_what_another_process_was_writing_is_cleared(tmp_path: Path) -> None:
+    path = tmp_path / "out"
+    stop_after(path, 1)
+    (work_folder(path) / ".turboesm-x.part").write_text("half")
+    with pytest.raises(KeyboardInterrupt), saved_work(path, RUN):
+        assert not list(work_folder(path).glob(".turboesm-*.part"))
+        raise KeyboardInterrupt
+
+
+def test_work_that_is_not_kept_is_computed(tmp_path: Path) -> None:
+    assert float(NOTHING_KEPT.under("a").unit("x", lambda: number(2))["x"]) == 2
+    assert NOTHING_KEPT.total("x") == {}
+    assert not isinstance(NOTHING_KEPT, SavedWork)

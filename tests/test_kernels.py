@@ -303,6 +303,7 @@ PACKED = [
     Case(dim=64, tokens=40, kind="flat", bits=4, scale="none"),
     Case(dim=64, tokens=40, kind="table", bits=4, scale="norm"),
     Case(dim=128, tokens=17, kind="uniform", bits=3),
+    Case(dim=64, tokens=20, kind="flat", bits=7),
 ]
 
 
@@ -337,8 +338,18 @@ def test_selfcheck(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as broken:
         broken.setattr(ops, "attend", lambda q, held, layer: 1.1 * ops.plain_attend(q, held, layer))
         assert "attention kernel" in (selfcheck.problem(layers) or "")
-    monkeypatch.setattr(pack, "pack", lambda *arguments: None)
-    assert "packs" in (selfcheck.problem(layers) or "")
+    right = pack.pack
+
+    def without_scales(k: torch.Tensor, v: torch.Tensor, layer: PreparedLayer, held: Held, start: object) -> None:
+        right(k, v, layer, held, start)  # type: ignore[arg-type]
+        for packed in (held.k, held.v):
+            packed.scales.zero_() if packed.scales is not None else packed.codes.zero_()
+
+    for broken_pack in (without_scales, lambda *arguments: None):
+        monkeypatch.setattr(pack, "pack", broken_pack)
+        assert "packs" in (selfcheck.problem(layers) or "")
+    monkeypatch.setattr(pack, "pack", None)
+    assert "compile or start" in (selfcheck.problem(layers) or "")
 
 
 def check_tokens(

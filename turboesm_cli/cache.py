@@ -9,12 +9,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from importlib.util import find_spec
 from typing import Self
 
 import torch
 from torch import Tensor
 from turboesm_kernels import kinds, lookup, ops, reference, selfcheck
+from turboesm_kernels.available import has_triton
 from turboesm_kernels.ops import Held, PreparedLayer, put
 from turboesm_kernels.reference import Packed, Rope, SideSpec
 
@@ -66,6 +66,14 @@ class PackedCache(Ragged):
         self._sinks = sinks = min(spec.recipe.sinks, capacity)
         self._packed_starts = torch.zeros_like(self.starts)
         self._packed_rope = Rope(self._rope.cos[sinks:], self._rope.sin[sinks:])
+        if model.device.type == "cuda":
+            _ = self._packed_rope.turns, self._packed_rope.block_turn
+            torch.cuda.synchronize(
+                model.device
+            )  # kernels read what is made here before they wait for earlier work
+        self.fits_a_graph = not any(
+            layer and (layer.k.residual_axes or layer.v.residual_axes) for layer in spec.layers
+        )
         self._layers = [
             _LayerStore.empty(layer, spec, batch, _room(capacity, model.device), model.device)
             for layer in spec.layers
@@ -241,7 +249,11 @@ def _prepare(model: EsmModel, spec: CodecSpec) -> _Prepared:
 
 
 def _check_kernels(layers: list[PreparedLayer], device: torch.device) -> None:
-    problem = selfcheck.problem(layers) if find_spec("triton") is not None else None
+    """Raise DeviceError where a kernel is wrong on this device; make what the kernels need of the codec."""
+    for layer in layers:
+        layer.k.ready()
+        layer.v.ready()
+    problem = selfcheck.problem(layers) if has_triton() else None
     if problem:
         raise DeviceError(f"{device}: {problem}; install another version of Triton, or use --device cpu")
 

@@ -15,6 +15,7 @@ from typing import Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor
+from turboesm_kernels.available import has_triton
 
 from turboesm_cli import decode
 from turboesm_cli.cache import PackedCache
@@ -67,7 +68,9 @@ class Stepper:
 
     def __init__(self, model: EsmModel, cache: AnyCache) -> None:
         self.model, self.cache = model, cache
-        self._joint = decode.JointProjection(model, cache.capacity) if model.device.type == "cuda" else None
+        self._joint = (
+            decode.JointProjection(model, cache.capacity) if model.device.type == "cuda" and has_triton() else None
+        )
 
     def enter(self, start: int, jobs: Sequence[Job]) -> None:
         """Fill the slots from `start` on with prompts."""
@@ -102,7 +105,8 @@ class Graph:
         self._warm = 0
 
     def __call__(self) -> None:
-        if self._cache.lengths.device.type != "cuda" or self._cache.fewest < self._sinks:
+        on_gpu = self._cache.lengths.device.type == "cuda" and self._cache.fits_a_graph
+        if not on_gpu or self._cache.fewest < self._sinks:
             self._step()
             return
         if self._graph is None and self._warm < 2:  # Triton compiles, libraries choose their kernels

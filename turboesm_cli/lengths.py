@@ -24,6 +24,9 @@ class Ragged:
     starts: Tensor
     unmasked: Tensor
 
+    fits_a_graph = True
+    """Whether a CUDA graph can hold a step."""
+
     def __init__(self, batch: int, capacity: int, device: torch.device) -> None:
         self.capacity = capacity
         self.lengths = torch.zeros(batch, dtype=torch.int32, device=device)

@@ -139,6 +139,8 @@ def pick_device(name: str) -> torch.device:
         if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
             raise DeviceError(f"--device {name}: {torch.cuda.device_count()} CUDA devices here; use --device cpu")
         torch.empty(1, device=device)
+        if device.type == "cuda" and device.index is not None:
+            torch.cuda.set_device(device)  # where Triton launches and graphs are captured
     except (RuntimeError, AssertionError) as error:
         raise DeviceError(f"--device {name} cannot be used: {str(error).splitlines()[0]}") from error
     return device

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from turboesm_kernels.available import has_triton
 from turboesm_kernels.reference import Rope
 
 
@@ -42,7 +43,7 @@ def attend_tokens(
     ids uint8 [B, T] of tokens at positions 0.., unmasked float32 [B], rope [T' >= T, d], lengths int [B] or None.
     Softmax's weights are added up by kind. A GPU does that in a kernel of its own (`tokens.py`).
     """
-    if q.is_cuda and q.shape[2] == 1 and lengths is not None:
+    if q.is_cuda and q.shape[2] == 1 and lengths is not None and has_triton():
         from turboesm_kernels import tokens
 
         return tokens.attend(q, ids, tables, unmasked, rope, lengths)

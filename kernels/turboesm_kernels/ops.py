@@ -13,13 +13,13 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
-from importlib.util import find_spec
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from turboesm_kernels import lookup, reference
+from turboesm_kernels.available import has_triton
 from turboesm_kernels.prepared import PreparedSide
 from turboesm_kernels.reference import Packed, Rope, SideSpec
 
@@ -130,7 +130,7 @@ def append(
 
 def _packs_with_triton(k: Tensor, layer: PreparedLayer, backend: Backend | None) -> bool:
     plain = layer.k.spec.residual_axes or layer.v.spec.residual_axes or backend == "torch"
-    return k.is_cuda and not plain and find_spec("triton") is not None
+    return k.is_cuda and not plain and has_triton()
 
 
 def _rope_from(held: Held, start: int | Tensor, count: int) -> Rope | None:
@@ -153,7 +153,7 @@ def put(into: Tensor, found: Tensor, start: int | Tensor, dim: int) -> None:
 
 
 def _no_triton(q: Tensor, held: Held, layer: PreparedLayer) -> str | None:
-    if find_spec("triton") is None:
+    if not has_triton():
         return "Triton is not installed (pip install 'turboesm[gpu]')"
     if not q.is_cuda and not _interpreted():
         return f"it needs a CUDA device, the query is on {q.device} (TRITON_INTERPRET=1 runs it on a CPU)"

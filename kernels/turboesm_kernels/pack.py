@@ -74,6 +74,13 @@ def _table_codes(
 
 
 @triton.jit
+def _places(places, head, slot, index, AXES: tl.constexpr, PIECES: tl.constexpr, BYTES: tl.constexpr):
+    """Where each piece of each axis goes among some bytes, float16 [A P, bytes]."""
+    at = places + (head * AXES * PIECES + slot[:, None]) * BYTES + index[None, :]
+    return tl.load(at, mask=(slot < AXES * PIECES)[:, None] & (index < BYTES)[None, :], other=0.0)
+
+
+@triton.jit
 def _pack_rows(
     x, x_b, x_h, x_t, x_d, starts, first_token, batches, tokens, head, block,
     centre, analysis, factors, coded_norm, grid, widths, table_start, levels, thresholds, deviation,
@@ -93,12 +100,12 @@ def _pack_rows(
     factor_of_axis = tl.load(factors + head * AXES + axis, mask=axis < AXES, other=0.0)
     constant = tl.load(centre + head * DIM + dim, mask=dim < DIM, other=0.0)
     slot = tl.arange(0, AXES_PAD * PIECES)
-    index = tl.arange(0, BYTES_PAD)
+    columns: tl.constexpr = BYTES_PAD if BYTES_PAD <= 32 else 32  # more would not fit the shared memory
+    index = tl.arange(0, columns)
     bits_at = pieces + head * 2 * AXES * PIECES + slot
     mask = tl.load(bits_at, mask=slot < AXES * PIECES, other=0)
     low_bit = tl.load(bits_at + AXES * PIECES, mask=slot < AXES * PIECES, other=0)
-    where_at = places + (head * AXES * PIECES + slot[:, None]) * BYTES + index[None, :]
-    where = tl.load(where_at, mask=(slot < AXES * PIECES)[:, None] & (index < BYTES)[None, :], other=0.0)
+    where = _places(places, head, slot, index, AXES, PIECES, BYTES)
     if EARLY:
         gdc_wait()
         gdc_launch_dependents()
@@ -146,19 +153,24 @@ def _pack_rows(
         tl.store(scales + batch * s_b + head * s_h + place, byte, mask=live)
     spread_code = tl.broadcast_to(code[:, :, None], (BLOCK, AXES_PAD, PIECES))
     part = (tl.reshape(spread_code, (BLOCK, AXES_PAD * PIECES)) >> low_bit[None, :]) & mask[None, :]
-    packed = tl.dot(part.to(tl.float16), where)
+    part = part.to(tl.float16)
     target = codes + batch * c_b + head * c_h + place.to(tl.int64) * c_token
-    if LANES == 4:  # whole words
-        shifted = packed.to(tl.int32) << (index % 4 * 8)[None, :]
-        words = tl.sum(tl.reshape(shifted, (BLOCK, BYTES_PAD // 4, 4)), 2)
-        word = tl.arange(0, BYTES_PAD // 4)
-        target32 = target.to(tl.pointer_type(tl.int32), bitcast=True)
-        c_word32 = (word.to(tl.int64) * c_word // 4)[None, :]
-        tl.store(target32[:, None] + c_word32, words, mask=live[:, None] & (word < BYTES // 4)[None, :])
-    else:
-        lane = (index // LANES).to(tl.int64) * c_word + index % LANES
-        stored = tl.trans(packed.to(tl.int32).to(tl.uint8))  # neighbouring tokens beside each other
-        tl.store(lane[:, None] + target[None, :], stored, mask=(index < BYTES)[:, None] & live[None, :])
+    for block_of_bytes in tl.static_range(BYTES_PAD // columns):
+        index = block_of_bytes * columns + tl.arange(0, columns)
+        if block_of_bytes:
+            where = _places(places, head, slot, index, AXES, PIECES, BYTES)
+        packed = tl.dot(part, where).to(tl.int32)
+        if LANES == 4:  # whole words
+            shifted = packed << (index % 4 * 8)[None, :]
+            words = tl.sum(tl.reshape(shifted, (BLOCK, columns // 4, 4)), 2)
+            word = block_of_bytes * (columns // 4) + tl.arange(0, columns // 4)
+            target32 = target.to(tl.pointer_type(tl.int32), bitcast=True)
+            c_word32 = (word.to(tl.int64) * c_word // 4)[None, :]
+            tl.store(target32[:, None] + c_word32, words, mask=live[:, None] & (word < BYTES // 4)[None, :])
+        else:
+            lane = (index // LANES).to(tl.int64) * c_word + index % LANES
+            stored = tl.trans(packed.to(tl.uint8))  # neighbouring tokens beside each other
+            tl.store(lane[:, None] + target[None, :], stored, mask=(index < BYTES)[:, None] & live[None, :])
 
 
 @triton.jit

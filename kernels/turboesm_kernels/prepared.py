@@ -124,10 +124,18 @@ class PreparedSide:
     @cached_property
     def grid(self) -> Tensor | None:
         """float32 [H, 6, A]: `per_step`, `half`, `top`, `level`, `zero`, `deviation` of `bits`, for `pack`."""
-        bits = self.bits
-        if bits is None:
+        steps = None if self.spec.residual_axes else grid_steps(self.spec)
+        if steps is None:
             return None
+        bits = Bits.of(self, steps)  # not the cached one, whose maps a GPU has no use for
         return torch.cat((bits.per_step, bits.half, bits.top, bits.level, bits.zero, bits.deviation), 1)
+
+    def ready(self) -> None:
+        """Make now what the kernels would ask for first: they read it before they wait for earlier work."""
+        for name in ("analysis", "coded_norm", "grid", "widths", "piece_bits", "places"):
+            getattr(self, name)
+        if self.fields is not None:
+            _ = self.fields.halves
 
     @cached_property
     def fields(self) -> Fields | None:

@@ -12,15 +12,12 @@ from turboesm_kernels import assembly, portable, ptx
 from turboesm_kernels.ops import Held, PreparedLayer, padded
 from turboesm_kernels.portable import Partials
 from turboesm_kernels.prepared import FIELD_LANES, Fields
-from turboesm_kernels.reference import Packed, Rope
+from turboesm_kernels.reference import TURN, Packed, Rope
 
 ALIGNMENT = 16
 """Bytes, and for values tokens, that a lane reads at once."""
 
 MAX_FIELDS = 48
-FEW_ROWS = 40
-"""Sequences and heads up to which each query is folded by a program of its own: latency counts."""
-
 REGISTERS = 96
 """Of a thread, so that 21 warps fit a multiprocessor; codes of more words or fields get what they need."""
 
@@ -109,7 +106,7 @@ def attend(q: Tensor, held: Held, layer: PreparedLayer) -> Tensor:
 def chunk_of(q: Tensor, tokens: int) -> int:
     """Tokens a warp goes over, in whole blocks."""
     processors = torch.cuda.get_device_properties(q.device).multi_processor_count if q.is_cuda else 1
-    return ptx.BLOCK * _blocks_each(q.shape[0] * q.shape[1], -(-tokens // ptx.BLOCK), WARPS * processors)
+    return TURN * _blocks_each(q.shape[0] * q.shape[1], -(-tokens // TURN), WARPS * processors)
 
 
 @lru_cache(maxsize=1024)
@@ -124,7 +121,7 @@ def fold(q: Tensor, layer: PreparedLayer, fields: Fields, early: bool) -> Folded
     batch, heads, _, dim = q.shape
     descriptors = torch.empty((batch, heads, fields.count, 4), dtype=torch.int32, device=q.device)
     scalars = torch.empty((batch, heads, 2), dtype=torch.float32, device=q.device)
-    fold_block = 1 if batch * heads <= FEW_ROWS else 16
+    fold_block = 1 if batch * heads <= portable.FEW_ROWS else 16  # as in `finish`
     ptx.fast_fold_kernel[(heads, -(-batch // fold_block))](
         q, q.stride(0), q.stride(1), q.stride(3), *fields.halves, fields.middle, fields.shifts, fields.masks,
         descriptors, scalars, batch,
@@ -141,7 +138,7 @@ def _split(
     batch, heads, _, dim = q.shape
     k, v, k_fields, v_fields = held.k, held.v, layer.k.fields, layer.v.fields
     assert k.scales is not None and v.scales is not None and k_fields is not None and v_fields is not None
-    code = _code(dim, k_fields.shape, v_fields.shape, layer.k.centred, chunk == ptx.BLOCK)
+    code = _code(dim, k_fields.shape, v_fields.shape, layer.k.centred, chunk == TURN)
     crowded = max(len(k_fields.shape), len(v_fields.shape)) * 4 + v_fields.count > FEW_REGISTERS
     ptx.fast_split_kernel[(batch * heads, partials.top.shape[3])](
         q, q.stride(0), q.stride(1), q.stride(3), layer.k.centre,
@@ -153,7 +150,7 @@ def _split(
         partials.top, partials.mass, partials.weight, partials.out, held.tokens, chunk, held.sinks,
         HEADS=heads, DIM=dim, K_FIELDS=k_fields.count, V_FIELDS=v_fields.count, V_TABLE=v_fields.masks.shape[1],
         K_WORDS=len(k_fields.shape), V_WORDS=len(v_fields.shape), HAS_BIAS=layer.k.centred,
-        HAS_LENGTHS=held.lengths is not None, ONE_BLOCK=chunk == ptx.BLOCK, **code, EARLY=early, num_warps=1,
+        HAS_LENGTHS=held.lengths is not None, ONE_BLOCK=chunk == TURN, **code, EARLY=early, num_warps=1,
         maxnreg=None if crowded else REGISTERS, **portable.early_launch(early),
     )  # fmt: skip
 

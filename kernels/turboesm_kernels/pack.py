@@ -23,7 +23,7 @@ from turboesm_kernels.reference import SCALE_STEPS_PER_OCTAVE, SCALE_ZERO, Packe
 
 STEPS = tl.constexpr(SCALE_STEPS_PER_OCTAVE)
 ZERO = tl.constexpr(SCALE_ZERO)
-FEW_ROWS, ROW_BLOCK = 16, 32
+STEP_ROWS, PROMPT_ROWS = 16, 32
 """Rows of a head that a program packs: few where a step brings one token a sequence.
 
 Fewer than 64, so that products are `mma` and not `wgmma`: in blocks of 64, two products added up in `wgmma` lost
@@ -234,7 +234,7 @@ def pack(k: Tensor, v: Tensor, layer: PreparedLayer, held: Held, start: int | Te
     turned = layer.k.centred
     cos, sin = (held.rope.cos, held.rope.sin) if turned and held.rope is not None else (layer.k.centre,) * 2
     starts = start if isinstance(start, Tensor) else None
-    block = FEW_ROWS if tokens == 1 else ROW_BLOCK
+    block = STEP_ROWS if tokens == 1 else PROMPT_ROWS
     early = launches_early(k)
     pack_kernel[(heads, -(-batch * tokens // block), 2)](
         k, *k.stride(), v, *v.stride(), layer.k.centre if starts is None else starts,
@@ -249,10 +249,10 @@ def pack(k: Tensor, v: Tensor, layer: PreparedLayer, held: Held, start: int | Te
 
 def _tables(side: PreparedSide) -> tuple[Tensor, ...]:
     spec = side.spec
-    grid = side.deviation if side.grid is None else side.grid
+    grid = spec.deviation if side.grid is None else side.grid
     return (
         side.centre, *side.analysis, side.coded_norm, grid, side.widths, side.start, side.table, spec.thresholds,
-        side.deviation, side.piece_bits, side.places,
+        spec.deviation, side.piece_bits, side.places,
     )  # fmt: skip
 
 

@@ -100,11 +100,6 @@ class PreparedSide:
         return torch.tensor(rows, dtype=torch.int32, device=self.spec.centre.device)
 
     @cached_property
-    def deviation(self) -> Tensor:
-        """float32 [H, A]: deviations of the axes."""
-        return self.spec.deviation.contiguous()
-
-    @cached_property
     def _coded(self) -> Tensor:
         """float32 [H, A]: 1 where an axis has a code of its own."""
         coded = (self.widths > 0).float()
@@ -114,7 +109,7 @@ class PreparedSide:
     @cached_property
     def analysis(self) -> tuple[Tensor, Tensor]:
         """The analysis matrix over the deviations, 0 where an axis is not coded, see `in_halves`."""
-        return in_halves(self.spec.analysis * (self._coded / self.deviation)[:, None])
+        return in_halves(self.spec.analysis * (self._coded / self.spec.deviation)[:, None])
 
     @cached_property
     def coded_norm(self) -> Tensor:

@@ -28,9 +28,9 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from turboesm_kernels.attend import LOG2E, NEGATIVE, STEPS, ZERO
+from turboesm_kernels.reference import TURN
 
-BLOCK = 128
-LANE_TOKENS = 4
+BLOCK = tl.constexpr(TURN)
 UNIT = tl.constexpr(65534.0)  # of a weight; with its dither, below 2^16
 QUERY_UNIT = tl.constexpr(32767.0)
 
@@ -258,8 +258,8 @@ def fast_split_kernel(
     sums = (tl.zeros((32,), tl.float32),) * V_FIELDS
     if EARLY:
         gdc_launch_dependents()
-    # The codes do not wait for `fast_fold_kernel`. A block's keys are read while the values of the one before are
-    # summed, its values while its keys are asked, so that few registers hold much that is under way.
+    # The codes do not wait for `fast_fold_kernel`. A block's values are read once its keys are asked, and the
+    # next block's keys into the registers that these leave: 96 are enough.
     last = tl.maximum(end - 1, 0)
     k_token = tl.minimum(begin + lane * 4, last // 4 * 4)
     v_token = tl.minimum(begin + lane // 4 * 16, last // 16 * 16)
@@ -311,7 +311,7 @@ def fast_split_kernel(
             dtype=(tl.float32,) * V_FIELDS, is_pure=True, pack=1,
         )  # fmt: skip
     else:
-        for first in range(begin, end, 128):
+        for first in range(begin, end, BLOCK):
             own_b = _bias(lane, shared, ROTATION, BIAS_CODE, BIAS_KINDS, DIM, HAS_BIAS)
             totals = tl.inline_asm_elementwise(
                 SCORE_CODE, SCORE_KINDS, (shared,) + k_words_of,  # noqa: RUF005
@@ -323,9 +323,9 @@ def fast_split_kernel(
                 first, v_token, end, v_row, v_plane * 4, shared, 1, v_scale, first + lane * 4,
                 VALUES_CODE, VALUES_KINDS, V_WORDS,
             )  # fmt: skip
-            k_token = tl.minimum(first + 128 + lane * 4, last // 4 * 4)
+            k_token = tl.minimum(first + BLOCK + lane * 4, last // 4 * 4)
             kn, k_words_of = _read(
-                first + 128, k_token, end, k_row, k_word, shared, 4, k_scale, first + 128 + lane * 4,
+                first + BLOCK, k_token, end, k_row, k_word, shared, 4, k_scale, first + BLOCK + lane * 4,
                 KEYS_CODE, KEYS_KINDS, K_WORDS,
             )  # fmt: skip
             top, mass, weight, low, high, alpha = _weigh(

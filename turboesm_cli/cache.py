@@ -243,19 +243,20 @@ def _prepare(model: EsmModel, spec: CodecSpec) -> _Prepared:
     layers = [None if layer is None else PreparedLayer.of(layer.k, layer.v) for layer in spec.layers]
     on_cpu = model.device.type == "cpu"
     if model.device.type == "cuda":
-        _check_kernels([layer for layer in layers if layer is not None], model.device)
+        _check_kernels(model, spec.recipe.sinks, [layer for layer in layers if layer is not None])
     pairs = [lookup.Pair.of(layer.k, layer.v) if layer and on_cpu else None for layer in layers]
     return _Prepared(model, spec, layers, decode.token_tables(model), pairs)
 
 
-def _check_kernels(layers: list[PreparedLayer], device: torch.device) -> None:
+def _check_kernels(model: EsmModel, sinks: int, layers: list[PreparedLayer]) -> None:
     """Raise DeviceError where a kernel is wrong on this device; make what the kernels need of the codec."""
     for layer in layers:
         layer.k.ready()
         layer.v.ready()
-    problem = selfcheck.problem(layers) if has_triton() else None
+    dtype = next(model.net.parameters()).dtype
+    problem = selfcheck.problem(layers, dtype, sinks) if has_triton() else None
     if problem:
-        raise DeviceError(f"{device}: {problem}; install another version of Triton, or use --device cpu")
+        raise DeviceError(f"{model.device}: {problem}; install another version of Triton, or use --device cpu")
 
 
 def _room(capacity: int, device: torch.device) -> int:

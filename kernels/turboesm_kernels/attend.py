@@ -187,12 +187,12 @@ def split_kernel(
     tl.store(target, acc, mask=asked[None, :] & (v_axis < V_AXES)[:, None])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "splits", "axes"])
 def finish_kernel(
     part_max, part_sum, part_weight, part_out, query, q_b, q_h, q_q, q_d, lengths,
     sink_k, sk_b, sk_h, sk_t, sk_d, sink_v, sv_b, sv_h, sv_t, sv_d,
-    value_map, offset, centre, out, rows, splits,
-    HEADS: tl.constexpr, QUERIES: tl.constexpr, DIM: tl.constexpr, AXES: tl.constexpr,
+    value_map, offset, centre, out, rows, splits, axes,
+    HEADS: tl.constexpr, QUERIES: tl.constexpr, DIM: tl.constexpr,
     DIM_PAD: tl.constexpr, AXES_PAD: tl.constexpr, SINKS: tl.constexpr, ROW_BLOCK: tl.constexpr,
     SPLIT_BLOCK: tl.constexpr, HAS_LENGTHS: tl.constexpr, HAS_WEIGHT: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
@@ -215,8 +215,8 @@ def finish_kernel(
     dim = tl.arange(0, DIM_PAD)
     axis = tl.arange(0, AXES_PAD)
     own_dim = live[:, None] & (dim < DIM)[None, :]
-    inside = (axis < AXES)[:, None] & (dim < DIM)[None, :]
-    map_at = value_map + (head * AXES + axis[:, None]) * DIM + dim[None, :]
+    inside = (axis < axes)[:, None] & (dim < DIM)[None, :]
+    map_at = value_map + (head * axes + axis[:, None]) * DIM + dim[None, :]
     if AXES_PAD <= 64:  # a larger one does not fit in the registers beside the rest
         back = tl.load(map_at, mask=inside, other=0.0)
     constant = tl.load(centre + head * DIM + dim, mask=dim < DIM, other=0.0)
@@ -253,8 +253,8 @@ def finish_kernel(
         there = live[:, None] & (split < splits)[None, :]
         m = tl.load(part_max + part, mask=there, other=NEGATIVE)
         held = tl.load(part_sum + part, mask=there, other=0.0)
-        values_at = part_out + part[:, :, None] * AXES + axis[None, None, :]
-        values = tl.load(values_at, mask=there[:, :, None] & (axis < AXES)[None, None, :], other=0.0)
+        values_at = part_out + part[:, :, None] * axes + axis[None, None, :]
+        values = tl.load(values_at, mask=there[:, :, None] & (axis < axes)[None, None, :], other=0.0)
         new_top = tl.maximum(top, tl.max(m, 1))
         shrink, weight = tl.exp2(top - new_top), tl.exp2(m - new_top[:, None])
         coded = coded * shrink + tl.sum(weight * held, 1)

@@ -91,12 +91,15 @@ class Folded:
     scalars: Tensor
 
 
-def attend(q: Tensor, held: Held, layer: PreparedLayer) -> Tensor:
-    """`ops.attend` with the fast kernels; `obstacle` was None for these inputs."""
+def attend(q: Tensor, held: Held, layer: PreparedLayer, chunk: int | None = None) -> Tensor:
+    """`ops.attend` with the fast kernels; `obstacle` was None for these inputs.
+
+    `chunk`: tokens that a warp goes over, a multiple of `TURN`; None: what suits the device.
+    """
     assert layer.k.fields is not None and layer.v.fields is not None
     early = portable.launches_early(q)
     folded = fold(q, layer, layer.k.fields, early)
-    chunk = chunk_of(q, held.tokens)
+    chunk = chunk or chunk_of(q, held.tokens)
     splits = -(-held.tokens // chunk)
     partials = Partials.empty(q, splits, FIELD_LANES * layer.v.fields.count, weighted=True)
     _split(q, held, layer, folded, partials, chunk, early)
@@ -124,9 +127,8 @@ def fold(q: Tensor, layer: PreparedLayer, fields: Fields, early: bool) -> Folded
     fold_block = 1 if batch * heads <= portable.FEW_ROWS else 16  # as in `finish`
     ptx.fast_fold_kernel[(heads, -(-batch // fold_block))](
         q, q.stride(0), q.stride(1), q.stride(3), *fields.halves, fields.middle, fields.shifts, fields.masks,
-        descriptors, scalars, batch,
-        HEADS=heads, DIM=dim, FIELDS=fields.count, FIELDS_PAD=padded(fields.count, 4),
-        TABLE=fields.shifts.shape[1], DIM_PAD=padded(dim), FOLD_BLOCK=fold_block,
+        descriptors, scalars, batch, fields.count, fields.shifts.shape[1],
+        HEADS=heads, DIM=dim, FIELDS_PAD=padded(fields.count), DIM_PAD=padded(dim), FOLD_BLOCK=fold_block,
         EARLY=early, num_warps=4 if dim <= 64 else 8, **portable.early_launch(early),
     )  # fmt: skip
     return Folded(descriptors, scalars)

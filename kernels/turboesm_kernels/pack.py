@@ -1,9 +1,9 @@
 # mypy: disable-error-code="no-untyped-def,untyped-decorator"
 """Compress keys and values straight into a cache: centre, rotate, scale, quantize and pack, in one launch.
 
-Plain Triton. Bits are put together by a matrix product: the byte that holds pieces of some codes is the sum of
-piece * 2^shift over them, exact in float16 operands with float32 sums. On a uniform grid codes are computed, else
-looked for in the tables of thresholds.
+Plain Triton. Codes of neighbouring axes lie at the same bits of neighbouring bytes (`layout`): they are put side by
+side in a word once, and each word of the cache is gathered from pieces of those. On a uniform grid codes are
+computed, else looked for in the tables of thresholds.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def _grid_codes(y, norm, grid, axis, head, AXES: tl.constexpr, SCALE: tl.constex
     per_step = tl.load(at, mask=own, other=0.0)[None, :]
     half = tl.load(at + AXES, mask=own, other=0.0)[None, :]
     top = tl.load(at + 2 * AXES, mask=own, other=0.0)[None, :]
-    code = tl.floor(y / norm[:, None] * per_step + half)
+    code = tl.floor(y * (1.0 / norm)[:, None] * per_step + half)
     code = tl.minimum(tl.maximum(code, 0.0), top)
     factor = norm
     if SCALE == "least-squares":
@@ -60,11 +60,12 @@ def _table_codes(
     width = tl.load(widths + head * AXES + axis, mask=own, other=0)
     start = tl.load(table_start + head * AXES + axis, mask=own, other=LEVELS - 1)
     code = tl.zeros(y.shape, tl.int32)
+    normed = y / norm[:, None]
     for i in tl.static_range(WIDEST):
         more = code + (1 << (WIDEST - 1 - i))
         used = (width > WIDEST - 1 - i)[None, :]
         limit = tl.load(thresholds + head * THRESHOLDS + start[None, :] + more - 1, mask=used, other=float("inf"))
-        code = tl.where(limit < y / norm[:, None], more, code)
+        code = tl.where(limit < normed, more, code)
     factor = norm
     if SCALE == "least-squares":
         spread = tl.load(deviation + head * AXES + axis, mask=own, other=0.0)[None, :]
@@ -74,21 +75,33 @@ def _table_codes(
 
 
 @triton.jit
-def _places(places, head, slot, index, AXES: tl.constexpr, PIECES: tl.constexpr, BYTES: tl.constexpr):
-    """Where each piece of each axis goes among some bytes, float16 [A P, bytes]."""
-    at = places + (head * AXES * PIECES + slot[:, None]) * BYTES + index[None, :]
-    return tl.load(at, mask=(slot < AXES * PIECES)[:, None] & (index < BYTES)[None, :], other=0.0)
+def _words(
+    code, picks, head, AXES_PAD: tl.constexpr, LANES: tl.constexpr, WORDS: tl.constexpr, FIELDS: tl.constexpr
+):
+    """Codes int32 [rows, A] as packed words int32 [rows, WORDS]: `LANES` neighbours beside each other, then fields."""
+    lane = tl.arange(0, LANES)
+    rows: tl.constexpr = code.shape[0]
+    groups = tl.reshape(code, (rows, AXES_PAD // LANES, LANES)) << (8 * lane)[None, None, :]
+    groups = tl.sum(groups, 2)
+    size: tl.constexpr = WORDS * FIELDS
+    at = picks + head * 4 * size + tl.arange(0, size)
+    group, low = tl.load(at), tl.load(at + size)
+    mask, shift = tl.load(at + 2 * size), tl.load(at + 3 * size)
+    found = tl.gather(groups, tl.broadcast_to(group[None, :], (rows, size)), 1)
+    found = ((found >> low[None, :]) & mask[None, :]) << shift[None, :]
+    return tl.sum(tl.reshape(found, (rows, WORDS, FIELDS)), 2)
 
 
 @triton.jit
 def _pack_rows(
     x, x_b, x_h, x_t, x_d, starts, first_token, batches, tokens, head, block,
-    centre, analysis, factors, coded_norm, grid, widths, table_start, levels, thresholds, deviation,
-    pieces, places, cos, sin, rope_t, rope_d, codes, c_b, c_h, c_word, c_token, scales, s_b, s_h,
+    centre, analysis, factors, coded_norm, grid, widths, table_start, levels, thresholds, deviation, picks,
+    cos, sin, rope_t, rope_d, codes, c_b, c_h, c_word, c_token, words, scales, s_b, s_h,
     HEADS: tl.constexpr, DIM: tl.constexpr, AXES: tl.constexpr, DIM_PAD: tl.constexpr, AXES_PAD: tl.constexpr,
-    BYTES: tl.constexpr, BYTES_PAD: tl.constexpr, LANES: tl.constexpr, PIECES: tl.constexpr, WIDEST: tl.constexpr,
-    LEVELS: tl.constexpr, THRESHOLDS: tl.constexpr, SCALE: tl.constexpr, UNIFORM: tl.constexpr,
-    HAS_STARTS: tl.constexpr, TURNED: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr,
+    LANES: tl.constexpr, WORDS: tl.constexpr, FIELDS: tl.constexpr, WIDEST: tl.constexpr,
+    LEVELS: tl.constexpr, THRESHOLDS: tl.constexpr, SCALE: tl.constexpr, UNIFORM: tl.constexpr, PLANES: tl.constexpr,
+    HAS_STARTS: tl.constexpr, ONE_TOKEN: tl.constexpr, TURNED: tl.constexpr, BLOCK: tl.constexpr,
+    EARLY: tl.constexpr,
 ):  # fmt: skip
     """`pack_kernel` for one side, head and block of rows (b, token)."""
     dim = tl.arange(0, DIM_PAD)
@@ -99,19 +112,14 @@ def _pack_rows(
     turn_low = tl.load(turn_at + HEADS * DIM * AXES, mask=matrix, other=0.0)
     factor_of_axis = tl.load(factors + head * AXES + axis, mask=axis < AXES, other=0.0)
     constant = tl.load(centre + head * DIM + dim, mask=dim < DIM, other=0.0)
-    slot = tl.arange(0, AXES_PAD * PIECES)
-    columns: tl.constexpr = BYTES_PAD if BYTES_PAD <= 32 else 32  # more would not fit the shared memory
-    index = tl.arange(0, columns)
-    bits_at = pieces + head * 2 * AXES * PIECES + slot
-    mask = tl.load(bits_at, mask=slot < AXES * PIECES, other=0)
-    low_bit = tl.load(bits_at + AXES * PIECES, mask=slot < AXES * PIECES, other=0)
-    where = _places(places, head, slot, index, AXES, PIECES, BYTES)
     if EARLY:
         gdc_wait()
         gdc_launch_dependents()
     row = block * BLOCK + tl.arange(0, BLOCK)
     live = row < batches * tokens
-    batch, token = (row // tokens).to(tl.int64), row % tokens
+    batch, token = row.to(tl.int64), row * 0
+    if not ONE_TOKEN:
+        batch, token = (row // tokens).to(tl.int64), row % tokens
     place = first_token + token
     if HAS_STARTS:
         place = tl.maximum(tl.load(starts + batch, mask=live, other=0).to(tl.int32) - first_token, 0) + token
@@ -151,45 +159,40 @@ def _pack_rows(
         steps = tl.log2(tl.maximum(factor, 1e-30)) * STEPS + ZERO
         byte = tl.minimum(tl.maximum(tl.floor(steps + 0.5), 0.0), 255.0).to(tl.uint8)
         tl.store(scales + batch * s_b + head * s_h + place, byte, mask=live)
-    spread_code = tl.broadcast_to(code[:, :, None], (BLOCK, AXES_PAD, PIECES))
-    part = (tl.reshape(spread_code, (BLOCK, AXES_PAD * PIECES)) >> low_bit[None, :]) & mask[None, :]
-    part = part.to(tl.float16)
-    target = codes + batch * c_b + head * c_h + place.to(tl.int64) * c_token
-    for block_of_bytes in tl.static_range(BYTES_PAD // columns):
-        index = block_of_bytes * columns + tl.arange(0, columns)
-        if block_of_bytes:
-            where = _places(places, head, slot, index, AXES, PIECES, BYTES)
-        packed = tl.dot(part, where).to(tl.int32)
-        if LANES == 4:  # whole words
-            shifted = packed << (index % 4 * 8)[None, :]
-            words = tl.sum(tl.reshape(shifted, (BLOCK, columns // 4, 4)), 2)
-            word = block_of_bytes * (columns // 4) + tl.arange(0, columns // 4)
-            target32 = target.to(tl.pointer_type(tl.int32), bitcast=True)
-            c_word32 = (word.to(tl.int64) * c_word // 4)[None, :]
-            tl.store(target32[:, None] + c_word32, words, mask=live[:, None] & (word < BYTES // 4)[None, :])
+    packed = tl.trans(
+        _words(code, picks, head, AXES_PAD, LANES, WORDS, FIELDS)
+    )  # neighbouring tokens side by side
+    word = tl.arange(0, WORDS)
+    there = (word < words)[:, None] & live[None, :]
+    target = codes + (batch * c_b + head * c_h + place.to(tl.int64) * c_token)[None, :]
+    if PLANES:
+        for lane in tl.static_range(LANES):
+            plane = (word * LANES + lane).to(tl.int64) * c_word
+            tl.store(target + plane[:, None], (packed >> (8 * lane)).to(tl.uint8), mask=there)
+    else:
+        whole = target + (word.to(tl.int64) * c_word)[:, None]
+        if LANES == 4:
+            tl.store(whole.to(tl.pointer_type(tl.int32), bitcast=True), packed, mask=there)
+        elif LANES == 2:
+            tl.store(whole.to(tl.pointer_type(tl.int16), bitcast=True), packed.to(tl.int16), mask=there)
         else:
-            lane = (index // LANES).to(tl.int64) * c_word + index % LANES
-            stored = tl.trans(packed.to(tl.uint8))  # neighbouring tokens beside each other
-            tl.store(lane[:, None] + target[None, :], stored, mask=(index < BYTES)[:, None] & live[None, :])
+            tl.store(whole, packed.to(tl.uint8), mask=there)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_token", "batches", "tokens", "k_words", "v_words"])
 def pack_kernel(
     k, k_b, k_h, k_t, k_d, v, v_b, v_h, v_t, v_d, starts, first_token, batches, tokens,
-    k_centre, k_analysis, k_factors, k_norm, k_grid, k_widths, k_start, k_levels, k_thresholds, k_deviation,
-    k_pieces, k_places,
-    v_centre, v_analysis, v_factors, v_norm, v_grid, v_widths, v_start, v_levels, v_thresholds, v_deviation,
-    v_pieces, v_places,
-    cos, sin, rope_t, rope_d, k_codes, kc_b, kc_h, kc_word, kc_token, k_scales, ks_b, ks_h,
-    v_codes, vc_b, vc_h, vc_plane, vc_token, v_scales, vs_b, vs_h,
-    HEADS: tl.constexpr, DIM: tl.constexpr, DIM_PAD: tl.constexpr, K_AXES: tl.constexpr,
-    V_AXES: tl.constexpr, K_PAD: tl.constexpr,
-    V_PAD: tl.constexpr, K_BYTES: tl.constexpr, V_BYTES: tl.constexpr, K_BYTES_PAD: tl.constexpr,
-    V_BYTES_PAD: tl.constexpr, LANES: tl.constexpr, K_PIECES: tl.constexpr, V_PIECES: tl.constexpr,
-    K_WIDEST: tl.constexpr, V_WIDEST: tl.constexpr, K_LEVELS: tl.constexpr, V_LEVELS: tl.constexpr,
-    K_THRESHOLDS: tl.constexpr, V_THRESHOLDS: tl.constexpr, K_SCALE: tl.constexpr, V_SCALE: tl.constexpr,
-    K_UNIFORM: tl.constexpr, V_UNIFORM: tl.constexpr, HAS_STARTS: tl.constexpr, TURNED: tl.constexpr,
-    BLOCK: tl.constexpr, EARLY: tl.constexpr,
+    k_centre, k_analysis, k_factors, k_norm, k_grid, k_widths, k_start, k_levels, k_thresholds, k_deviation, k_picks,
+    v_centre, v_analysis, v_factors, v_norm, v_grid, v_widths, v_start, v_levels, v_thresholds, v_deviation, v_picks,
+    cos, sin, rope_t, rope_d, k_codes, kc_b, kc_h, kc_word, kc_token, k_words, k_scales, ks_b, ks_h,
+    v_codes, vc_b, vc_h, vc_plane, vc_token, v_words, v_scales, vs_b, vs_h,
+    HEADS: tl.constexpr, DIM: tl.constexpr, DIM_PAD: tl.constexpr, LANES: tl.constexpr,
+    K_AXES: tl.constexpr, K_PAD: tl.constexpr, K_WORDS: tl.constexpr, K_FIELDS: tl.constexpr, K_WIDEST: tl.constexpr,
+    K_LEVELS: tl.constexpr, K_THRESHOLDS: tl.constexpr, K_SCALE: tl.constexpr, K_UNIFORM: tl.constexpr,
+    V_AXES: tl.constexpr, V_PAD: tl.constexpr, V_WORDS: tl.constexpr, V_FIELDS: tl.constexpr, V_WIDEST: tl.constexpr,
+    V_LEVELS: tl.constexpr, V_THRESHOLDS: tl.constexpr, V_SCALE: tl.constexpr, V_UNIFORM: tl.constexpr,
+    HAS_STARTS: tl.constexpr, ONE_TOKEN: tl.constexpr, TURNED: tl.constexpr, BLOCK: tl.constexpr,
+    EARLY: tl.constexpr,
 ):  # fmt: skip
     """Compress k and v [B, H, n, d] into a cache from packed token start[b] on.
 
@@ -198,9 +201,9 @@ def pack_kernel(
     with z^ = s T[code]; SCALE "norm" keeps norm(y) instead, "none" neither divides nor keeps. Every symbol as in
     `reference`: x any float, centre f32 [H, d], analysis f16 [2, H, d, A] and factors f32 [H, A] of E / s, norm
     f32 [H], grid f32 [H, 6, A] (`PreparedSide.grid`), widths and table_start int32 [H, A], levels f32 [H,
-    LEVELS] (with a 0 at the end), thresholds f32 [H, THRESHOLDS], pieces (`piece_bits`) and places as in
-    `PreparedSide`, cos and sin f32 [T, d] of packed token 0 on. `first_token` is the first packed token's
-    number, or what to subtract from `starts` int [B].
+    LEVELS] (with a 0 at the end), thresholds f32 [H, THRESHOLDS], picks as in `PreparedSide`, cos and sin f32
+    [T, d] of packed token 0 on. `first_token` is the first packed token's number, or what to subtract from
+    `starts` int [B]. Codes' words are WORDS at most, `k_words` or `v_words` of them stored.
     Program (h, r, s): the r-th block of rows (b, token) of head h, keys where s is 0.
     """
     head, block = tl.program_id(0), tl.program_id(1)
@@ -208,19 +211,19 @@ def pack_kernel(
         _pack_rows(
             k, k_b, k_h, k_t, k_d, starts, first_token, batches, tokens, head, block,
             k_centre, k_analysis, k_factors, k_norm, k_grid, k_widths, k_start, k_levels, k_thresholds,
-            k_deviation, k_pieces, k_places,
-            cos, sin, rope_t, rope_d, k_codes, kc_b, kc_h, kc_word, kc_token, k_scales, ks_b, ks_h,
-            HEADS, DIM, K_AXES, DIM_PAD, K_PAD, K_BYTES, K_BYTES_PAD, LANES, K_PIECES, K_WIDEST, K_LEVELS,
-            K_THRESHOLDS, K_SCALE, K_UNIFORM, HAS_STARTS, TURNED, BLOCK, EARLY,
+            k_deviation, k_picks,
+            cos, sin, rope_t, rope_d, k_codes, kc_b, kc_h, kc_word, kc_token, k_words, k_scales, ks_b, ks_h,
+            HEADS, DIM, K_AXES, DIM_PAD, K_PAD, LANES, K_WORDS, K_FIELDS, K_WIDEST, K_LEVELS,
+            K_THRESHOLDS, K_SCALE, K_UNIFORM, False, HAS_STARTS, ONE_TOKEN, TURNED, BLOCK, EARLY,
         )  # fmt: skip
     else:
         _pack_rows(
             v, v_b, v_h, v_t, v_d, starts, first_token, batches, tokens, head, block,
             v_centre, v_analysis, v_factors, v_norm, v_grid, v_widths, v_start, v_levels, v_thresholds,
-            v_deviation, v_pieces, v_places,
-            cos, sin, rope_t, rope_d, v_codes, vc_b, vc_h, vc_plane, vc_token, v_scales, vs_b, vs_h,
-            HEADS, DIM, V_AXES, DIM_PAD, V_PAD, V_BYTES, V_BYTES_PAD, 1, V_PIECES, V_WIDEST, V_LEVELS,
-            V_THRESHOLDS, V_SCALE, V_UNIFORM, HAS_STARTS, False, BLOCK, EARLY,
+            v_deviation, v_picks,
+            cos, sin, rope_t, rope_d, v_codes, vc_b, vc_h, vc_plane, vc_token, v_words, v_scales, vs_b, vs_h,
+            HEADS, DIM, V_AXES, DIM_PAD, V_PAD, LANES, V_WORDS, V_FIELDS, V_WIDEST, V_LEVELS,
+            V_THRESHOLDS, V_SCALE, V_UNIFORM, True, HAS_STARTS, ONE_TOKEN, False, BLOCK, EARLY,
         )  # fmt: skip
 
 
@@ -240,9 +243,9 @@ def pack(k: Tensor, v: Tensor, layer: PreparedLayer, held: Held, start: int | Te
         k, *k.stride(), v, *v.stride(), layer.k.centre if starts is None else starts,
         held.sinks if isinstance(start, Tensor) else start - held.sinks, batch, tokens,
         *_tables(layer.k), *_tables(layer.v), cos, sin, cos.stride(-2), cos.stride(-1),
-        *_target(held.k), *_target(held.v), HEADS=heads, DIM=dim, DIM_PAD=padded(dim), LANES=layer.k.spec.lanes,
+        *_target(held.k, layer.k), *_target(held.v, layer.v), HEADS=heads, DIM=dim, DIM_PAD=padded(dim), LANES=layer.k.spec.lanes,
         **_constants(layer.k, "K"), **_constants(layer.v, "V"),
-        HAS_STARTS=starts is not None, TURNED=turned, BLOCK=block, EARLY=early,
+        HAS_STARTS=starts is not None, ONE_TOKEN=tokens == 1, TURNED=turned, BLOCK=block, EARLY=early,
         num_warps=4 if dim <= 64 else 8, **early_launch(early),
     )  # fmt: skip
 
@@ -252,24 +255,27 @@ def _tables(side: PreparedSide) -> tuple[Tensor, ...]:
     grid = spec.deviation if side.grid is None else side.grid
     return (
         side.centre, *side.analysis, side.coded_norm, grid, side.widths, side.start, side.table, spec.thresholds,
-        spec.deviation, side.piece_bits, side.places,
+        spec.deviation, side.picks,
     )  # fmt: skip
 
 
-def _target(packed: Packed) -> tuple[Tensor | int, ...]:
-    """Codes and scales with their strides of sequences, heads, words or planes, tokens."""
+def _target(packed: Packed, side: PreparedSide) -> tuple[Tensor | int, ...]:
+    """Codes and scales with their strides of sequences, heads, words or planes, tokens; how many words."""
     scales = packed.codes if packed.scales is None else packed.scales
-    return packed.codes, *packed.codes.stride()[:4], scales, *scales.stride()[:2]
+    words = side.spec.nbytes // side.spec.lanes
+    return packed.codes, *packed.codes.stride()[:4], words, scales, *scales.stride()[:2]
 
 
 def _constants(side: PreparedSide, name: str) -> dict[str, Any]:
     spec = side.spec
+    _, _, words, fields = side.picks.shape
     values = {
-        "AXES": side.axes, "PAD": padded(side.axes), "BYTES": spec.nbytes, "BYTES_PAD": padded(spec.nbytes),
-        "PIECES": side.piece_bits.shape[3], "WIDEST": max(profile.widths[0] for profile in spec.profiles),
-        "LEVELS": side.table.shape[1], "THRESHOLDS": spec.thresholds.shape[1], "SCALE": spec.scale,
-        "UNIFORM": side.grid is not None,
+        "AXES": side.axes, "PAD": padded(side.axes), "WORDS": words, "FIELDS": fields, "SCALE": spec.scale,
+        "UNIFORM": side.grid is not None, "WIDEST": 0, "LEVELS": 0, "THRESHOLDS": 0,
     }  # fmt: skip
+    if side.grid is None:
+        values["WIDEST"] = max(profile.widths[0] for profile in spec.profiles)
+        values["LEVELS"], values["THRESHOLDS"] = side.table.shape[1], spec.thresholds.shape[1]
     return {f"{name}_{key}": value for key, value in values.items()}
 
 
@@ -285,6 +291,8 @@ def _validate(k: Tensor, v: Tensor, layer: PreparedLayer, held: Held) -> None:
         words = spec.nbytes // spec.lanes if spec.side == "k" else spec.nbytes
         if into.codes.dtype != torch.uint8 or into.codes.shape[:3] != (batch, heads, words):
             raise ValueError(f"codes must be uint8 {(batch, heads, words)}..., not {tuple(into.codes.shape)}")
+        if spec.side == "k" and any(n % spec.lanes for n in (into.codes.data_ptr(), *into.codes.stride()[:4])):
+            raise ValueError(f"words of keys must lie at multiples of {spec.lanes} bytes")
         if spec.residual_axes:
             raise ValueError("residual axes are coded by the plain reference only")
         if (into.scales is None) != (spec.scale == "none"):

@@ -148,8 +148,8 @@ def finish(
     finish_kernel[(heads, -(-rows // row_block))](
         partials.top, partials.mass, partials.weight if weighted else partials.mass, partials.out,
         q, *q.stride(), q if held.lengths is None else held.lengths,
-        sink_k, *sink_k.stride(), sink_v, *sink_v.stride(), value_map, offset, layer.v.centre, out, rows, splits,
-        HEADS=heads, QUERIES=queries, DIM=dim, AXES=axes, DIM_PAD=padded(dim), AXES_PAD=axes_pad,
+        sink_k, *sink_k.stride(), sink_v, *sink_v.stride(), value_map, offset, layer.v.centre, out, rows, splits, axes,
+        HEADS=heads, QUERIES=queries, DIM=dim, DIM_PAD=padded(dim), AXES_PAD=axes_pad,
         SPLIT_BLOCK=split_block, SINKS=held.sinks, ROW_BLOCK=row_block, HAS_LENGTHS=held.lengths is not None,
         HAS_WEIGHT=weighted, EARLY=early, num_warps=8 if axes_pad > 64 else 4, **early_launch(early),
     )  # fmt: skip

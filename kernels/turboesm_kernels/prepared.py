@@ -13,12 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from turboesm_kernels.layout import Profile
+from turboesm_kernels.layout import BYTE, Profile
 from turboesm_kernels.lookup import Bits
 from turboesm_kernels.reference import Side, SideSpec, table_slice
 
 PIECE_FIELDS = 5
 FIELD_LANES = 4
+LEAST_WORDS, LEAST_FIELDS = 8, 4
+"""Of `picks`: the same for most codes, so that one compiled kernel serves them."""
 
 
 @dataclass(frozen=True)
@@ -71,27 +73,28 @@ class PreparedSide:
         return self.spec.centre.shape[-1]
 
     @cached_property
-    def piece_bits(self) -> Tensor:
-        """int32 [H, 2, A, P], P a power of 2: mask and place in the code of each piece, for `pack`."""
-        grown = torch.nn.functional.pad(self.pieces[:, :, 3:], (0, 0, 0, 0, 0, self._slots - self.pieces.shape[1]))
-        return grown.permute(0, 2, 3, 1).contiguous()
+    def picks(self) -> Tensor:
+        """int32 [H, 4, W, F]: the pieces of each packed word, for `pack`; W and F powers of 2 that hold any head's.
 
-    @cached_property
-    def places(self) -> Tensor:
-        """float16 [H, A, P, nbytes]: 2^shift where a piece of an axis' code goes, 0 elsewhere. For `pack`."""
+        A piece of `lanes` neighbouring codes at once, beside each other in a word: which neighbours, their bit that
+        comes first, the mask of all lanes' bits after that, and where they go; mask 0 where there is no piece.
+        """
         spec = self.spec
-        table = torch.zeros(spec.heads, self.axes, self._slots, spec.nbytes, dtype=torch.float16)
+        every = (1 << BYTE * spec.lanes) // ((1 << BYTE) - 1)  # 1 in each lane
+        words: dict[tuple[int, int], list[tuple[int, ...]]] = {}
         for head, index in enumerate(spec.profile_of_head):
-            seen: dict[int, int] = {}
             for piece in spec.profiles[index].pieces:
-                count = seen.setdefault(piece.axis, 0)
-                table[head, piece.axis, count, piece.byte] = 2**piece.shift
-                seen[piece.axis] += 1
+                if piece.axis % spec.lanes == 0:
+                    fields = piece.axis // spec.lanes, piece.low, _signed(piece.mask * every), piece.shift
+                    words.setdefault((head, piece.byte // spec.lanes), []).append(fields)
+        most = max(map(len, words.values()), default=1)
+        count = spec.nbytes // spec.lanes
+        table = torch.zeros(
+            spec.heads, 4, _power(count, LEAST_WORDS), _power(most, LEAST_FIELDS), dtype=torch.int32
+        )
+        for (head, word), pieces in words.items():
+            table[head, :, word, : len(pieces)] = torch.tensor(pieces, dtype=torch.int32).T
         return table.to(spec.centre.device)
-
-    @property
-    def _slots(self) -> int:
-        return 1 << (self.pieces.shape[1] - 1).bit_length()
 
     @cached_property
     def widths(self) -> Tensor:
@@ -127,7 +130,7 @@ class PreparedSide:
 
     def ready(self) -> None:
         """Make now what the kernels would ask for first: they read it before they wait for earlier work."""
-        for name in ("analysis", "coded_norm", "grid", "widths", "piece_bits", "places"):
+        for name in ("analysis", "coded_norm", "grid", "widths", "picks"):
             getattr(self, name)
         if self.fields is not None:
             _ = self.fields.halves
@@ -286,6 +289,16 @@ def grid_steps(spec: SideSpec) -> list[dict[int, float]] | None:
             steps[width] = step
         found.append(steps)
     return found
+
+
+def _signed(word: int) -> int:
+    """The int32 of the same 32 bits."""
+    return word - (1 << 32) if word >> 31 else word
+
+
+def _power(size: int, least: int) -> int:
+    """The power of 2 from `least` on that is not below `size`."""
+    return max(least, 1 << (size - 1).bit_length())
 
 
 def _middle(width: int) -> float:

@@ -88,18 +88,18 @@ def _two_halves(x):
     return high, (x - high.to(tl.float32)).to(tl.float16)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batch", "fields", "table"])
 def fast_fold_kernel(
-    query, q_b, q_h, q_d, key_map, factors, middle, shifts, masks, descriptors, scalars, batch,
-    HEADS: tl.constexpr, DIM: tl.constexpr, FIELDS: tl.constexpr, FIELDS_PAD: tl.constexpr, TABLE: tl.constexpr,
-    DIM_PAD: tl.constexpr, FOLD_BLOCK: tl.constexpr, EARLY: tl.constexpr,
+    query, q_b, q_h, q_d, key_map, factors, middle, shifts, masks, descriptors, scalars, batch, fields, table,
+    HEADS: tl.constexpr, DIM: tl.constexpr, FIELDS_PAD: tl.constexpr, DIM_PAD: tl.constexpr,
+    FOLD_BLOCK: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """Queries in coded axes as 16-bit integers.
 
         r = log2(e) q map[h]     gain = max |r| / 32767     r~ = round(r / gain)     constant = -gain <r~, middle>
 
     query any float [B, H, 1, d], key_map f16 [2, H, d, 4 F] and factors f32 [H, 4 F] (`in_halves`), middle f32
-    [H, 4 F], shifts and masks int32 [H, TABLE]; descriptors int32 [B, H, F, 4] (see `key_code`), scalars f32
+    [H, 4 F], shifts and masks int32 [H, table]; descriptors int32 [B, H, F, 4] (see `key_code`), scalars f32
     [B, H, 2] = (gain, constant). Program (h, g): the g-th block of the sequences of head h.
     """
     head, group = tl.program_id(0), tl.program_id(1)
@@ -107,16 +107,16 @@ def fast_fold_kernel(
     live = item < batch
     dim = tl.arange(0, DIM_PAD)
     column = tl.arange(0, 4 * FIELDS_PAD)
-    own = column < 4 * FIELDS
-    weight_at = key_map + (head * DIM + dim[:, None]) * (4 * FIELDS) + column[None, :]
+    own = column < 4 * fields
+    weight_at = key_map + (head * DIM + dim[:, None]) * (4 * fields) + column[None, :]
     inside = (dim < DIM)[:, None] & own[None, :]
     weight_high = tl.load(weight_at, mask=inside, other=0.0)
-    weight_low = tl.load(weight_at + HEADS * DIM * 4 * FIELDS, mask=inside, other=0.0)
-    factor = tl.load(factors + head * 4 * FIELDS + column, mask=own, other=0.0) * LOG2E
-    centre_of_piece = tl.load(middle + head * 4 * FIELDS + column, mask=own, other=0.0)
+    weight_low = tl.load(weight_at + HEADS * DIM * 4 * fields, mask=inside, other=0.0)
+    factor = tl.load(factors + head * 4 * fields + column, mask=own, other=0.0) * LOG2E
+    centre_of_piece = tl.load(middle + head * 4 * fields + column, mask=own, other=0.0)
     field = tl.arange(0, FIELDS_PAD)
-    shift = tl.load(shifts + head * TABLE + field, mask=field < FIELDS, other=0)
-    bits = tl.load(masks + head * TABLE + field, mask=field < FIELDS, other=0)
+    shift = tl.load(shifts + head * table + field, mask=field < fields, other=0)
+    bits = tl.load(masks + head * table + field, mask=field < fields, other=0)
     if EARLY:  # wait for what was launched before, then let what comes after start: it may read the cache at once
         gdc_wait()
         gdc_launch_dependents()
@@ -141,7 +141,7 @@ def fast_fold_kernel(
     shift = tl.broadcast_to(shift[None, :], (FOLD_BLOCK, FIELDS_PAD))
     bits = tl.broadcast_to(bits[None, :], (FOLD_BLOCK, FIELDS_PAD))
     fours = tl.join(tl.join(shift, front), tl.join(bits, back))  # shift, bits, front, back
-    target = descriptors + row[:, None] * (4 * FIELDS) + column[None, :]
+    target = descriptors + row[:, None] * (4 * fields) + column[None, :]
     tl.store(target, tl.reshape(fours, (FOLD_BLOCK, 4 * FIELDS_PAD)), mask=live[:, None] & own[None, :])
     tl.store(scalars + row * 2, gain, mask=live)
     tl.store(scalars + row * 2 + 1, constant, mask=live)
@@ -207,7 +207,7 @@ def _weigh(first, end, lane, totals, kn, vn, b, gain, constant, top, mass, weigh
     return new_top, mass, weight, w0 | (w1 << 16), w2 | (w3 << 16), alpha
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["angles", "sinks"])
 def fast_split_kernel(
     query, q_b, q_h, q_d, centre, descriptors, scalars, turns, block_turn, cos, sin, rope_t, angles, lengths,
     k_codes, k_b, k_h, k_word, k_scales, ks_b, ks_h,

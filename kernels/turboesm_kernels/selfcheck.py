@@ -1,76 +1,105 @@
 """Whether the Triton kernels do on this device what the plain reference does.
 
-Compilers err: Triton 3.6 on an H200 once dropped half of a sum in `pack`, for some shapes alone. So some of a
-codec's layers are packed and asked with random numbers before a cache on a GPU is used.
+Compilers err: Triton 3.6 on an H200 once dropped half of a sum in `pack`, for some shapes alone. So a layer of each
+shape that a codec has is packed and asked with random numbers before a cache on a GPU is used. That compiles the
+kernels, too, many at a time.
 """
 
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import torch
 
 from turboesm_kernels import ops, reference
 from turboesm_kernels.ops import Held, PreparedLayer
 from turboesm_kernels.prepared import PreparedSide
-from turboesm_kernels.reference import Packed, Rope
+from turboesm_kernels.reference import TURN, Packed, Rope
 
-SEQUENCES, TOKENS, SINKS = 3, 64, 2
+SEQUENCES, TOKENS = 3, 3 * TURN
 TIES = 5e-3
 """Share of codes and scales that may differ: a number on the edge of two codes goes either way."""
 
 TOLERANCE = 1e-2
 """Relative error of attention, the query's and the result's rounding to 16 bits included."""
 
+MOST_THREADS = 16
 
-def problem(layers: Sequence[PreparedLayer]) -> str | None:
-    """What is wrong, or None; of a layer for each number of pieces that codes are in, where Triton serves it."""
+
+def problem(layers: Sequence[PreparedLayer], dtype: torch.dtype = torch.float32, sinks: int = 1) -> str | None:
+    """What is wrong, or None, with keys, values and queries of `dtype` and so many tokens kept whole.
+
+    Of a layer of each shape for which other kernels are compiled, where Triton serves it.
+    """
     kinds = {
-        (layer.k.piece_bits.shape[3], layer.v.piece_bits.shape[3]): layer
+        (layer.k.picks.shape, layer.v.picks.shape, _fields(layer.k), _fields(layer.v)): layer
         for layer in layers
         if not (layer.k.spec.residual_axes or layer.v.spec.residual_axes)
     }
+    threads = min(MOST_THREADS, os.cpu_count() or 1)
     try:
-        return next(filter(None, map(_problem, kinds.values())), None)
+        with ThreadPoolExecutor(threads if layers and layers[0].k.map.is_cuda else 1) as pool:
+            return next(filter(None, pool.map(partial(_problem, dtype=dtype, sinks=sinks), kinds.values())), None)
     except Exception as error:  # Triton and its compilers raise anything
         return f"a kernel does not compile or start ({type(error).__name__}: {error})"
 
 
-def _problem(layer: PreparedLayer) -> str | None:
-    held, differing = _pack(layer)
+def _fields(side: PreparedSide) -> tuple[int, ...] | None:
+    return None if side.fields is None else side.fields.shape
+
+
+@torch.no_grad()
+def _problem(layer: PreparedLayer, dtype: torch.dtype, sinks: int) -> str | None:
+    if layer.k.map.is_cuda:
+        torch.cuda.set_device(layer.k.map.device)  # of this thread
+    held, differing = _pack(layer, dtype, sinks)
     if differing > TIES:
         return f"the kernel that packs gives other codes than the plain reference for {differing:.1%} of values"
     q = _random((SEQUENCES, layer.k.spec.heads, 1, layer.k.head_dim), layer) / math.sqrt(layer.k.head_dim)
+    q = q.to(dtype)
     expected = ops.plain_attend(q.double(), held, layer)
-    error = ((ops.attend(q, held, layer).double() - expected).norm() / expected.norm()).item()
-    if not error <= TOLERANCE:
-        return f"the attention kernel is off by {error:.2g} of the plain reference's result"
+    for found in _attend(q, held, layer):
+        error = ((found.double() - expected).norm() / expected.norm()).item()
+        if not error <= TOLERANCE:
+            return f"the attention kernel is off by {error:.2g} of the plain reference's result"
     return None
 
 
-def _pack(layer: PreparedLayer) -> tuple[Held, float]:
+def _attend(q: torch.Tensor, held: Held, layer: PreparedLayer) -> list[torch.Tensor]:
+    """Attention as each kernel does it that may serve the layer: the fast path has one for ranges of one block."""
+    results = [ops.attend(q, held, layer)]
+    if ops.choose(q, held, layer) == "ptx":
+        from turboesm_kernels import fast
+
+        results += [fast.attend(q, held, layer, chunk) for chunk in (TURN, TOKENS)]
+    return results
+
+
+def _pack(layer: PreparedLayer, dtype: torch.dtype, sinks: int) -> tuple[Held, float]:
     """A cache that the kernel filled, and the share of its codes or scales that differ.
 
-    In three calls, since Triton compiles each otherwise: a multiple of 16 tokens, some more, one each sequence.
+    In two calls, since Triton compiles each otherwise: many tokens, one of each sequence.
     """
     from turboesm_kernels.pack import pack
 
     dim, device = layer.k.head_dim, layer.k.centre.device
     shape = (SEQUENCES, layer.k.spec.heads, TOKENS, dim)
-    k, v = _random(shape, layer), _random(shape, layer)
-    rope = Rope.at(torch.arange(TOKENS, device=device) + SINKS, _frequencies(dim, device))
+    k, v = _random(shape, layer).to(dtype), _random(shape, layer).to(dtype)
+    rope = Rope.at(torch.arange(TOKENS, device=device) + sinks, _frequencies(dim, device))
     wanted = reference.compress(k, layer.k.spec, rope), reference.compress(v, layer.v.spec)
-    sinks = _random((2, *shape[:2], SINKS, dim), layer)
+    whole = _random((2, *shape[:2], sinks, dim), layer).half()
     blank = [
         Packed(own.codes.new_full(own.codes.shape, 0xA5), None if own.scales is None else own.scales * 0)
         for own in wanted
     ]
-    held = Held(blank[0], blank[1], rope, None, sinks[0], sinks[1])
-    for begin, end in ((0, 48), (48, TOKENS - 1)):
-        pack(k[:, :, begin:end], v[:, :, begin:end], layer, held, SINKS + begin)
-    last = torch.full((SEQUENCES,), SINKS + TOKENS - 1, dtype=torch.int32, device=device)
-    pack(k[:, :, -1:], v[:, :, -1:], layer, held, last)
+    lengths = torch.full((SEQUENCES,), sinks + TOKENS, dtype=torch.int32, device=device)
+    held = Held(blank[0], blank[1], rope, lengths, *(whole if sinks else (None, None)))
+    pack(k[:, :, :-1], v[:, :, :-1], layer, held, sinks)
+    pack(k[:, :, -1:], v[:, :, -1:], layer, held, lengths - 1)
     sides = ((layer.k, held.k, wanted[0]), (layer.v, held.v, wanted[1]))
     return held, max(_differing(side, found, own) for side, found, own in sides)
 

@@ -195,6 +195,30 @@ def test_on_gpu(case: Case, backend: ops.Backend) -> None:
 
 @pytest.mark.gpu
 @no_gpu
+@pytest.mark.parametrize("chunk", [128, 384])
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(tokens=1023, batch=3, ragged=True, sinks=4),
+        Case(tokens=1, bits=2, sinks=0),
+        Case(tokens=700, dim=128, centred=False),
+        Case(tokens=3000, batch=2, ragged=True, bits=3.5),
+    ],
+    ids=str,
+)
+def test_ranges_on_gpu(case: Case, chunk: int) -> None:
+    """The fast path in three launches, which serves what is too much for one."""
+    from turboesm_kernels import fast
+
+    q, held, layer = make(case, "cuda", room=-case.tokens % 16)
+    poison(q)
+    found = fast.attend(q, held, layer, chunk)
+    assert relative_error(found, ops.plain_attend(q.double(), held, layer)) <= TOLERANCE[case.dtype]
+    assert torch.equal(found, fast.attend(q, held, layer, chunk))
+
+
+@pytest.mark.gpu
+@no_gpu
 def test_in_a_graph() -> None:
     q, held, layer = make(Case(tokens=512, batch=2), "cuda")
     eager = ops.attend(q, held, layer)

@@ -73,29 +73,23 @@ def _row(numbers: int) -> int:
     return -(-numbers // 4) * 16
 
 
-def address_code(at: Shared) -> str:
-    """PTX: $0 = address of the shared memory, nothing in it yet. $1 is not used."""
-    return _block([f".shared .align 16 .b8 held[{at.size}];", "mov.u32 $0, held;"])
-
-
-ADDRESS_KINDS = "=r,r"
-
-
 def open_code(at: Shared) -> str:
-    """PTX: fill the shared memory but for descriptors and state. $0 = 0; the thread, address of the shared memory,
-    of the head's masks and places of keys and of values; of `Rope.turns` and `Rope.block_turn`. Threads 0 to 31 do it.
+    """PTX: $0 = address of the shared memory, filled but for descriptors and state.
+
+    After the output: the lane, addresses of the head's masks and places of keys and of values; of `Rope.turns` and
+    `Rope.block_turn`.
     """
-    lines = [*COPY_REGISTERS, "mov.u32 $0, 0;"]
+    lines = [f".shared .align 16 .b8 held[{at.size}];", *COPY_REGISTERS, "mov.u32 $0, held;"]
     for operand, offset, size in (
-        (3, at.masks, _row(at.v_fields)), (4, at.k_places, _row(at.k_words)), (5, at.v_places, _row(at.v_words)),
+        (2, at.masks, _row(at.v_fields)), (3, at.k_places, _row(at.k_words)), (4, at.v_places, _row(at.v_words)),
     ):  # fmt: skip
-        lines += _copy("$2", operand, offset, size)
+        lines += _copy("$0", operand, offset, size)
     if at.moving:
-        lines += _copy("$2", 6, at.turns, 64 * at.dim) + _copy("$2", 7, at.rotation, 4 * at.dim)
+        lines += _copy("$0", 5, at.turns, 64 * at.dim) + _copy("$0", 6, at.rotation, 4 * at.dim)
     return _block([*lines, FENCE])
 
 
-OPEN_KINDS = "=&r,r,r,l,l,l,l,l"
+OPEN_KINDS = "=&r,r,l,l,l,l,l"
 
 
 def row_code(at: Shared) -> str:
@@ -104,11 +98,6 @@ def row_code(at: Shared) -> str:
 
 
 ROW_KINDS = "=&r,r,r,l"
-
-
-KEEP_CODE = "{\n.reg .b32 to;\nmov.u32 $0, 0;\nmad.lo.u32 to, $2, 4, $1;\nst.shared.b32 [to], $3;\n}"
-KEEP_KINDS = "=&r,r,r,r"
-"""PTX: fill in a word of the descriptors. $0 = 0; address of the shared memory, the word's number, the word."""
 
 
 def state_code(at: Shared) -> str:

@@ -27,14 +27,6 @@ FEW_REGISTERS = 40
 WARPS = 21
 """Warps that a multiprocessor runs at once."""
 
-MOST_WARPS = 8
-"""Of a program that does a whole sequence."""
-
-WHOLE_PROGRAMS = 2
-"""Such programs that a multiprocessor runs at once; where there are more sequences, ranges are spread better."""
-
-WHOLE_REGISTERS = 128
-
 OPENING = 3
 """What beginning and ending a range costs, in blocks."""
 
@@ -106,8 +98,6 @@ def attend(q: Tensor, held: Held, layer: PreparedLayer, chunk: int | None = None
     """
     assert layer.k.fields is not None and layer.v.fields is not None
     early = portable.launches_early(q)
-    if chunk is None and (warps := whole_warps(q, held.tokens)):
-        return attend_whole(q, held, layer, warps, early)
     folded = fold(q, layer, layer.k.fields, early)
     chunk = chunk or chunk_of(q, held.tokens)
     splits = -(-held.tokens // chunk)
@@ -116,47 +106,10 @@ def attend(q: Tensor, held: Held, layer: PreparedLayer, chunk: int | None = None
     return portable.finish(q, held, layer, partials, splits, early)
 
 
-def whole_warps(q: Tensor, tokens: int) -> int:
-    """Warps of a program of `whole_kernel`, a block each; 0 where three launches are faster."""
-    blocks = -(-tokens // TURN)
-    few = q.shape[0] * q.shape[1] <= WHOLE_PROGRAMS * portable.processors(q)
-    return max(4, 1 << (blocks - 1).bit_length()) if few and blocks <= MOST_WARPS else 0
-
-
-def attend_whole(q: Tensor, held: Held, layer: PreparedLayer, warps: int, early: bool) -> Tensor:
-    """`attend` in one launch; `warps` blocks hold all tokens."""
-    from turboesm_kernels.whole import whole_kernel
-
-    batch, heads, _, dim = q.shape
-    k, v, k_fields, v_fields = held.k, held.v, layer.k.fields, layer.v.fields
-    assert k.scales is not None and v.scales is not None and k_fields is not None and v_fields is not None
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    sink_k, sink_v = (q, q) if held.sink_k is None or held.sink_v is None else (held.sink_k, held.sink_v)
-    turns, _, *angles = _angles(held, layer)
-    code = _code(dim, k_fields.shape, v_fields.shape, layer.k.centred, True)
-    wanted = {name: code[name] for name in code if name.split("_")[0] not in ("ROTATION", "ROW", "STATE", "KEYS", "VALUES")}
-    whole_kernel[(batch * heads,)](
-        q, q.stride(0), q.stride(1), q.stride(3), layer.k.centre, *k_fields.halves, k_fields.middle,
-        k_fields.shifts, k_fields.masks, k_fields.count, k_fields.shifts.shape[1], turns, *angles,
-        q if held.lengths is None else held.lengths,
-        k.codes, *k.codes.stride()[:3], k.scales, *k.scales.stride()[:2],
-        v.codes, *v.codes.stride()[:3], v.scales, *v.scales.stride()[:2],
-        k_fields.places, v_fields.places, v_fields.masks, sink_k, *sink_k.stride(), sink_v, *sink_v.stride(),
-        v_fields.map, v_fields.offset, layer.v.centre, out, held.tokens, held.sinks,
-        HEADS=heads, DIM=dim, DIM_PAD=padded(dim), FIELDS_PAD=padded(k_fields.count), WARPS=warps,
-        V_FIELDS=v_fields.count, V_PAD=padded(v_fields.count), V_TABLE=v_fields.masks.shape[1],
-        SINKS_PAD=padded(held.sinks, 1) if held.sinks else 0,
-        KEEP_CODE=assembly.KEEP_CODE, KEEP_KINDS=assembly.KEEP_KINDS, **wanted,
-        HAS_BIAS=layer.k.centred, HAS_LENGTHS=held.lengths is not None, K_WORDS=len(k_fields.shape),
-        V_WORDS=len(v_fields.shape), EARLY=early, num_warps=warps, maxnreg=WHOLE_REGISTERS,
-        **portable.early_launch(early),
-    )  # fmt: skip
-    return out
-
-
 def chunk_of(q: Tensor, tokens: int) -> int:
     """Tokens a warp goes over, in whole blocks."""
-    return TURN * _blocks_each(q.shape[0] * q.shape[1], -(-tokens // TURN), WARPS * portable.processors(q))
+    processors = torch.cuda.get_device_properties(q.device).multi_processor_count if q.is_cuda else 1
+    return TURN * _blocks_each(q.shape[0] * q.shape[1], -(-tokens // TURN), WARPS * processors)
 
 
 @lru_cache(maxsize=1024)
@@ -215,7 +168,6 @@ def _code(
     if one_block:
         bias = (assembly.bias_once_code(dim), assembly.bias_once_constraints(dim))
     code = {
-        "ADDRESS": (assembly.address_code(shared), assembly.ADDRESS_KINDS),
         "OPEN": (assembly.open_code(shared), assembly.OPEN_KINDS),
         "ROW": (assembly.row_code(shared), assembly.ROW_KINDS),
         "STATE": (assembly.state_code(shared), assembly.state_constraints(dim)),

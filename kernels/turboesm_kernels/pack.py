@@ -17,7 +17,7 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from turboesm_kernels.ops import Held, PreparedLayer, padded
-from turboesm_kernels.portable import early_launch, launches_early, processors
+from turboesm_kernels.portable import early_launch, launches_early
 from turboesm_kernels.prepared import PreparedSide
 from turboesm_kernels.reference import SCALE_STEPS_PER_OCTAVE, SCALE_ZERO, Packed
 
@@ -30,8 +30,14 @@ Fewer than 64, so that products are `mma` and not `wgmma`: in blocks of 64, two 
 what the second added (Triton 3.6, H200), which `test_pack_on_gpu` saw."""
 
 
-PROGRAMS = 8
-"""A multiprocessor is given before each does more blocks of rows instead: what a head needs is read once."""
+@triton.jit
+def _sum_and_max(sum_a, max_a, sum_b, max_b):
+    return sum_a + sum_b, tl.maximum(max_a, max_b)
+
+
+@triton.jit
+def _two_sums(a, other_a, b, other_b):
+    return a + b, other_a + other_b
 
 
 @triton.jit
@@ -49,6 +55,13 @@ def _grid(grid, axis, head, AXES: tl.constexpr):
 
 
 @triton.jit
+def _scale(y, guess, spread):
+    """<s y, z^> / <z^, z^> of each row."""
+    product, square = tl.reduce((y * spread * guess, guess * guess), 1, _two_sums)
+    return product / tl.maximum(square, 1e-30)
+
+
+@triton.jit
 def _grid_codes(y, norm, rows, SCALE: tl.constexpr):
     """Codes int32 of normalised coordinates y on a uniform grid, and their scales (see `lookup.Bits`)."""
     per_step, half, top, level, zero, spread = rows
@@ -56,8 +69,7 @@ def _grid_codes(y, norm, rows, SCALE: tl.constexpr):
     code = tl.minimum(tl.maximum(code, 0.0), top)
     factor = norm
     if SCALE == "least-squares":
-        guess = code * level - zero
-        factor = tl.sum(y * spread * guess, 1) / tl.maximum(tl.sum(guess * guess, 1), 1e-30)
+        factor = _scale(y, code * level - zero, spread)
     return code.to(tl.int32), factor
 
 
@@ -80,124 +92,129 @@ def _table_codes(
     factor = norm
     if SCALE == "least-squares":
         spread = tl.load(deviation + head * AXES + axis, mask=own, other=0.0)[None, :]
-        guess = tl.load(levels + head * LEVELS + start[None, :] + code) * spread
-        factor = tl.sum(y * spread * guess, 1) / tl.maximum(tl.sum(guess * guess, 1), 1e-30)
+        factor = _scale(y, tl.load(levels + head * LEVELS + start[None, :] + code) * spread, spread)
     return code, factor
 
 
 @triton.jit
-def _picks(picks, head, SIZE: tl.constexpr):
-    """The rows of `PreparedSide.picks`, int32 [SIZE] each."""
-    at = picks + head * 4 * SIZE + tl.arange(0, SIZE)
-    return tl.load(at), tl.load(at + SIZE), tl.load(at + 2 * SIZE), tl.load(at + 3 * SIZE)
-
-
-@triton.jit
-def _words(code, rows, AXES_PAD: tl.constexpr, LANES: tl.constexpr, WORDS: tl.constexpr, FIELDS: tl.constexpr):
-    """Codes int32 [n, A] as packed words int32 [n, WORDS]: `LANES` neighbours beside each other, then fields."""
-    group, low, mask, shift = rows
-    count: tl.constexpr = code.shape[0]
-    groups = tl.reshape(code, (count, AXES_PAD // LANES, LANES)) << (8 * tl.arange(0, LANES))[None, None, :]
+def _words(
+    code, picks, head, AXES_PAD: tl.constexpr, LANES: tl.constexpr, WORDS: tl.constexpr, FIELDS: tl.constexpr
+):
+    """Codes int32 [rows, A] as packed words int32 [rows, WORDS]: `LANES` neighbours beside each other, then fields."""
+    lane = tl.arange(0, LANES)
+    rows: tl.constexpr = code.shape[0]
+    groups = tl.reshape(code, (rows, AXES_PAD // LANES, LANES)) << (8 * lane)[None, None, :]
     groups = tl.sum(groups, 2)
-    found = tl.gather(groups, tl.broadcast_to(group[None, :], (count, WORDS * FIELDS)), 1)
+    size: tl.constexpr = WORDS * FIELDS
+    at = picks + head * 4 * size + tl.arange(0, size)
+    group, low = tl.load(at), tl.load(at + size)
+    mask, shift = tl.load(at + 2 * size), tl.load(at + 3 * size)
+    found = tl.gather(groups, tl.broadcast_to(group[None, :], (rows, size)), 1)
     found = ((found >> low[None, :]) & mask[None, :]) << shift[None, :]
-    return tl.sum(tl.reshape(found, (count, WORDS, FIELDS)), 2)
+    return tl.sum(tl.reshape(found, (rows, WORDS, FIELDS)), 2)
 
 
 @triton.jit
 def _pack_rows(
-    x, x_b, x_h, x_t, x_d, starts, first_token, batches, tokens, head, block, repeat,
+    x, x_b, x_h, x_t, x_d, starts, first_token, batches, tokens, head, block,
     centre, analysis, factors, coded_norm, grid, widths, table_start, levels, thresholds, deviation, picks,
     cos, sin, rope_t, rope_d, codes, c_b, c_h, c_word, c_token, words, scales, s_b, s_h,
     HEADS: tl.constexpr, DIM: tl.constexpr, AXES: tl.constexpr, DIM_PAD: tl.constexpr, AXES_PAD: tl.constexpr,
     LANES: tl.constexpr, WORDS: tl.constexpr, FIELDS: tl.constexpr, WIDEST: tl.constexpr,
-    LEVELS: tl.constexpr, THRESHOLDS: tl.constexpr, SCALE: tl.constexpr, UNIFORM: tl.constexpr,
-    PLANES: tl.constexpr, HAS_STARTS: tl.constexpr, ONE_TOKEN: tl.constexpr, TURNED: tl.constexpr,
-    BLOCK: tl.constexpr, EARLY: tl.constexpr,
+    LEVELS: tl.constexpr, THRESHOLDS: tl.constexpr, SCALE: tl.constexpr, UNIFORM: tl.constexpr, PLANES: tl.constexpr,
+    HAS_STARTS: tl.constexpr, ONE_TOKEN: tl.constexpr, TURNED: tl.constexpr, BLOCK: tl.constexpr,
+    EARLY: tl.constexpr,
 ):  # fmt: skip
-    """`pack_kernel` for one side and head, `repeat` blocks of rows (b, token) from the `block`-th on."""
+    """`pack_kernel` for one side, head and block of rows."""
     dim = tl.arange(0, DIM_PAD)
     axis = tl.arange(0, AXES_PAD)
-    word = tl.arange(0, WORDS)
     matrix = (dim < DIM)[:, None] & (axis < AXES)[None, :]
     turn_at = analysis + (head * DIM + dim[:, None]) * AXES + axis[None, :]
     turn_high = tl.load(turn_at, mask=matrix, other=0.0)
     turn_low = tl.load(turn_at + HEADS * DIM * AXES, mask=matrix, other=0.0)
-    factor_of_axis = tl.load(factors + head * AXES + axis, mask=axis < AXES, other=0.0)[None, :]
-    constant = tl.load(centre + head * DIM + dim, mask=dim < DIM, other=0.0)[None, :]
-    half: tl.constexpr = DIM // 2
-    partner = tl.load(
-        centre + head * DIM + tl.where(dim < half, dim + half, dim - half), mask=dim < DIM, other=0.0
-    )
-    partner = tl.where(dim < half, -partner, partner)[None, :]
-    per_norm = tl.load(coded_norm + head)
-    rows = _picks(picks, head, WORDS * FIELDS)
-    if UNIFORM:
-        levels_of_axis = _grid(grid, axis, head, AXES)
+    factor_of_axis = tl.load(factors + head * AXES + axis, mask=axis < AXES, other=0.0)
+    constant = tl.load(centre + head * DIM + dim, mask=dim < DIM, other=0.0)
     if EARLY:
         gdc_wait()
         gdc_launch_dependents()
-    for part in range(repeat):
-        row = (block + part) * BLOCK + tl.arange(0, BLOCK)
-        live = row < batches * tokens
-        batch, token = row.to(tl.int64), row * 0
-        if not ONE_TOKEN:
-            batch, token = (row // tokens).to(tl.int64), row % tokens
-        place = first_token + token
+    row = block * BLOCK + tl.arange(0, BLOCK)
+    if ONE_TOKEN:  # rows are sequences
+        live = row < batches
+        place = row * 0 + first_token
         if HAS_STARTS:
-            place = tl.maximum(tl.load(starts + batch, mask=live, other=0).to(tl.int32) - first_token, 0) + token
-        inside = live[:, None] & (dim < DIM)[None, :]
-        at = x + (batch * x_b + head * x_h + token.to(tl.int64) * x_t)[:, None] + dim[None, :] * x_d
-        value = tl.load(at, mask=inside, other=0.0).to(tl.float32)
-        if TURNED:
-            angle = (place.to(tl.int64) * rope_t)[:, None] + dim[None, :] * rope_d
-            cosine = tl.load(cos + angle, mask=inside, other=0.0)
-            sine = tl.load(sin + angle, mask=inside, other=0.0)
-            value -= constant * cosine + partner * sine
+            place = tl.maximum(tl.load(starts + row, mask=live, other=0).to(tl.int32) - first_token, 0)
+        batch = row.to(tl.int64)
+        x_at, code_at, scale_at = batch * x_b, batch * c_b + place * c_token, batch * s_b + place
+    else:  # rows are tokens of one sequence
+        live = row < tokens
+        place = first_token + row
+        batch = tl.program_id(2).to(tl.int64)
+        x += batch * x_b
+        codes += batch * c_b
+        scales += batch * s_b
+        x_at, code_at, scale_at = row * x_t, place * c_token, place
+    inside = live[:, None] & (dim < DIM)[None, :]
+    value = tl.load(x + head * x_h + x_at[:, None] + dim[None, :] * x_d, mask=inside, other=0.0).to(tl.float32)
+    if TURNED:
+        half: tl.constexpr = DIM // 2
+        partner = tl.where(dim < half, dim + half, dim - half)
+        other = tl.load(centre + head * DIM + partner, mask=dim < DIM, other=0.0)
+        other = tl.where(dim < half, -other, other)
+        angle = (place * rope_t)[:, None] + dim[None, :] * rope_d
+        cosine = tl.load(cos + angle, mask=inside, other=0.0)
+        sine = tl.load(sin + angle, mask=inside, other=0.0)
+        value -= constant[None, :] * cosine + other[None, :] * sine
+    else:
+        value = tl.where(inside, value - constant[None, :], 0.0)
+    if UNIFORM:
+        levels_of_axis = _grid(grid, axis, head, AXES)
+    per_norm = tl.load(coded_norm + head)
+    high = value.to(tl.float16)
+    low = (value - high.to(tl.float32)).to(tl.float16)
+    y = tl.dot(low, turn_high)
+    y = tl.dot(high, turn_low, y)
+    y = tl.dot(high, turn_high, y) * factor_of_axis[None, :]
+    norm = tl.full((BLOCK,), 1.0, tl.float32)
+    if SCALE != "none":
+        square, most = tl.reduce((y * y, tl.abs(y)), 1, _sum_and_max)
+        norm = tl.sqrt(square) * per_norm
+        if SCALE == "least-squares":  # as in reference.start_scale
+            norm += most / 4
+        norm = tl.maximum(norm, 1e-12)
+    if UNIFORM:
+        code, factor = _grid_codes(y, norm, levels_of_axis, SCALE)
+    else:
+        code, factor = _table_codes(
+            y, norm, widths, table_start, levels, thresholds, deviation, axis, head,
+            AXES, WIDEST, LEVELS, THRESHOLDS, SCALE,
+        )  # fmt: skip
+    if SCALE != "none":
+        steps = tl.log2(tl.maximum(factor, 1e-30)) * STEPS + ZERO
+        byte = tl.minimum(tl.maximum(tl.floor(steps + 0.5), 0.0), 255.0).to(tl.uint8)
+        tl.store(scales + head * s_h + scale_at, byte, mask=live)
+    packed = tl.trans(
+        _words(code, picks, head, AXES_PAD, LANES, WORDS, FIELDS)
+    )  # neighbouring tokens side by side
+    word = tl.arange(0, WORDS)
+    there = (word < words)[:, None] & live[None, :]
+    target = codes + head * c_h + code_at[None, :]
+    if PLANES:
+        for lane in tl.static_range(LANES):
+            plane = (word * LANES + lane) * c_word
+            tl.store(target + plane[:, None], (packed >> (8 * lane)).to(tl.uint8), mask=there)
+    else:
+        whole = target + (word * c_word)[:, None]
+        if LANES == 4:
+            tl.store(whole.to(tl.pointer_type(tl.int32), bitcast=True), packed, mask=there)
+        elif LANES == 2:
+            tl.store(whole.to(tl.pointer_type(tl.int16), bitcast=True), packed.to(tl.int16), mask=there)
         else:
-            value = tl.where(inside, value - constant, 0.0)
-        high = value.to(tl.float16)
-        low = (value - high.to(tl.float32)).to(tl.float16)
-        y = tl.dot(low, turn_high)
-        y = tl.dot(high, turn_low, y)
-        y = tl.dot(high, turn_high, y) * factor_of_axis
-        norm = tl.full((BLOCK,), 1.0, tl.float32)
-        if SCALE != "none":
-            norm = tl.sqrt(tl.sum(y * y, 1)) * per_norm
-            if SCALE == "least-squares":  # as in reference.start_scale
-                norm += tl.max(tl.abs(y), 1) / 4
-            norm = tl.maximum(norm, 1e-12)
-        if UNIFORM:
-            code, factor = _grid_codes(y, norm, levels_of_axis, SCALE)
-        else:
-            code, factor = _table_codes(
-                y, norm, widths, table_start, levels, thresholds, deviation, axis, head,
-                AXES, WIDEST, LEVELS, THRESHOLDS, SCALE,
-            )  # fmt: skip
-        if SCALE != "none":
-            steps = tl.log2(tl.maximum(factor, 1e-30)) * STEPS + ZERO
-            byte = tl.minimum(tl.maximum(tl.floor(steps + 0.5), 0.0), 255.0).to(tl.uint8)
-            tl.store(scales + batch * s_b + head * s_h + place, byte, mask=live)
-        packed = tl.trans(_words(code, rows, AXES_PAD, LANES, WORDS, FIELDS))  # neighbouring tokens side by side
-        there = (word < words)[:, None] & live[None, :]
-        target = codes + (batch * c_b + head * c_h + place.to(tl.int64) * c_token)[None, :]
-        if PLANES:
-            for lane in tl.static_range(LANES):
-                plane = (word * LANES + lane).to(tl.int64) * c_word
-                tl.store(target + plane[:, None], (packed >> (8 * lane)).to(tl.uint8), mask=there)
-        else:
-            whole = target + (word.to(tl.int64) * c_word)[:, None]
-            if LANES == 4:
-                tl.store(whole.to(tl.pointer_type(tl.int32), bitcast=True), packed, mask=there)
-            elif LANES == 2:
-                tl.store(whole.to(tl.pointer_type(tl.int16), bitcast=True), packed.to(tl.int16), mask=there)
-            else:
-                tl.store(whole, packed.to(tl.uint8), mask=there)
+            tl.store(whole, packed.to(tl.uint8), mask=there)
 
 
-@triton.jit(do_not_specialize=["first_token", "batches", "tokens", "repeat", "k_words", "v_words"])
+@triton.jit(do_not_specialize=["first_token", "batches", "tokens", "k_words", "v_words"])
 def pack_kernel(
-    k, k_b, k_h, k_t, k_d, v, v_b, v_h, v_t, v_d, starts, first_token, batches, tokens, repeat,
+    k, k_b, k_h, k_t, k_d, v, v_b, v_h, v_t, v_d, starts, first_token, batches, tokens,
     k_centre, k_analysis, k_factors, k_norm, k_grid, k_widths, k_start, k_levels, k_thresholds, k_deviation, k_picks,
     v_centre, v_analysis, v_factors, v_norm, v_grid, v_widths, v_start, v_levels, v_thresholds, v_deviation, v_picks,
     cos, sin, rope_t, rope_d, k_codes, kc_b, kc_h, kc_word, kc_token, k_words, k_scales, ks_b, ks_h,
@@ -220,12 +237,13 @@ def pack_kernel(
     LEVELS] (with a 0 at the end), thresholds f32 [H, THRESHOLDS], picks as in `PreparedSide`, cos and sin f32
     [T, d] of packed token 0 on. `first_token` is the first packed token's number, or what to subtract from
     `starts` int [B]. Codes' words are WORDS at most, `k_words` or `v_words` of them stored.
-    Program (h, r, s): the r-th `repeat` blocks of rows (b, token) of head h, keys where s is 0.
+    Program (h, 2 r + s, b): the r-th block of rows of head h, keys where s is 0: of sequence b's tokens, or of
+    sequences where each has one.
     """
-    head, block = tl.program_id(0), tl.program_id(1) * repeat
-    if tl.program_id(2) == 0:
+    head, block = tl.program_id(0).to(tl.int64), tl.program_id(1) // 2
+    if tl.program_id(1) % 2 == 0:
         _pack_rows(
-            k, k_b, k_h, k_t, k_d, starts, first_token, batches, tokens, head, block, repeat,
+            k, k_b, k_h, k_t, k_d, starts, first_token, batches, tokens, head, block,
             k_centre, k_analysis, k_factors, k_norm, k_grid, k_widths, k_start, k_levels, k_thresholds,
             k_deviation, k_picks,
             cos, sin, rope_t, rope_d, k_codes, kc_b, kc_h, kc_word, kc_token, k_words, k_scales, ks_b, ks_h,
@@ -234,7 +252,7 @@ def pack_kernel(
         )  # fmt: skip
     else:
         _pack_rows(
-            v, v_b, v_h, v_t, v_d, starts, first_token, batches, tokens, head, block, repeat,
+            v, v_b, v_h, v_t, v_d, starts, first_token, batches, tokens, head, block,
             v_centre, v_analysis, v_factors, v_norm, v_grid, v_widths, v_start, v_levels, v_thresholds,
             v_deviation, v_picks,
             cos, sin, rope_t, rope_d, v_codes, vc_b, vc_h, vc_plane, vc_token, v_words, v_scales, vs_b, vs_h,
@@ -254,16 +272,15 @@ def pack(k: Tensor, v: Tensor, layer: PreparedLayer, held: Held, start: int | Te
     cos, sin = (held.rope.cos, held.rope.sin) if turned and held.rope is not None else (layer.k.centre,) * 2
     starts = start if isinstance(start, Tensor) else None
     block = STEP_ROWS if tokens == 1 else PROMPT_ROWS
-    blocks = -(-batch * tokens // block)
-    repeat = max(1, 2 * heads * blocks // (PROGRAMS * processors(k)))
     early = launches_early(k)
-    pack_kernel[(heads, -(-blocks // repeat), 2)](
+    one = tokens == 1
+    pack_kernel[(heads, 2 * -(-(batch if one else tokens) // block), 1 if one else batch)](
         k, *k.stride(), v, *v.stride(), layer.k.centre if starts is None else starts,
-        held.sinks if isinstance(start, Tensor) else start - held.sinks, batch, tokens, repeat,
+        held.sinks if isinstance(start, Tensor) else start - held.sinks, batch, tokens,
         *_tables(layer.k), *_tables(layer.v), cos, sin, cos.stride(-2), cos.stride(-1),
         *_target(held.k, layer.k), *_target(held.v, layer.v), HEADS=heads, DIM=dim, DIM_PAD=padded(dim), LANES=layer.k.spec.lanes,
         **_constants(layer.k, "K"), **_constants(layer.v, "V"),
-        HAS_STARTS=starts is not None, ONE_TOKEN=tokens == 1, TURNED=turned, BLOCK=block, EARLY=early,
+        HAS_STARTS=starts is not None, ONE_TOKEN=one, TURNED=turned, BLOCK=block, EARLY=early,
         num_warps=4 if dim <= 64 else 8, **early_launch(early),
     )  # fmt: skip
 

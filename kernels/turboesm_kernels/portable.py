@@ -61,14 +61,10 @@ def attend(q: Tensor, held: Held, layer: PreparedLayer) -> Tensor:
 
 def chunk_of(q: Tensor, tokens: int, block: int) -> int:
     """Tokens a program goes over: enough programs to fill the device, whole blocks, no more than needed."""
-    wanted = max(1, WAVES * processors(q) // (q.shape[0] * q.shape[1]))
+    processors = torch.cuda.get_device_properties(q.device).multi_processor_count if q.is_cuda else 1
+    wanted = max(1, WAVES * processors // (q.shape[0] * q.shape[1]))
     blocks = -(-max(tokens, 1) // block)
     return -(-blocks // min(wanted, blocks)) * block
-
-
-def processors(q: Tensor) -> int:
-    """Multiprocessors of the query's device."""
-    return torch.cuda.get_device_properties(q.device).multi_processor_count if q.is_cuda else 1
 
 
 def fold(q: Tensor, held: Held, layer: PreparedLayer) -> tuple[Tensor, Tensor | None]:

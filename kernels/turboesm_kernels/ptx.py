@@ -214,7 +214,7 @@ def fast_split_kernel(
     v_codes, v_b, v_h, v_plane, v_scales, vs_b, vs_h, k_places, v_places, v_masks,
     part_max, part_sum, part_weight, part_out, tokens, chunk, sinks,
     HEADS: tl.constexpr, DIM: tl.constexpr, K_FIELDS: tl.constexpr, V_FIELDS: tl.constexpr, V_TABLE: tl.constexpr,
-    ROTATION: tl.constexpr, ADDRESS_CODE: tl.constexpr, ADDRESS_KINDS: tl.constexpr, OPEN_CODE: tl.constexpr, OPEN_KINDS: tl.constexpr,
+    ROTATION: tl.constexpr, OPEN_CODE: tl.constexpr, OPEN_KINDS: tl.constexpr,
     ROW_CODE: tl.constexpr, ROW_KINDS: tl.constexpr, STATE_CODE: tl.constexpr, STATE_KINDS: tl.constexpr,
     FIRST_KEYS_CODE: tl.constexpr, FIRST_KEYS_KINDS: tl.constexpr,
     FIRST_VALUES_CODE: tl.constexpr, FIRST_VALUES_KINDS: tl.constexpr,
@@ -273,11 +273,8 @@ def fast_split_kernel(
             FIRST_VALUES_CODE, FIRST_VALUES_KINDS, V_WORDS,
         )  # fmt: skip
     shared = tl.inline_asm_elementwise(
-        ADDRESS_CODE, ADDRESS_KINDS, (sinks,), dtype=tl.int32, is_pure=False, pack=1
-    )
-    angles_of_turns = turns.to(tl.int64, bitcast=True), block_turn.to(tl.int64, bitcast=True)
-    tl.inline_asm_elementwise(
-        OPEN_CODE, OPEN_KINDS, (lane, shared, masks, k_place, v_place) + angles_of_turns,  # noqa: RUF005
+        OPEN_CODE, OPEN_KINDS,
+        (lane, masks, k_place, v_place, turns.to(tl.int64, bitcast=True), block_turn.to(tl.int64, bitcast=True)),
         dtype=tl.int32, is_pure=False, pack=1,
     )  # fmt: skip
     b = (tl.zeros((32,), tl.float32),) * 4

@@ -185,12 +185,14 @@ def test_out_of_memory_in_a_prefill(precise: EsmModel, jobs: list[Job], monkeypa
     calls = 0
     real = decode.prefill
 
-    def prefill(model: EsmModel, tokens: Tensor, cache: decode.Cache) -> Tensor:
+    def prefill(
+        model: EsmModel, tokens: Tensor, cache: decode.Cache, joint: decode.JointProjection | None
+    ) -> Tensor:
         nonlocal calls
         calls += 1
         if len(tokens) > 2:
             raise torch.OutOfMemoryError("injected")
-        return real(model, tokens, cache)
+        return real(model, tokens, cache, joint)
 
     monkeypatch.setattr(decode, "prefill", prefill)
     shrunk: list[int] = []

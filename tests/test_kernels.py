@@ -376,6 +376,38 @@ def test_selfcheck(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "compile or start" in (selfcheck.problem(layers) or "")
 
 
+def check_rotation(device: str, dtype: torch.dtype) -> None:
+    """Queries, keys and values of a joint projection, from positions that differ from sequence to sequence."""
+    from turboesm_kernels.rotary import rotate
+
+    batch, tokens, heads, dim, scaling = 3, 5, 3, 24, 0.3
+    generator = torch.Generator().manual_seed(0)
+    joint = torch.randn(batch, tokens, 3 * heads * dim, generator=generator).to(dtype)
+    starts = torch.tensor([0, 4, 2], dtype=torch.int32)
+    every = Rope.at(torch.arange(9), 10000 ** (-torch.arange(0, dim, 2) / dim))
+    at = starts.long()[:, None] + torch.arange(tokens)
+    own = Rope(every.cos[at][:, None], every.sin[at][:, None])
+    q, k, v = joint.double().view(batch, tokens, 3, heads, dim).permute(2, 0, 3, 1, 4)
+    moved = Rope(every.cos.to(device), every.sin.to(device))
+    poison(joint)
+    found = rotate(joint.to(device), heads, scaling, moved, starts.to(device))
+    for one, wanted in zip(found, (own.rotate(q) * scaling, own.rotate(k), v), strict=True):
+        assert one.dtype == dtype and one.shape == (batch, heads, tokens, dim)
+        assert relative_error(one.cpu(), wanted) < TOLERANCE[dtype]
+
+
+@interpreted
+def test_rotation() -> None:
+    check_rotation("cpu", torch.float32)
+
+
+@pytest.mark.gpu
+@no_gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rotation_on_gpu(dtype: torch.dtype) -> None:
+    check_rotation("cuda", dtype)
+
+
 def check_tokens(
     dim: int, length: int, drops: bool, device: str = "cpu", dtype: torch.dtype = torch.float32
 ) -> None:

@@ -62,13 +62,15 @@ class Codec(Protocol):
         ...
 
 
-def encode(model: EsmModel, tokens: Tensor, observe: Attention | None = None) -> Tensor:
+def encode(
+    model: EsmModel, tokens: Tensor, observe: Attention | None = None, joint: JointProjection | None = None
+) -> Tensor:
     """Final hidden states [B, T, E] of ESM-2 run on tokens int64 [B, T] (padding allowed), as fair-esm gives them.
 
-    `observe` replaces the attention, see `Attention`.
+    `observe` replaces the attention, see `Attention`; `joint` as in `step`.
     """
     attention = observe or bidirectional(tokens)
-    project = _projection(model, rope_at(model, 0, tokens.shape[1]))
+    project = joint or _projection(model, rope_at(model, 0, tokens.shape[1]))
     return _layers(model, tokens, project, unmasked_fraction(tokens), attention)
 
 
@@ -87,21 +89,23 @@ def bidirectional(tokens: Tensor) -> Attention:
     return attend
 
 
-def prefill(model: EsmModel, tokens: Tensor, cache: Cache) -> Tensor:
+def prefill(model: EsmModel, tokens: Tensor, cache: Cache, joint: JointProjection | None = None) -> Tensor:
     """Encode prompts int64 [B, P], padded on the right, and fill the empty cache with them layer by layer.
 
-    Keys and values of one layer at a time are in memory. Returns the final hidden states [B, P, E]; they are
-    exact, whatever the cache.
+    Keys and values of one layer at a time are in memory; `joint` as in `step`. Returns the final hidden states
+    [B, P, E]; they are exact, whatever the cache.
     """
     cache.begin(tokens.ne(PAD).sum(-1).tolist())
     cache.unmasked.copy_(unmasked_fraction(tokens))
+    if joint is not None:
+        joint.at(cache.starts)
     exact = bidirectional(tokens)
 
     def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         cache.append(layer, k, v, tokens)
         return exact(layer, q, k, v)
 
-    return encode(model, tokens, attend)
+    return encode(model, tokens, attend, joint)
 
 
 def step(model: EsmModel, tokens: Tensor, cache: Cache, joint: JointProjection | None = None) -> Tensor:
@@ -249,7 +253,7 @@ def _projection(model: EsmModel, rope: Rope) -> Projection:
 
 
 class JointProjection:
-    """One matrix for a layer's queries, keys and values, and one kernel that turns them: for steps on a GPU.
+    """One matrix for a layer's queries, keys and values, and one kernel that turns them: for GPUs.
 
     The model's own weights become views of the joint ones, so that nothing is held twice.
     """
@@ -258,18 +262,18 @@ class JointProjection:
         self._heads = model.shape.heads
         self._scaling = model.shape.head_dim**-0.5
         self._rope = rope_at(model, 0, capacity)
-        self._positions = torch.zeros(0, dtype=torch.int32)
+        self._starts = torch.zeros(0, dtype=torch.int32)
         self._weights = [_join(layer.self_attn) for layer in model.net.layers]
 
-    def at(self, positions: Tensor) -> None:
-        """Where the sequences' tokens stand, int32 [B]."""
-        self._positions = positions
+    def at(self, starts: Tensor) -> None:
+        """Where the sequences' first tokens stand, int32 [B]."""
+        self._starts = starts
 
     def __call__(self, index: int, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """q (scaled), k (both after RoPE) and v [B, H, 1, d] of normed hidden states [B, 1, E]."""
+        """q (scaled), k (both after RoPE) and v [B, H, T, d] of normed hidden states [B, T, E]."""
         from turboesm_kernels.rotary import rotate
 
-        return rotate(F.linear(x, *self._weights[index]), self._heads, self._scaling, self._rope, self._positions)
+        return rotate(F.linear(x, *self._weights[index]), self._heads, self._scaling, self._rope, self._starts)
 
 
 def _join(attention: nn.Module) -> tuple[Tensor, Tensor]:

@@ -23,8 +23,9 @@ from turboesm_cli.dense import DenseCache
 from turboesm_cli.model import EsmModel
 from turboesm_cli.sequences import PAD
 
-PREFILL_TOKENS = 8192
-"""Tokens that are encoded at once when slots are filled: what bounds the workspace of a prefill."""
+PREFILL_TOKENS = 16384
+"""Tokens that are encoded at once when slots are filled: what bounds the workspace of a prefill. Enough that a GPU
+is not kept waiting for the host."""
 
 AnyCache = PackedCache | DenseCache
 NewCache = Callable[[int, int], AnyCache]
@@ -89,7 +90,7 @@ class Stepper:
         tokens = torch.nn.utils.rnn.pad_sequence(list(prompts), batch_first=True, padding_value=PAD)
         rows = self.cache.rows(start, start + len(prompts))
         rows.truncate(0)
-        return decode.prefill(self.model, tokens.to(self.model.device), rows)
+        return decode.prefill(self.model, tokens.to(self.model.device), rows, self._joint)
 
     def step(self, tokens: Tensor) -> Tensor:
         """Decode tokens int64 [slots]: final hidden states [slots, E]."""

@@ -108,8 +108,7 @@ def attend(q: Tensor, held: Held, layer: PreparedLayer, chunk: int | None = None
 
 def chunk_of(q: Tensor, tokens: int) -> int:
     """Tokens a warp goes over, in whole blocks."""
-    processors = torch.cuda.get_device_properties(q.device).multi_processor_count if q.is_cuda else 1
-    return TURN * _blocks_each(q.shape[0] * q.shape[1], -(-tokens // TURN), WARPS * processors)
+    return TURN * _blocks_each(q.shape[0] * q.shape[1], -(-tokens // TURN), WARPS * portable.processors(q))
 
 
 @lru_cache(maxsize=1024)

@@ -1,8 +1,8 @@
 # mypy: disable-error-code="no-untyped-def,untyped-decorator"
 """Compress keys and values straight into a cache: centre, rotate, scale, quantize and pack, in one launch.
 
-Plain Triton. Codes of neighbouring axes lie at the same bits of neighbouring bytes (`layout`): they are put side by
-side in a word once, and each word of the cache is gathered from pieces of those. On a uniform grid codes are
+Plain Triton. Codes of neighbouring axes lie at the same bits of neighbouring bytes (`layout`): they are put side
+by side in a word once, and each word of the cache is gathered from pieces of those. On a uniform grid codes are
 computed, else looked for in the tables of thresholds.
 """
 
@@ -31,45 +31,22 @@ what the second added (Triton 3.6, H200), which `test_pack_on_gpu` saw."""
 
 
 @triton.jit
-def _sum_and_max(sum_a, max_a, sum_b, max_b):
-    return sum_a + sum_b, tl.maximum(max_a, max_b)
-
-
-@triton.jit
-def _two_sums(a, other_a, b, other_b):
-    return a + b, other_a + other_b
-
-
-@triton.jit
-def _grid(grid, axis, head, AXES: tl.constexpr):
-    """The rows of `PreparedSide.grid`, f32 [1, A] each."""
+def _grid_codes(y, norm, grid, axis, head, AXES: tl.constexpr, SCALE: tl.constexpr):
+    """Codes int32 of normalised coordinates y on a uniform grid, and their scales (see `lookup.Bits`)."""
     own = axis < AXES
     at = grid + head * 6 * AXES + axis
     per_step = tl.load(at, mask=own, other=0.0)[None, :]
     half = tl.load(at + AXES, mask=own, other=0.0)[None, :]
     top = tl.load(at + 2 * AXES, mask=own, other=0.0)[None, :]
-    level = tl.load(at + 3 * AXES, mask=own, other=0.0)[None, :]
-    zero = tl.load(at + 4 * AXES, mask=own, other=0.0)[None, :]
-    spread = tl.load(at + 5 * AXES, mask=own, other=0.0)[None, :]
-    return per_step, half, top, level, zero, spread
-
-
-@triton.jit
-def _scale(y, guess, spread):
-    """<s y, z^> / <z^, z^> of each row."""
-    product, square = tl.reduce((y * spread * guess, guess * guess), 1, _two_sums)
-    return product / tl.maximum(square, 1e-30)
-
-
-@triton.jit
-def _grid_codes(y, norm, rows, SCALE: tl.constexpr):
-    """Codes int32 of normalised coordinates y on a uniform grid, and their scales (see `lookup.Bits`)."""
-    per_step, half, top, level, zero, spread = rows
     code = tl.floor(y * (1.0 / norm)[:, None] * per_step + half)
     code = tl.minimum(tl.maximum(code, 0.0), top)
     factor = norm
     if SCALE == "least-squares":
-        factor = _scale(y, code * level - zero, spread)
+        level = tl.load(at + 3 * AXES, mask=own, other=0.0)[None, :]
+        zero = tl.load(at + 4 * AXES, mask=own, other=0.0)[None, :]
+        spread = tl.load(at + 5 * AXES, mask=own, other=0.0)[None, :]
+        guess = code * level - zero
+        factor = tl.sum(y * spread * guess, 1) / tl.maximum(tl.sum(guess * guess, 1), 1e-30)
     return code.to(tl.int32), factor
 
 
@@ -92,7 +69,8 @@ def _table_codes(
     factor = norm
     if SCALE == "least-squares":
         spread = tl.load(deviation + head * AXES + axis, mask=own, other=0.0)[None, :]
-        factor = _scale(y, tl.load(levels + head * LEVELS + start[None, :] + code) * spread, spread)
+        guess = tl.load(levels + head * LEVELS + start[None, :] + code) * spread
+        factor = tl.sum(y * spread * guess, 1) / tl.maximum(tl.sum(guess * guess, 1), 1e-30)
     return code, factor
 
 
@@ -100,7 +78,7 @@ def _table_codes(
 def _words(
     code, picks, head, AXES_PAD: tl.constexpr, LANES: tl.constexpr, WORDS: tl.constexpr, FIELDS: tl.constexpr
 ):
-    """Codes int32 [rows, A] as packed words int32 [rows, WORDS]: `LANES` neighbours beside each other, then fields."""
+    """Codes int32 [rows, A] as packed words int32 [rows, WORDS]: `LANES` neighbours side by side, then fields."""
     lane = tl.arange(0, LANES)
     rows: tl.constexpr = code.shape[0]
     groups = tl.reshape(code, (rows, AXES_PAD // LANES, LANES)) << (8 * lane)[None, None, :]
@@ -121,11 +99,11 @@ def _pack_rows(
     cos, sin, rope_t, rope_d, codes, c_b, c_h, c_word, c_token, words, scales, s_b, s_h,
     HEADS: tl.constexpr, DIM: tl.constexpr, AXES: tl.constexpr, DIM_PAD: tl.constexpr, AXES_PAD: tl.constexpr,
     LANES: tl.constexpr, WORDS: tl.constexpr, FIELDS: tl.constexpr, WIDEST: tl.constexpr,
-    LEVELS: tl.constexpr, THRESHOLDS: tl.constexpr, SCALE: tl.constexpr, UNIFORM: tl.constexpr, PLANES: tl.constexpr,
-    HAS_STARTS: tl.constexpr, ONE_TOKEN: tl.constexpr, TURNED: tl.constexpr, BLOCK: tl.constexpr,
-    EARLY: tl.constexpr,
+    LEVELS: tl.constexpr, THRESHOLDS: tl.constexpr, SCALE: tl.constexpr, UNIFORM: tl.constexpr,
+    PLANES: tl.constexpr, HAS_STARTS: tl.constexpr, ONE_TOKEN: tl.constexpr, TURNED: tl.constexpr,
+    BLOCK: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    """`pack_kernel` for one side, head and block of rows."""
+    """`pack_kernel` for one side, head and block of rows (b, token)."""
     dim = tl.arange(0, DIM_PAD)
     axis = tl.arange(0, AXES_PAD)
     matrix = (dim < DIM)[:, None] & (axis < AXES)[None, :]
@@ -138,37 +116,27 @@ def _pack_rows(
         gdc_wait()
         gdc_launch_dependents()
     row = block * BLOCK + tl.arange(0, BLOCK)
-    if ONE_TOKEN:  # rows are sequences
-        live = row < batches
-        place = row * 0 + first_token
-        if HAS_STARTS:
-            place = tl.maximum(tl.load(starts + row, mask=live, other=0).to(tl.int32) - first_token, 0)
-        batch = row.to(tl.int64)
-        x_at, code_at, scale_at = batch * x_b, batch * c_b + place * c_token, batch * s_b + place
-    else:  # rows are tokens of one sequence
-        live = row < tokens
-        place = first_token + row
-        batch = tl.program_id(2).to(tl.int64)
-        x += batch * x_b
-        codes += batch * c_b
-        scales += batch * s_b
-        x_at, code_at, scale_at = row * x_t, place * c_token, place
+    live = row < batches * tokens
+    batch, token = row.to(tl.int64), row * 0
+    if not ONE_TOKEN:
+        batch, token = (row // tokens).to(tl.int64), row % tokens
+    place = first_token + token
+    if HAS_STARTS:
+        place = tl.maximum(tl.load(starts + batch, mask=live, other=0).to(tl.int32) - first_token, 0) + token
     inside = live[:, None] & (dim < DIM)[None, :]
-    value = tl.load(x + head * x_h + x_at[:, None] + dim[None, :] * x_d, mask=inside, other=0.0).to(tl.float32)
+    at = x + (batch * x_b + head * x_h + token.to(tl.int64) * x_t)[:, None] + dim[None, :] * x_d
+    value = tl.load(at, mask=inside, other=0.0).to(tl.float32)
     if TURNED:
         half: tl.constexpr = DIM // 2
         partner = tl.where(dim < half, dim + half, dim - half)
         other = tl.load(centre + head * DIM + partner, mask=dim < DIM, other=0.0)
         other = tl.where(dim < half, -other, other)
-        angle = (place * rope_t)[:, None] + dim[None, :] * rope_d
+        angle = (place.to(tl.int64) * rope_t)[:, None] + dim[None, :] * rope_d
         cosine = tl.load(cos + angle, mask=inside, other=0.0)
         sine = tl.load(sin + angle, mask=inside, other=0.0)
         value -= constant[None, :] * cosine + other[None, :] * sine
     else:
         value = tl.where(inside, value - constant[None, :], 0.0)
-    if UNIFORM:
-        levels_of_axis = _grid(grid, axis, head, AXES)
-    per_norm = tl.load(coded_norm + head)
     high = value.to(tl.float16)
     low = (value - high.to(tl.float32)).to(tl.float16)
     y = tl.dot(low, turn_high)
@@ -176,13 +144,12 @@ def _pack_rows(
     y = tl.dot(high, turn_high, y) * factor_of_axis[None, :]
     norm = tl.full((BLOCK,), 1.0, tl.float32)
     if SCALE != "none":
-        square, most = tl.reduce((y * y, tl.abs(y)), 1, _sum_and_max)
-        norm = tl.sqrt(square) * per_norm
+        norm = tl.sqrt(tl.sum(y * y, 1)) * tl.load(coded_norm + head)
         if SCALE == "least-squares":  # as in reference.start_scale
-            norm += most / 4
+            norm += tl.max(tl.abs(y), 1) / 4
         norm = tl.maximum(norm, 1e-12)
     if UNIFORM:
-        code, factor = _grid_codes(y, norm, levels_of_axis, SCALE)
+        code, factor = _grid_codes(y, norm, grid, axis, head, AXES, SCALE)
     else:
         code, factor = _table_codes(
             y, norm, widths, table_start, levels, thresholds, deviation, axis, head,
@@ -191,19 +158,18 @@ def _pack_rows(
     if SCALE != "none":
         steps = tl.log2(tl.maximum(factor, 1e-30)) * STEPS + ZERO
         byte = tl.minimum(tl.maximum(tl.floor(steps + 0.5), 0.0), 255.0).to(tl.uint8)
-        tl.store(scales + head * s_h + scale_at, byte, mask=live)
-    packed = tl.trans(
-        _words(code, picks, head, AXES_PAD, LANES, WORDS, FIELDS)
-    )  # neighbouring tokens side by side
+        tl.store(scales + batch * s_b + head * s_h + place, byte, mask=live)
+    # Neighbouring tokens side by side, as they are stored.
+    packed = tl.trans(_words(code, picks, head, AXES_PAD, LANES, WORDS, FIELDS))
     word = tl.arange(0, WORDS)
     there = (word < words)[:, None] & live[None, :]
-    target = codes + head * c_h + code_at[None, :]
+    target = codes + (batch * c_b + head * c_h + place.to(tl.int64) * c_token)[None, :]
     if PLANES:
         for lane in tl.static_range(LANES):
-            plane = (word * LANES + lane) * c_word
+            plane = (word * LANES + lane).to(tl.int64) * c_word
             tl.store(target + plane[:, None], (packed >> (8 * lane)).to(tl.uint8), mask=there)
     else:
-        whole = target + (word * c_word)[:, None]
+        whole = target + (word.to(tl.int64) * c_word)[:, None]
         if LANES == 4:
             tl.store(whole.to(tl.pointer_type(tl.int32), bitcast=True), packed, mask=there)
         elif LANES == 2:
@@ -215,15 +181,19 @@ def _pack_rows(
 @triton.jit(do_not_specialize=["first_token", "batches", "tokens", "k_words", "v_words"])
 def pack_kernel(
     k, k_b, k_h, k_t, k_d, v, v_b, v_h, v_t, v_d, starts, first_token, batches, tokens,
-    k_centre, k_analysis, k_factors, k_norm, k_grid, k_widths, k_start, k_levels, k_thresholds, k_deviation, k_picks,
-    v_centre, v_analysis, v_factors, v_norm, v_grid, v_widths, v_start, v_levels, v_thresholds, v_deviation, v_picks,
+    k_centre, k_analysis, k_factors, k_norm, k_grid, k_widths, k_start, k_levels, k_thresholds, k_deviation,
+    k_picks,
+    v_centre, v_analysis, v_factors, v_norm, v_grid, v_widths, v_start, v_levels, v_thresholds, v_deviation,
+    v_picks,
     cos, sin, rope_t, rope_d, k_codes, kc_b, kc_h, kc_word, kc_token, k_words, k_scales, ks_b, ks_h,
     v_codes, vc_b, vc_h, vc_plane, vc_token, v_words, v_scales, vs_b, vs_h,
     HEADS: tl.constexpr, DIM: tl.constexpr, DIM_PAD: tl.constexpr, LANES: tl.constexpr,
-    K_AXES: tl.constexpr, K_PAD: tl.constexpr, K_WORDS: tl.constexpr, K_FIELDS: tl.constexpr, K_WIDEST: tl.constexpr,
-    K_LEVELS: tl.constexpr, K_THRESHOLDS: tl.constexpr, K_SCALE: tl.constexpr, K_UNIFORM: tl.constexpr,
-    V_AXES: tl.constexpr, V_PAD: tl.constexpr, V_WORDS: tl.constexpr, V_FIELDS: tl.constexpr, V_WIDEST: tl.constexpr,
-    V_LEVELS: tl.constexpr, V_THRESHOLDS: tl.constexpr, V_SCALE: tl.constexpr, V_UNIFORM: tl.constexpr,
+    K_AXES: tl.constexpr, K_PAD: tl.constexpr, K_WORDS: tl.constexpr, K_FIELDS: tl.constexpr,
+    K_WIDEST: tl.constexpr, K_LEVELS: tl.constexpr, K_THRESHOLDS: tl.constexpr, K_SCALE: tl.constexpr,
+    K_UNIFORM: tl.constexpr,
+    V_AXES: tl.constexpr, V_PAD: tl.constexpr, V_WORDS: tl.constexpr, V_FIELDS: tl.constexpr,
+    V_WIDEST: tl.constexpr, V_LEVELS: tl.constexpr, V_THRESHOLDS: tl.constexpr, V_SCALE: tl.constexpr,
+    V_UNIFORM: tl.constexpr,
     HAS_STARTS: tl.constexpr, ONE_TOKEN: tl.constexpr, TURNED: tl.constexpr, BLOCK: tl.constexpr,
     EARLY: tl.constexpr,
 ):  # fmt: skip
@@ -237,11 +207,10 @@ def pack_kernel(
     LEVELS] (with a 0 at the end), thresholds f32 [H, THRESHOLDS], picks as in `PreparedSide`, cos and sin f32
     [T, d] of packed token 0 on. `first_token` is the first packed token's number, or what to subtract from
     `starts` int [B]. Codes' words are WORDS at most, `k_words` or `v_words` of them stored.
-    Program (h, 2 r + s, b): the r-th block of rows of head h, keys where s is 0: of sequence b's tokens, or of
-    sequences where each has one.
+    Program (h, r, s): the r-th block of rows (b, token) of head h, keys where s is 0.
     """
-    head, block = tl.program_id(0).to(tl.int64), tl.program_id(1) // 2
-    if tl.program_id(1) % 2 == 0:
+    head, block = tl.program_id(0), tl.program_id(1)
+    if tl.program_id(2) == 0:
         _pack_rows(
             k, k_b, k_h, k_t, k_d, starts, first_token, batches, tokens, head, block,
             k_centre, k_analysis, k_factors, k_norm, k_grid, k_widths, k_start, k_levels, k_thresholds,
@@ -273,14 +242,14 @@ def pack(k: Tensor, v: Tensor, layer: PreparedLayer, held: Held, start: int | Te
     starts = start if isinstance(start, Tensor) else None
     block = STEP_ROWS if tokens == 1 else PROMPT_ROWS
     early = launches_early(k)
-    one = tokens == 1
-    pack_kernel[(heads, 2 * -(-(batch if one else tokens) // block), 1 if one else batch)](
+    pack_kernel[(heads, -(-batch * tokens // block), 2)](
         k, *k.stride(), v, *v.stride(), layer.k.centre if starts is None else starts,
         held.sinks if isinstance(start, Tensor) else start - held.sinks, batch, tokens,
         *_tables(layer.k), *_tables(layer.v), cos, sin, cos.stride(-2), cos.stride(-1),
-        *_target(held.k, layer.k), *_target(held.v, layer.v), HEADS=heads, DIM=dim, DIM_PAD=padded(dim), LANES=layer.k.spec.lanes,
+        *_target(held.k, layer.k), *_target(held.v, layer.v),
+        HEADS=heads, DIM=dim, DIM_PAD=padded(dim), LANES=layer.k.spec.lanes,
         **_constants(layer.k, "K"), **_constants(layer.v, "V"),
-        HAS_STARTS=starts is not None, ONE_TOKEN=one, TURNED=turned, BLOCK=block, EARLY=early,
+        HAS_STARTS=starts is not None, ONE_TOKEN=tokens == 1, TURNED=turned, BLOCK=block, EARLY=early,
         num_warps=4 if dim <= 64 else 8, **early_launch(early),
     )  # fmt: skip
 

@@ -61,10 +61,14 @@ def attend(q: Tensor, held: Held, layer: PreparedLayer) -> Tensor:
 
 def chunk_of(q: Tensor, tokens: int, block: int) -> int:
     """Tokens a program goes over: enough programs to fill the device, whole blocks, no more than needed."""
-    processors = torch.cuda.get_device_properties(q.device).multi_processor_count if q.is_cuda else 1
-    wanted = max(1, WAVES * processors // (q.shape[0] * q.shape[1]))
+    wanted = max(1, WAVES * processors(q) // (q.shape[0] * q.shape[1]))
     blocks = -(-max(tokens, 1) // block)
     return -(-blocks // min(wanted, blocks)) * block
+
+
+def processors(q: Tensor) -> int:
+    """Multiprocessors of the query's device."""
+    return torch.cuda.get_device_properties(q.device).multi_processor_count if q.is_cuda else 1
 
 
 def fold(q: Tensor, held: Held, layer: PreparedLayer) -> tuple[Tensor, Tensor | None]:
@@ -148,8 +152,8 @@ def finish(
     finish_kernel[(heads, -(-rows // row_block))](
         partials.top, partials.mass, partials.weight if weighted else partials.mass, partials.out,
         q, *q.stride(), q if held.lengths is None else held.lengths,
-        sink_k, *sink_k.stride(), sink_v, *sink_v.stride(), value_map, offset, layer.v.centre, out, rows, splits, axes,
-        HEADS=heads, QUERIES=queries, DIM=dim, DIM_PAD=padded(dim), AXES_PAD=axes_pad,
+        sink_k, *sink_k.stride(), sink_v, *sink_v.stride(), value_map, offset, layer.v.centre, out,
+        rows, splits, axes, HEADS=heads, QUERIES=queries, DIM=dim, DIM_PAD=padded(dim), AXES_PAD=axes_pad,
         SPLIT_BLOCK=split_block, SINKS=held.sinks, ROW_BLOCK=row_block, HAS_LENGTHS=held.lengths is not None,
         HAS_WEIGHT=weighted, EARLY=early, num_warps=8 if axes_pad > 64 else 4, **early_launch(early),
     )  # fmt: skip

@@ -74,9 +74,9 @@ class PreparedSide:
 
     @cached_property
     def picks(self) -> Tensor:
-        """int32 [H, 4, W, F]: the pieces of each packed word, for `pack`; W and F powers of 2 that hold any head's.
+        """int32 [H, 4, W, F]: the pieces of each packed word, for `pack`; W, F powers of 2 that hold any head's.
 
-        A piece of `lanes` neighbouring codes at once, beside each other in a word: which neighbours, their bit that
+        A piece of `lanes` neighbouring codes at once, side by side in a word: which neighbours, their bit that
         comes first, the mask of all lanes' bits after that, and where they go; mask 0 where there is no piece.
         """
         spec = self.spec

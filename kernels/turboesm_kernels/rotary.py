@@ -1,5 +1,5 @@
 # mypy: disable-error-code="no-untyped-def,untyped-decorator"
-"""One decoded token of each sequence: queries and keys out of the joint projection, turned to its position."""
+"""Queries and keys out of the joint projection, turned to their positions."""
 
 from __future__ import annotations
 
@@ -12,44 +12,44 @@ from turboesm_kernels.ops import padded
 from turboesm_kernels.reference import Rope
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def rotate_kernel(
-    joint, j_b, positions, cos, sin, r_t, q_out, k_out, scaling,
+    joint, j_r, starts, tokens, cos, sin, r_t, q_out, k_out, scaling,
     HEADS: tl.constexpr, DIM: tl.constexpr, HEADS_PAD: tl.constexpr, HALF_PAD: tl.constexpr,
 ):  # fmt: skip
-    """q_out = R (scaling q), k_out = R k at positions[b]; program (b, 0) does the queries, (b, 1) the keys.
+    """q_out = R (scaling q), k_out = R k of token t of sequence b, at position starts[b] + t.
 
-    joint any float [B, 3 H d], q, k, v beside each other; cos and sin f32 [T, d]; outputs like joint, [B, H, d].
+    joint any float [B T, 3 H d], q, k, v beside each other; starts int32 [B]; cos and sin f32 [T', d]; outputs
+    like joint, [B T, H d]. Program (b T + t, 0) does the queries, (b T + t, 1) the keys.
     """
-    batch, side = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    row, side = tl.program_id(0).to(tl.int64), tl.program_id(1)
     half: tl.constexpr = DIM // 2
     head, pair = tl.arange(0, HEADS_PAD), tl.arange(0, HALF_PAD)
     inside = (head < HEADS)[:, None] & (pair < half)[None, :]
     at = head[:, None] * DIM + pair[None, :]
-    source = joint + batch * j_b + side * HEADS * DIM + at
+    source = joint + row * j_r + side * HEADS * DIM + at
     first = tl.load(source, mask=inside, other=0.0).to(tl.float32)
     second = tl.load(source + half, mask=inside, other=0.0).to(tl.float32)
-    angle = tl.load(positions + batch).to(tl.int64) * r_t + pair
+    angle = (tl.load(starts + row // tokens) + row % tokens).to(tl.int64) * r_t + pair
     cosine = tl.load(cos + angle, mask=pair < half, other=0.0)[None, :]
     sine = tl.load(sin + angle, mask=pair < half, other=0.0)[None, :]
     factor = tl.where(side == 0, scaling, 1.0)
-    out = tl.where(side == 0, q_out, k_out) + batch * HEADS * DIM + at
+    out = tl.where(side == 0, q_out, k_out) + row * HEADS * DIM + at
     tl.store(out, ((first * cosine - second * sine) * factor).to(q_out.dtype.element_ty), mask=inside)
     tl.store(out + half, ((second * cosine + first * sine) * factor).to(q_out.dtype.element_ty), mask=inside)
 
 
-def rotate(
-    joint: Tensor, heads: int, scaling: float, rope: Rope, positions: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """q (scaled), k (both after RoPE) and v [B, H, 1, d] of a joint projection [B, 1, 3 H d]; v is a view.
+def rotate(joint: Tensor, heads: int, scaling: float, rope: Rope, starts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """q (scaled), k (both after RoPE) and v [B, H, T, d] of a joint projection [B, T, 3 H d], dense; v is a view.
 
-    rope float32 [T, d], positions int32 [B] into it. One launch, nothing synchronized.
+    rope float32 [T', d], starts int32 [B]: the positions of the first tokens, rows of it. One launch, nothing
+    synchronized.
     """
-    batch, dim = joint.shape[0], joint.shape[-1] // 3 // heads
-    flat = joint.view(batch, 3, heads, 1, dim)
-    q, k = torch.empty((2, batch, heads, 1, dim), dtype=joint.dtype, device=joint.device)
-    rotate_kernel[(batch, 2)](
-        joint, joint.stride(0), positions, rope.cos, rope.sin, rope.cos.stride(0), q, k, scaling,
+    (batch, tokens, _), dim = joint.shape, joint.shape[-1] // 3 // heads
+    flat = joint.view(batch, tokens, 3, heads, dim)
+    q, k = torch.empty((2, batch, tokens, heads, dim), dtype=joint.dtype, device=joint.device)
+    rotate_kernel[(batch * tokens, 2)](
+        joint, joint.stride(1), starts, tokens, rope.cos, rope.sin, rope.cos.stride(0), q, k, scaling,
         HEADS=heads, DIM=dim, HEADS_PAD=padded(heads, 1), HALF_PAD=padded(dim // 2, 1),
     )  # fmt: skip
-    return q, k, flat[:, 2]
+    return q.transpose(1, 2), k.transpose(1, 2), flat[:, :, 2].transpose(1, 2)

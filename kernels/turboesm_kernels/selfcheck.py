@@ -1,8 +1,8 @@
 """Whether the Triton kernels do on this device what the plain reference does.
 
-Compilers err: Triton 3.6 on an H200 once dropped half of a sum in `pack`, for some shapes alone. So a layer of each
-shape that a codec has is packed and asked with random numbers before a cache on a GPU is used. That compiles the
-kernels, too, many at a time.
+Compilers err: Triton 3.6 on an H200 once dropped half of a sum in `pack`, for some shapes alone. So a layer of
+each shape that a codec has is packed and asked with random numbers before a cache on a GPU is used. That compiles
+the kernels, too, many at a time.
 """
 
 from __future__ import annotations

@@ -10,9 +10,12 @@ from torch import Tensor
 
 from turboesm_kernels.kinds import TokenTables
 from turboesm_kernels.ops import padded
+from turboesm_kernels.portable import processors
 from turboesm_kernels.reference import Rope
 
 BLOCK = 64
+MANY = 8
+"""Programs a multiprocessor from which one warp does a sequence and head: fewer wait for each other."""
 
 
 @triton.jit
@@ -90,6 +93,6 @@ def attend(q: Tensor, ids: Tensor, tables: TokenTables, unmasked: Tensor, rope: 
         q, q.stride(0), q.stride(1), ids, ids.stride(0), lengths, tables.k, tables.v, tables.k_const,
         tables.v_const, tables.sigma, tables.epsilon, unmasked, rope.cos, rope.sin, rope.cos.stride(0), out, kinds,
         HEADS=heads, HALF=dim // 2, HALF_PAD=padded(dim // 2), KINDS_PAD=padded(kinds), DROPS=tables.drops,
-        BLOCK=BLOCK,
+        BLOCK=BLOCK, num_warps=1 if batch * heads >= MANY * processors(q) else 4,
     )  # fmt: skip
     return out

@@ -14,7 +14,7 @@ from turboesm_kernels.portable import processors
 from turboesm_kernels.reference import Rope
 
 BLOCK = 64
-MANY = 8
+MANY = 16
 """Programs a multiprocessor from which one warp does a sequence and head: fewer wait for each other."""
 
 

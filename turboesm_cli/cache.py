@@ -337,7 +337,7 @@ class _LayerStore:
             into = self.tensors[f"{name}.sinks"]
             if isinstance(start, int):
                 kept = max(0, min(self.sinks - start, x.shape[2]))
-                into[:, :, start : start + kept] = x[:, :, :kept].to(SINK_DTYPE)
+                into[:, :, start : start + kept] = x[:, :, :kept]
             else:
                 there = (torch.arange(self.sinks, device=x.device) == start[:, None])[:, None, :, None]
                 into.copy_(torch.where(there, x.to(SINK_DTYPE), into))

@@ -130,17 +130,24 @@ def progress(label: str, total: int) -> Iterator[Tick]:
 
 
 def _ticker(label: str, total: int, tell: Callable[[str], None]) -> Tick:
-    """Tells now and then how far work is."""
+    """Tells now and then how far work is, and how long it will take at the pace since its first step.
+
+    What comes before that, such as compiling kernels, says nothing of the pace.
+    """
     start = last = time.monotonic()
     finished = 0
+    first: tuple[float, int] | None = None
 
     def tick(done: int = 1) -> None:
-        nonlocal finished, last
+        nonlocal finished, last, first
         finished += done
         now = time.monotonic()
+        first = first or (now, finished)
         if now - last >= SECONDS_BETWEEN_LOG_LINES or finished >= total:
             last = now
-            left = (now - start) / finished * (total - finished)
-            tell(f"{label}: {finished} of {total}, {now - start:.0f} s, about {left:.0f} s left")
+            since, count = now - first[0], finished - first[1]
+            left = f"about {since / count * (total - finished):.0f} s left" if count > 0 else "no estimate yet"
+            said = left if finished < total else "done"
+            tell(f"{label}: {finished} of {total}, {now - start:.0f} s, {said}")
 
     return tick

@@ -1,0 +1,34 @@
+"""What long work says of how far it is."""
+
+from __future__ import annotations
+
+import pytest
+
+from turboesm_cli import console
+
+
+def told(monkeypatch: pytest.MonkeyPatch, total: int, ticks: list[tuple[float, int]]) -> list[str]:
+    """The lines of work that does `done` items at each of some seconds after its start."""
+    lines: list[str] = []
+    now = 100.0
+    monkeypatch.setattr(console.time, "monotonic", lambda: now)
+    tick = console._ticker("decoding", total, lines.append)
+    for at, done in ticks:
+        now = 100.0 + at
+        tick(done)
+    return lines
+
+
+def test_what_comes_before_the_first_step_is_not_part_of_the_pace(monkeypatch: pytest.MonkeyPatch) -> None:
+    lines = told(monkeypatch, 1000, [(50, 10), (60.5, 110), (71, 110), (90, 770)])
+    assert lines == [
+        "decoding: 10 of 1000, 50 s, no estimate yet",
+        "decoding: 120 of 1000, 60 s, about 84 s left",
+        "decoding: 230 of 1000, 71 s, about 74 s left",
+        "decoding: 1000 of 1000, 90 s, done",
+    ]
+
+
+def test_work_that_is_lost_gives_no_estimate(monkeypatch: pytest.MonkeyPatch) -> None:
+    lines = told(monkeypatch, 100, [(20, 10), (40, -10)])
+    assert lines[-1] == "decoding: 0 of 100, 40 s, no estimate yet"

@@ -20,6 +20,10 @@ from turboesm_kernels.ops import BackendError, Held, PreparedLayer
 from turboesm_kernels.prepared import grid_steps
 from turboesm_kernels.reference import Packed, Rope, Side
 
+from turboesm_cli.model import load_model
+from turboesm_cli.sequences import PAD, Protein
+from turboesm_cli.stats import to_tokens
+
 sys.path.insert(0, str(Path(__file__).parent))
 from kernel_cases import Case, make, make_spec, relative_error
 
@@ -207,7 +211,7 @@ def test_on_gpu(case: Case, backend: ops.Backend) -> None:
     ids=str,
 )
 def test_ranges_on_gpu(case: Case, chunk: int) -> None:
-    """The fast path in three launches, which serves what is too much for one."""
+    """The fast path in ranges of one block, and of several."""
     from turboesm_kernels import fast
 
     q, held, layer = make(case, "cuda", room=-case.tokens % 16)
@@ -283,7 +287,7 @@ def check_pack(case: Case, device: str = "cpu") -> None:
     layer = PreparedLayer.of(specs["k"], specs["v"])
     g = torch.Generator().manual_seed(case.seed)
     shape = (case.batch, case.heads, case.tokens, case.dim)
-    x = {side: torch.randn(shape, generator=g).to(device) for side in SIDES}
+    x = {side: _tokens_first(torch.randn(shape, generator=g).to(case.dtype).to(device)) for side in SIDES}
     room, first = 7, 3
     frequencies = 10000.0 ** (-torch.arange(0, case.dim, 2) / case.dim)
     rope = Rope.at(torch.arange(case.tokens + room) + 2, frequencies)
@@ -303,6 +307,11 @@ def check_pack(case: Case, device: str = "cpu") -> None:
         if into.scales is not None:
             assert (into.scales[:, :, body].int() - expected[side].scales.int()).abs().max() <= 1
         assert (into.codes[:, :, :, :first] == JUNK).all() and (into.codes[:, :, :, body.stop :] == JUNK).all()
+
+
+def _tokens_first(x: torch.Tensor) -> torch.Tensor:
+    """The same [B, H, T, d], laid out as a projection leaves it."""
+    return x.transpose(1, 2).contiguous().transpose(1, 2)
 
 
 def _filled(like: Packed, room: int) -> Packed:
@@ -328,6 +337,10 @@ PACKED = [
     Case(dim=64, tokens=40, kind="table", bits=4, scale="norm"),
     Case(dim=128, tokens=17, kind="uniform", bits=3),
     Case(dim=64, tokens=20, kind="flat", bits=7),
+    Case(dim=64, tokens=9, kind="flat-uniform", bits=8, dtype=torch.bfloat16),
+    Case(dim=64, tokens=9, kind="flat-uniform", bits=1, dtype=torch.float16),
+    Case(dim=64, tokens=1, batch=35, kind="uniform", ragged=True, dtype=torch.bfloat16),
+    Case(dim=32, tokens=1, batch=35, kind="uniform"),
 ]
 
 
@@ -374,6 +387,72 @@ def test_selfcheck(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
         assert "packs" in (selfcheck.problem(layers) or "")
     monkeypatch.setattr(pack, "pack", None)
     assert "compile or start" in (selfcheck.problem(layers) or "")
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        (Case(kind="flat", bits=3), Case(kind="flat", bits=4)),
+        (Case(dim=24, kind="flat-uniform", bits=3), Case(dim=24, kind="flat-uniform", bits=4)),
+        (Case(kind="uniform"), Case(kind="uniform", centred=False)),
+        (Case(kind="uniform"), Case(kind="uniform", scale="none")),
+        (Case(kind="uniform", bits=2), Case(kind="uniform", bits=3)),
+    ],
+    ids=str,
+)
+def test_selfcheck_sees_every_kind_of_layer(one: Case, other: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    from turboesm_kernels import selfcheck
+
+    layers = [PreparedLayer.of(make_spec("k", case), make_spec("v", case)) for case in (one, other, one)]
+    seen: list[PreparedLayer] = []
+    monkeypatch.setattr(selfcheck, "_problem", lambda layer, dtype, sinks: seen.append(layer))
+    assert selfcheck.problem(layers) is None
+    assert len(seen) == 2
+    answers = iter((None, "wrong"))
+    monkeypatch.setattr(selfcheck, "_problem", lambda layer, dtype, sinks: next(answers))
+    assert selfcheck.problem(layers) == "wrong"
+
+
+def check_joint_prefill(path: Path, proteins: list[Protein], dtype: torch.dtype, device: str = "cpu") -> None:
+    """Prefill of prompts of several lengths with the joint projection: what the layers' own projections give."""
+    from turboesm_cli import decode
+    from turboesm_cli.dense import DenseCache
+    from turboesm_cli.formats import FORMATS
+
+    class Recorder(DenseCache):
+        def append(self, layer: int, k: torch.Tensor, v: torch.Tensor, tokens: torch.Tensor) -> None:
+            seen.append(torch.stack((k, v)))
+
+    model = load_model(str(path), device)
+    model = model.to(model.device, dtype)
+    tokens = to_tokens(proteins[:3], model.device)[:, :14]
+    tokens[1, 9:] = PAD
+    runs = []
+    for joined in (False, True):
+        seen: list[torch.Tensor] = []
+        cache = Recorder(model, len(tokens), tokens.shape[1], FORMATS["fp32"])
+        with torch.no_grad():
+            joint = decode.JointProjection(model, tokens.shape[1]) if joined else None
+            hidden = decode.prefill(model, tokens, cache, joint)
+        real = tokens.ne(PAD)
+        of_tokens = torch.stack(seen).permute(2, 4, 0, 1, 3, 5)  # [B, T, layers, keys and values, H, d]
+        runs.append((hidden[real], of_tokens[real]))
+    for expected, found in zip(*runs, strict=True):
+        assert found.dtype == dtype
+        assert relative_error(found, expected) < (1e-5 if dtype == torch.float32 else 2e-2)
+
+
+@interpreted
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_joint_prefill(tiny_path: Path, peptides: list[Protein], dtype: torch.dtype) -> None:
+    check_joint_prefill(tiny_path, peptides, dtype)
+
+
+@pytest.mark.gpu
+@no_gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_joint_prefill_on_gpu(tiny_path: Path, peptides: list[Protein], dtype: torch.dtype) -> None:
+    check_joint_prefill(tiny_path, peptides, dtype, "cuda")
 
 
 def check_rotation(device: str, dtype: torch.dtype) -> None:

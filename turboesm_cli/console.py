@@ -142,10 +142,11 @@ def _ticker(label: str, total: int, tell: Callable[[str], None]) -> Tick:
         nonlocal finished, last, first
         finished += done
         now = time.monotonic()
-        first = first or (now, finished)
+        if done > 0:
+            first = first or (now, finished)
         if now - last >= SECONDS_BETWEEN_LOG_LINES or finished >= total:
             last = now
-            since, count = now - first[0], finished - first[1]
+            since, count = (now - first[0], finished - first[1]) if first else (0.0, 0)
             left = f"about {since / count * (total - finished):.0f} s left" if count > 0 else "no estimate yet"
             said = left if finished < total else "done"
             tell(f"{label}: {finished} of {total}, {now - start:.0f} s, {said}")

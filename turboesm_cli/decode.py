@@ -67,7 +67,7 @@ def encode(
 ) -> Tensor:
     """Final hidden states [B, T, E] of ESM-2 run on tokens int64 [B, T] (padding allowed), as fair-esm gives them.
 
-    `observe` replaces the attention, see `Attention`; `joint` as in `step`.
+    `observe` replaces the attention, see `Attention`. `joint` projects at once, from where `joint.at` said.
     """
     attention = observe or bidirectional(tokens)
     project = joint or _projection(model, rope_at(model, 0, tokens.shape[1]))

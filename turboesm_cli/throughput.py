@@ -113,11 +113,11 @@ def measure(
 ) -> Throughput:
     """One kind of cache under one load. A part is prefilled and decoded first: kernels are compiled and chosen."""
     device = model.device
-    free_memory(device)
     tokens = torch.randint(4, 24, (load.batch, load.context), generator=torch.Generator().manual_seed(0)).to(
         device
     )
     cache = new_cache(model, kind.spec, kind.form, load.batch, load.context)
+    free_memory(device)  # of what checked the kernels
     if isinstance(cache, DenseCache):
         cache.is_full = True
     stepper = Stepper(model, cache)

@@ -187,7 +187,7 @@ def pack_kernel(
     v_picks,
     cos, sin, rope_t, rope_d, k_codes, kc_b, kc_h, kc_word, kc_token, k_words, k_scales, ks_b, ks_h,
     v_codes, vc_b, vc_h, vc_plane, vc_token, v_words, v_scales, vs_b, vs_h,
-    HEADS: tl.constexpr, DIM: tl.constexpr, DIM_PAD: tl.constexpr, LANES: tl.constexpr,
+    HEADS: tl.constexpr, DIM: tl.constexpr, DIM_PAD: tl.constexpr, K_LANES: tl.constexpr, V_LANES: tl.constexpr,
     K_AXES: tl.constexpr, K_PAD: tl.constexpr, K_WORDS: tl.constexpr, K_FIELDS: tl.constexpr,
     K_WIDEST: tl.constexpr, K_LEVELS: tl.constexpr, K_THRESHOLDS: tl.constexpr, K_SCALE: tl.constexpr,
     K_UNIFORM: tl.constexpr,
@@ -216,7 +216,7 @@ def pack_kernel(
             k_centre, k_analysis, k_factors, k_norm, k_grid, k_widths, k_start, k_levels, k_thresholds,
             k_deviation, k_picks,
             cos, sin, rope_t, rope_d, k_codes, kc_b, kc_h, kc_word, kc_token, k_words, k_scales, ks_b, ks_h,
-            HEADS, DIM, K_AXES, DIM_PAD, K_PAD, LANES, K_WORDS, K_FIELDS, K_WIDEST, K_LEVELS,
+            HEADS, DIM, K_AXES, DIM_PAD, K_PAD, K_LANES, K_WORDS, K_FIELDS, K_WIDEST, K_LEVELS,
             K_THRESHOLDS, K_SCALE, K_UNIFORM, False, HAS_STARTS, ONE_TOKEN, TURNED, BLOCK, EARLY,
         )  # fmt: skip
     else:
@@ -225,7 +225,7 @@ def pack_kernel(
             v_centre, v_analysis, v_factors, v_norm, v_grid, v_widths, v_start, v_levels, v_thresholds,
             v_deviation, v_picks,
             cos, sin, rope_t, rope_d, v_codes, vc_b, vc_h, vc_plane, vc_token, v_words, v_scales, vs_b, vs_h,
-            HEADS, DIM, V_AXES, DIM_PAD, V_PAD, LANES, V_WORDS, V_FIELDS, V_WIDEST, V_LEVELS,
+            HEADS, DIM, V_AXES, DIM_PAD, V_PAD, V_LANES, V_WORDS, V_FIELDS, V_WIDEST, V_LEVELS,
             V_THRESHOLDS, V_SCALE, V_UNIFORM, True, HAS_STARTS, ONE_TOKEN, False, BLOCK, EARLY,
         )  # fmt: skip
 
@@ -247,7 +247,7 @@ def pack(k: Tensor, v: Tensor, layer: PreparedLayer, held: Held, start: int | Te
         held.sinks if isinstance(start, Tensor) else start - held.sinks, batch, tokens,
         *_tables(layer.k), *_tables(layer.v), cos, sin, cos.stride(-2), cos.stride(-1),
         *_target(held.k, layer.k), *_target(held.v, layer.v),
-        HEADS=heads, DIM=dim, DIM_PAD=padded(dim), LANES=layer.k.spec.lanes,
+        HEADS=heads, DIM=dim, DIM_PAD=padded(dim),
         **_constants(layer.k, "K"), **_constants(layer.v, "V"),
         HAS_STARTS=starts is not None, ONE_TOKEN=tokens == 1, TURNED=turned, BLOCK=block, EARLY=early,
         num_warps=4 if dim <= 64 else 8, **early_launch(early),
@@ -274,7 +274,8 @@ def _constants(side: PreparedSide, name: str) -> dict[str, Any]:
     spec = side.spec
     _, _, words, fields = side.picks.shape
     values = {
-        "AXES": side.axes, "PAD": padded(side.axes), "WORDS": words, "FIELDS": fields, "SCALE": spec.scale,
+        "AXES": side.axes, "PAD": padded(side.axes), "LANES": spec.lanes, "WORDS": words, "FIELDS": fields,
+        "SCALE": spec.scale,
         "UNIFORM": side.grid is not None, "WIDEST": 0, "LEVELS": 0, "THRESHOLDS": 0,
     }  # fmt: skip
     if side.grid is None:

@@ -49,7 +49,7 @@ def rotate(joint: Tensor, heads: int, scaling: float, rope: Rope, starts: Tensor
     flat = joint.view(batch, tokens, 3, heads, dim)
     q, k = torch.empty((2, batch, tokens, heads, dim), dtype=joint.dtype, device=joint.device)
     rotate_kernel[(batch * tokens, 2)](
-        joint, joint.stride(1), starts, tokens, rope.cos, rope.sin, rope.cos.stride(0), q, k, scaling,
+        joint, joint.shape[-1], starts, tokens, rope.cos, rope.sin, rope.cos.stride(0), q, k, scaling,
         HEADS=heads, DIM=dim, HEADS_PAD=padded(heads, 1), HALF_PAD=padded(dim // 2, 1),
     )  # fmt: skip
     return q.transpose(1, 2), k.transpose(1, 2), flat[:, :, 2].transpose(1, 2)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
@@ -35,21 +35,38 @@ def problem(layers: Sequence[PreparedLayer], dtype: torch.dtype = torch.float32,
 
     Of a layer of each shape for which other kernels are compiled, where Triton serves it.
     """
-    kinds = {
-        (layer.k.picks.shape, layer.v.picks.shape, _fields(layer.k), _fields(layer.v)): layer
-        for layer in layers
-        if not (layer.k.spec.residual_axes or layer.v.spec.residual_axes)
-    }
-    threads = min(MOST_THREADS, os.cpu_count() or 1)
+    served = (layer for layer in layers if not (layer.k.spec.residual_axes or layer.v.spec.residual_axes))
+    kinds = list({(_kind(layer.k), _kind(layer.v)): layer for layer in served}.values())
+    check = partial(_problem, dtype=dtype, sinks=sinks)
     try:
-        with ThreadPoolExecutor(threads if layers and layers[0].k.map.is_cuda else 1) as pool:
-            return next(filter(None, pool.map(partial(_problem, dtype=dtype, sinks=sinks), kinds.values())), None)
+        return next(filter(None, map(check, kinds[:1])), None) or _first_of_many(check, kinds[1:])
     except Exception as error:  # Triton and its compilers raise anything
         return f"a kernel does not compile or start ({type(error).__name__}: {error})"
 
 
-def _fields(side: PreparedSide) -> tuple[int, ...] | None:
-    return None if side.fields is None else side.fields.shape
+def _first_of_many(check: Callable[[PreparedLayer], str | None], kinds: Sequence[PreparedLayer]) -> str | None:
+    """The first problem. On a GPU in threads; what one of them raises counts if it does so alone, too.
+
+    A kernel that another thread is still loading cannot be launched (Triton 3.6 to 3.9).
+    """
+    if kinds and kinds[0].k.map.is_cuda:
+        try:
+            with ThreadPoolExecutor(min(MOST_THREADS, os.cpu_count() or 1)) as pool:
+                return next(filter(None, pool.map(check, kinds)), None)
+        except Exception:
+            pass
+    return next(filter(None, map(check, kinds)), None)
+
+
+def _kind(side: PreparedSide) -> Hashable:
+    """What decides which kernels are compiled for a side."""
+    spec = side.spec
+    fields = None if side.fields is None else side.fields.shape
+    widest = max(profile.widths[0] for profile in spec.profiles)
+    return (
+        side.picks.shape, fields, side.pieces.shape, side.table.shape, widest, side.grid is None, side.centred,
+        spec.scale,
+    )  # fmt: skip
 
 
 @torch.no_grad()
@@ -59,8 +76,8 @@ def _problem(layer: PreparedLayer, dtype: torch.dtype, sinks: int) -> str | None
     held, differing = _pack(layer, dtype, sinks)
     if differing > TIES:
         return f"the kernel that packs gives other codes than the plain reference for {differing:.1%} of values"
-    q = _random((SEQUENCES, layer.k.spec.heads, 1, layer.k.head_dim), layer) / math.sqrt(layer.k.head_dim)
-    q = q.to(dtype)
+    shape = (SEQUENCES, layer.k.spec.heads, 1, layer.k.head_dim)
+    q = _as_projected(shape, layer, dtype) / math.sqrt(layer.k.head_dim)
     expected = ops.plain_attend(q.double(), held, layer)
     for found in _attend(q, held, layer):
         error = ((found.double() - expected).norm() / expected.norm()).item()
@@ -88,8 +105,11 @@ def _pack(layer: PreparedLayer, dtype: torch.dtype, sinks: int) -> tuple[Held, f
 
     dim, device = layer.k.head_dim, layer.k.centre.device
     shape = (SEQUENCES, layer.k.spec.heads, TOKENS, dim)
-    k, v = _random(shape, layer).to(dtype), _random(shape, layer).to(dtype)
+    k, v = (_as_projected(shape, layer, dtype) for _ in range(2))
     rope = Rope.at(torch.arange(TOKENS, device=device) + sinks, _frequencies(dim, device))
+    if k.is_cuda:  # kernels read these before they wait for earlier work
+        _ = rope.turns, rope.block_turn
+        torch.cuda.synchronize(device)
     wanted = reference.compress(k, layer.k.spec, rope), reference.compress(v, layer.v.spec)
     whole = _random((2, *shape[:2], sinks, dim), layer).half()
     blank = [
@@ -111,6 +131,12 @@ def _differing(side: PreparedSide, found: Packed, wanted: Packed) -> float:
         return share
     apart = (found.scales.int() - wanted.scales.int()).abs() > 1
     return max(share, apart.float().mean().item())
+
+
+def _as_projected(shape: tuple[int, int, int, int], layer: PreparedLayer, dtype: torch.dtype) -> torch.Tensor:
+    """Random numbers [B, H, T, d] as a projection leaves them, tokens before heads: Triton compiles by strides."""
+    batch, heads, tokens, dim = shape
+    return _random((batch, tokens, heads, dim), layer).to(dtype).transpose(1, 2)
 
 
 def _random(shape: tuple[int, ...], layer: PreparedLayer) -> torch.Tensor:

@@ -11,6 +11,8 @@ bit. A byte is looked up once and never unpacked: for `B` bytes a vector that is
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import TYPE_CHECKING
@@ -28,6 +30,13 @@ if TYPE_CHECKING:
 VALUES = 1 << BYTE
 INDICES = 1 << 17
 """Bytes looked up at once: their indices, 8 bytes each, stay in a core's cache."""
+
+FEW_LOOKUPS = 1 << 18
+"""Bytes looked up in a layer up to which one thread does it all."""
+
+
+FEW_VECTORS = 256
+"""Keys that one thread packs alone."""
 
 
 @dataclass(frozen=True)
@@ -107,6 +116,23 @@ class Bits:
 
 def attend(q: Tensor, held: Held, layer: PreparedLayer) -> Tensor:
     """`ops.attend` by lookup; both sides have `bits`. q float32 or float64."""
+    lookups = max(held.k.codes.numel(), held.v.codes.numel()) * q.shape[2]
+    with _one_thread() if lookups <= FEW_LOOKUPS else nullcontext():
+        return _attend(q, held, layer)
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """For work so small that waking other threads costs more than they do."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _attend(q: Tensor, held: Held, layer: PreparedLayer) -> Tensor:
     weights = _scores(q, held, layer).softmax(-1)
     if held.lengths is not None:
         weights = weights.masked_fill((held.lengths == 0)[:, None, None, None], 0.0)
@@ -236,6 +262,10 @@ class Pair:
 
     def compress(self, k: Tensor, v: Tensor, rope: Rope) -> tuple[Packed, Packed]:
         """`compress` of keys and values float [B, H, n, d] at the positions of `rope`."""
+        with _one_thread() if k.shape[:3].numel() <= FEW_VECTORS else nullcontext():
+            return self._compress(k, v, rope)
+
+    def _compress(self, k: Tensor, v: Tensor, rope: Rope) -> tuple[Packed, Packed]:
         assert self.k.bits is not None and self.v.bits is not None
         keys = k.float() - _centre(self.k, self.k.bits, rope)
         values = v.float() - _centre(self.v, self.v.bits, None)

@@ -31,8 +31,8 @@ VALUES = 1 << BYTE
 INDICES = 1 << 17
 """Bytes looked up at once: their indices, 8 bytes each, stay in a core's cache."""
 
-FEW_LOOKUPS = 1 << 18
-"""Bytes looked up in a layer up to which one thread does it all."""
+FEW_LOOKUPS = 160_000
+"""Bytes looked up in a layer up to which one thread does it all: measured with two on a shared machine."""
 
 
 FEW_VECTORS = 256

@@ -12,7 +12,7 @@ bit. A byte is looked up once and never unpacked: for `B` bytes a vector that is
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import TYPE_CHECKING
@@ -31,12 +31,12 @@ VALUES = 1 << BYTE
 INDICES = 1 << 17
 """Bytes looked up at once: their indices, 8 bytes each, stay in a core's cache."""
 
-FEW_LOOKUPS = 160_000
+FEW_LOOKUPS = 220_000
 """Bytes looked up in a layer up to which one thread does it all: measured with two on a shared machine."""
 
 
 FEW_VECTORS = 256
-"""Keys that one thread packs alone."""
+"""Queries that one thread multiplies, and keys that it packs, alone."""
 
 
 @dataclass(frozen=True)
@@ -117,15 +117,16 @@ class Bits:
 def attend(q: Tensor, held: Held, layer: PreparedLayer) -> Tensor:
     """`ops.attend` by lookup; both sides have `bits`. q float32 or float64."""
     lookups = max(held.k.codes.numel(), held.v.codes.numel()) * q.shape[2]
-    with _one_thread() if lookups <= FEW_LOOKUPS else nullcontext():
+    with _one_thread(lookups <= FEW_LOOKUPS):
         return _attend(q, held, layer)
 
 
 @contextmanager
-def _one_thread() -> Iterator[None]:
-    """For work so small that waking other threads costs more than they do."""
+def _one_thread(wanted: bool) -> Iterator[None]:
+    """Where `wanted`, for work so small that waking other threads costs more than they do."""
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+    if wanted:
+        torch.set_num_threads(1)
     try:
         yield
     finally:
@@ -148,8 +149,9 @@ def _scores(q: Tensor, held: Held, layer: PreparedLayer) -> Tensor:
     """Scores [B, H, Q, s + T], -inf where there is no token."""
     bits, nbits = layer.k.bits, layer.k.spec.nbytes * BYTE
     assert bits is not None
-    weights, offset, phases = (q @ bits.map.to(q.dtype)).tensor_split((nbits, nbits + 1), -1)
-    table = weights.unflatten(-1, (-1, BYTE)) @ _bit_values(q)
+    with _one_thread(q.shape[:3].numel() <= FEW_VECTORS):
+        weights, offset, phases = (q @ bits.map.to(q.dtype)).tensor_split((nbits, nbits + 1), -1)
+        table = weights.unflatten(-1, (-1, BYTE)) @ _bit_values(q)
     parts = []
     for part in _parts(held.k.codes):
         index = _for_queries(_key_bytes(held.k.codes[:, :, :, part]), q)
@@ -193,8 +195,9 @@ def _values(weights: Tensor, packed: Packed, side: PreparedSide) -> Tensor:
     for part in _parts(packed.codes):
         index = _for_queries(packed.codes[..., part].long(), weights)
         sums.scatter_add_(-1, index, weights[..., None, part].expand(index.shape))
-    by_bit = (sums @ _bit_values(weights).mT).flatten(-2)
-    return torch.cat((by_bit, weights.sum(-1, keepdim=True)), -1) @ bits.map.to(weights.dtype)
+    with _one_thread(weights.shape[:3].numel() <= FEW_VECTORS):
+        by_bit = (sums @ _bit_values(weights).mT).flatten(-2)
+        return torch.cat((by_bit, weights.sum(-1, keepdim=True)), -1) @ bits.map.to(weights.dtype)
 
 
 def _parts(codes: Tensor) -> list[slice]:
@@ -262,7 +265,7 @@ class Pair:
 
     def compress(self, k: Tensor, v: Tensor, rope: Rope) -> tuple[Packed, Packed]:
         """`compress` of keys and values float [B, H, n, d] at the positions of `rope`."""
-        with _one_thread() if k.shape[:3].numel() <= FEW_VECTORS else nullcontext():
+        with _one_thread(k.shape[:3].numel() <= FEW_VECTORS):
             return self._compress(k, v, rope)
 
     def _compress(self, k: Tensor, v: Tensor, rope: Rope) -> tuple[Packed, Packed]:

@@ -67,10 +67,9 @@ class PackedCache(Ragged):
         self._packed_starts = torch.zeros_like(self.starts)
         self._packed_rope = Rope(self._rope.cos[sinks:], self._rope.sin[sinks:])
         if model.device.type == "cuda":
+            # Kernels read what is made here before they wait for earlier work.
             _ = self._packed_rope.turns, self._packed_rope.block_turn
-            torch.cuda.synchronize(
-                model.device
-            )  # kernels read what is made here before they wait for earlier work
+            torch.cuda.synchronize(model.device)
         self.fits_a_graph = not any(
             layer and (layer.k.residual_axes or layer.v.residual_axes) for layer in spec.layers
         )

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from turboesm_kernels import assembly, portable, ptx
-from turboesm_kernels.ops import Held, PreparedLayer, padded
+from turboesm_kernels.launch import launch
+from turboesm_kernels.ops import Held, PreparedLayer
 from turboesm_kernels.portable import Partials
-from turboesm_kernels.prepared import FIELD_LANES, Fields
+from turboesm_kernels.prepared import FIELD_LANES, Fields, padded
 from turboesm_kernels.reference import TURN, Packed, Rope
 
 ALIGNMENT = 16
@@ -124,7 +125,8 @@ def fold(q: Tensor, layer: PreparedLayer, fields: Fields, early: bool) -> Folded
     descriptors = torch.empty((batch, heads, fields.count, 4), dtype=torch.int32, device=q.device)
     scalars = torch.empty((batch, heads, 2), dtype=torch.float32, device=q.device)
     fold_block = 1 if batch * heads <= portable.FEW_ROWS else 16  # as in `finish`
-    ptx.fast_fold_kernel[(heads, -(-batch // fold_block))](
+    launch(
+        ptx.fast_fold_kernel, (heads, -(-batch // fold_block)),
         q, q.stride(0), q.stride(1), q.stride(3), *fields.halves, fields.middle, fields.shifts, fields.masks,
         descriptors, scalars, batch, fields.count, fields.shifts.shape[1],
         HEADS=heads, DIM=dim, FIELDS_PAD=padded(fields.count), DIM_PAD=padded(dim), FOLD_BLOCK=fold_block,
@@ -141,7 +143,8 @@ def _split(
     assert k.scales is not None and v.scales is not None and k_fields is not None and v_fields is not None
     code = _code(dim, k_fields.shape, v_fields.shape, layer.k.centred, chunk == TURN)
     crowded = max(len(k_fields.shape), len(v_fields.shape)) * 4 + v_fields.count > FEW_REGISTERS
-    ptx.fast_split_kernel[(batch * heads, partials.top.shape[3])](
+    launch(
+        ptx.fast_split_kernel, (batch * heads, partials.top.shape[3]),
         q, q.stride(0), q.stride(1), q.stride(3), layer.k.centre,
         folded.descriptors, folded.scalars, *_angles(held, layer),
         q if held.lengths is None else held.lengths,

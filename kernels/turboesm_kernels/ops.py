@@ -8,7 +8,6 @@ Triton nor a kernel before one is needed. `append` is the other direction: it pa
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -297,8 +296,3 @@ def _check_sinks(held: Held, batch: int, heads: int, dim: int) -> None:
         shape = (batch, heads, held.sinks, dim)
         if held.sink_k.shape != shape or held.sink_v.shape != shape:
             raise ValueError(f"sinks must be {shape}, not {held.sink_k.shape} and {held.sink_v.shape}")
-
-
-def padded(size: int, least: int = 16) -> int:
-    """The power of two that a kernel pads `size` to."""
-    return max(least, 1 << math.ceil(math.log2(size)))

@@ -8,17 +8,16 @@ computed, else looked for in the tables of thresholds.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from turboesm_kernels.ops import Held, PreparedLayer, padded
+from turboesm_kernels.launch import launch
+from turboesm_kernels.ops import Held, PreparedLayer
 from turboesm_kernels.portable import early_launch, launches_early
-from turboesm_kernels.prepared import PreparedSide
+from turboesm_kernels.prepared import PreparedSide, padded
 from turboesm_kernels.reference import SCALE_STEPS_PER_OCTAVE, SCALE_ZERO, Packed
 
 STEPS = tl.constexpr(SCALE_STEPS_PER_OCTAVE)
@@ -242,24 +241,16 @@ def pack(k: Tensor, v: Tensor, layer: PreparedLayer, held: Held, start: int | Te
     starts = start if isinstance(start, Tensor) else None
     block = STEP_ROWS if tokens == 1 else PROMPT_ROWS
     early = launches_early(k)
-    pack_kernel[(heads, -(-batch * tokens // block), 2)](
+    launch(
+        pack_kernel, (heads, -(-batch * tokens // block), 2),
         k, *k.stride(), v, *v.stride(), layer.k.centre if starts is None else starts,
         held.sinks if isinstance(start, Tensor) else start - held.sinks, batch, tokens,
-        *_tables(layer.k), *_tables(layer.v), cos, sin, cos.stride(-2), cos.stride(-1),
+        *layer.k.pack_tables, *layer.v.pack_tables, cos, sin, cos.stride(-2), cos.stride(-1),
         *_target(held.k, layer.k), *_target(held.v, layer.v),
         HEADS=heads, DIM=dim, DIM_PAD=padded(dim),
-        **_constants(layer.k, "K"), **_constants(layer.v, "V"),
+        **layer.k.pack_constants, **layer.v.pack_constants,
         HAS_STARTS=starts is not None, ONE_TOKEN=tokens == 1, TURNED=turned, BLOCK=block, EARLY=early,
         num_warps=4 if dim <= 64 else 8, **early_launch(early),
-    )  # fmt: skip
-
-
-def _tables(side: PreparedSide) -> tuple[Tensor, ...]:
-    spec = side.spec
-    grid = spec.deviation if side.grid is None else side.grid
-    return (
-        side.centre, *side.analysis, side.coded_norm, grid, side.widths, side.start, side.table, spec.thresholds,
-        spec.deviation, side.picks,
     )  # fmt: skip
 
 
@@ -268,20 +259,6 @@ def _target(packed: Packed, side: PreparedSide) -> tuple[Tensor | int, ...]:
     scales = packed.codes if packed.scales is None else packed.scales
     words = side.spec.nbytes // side.spec.lanes
     return packed.codes, *packed.codes.stride()[:4], words, scales, *scales.stride()[:2]
-
-
-def _constants(side: PreparedSide, name: str) -> dict[str, Any]:
-    spec = side.spec
-    _, _, words, fields = side.picks.shape
-    values = {
-        "AXES": side.axes, "PAD": padded(side.axes), "LANES": spec.lanes, "WORDS": words, "FIELDS": fields,
-        "SCALE": spec.scale,
-        "UNIFORM": side.grid is not None, "WIDEST": 0, "LEVELS": 0, "THRESHOLDS": 0,
-    }  # fmt: skip
-    if side.grid is None:
-        values["WIDEST"] = max(profile.widths[0] for profile in spec.profiles)
-        values["LEVELS"], values["THRESHOLDS"] = side.table.shape[1], spec.thresholds.shape[1]
-    return {f"{name}_{key}": value for key, value in values.items()}
 
 
 def _validate(k: Tensor, v: Tensor, layer: PreparedLayer, held: Held) -> None:

@@ -8,7 +8,9 @@ import torch
 from torch import Tensor
 
 from turboesm_kernels.attend import finish_kernel, fold_kernel, split_kernel
-from turboesm_kernels.ops import Held, PreparedLayer, padded
+from turboesm_kernels.launch import launch
+from turboesm_kernels.ops import Held, PreparedLayer
+from turboesm_kernels.prepared import padded
 from turboesm_kernels.reference import Packed
 
 ROW_BLOCK = 16
@@ -81,7 +83,8 @@ def fold(q: Tensor, held: Held, layer: PreparedLayer) -> tuple[Tensor, Tensor | 
     cos, sin = (rope.cos, rope.sin) if bias is not None and rope is not None else (folded, folded)
     rows = batch * queries
     blocks = -(-held.tokens // FOLD_TOKENS) if bias is not None else 0
-    fold_kernel[(heads, -(-rows // ROW_BLOCK), 1 + blocks)](
+    launch(
+        fold_kernel, (heads, -(-rows // ROW_BLOCK), 1 + blocks),
         q, *q.stride(), layer.k.map, layer.k.centre, cos, sin, cos.stride(-2), cos.stride(-1),
         folded, folded if bias is None else bias, rows, held.tokens,
         HEADS=heads, QUERIES=queries, DIM=dim, AXES=layer.k.axes,
@@ -103,7 +106,8 @@ def _split(
 ) -> None:
     batch, heads, queries, _ = q.shape
     k, v = layer.k, layer.v
-    split_kernel[(batch * heads, partials.top.shape[3])](
+    launch(
+        split_kernel, (batch * heads, partials.top.shape[3]),
         folded, folded if bias is None else bias, folded if held.lengths is None else held.lengths,
         held.k.codes, *held.k.codes.stride(), *_scales(held.k), k.pieces, k.start, k.table,
         held.v.codes, *held.v.codes.stride(), *_scales(held.v), v.pieces, v.start, v.table,
@@ -149,7 +153,8 @@ def finish(
     axes_pad = padded(axes)
     row_block = 1 if rows * heads <= FEW_ROWS else ROW_BLOCK
     split_block = max(1, min(padded(max(splits, 1), 1), FINISH_TILE // (row_block * axes_pad), 16))
-    finish_kernel[(heads, -(-rows // row_block))](
+    launch(
+        finish_kernel, (heads, -(-rows // row_block)),
         partials.top, partials.mass, partials.weight if weighted else partials.mass, partials.out,
         q, *q.stride(), q if held.lengths is None else held.lengths,
         sink_k, *sink_k.stride(), sink_v, *sink_v.stride(), value_map, offset, layer.v.centre, out,

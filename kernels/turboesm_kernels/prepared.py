@@ -90,7 +90,7 @@ class PreparedSide:
         most = max(map(len, words.values()), default=1)
         count = spec.nbytes // spec.lanes
         table = torch.zeros(
-            spec.heads, 4, _power(count, LEAST_WORDS), _power(most, LEAST_FIELDS), dtype=torch.int32
+            spec.heads, 4, padded(count, LEAST_WORDS), padded(most, LEAST_FIELDS), dtype=torch.int32
         )
         for (head, word), pieces in words.items():
             table[head, :, word, : len(pieces)] = torch.tensor(pieces, dtype=torch.int32).T
@@ -128,9 +128,33 @@ class PreparedSide:
         bits = Bits.of(self, steps)  # not the cached one, whose maps a GPU has no use for
         return torch.cat((bits.per_step, bits.half, bits.top, bits.level, bits.zero, bits.deviation), 1)
 
+    @cached_property
+    def pack_tables(self) -> tuple[Tensor, ...]:
+        """The tables of a side that `pack_kernel` takes, in its order."""
+        spec = self.spec
+        grid = spec.deviation if self.grid is None else self.grid
+        return (
+            self.centre, *self.analysis, self.coded_norm, grid, self.widths, self.start, self.table,
+            spec.thresholds, spec.deviation, self.picks,
+        )  # fmt: skip
+
+    @cached_property
+    def pack_constants(self) -> dict[str, int | str]:
+        """What `pack_kernel` is compiled for of a side, by its names."""
+        spec = self.spec
+        _, _, words, fields = self.picks.shape
+        values: dict[str, int | str] = {
+            "AXES": self.axes, "PAD": padded(self.axes), "LANES": spec.lanes, "WORDS": words, "FIELDS": fields,
+            "SCALE": spec.scale, "UNIFORM": self.grid is not None, "WIDEST": 0, "LEVELS": 0, "THRESHOLDS": 0,
+        }  # fmt: skip
+        if self.grid is None:
+            values["WIDEST"] = max(profile.widths[0] for profile in spec.profiles)
+            values["LEVELS"], values["THRESHOLDS"] = self.table.shape[1], spec.thresholds.shape[1]
+        return {f"{spec.side.upper()}_{name}": value for name, value in values.items()}
+
     def ready(self) -> None:
         """Make now what the kernels would ask for first: they read it before they wait for earlier work."""
-        for name in ("analysis", "coded_norm", "grid", "widths", "picks"):
+        for name in ("pack_tables", "pack_constants"):
             getattr(self, name)
         if self.fields is not None:
             _ = self.fields.halves
@@ -275,6 +299,11 @@ def _padded_table(rows: list[list[int]]) -> Tensor:
     return torch.nn.functional.pad(table, (0, -table.shape[1] % 4)).contiguous()
 
 
+def padded(size: int, least: int = 16) -> int:
+    """The power of two, `least` at least, that a kernel pads `size` to."""
+    return max(least, 1 << (size - 1).bit_length())
+
+
 def grid_steps(spec: SideSpec) -> list[dict[int, float]] | None:
     """For each head, the step of each width it uses; None where levels are not step (code - middle)."""
     found = []
@@ -294,11 +323,6 @@ def grid_steps(spec: SideSpec) -> list[dict[int, float]] | None:
 def _signed(word: int) -> int:
     """The int32 of the same 32 bits."""
     return word - (1 << 32) if word >> 31 else word
-
-
-def _power(size: int, least: int) -> int:
-    """The power of 2 from `least` on that is not below `size`."""
-    return max(least, 1 << (size - 1).bit_length())
 
 
 def _middle(width: int) -> float:

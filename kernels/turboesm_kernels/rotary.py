@@ -8,7 +8,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from turboesm_kernels.ops import padded
+from turboesm_kernels.launch import launch
+from turboesm_kernels.prepared import padded
 from turboesm_kernels.reference import Rope
 
 
@@ -48,7 +49,8 @@ def rotate(joint: Tensor, heads: int, scaling: float, rope: Rope, starts: Tensor
     (batch, tokens, _), dim = joint.shape, joint.shape[-1] // 3 // heads
     flat = joint.view(batch, tokens, 3, heads, dim)
     q, k = torch.empty((2, batch, tokens, heads, dim), dtype=joint.dtype, device=joint.device)
-    rotate_kernel[(batch * tokens, 2)](
+    launch(
+        rotate_kernel, (batch * tokens, 2),
         joint, joint.shape[-1], starts, tokens, rope.cos, rope.sin, rope.cos.stride(0), q, k, scaling,
         HEADS=heads, DIM=dim, HEADS_PAD=padded(heads, 1), HALF_PAD=padded(dim // 2, 1),
     )  # fmt: skip

@@ -9,8 +9,9 @@ import triton.language as tl
 from torch import Tensor
 
 from turboesm_kernels.kinds import TokenTables
-from turboesm_kernels.ops import padded
+from turboesm_kernels.launch import launch
 from turboesm_kernels.portable import processors
+from turboesm_kernels.prepared import padded
 from turboesm_kernels.reference import Rope
 
 BLOCK = 64
@@ -89,7 +90,8 @@ def attend(q: Tensor, ids: Tensor, tables: TokenTables, unmasked: Tensor, rope: 
     batch, heads, _, dim = q.shape
     kinds = len(tables.sigma)
     out = torch.empty((batch, heads, 1, dim), dtype=q.dtype, device=q.device)
-    tokens_kernel[(batch * heads,)](
+    launch(
+        tokens_kernel, (batch * heads,),
         q, q.stride(0), q.stride(1), ids, ids.stride(0), lengths, tables.k, tables.v, tables.k_const,
         tables.v_const, tables.sigma, tables.epsilon, unmasked, rope.cos, rope.sin, rope.cos.stride(0), out, kinds,
         HEADS=heads, HALF=dim // 2, HALF_PAD=padded(dim // 2), KINDS_PAD=padded(kinds), DROPS=tables.drops,

@@ -28,7 +28,8 @@ from turboesm_cli.throughput import Kind, Load, Throughput
 
 
 def made(kind: Kind, batch: int, context: int, us: float, first: float = 1.0) -> Throughput:
-    return Throughput(kind, Load(batch, context), timing.Timing(us, us, us, 5), first, 10, 20, 30)
+    prefilling = timing.Timing(first, first / 2, first * 2, 3)
+    return Throughput(kind, Load(batch, context), timing.Timing(us, us, us, 5), prefilling, 10, 20, 30)
 
 
 @pytest.fixture
@@ -54,12 +55,14 @@ def test_crossovers(kinds: tuple[Kind, Kind]) -> None:
 
 def test_rows(tiny: EsmModel, kinds: tuple[Kind, Kind]) -> None:
     fp16, packed = kinds
-    found = [made(fp16, 8, 64, 100, 2.0), made(packed, 8, 64, 40, 1.0), made(packed, 16, 64, 40)]
+    found = [made(fp16, 8, 64, 100, 6e6), made(packed, 8, 64, 40, 3e6), made(packed, 16, 64, 40)]
     rows = crossover.rows(tiny, found, [made(packed, 33, 64, 1)])
     figures = {(row.recipe, row.family, row.metric): row.value for row in rows}
     assert figures["auto", "batch 8", "tokens_per_second"] == pytest.approx(8 / 40e-6)
     assert figures["auto", "batch 8", "tokens_per_second_over_fp16"] == pytest.approx(2.5)
     assert figures["auto", "batch 8", "first_token_over_fp16"] == pytest.approx(0.5)
+    (first,) = (row for row in rows if (row.recipe, row.family, row.metric) == ("auto", "batch 8", "first_token"))
+    assert (first.value, first.unit, first.p20, first.p80, first.n) == (3.0, "s", 1.5, 6.0, 3)
     assert ("auto", "batch 16", "tokens_per_second_over_fp16") not in figures
     assert figures["auto", "batch 33", "largest_batch"] == 33
     assert {row.tokens for row in rows} == {64} and {row.protocol for row in rows} == {"throughput"}
@@ -70,7 +73,17 @@ def test_measuring(tiny: EsmModel, specs: dict[str, CodecSpec], form: str) -> No
     kind = Kind.of(form, specs["auto"])
     found = throughput.measure(tiny, kind, Load(3, 24), repeats=2, prefills=1)
     assert found.held == 3 * kind.nbytes(24)
-    assert found.step.median > 0 < found.first_token and found.step.n == 2
+    assert found.step.median > 0 < found.first_token.median
+    assert found.step.n == 2 and found.first_token.n in (1, 2)
+
+
+@pytest.mark.parametrize(("took", "prefills"), [(1e5, 10), (1e4, 20), (6e5, 3), (5e6, 3)])
+def test_quick_prefills_are_repeated(
+    tiny: EsmModel, kinds: tuple[Kind, Kind], monkeypatch: pytest.MonkeyPatch, took: float, prefills: int
+) -> None:
+    monkeypatch.setattr(timing, "once", lambda call, device: took)
+    found = throughput.measure(tiny, kinds[0], Load(2, 8))
+    assert found.first_token == timing.Timing(took, took, took, prefills)
 
 
 @pytest.mark.parametrize(("fixed", "each", "memory", "planned"), [(100, 7, 1000, 60), (100, 7, 1000, 200)])

@@ -86,9 +86,9 @@ def rows(model: EsmModel, found: Sequence[Throughput], largest: Sequence[Through
     context = Context(model)
 
     def row(
-        item: Throughput, metric: str, value: float, unit: str, took: timing.Timing | None = None
+        item: Throughput, metric: str, value: float, unit: str, took: timing.Timing | None = None, per: float = 1.0
     ) -> ResultRow:
-        spread = (took.p20, took.p80) if took else (None, None)
+        spread = (took.p20 / per, took.p80 / per) if took else (None, None)
         made = context.row(
             item.kind.recipe, f"batch {item.load.batch}", "throughput", metric, float(value), unit,
             took.n if took else 1, tokens=item.load.context, p20=spread[0], p80=spread[1],
@@ -100,16 +100,17 @@ def rows(model: EsmModel, found: Sequence[Throughput], largest: Sequence[Through
         made += [
             row(item, "us_per_step", item.step.median, "us", item.step),
             row(item, "tokens_per_second", item.tokens_per_second, "1/s"),
-            row(item, "first_token", item.first_token, "s"),
+            row(item, "first_token", item.first_token.median / 1e6, "s", item.first_token, 1e6),
             row(item, "prefill_peak_bytes", item.prefill_peak, "B"),
             row(item, "peak_bytes", item.peak, "B"),
             row(item, "cache_bytes_per_sequence", item.held / item.load.batch, "B"),
         ]
         peer = _peer(item, found)
         if peer is not None:
-            ratios = (item.tokens_per_second / peer.tokens_per_second, item.first_token / peer.first_token)
-            made.append(row(item, "tokens_per_second_over_fp16", ratios[0], "1"))
-            made.append(row(item, "first_token_over_fp16", ratios[1], "1"))
+            ratio = item.tokens_per_second / peer.tokens_per_second
+            made.append(row(item, "tokens_per_second_over_fp16", ratio, "1"))
+            ratio = item.first_token.median / peer.first_token.median
+            made.append(row(item, "first_token_over_fp16", ratio, "1"))
     for crossing in filter(lambda crossing: math.isfinite(crossing.value), crossovers(found)):
         own = (item for item in found if item.kind == crossing.kind)
         line = next(item for item in own if getattr(item.load, crossing.other) == crossing.at)
@@ -132,10 +133,10 @@ def cells(item: Throughput, found: Sequence[Throughput]) -> list[str]:
     speed, first = "", ""
     if peer is not None:
         speed = f"{item.tokens_per_second / peer.tokens_per_second:.2f}"
-        first = f"{item.first_token / peer.first_token:.3f}"
+        first = f"{item.first_token.median / peer.first_token.median:.3f}"
     return [
         item.kind.name, f"{item.load.batch:,}", f"{item.load.context:,}", f"{item.step.median:,.0f}",
-        f"{item.tokens_per_second:,.0f}", speed, f"{item.first_token:.3f}", first,
+        f"{item.tokens_per_second:,.0f}", speed, f"{item.first_token.median / 1e6:.3f}", first,
         f"{item.prefill_peak / 2**30:.2f}", f"{item.peak / 2**30:.2f}",
         f"{item.held / item.load.batch / 2**20:.2f}",
     ]  # fmt: skip

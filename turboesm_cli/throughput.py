@@ -12,7 +12,6 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import median
 
 import torch
 from torch import Tensor
@@ -29,6 +28,9 @@ from turboesm_cli.replay import new_cache
 
 REPEATS = 20
 PREFILLS = 3
+PREFILLING = 1e6
+"""Microseconds that prefills are measured for, where `PREFILLS` of them take less."""
+
 TRIES = 6
 
 
@@ -70,7 +72,7 @@ class Throughput:
     """What one kind of cache does under a load.
 
     step          microseconds of a decode step
-    first_token   seconds from tokens to the first decoded token of all sequences, median of `PREFILLS`
+    first_token   microseconds from tokens to the first decoded token of all sequences
     prefill_peak  most bytes in use at once until then, weights included; on a CPU of the process
     peak          likewise, decoding included
     held          bytes of the cache
@@ -79,7 +81,7 @@ class Throughput:
     kind: Kind
     load: Load
     step: timing.Timing
-    first_token: float
+    first_token: timing.Timing
     prefill_peak: int
     peak: int
     held: int
@@ -111,7 +113,10 @@ def sweep(
 def measure(
     model: EsmModel, kind: Kind, load: Load, repeats: int = REPEATS, prefills: int = PREFILLS
 ) -> Throughput:
-    """One kind of cache under one load. A part is prefilled and decoded first: kernels are compiled and chosen."""
+    """One kind of cache under one load, prefilled `prefills` times, or up to `repeats` while it is quick.
+
+    A part is prefilled and decoded first: kernels are compiled and chosen.
+    """
     device = model.device
     tokens = torch.randint(4, 24, (load.batch, load.context), generator=torch.Generator().manual_seed(0)).to(
         device
@@ -130,11 +135,13 @@ def measure(
         _prefill(stepper, tokens)
         step()
 
-    took = [timing.once(first_token, device) / 1e6 for _ in range(prefills)]
+    took = [timing.once(first_token, device)]
+    more = max(prefills, min(repeats, int(PREFILLING / took[0]))) - 1
+    took += [timing.once(first_token, device) for _ in range(more)]
     prefill_peak = _peak(device)
     cache.rewind()
     steps = _time(Graph(step, cache, 0), cache, device, repeats)
-    return Throughput(kind, load, steps, median(took), prefill_peak, _peak(device), cache.nbytes)
+    return Throughput(kind, load, steps, timing.Timing.of(took), prefill_peak, _peak(device), cache.nbytes)
 
 
 def _step(stepper: Stepper, tokens: Tensor) -> Callable[[], None]:

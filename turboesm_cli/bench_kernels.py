@@ -217,10 +217,7 @@ def _held(layer: PreparedLayer, shape: Shape, rope: Rope) -> Held:
 
 def _random_packed(spec: SideSpec, batch: int, tokens: int) -> Packed:
     device = spec.centre.device
-    shape: tuple[int, ...] = (batch, spec.heads, spec.nbytes, tokens)
-    if spec.side == "k":
-        shape = (batch, spec.heads, spec.nbytes // spec.lanes, tokens, spec.lanes)
-    codes = torch.randint(0, 256, shape, dtype=torch.uint8, device=device)
+    codes = torch.randint(0, 256, spec.codes_shape(batch, tokens), dtype=torch.uint8, device=device)
     scales = torch.randint(100, 150, (batch, spec.heads, tokens), dtype=torch.uint8, device=device)
     return Packed(codes, scales)
 

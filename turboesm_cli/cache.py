@@ -16,7 +16,7 @@ from torch import Tensor
 from turboesm_kernels import kinds, lookup, ops, reference, selfcheck
 from turboesm_kernels.available import has_triton
 from turboesm_kernels.ops import Held, PreparedLayer, put
-from turboesm_kernels.reference import Packed, Rope, SideSpec
+from turboesm_kernels.reference import Packed, Rope
 
 from turboesm_cli import decode
 from turboesm_cli.codec import CodecSpec, LayerSpec
@@ -295,9 +295,7 @@ class _LayerStore:
             shape = (batch, spec.heads, sinks, spec.head_dim)
             if sinks:
                 tensors[f"{name}.sinks"] = torch.zeros(shape, dtype=SINK_DTYPE, device=device)
-            tensors[f"{name}.codes"] = torch.zeros(
-                _codes_shape(side, batch, rest), dtype=torch.uint8, device=device
-            )
+            tensors[f"{name}.codes"] = torch.zeros(side.codes_shape(batch, rest), dtype=torch.uint8, device=device)
             if side.scale != "none":
                 tensors[f"{name}.scales"] = torch.zeros(batch, spec.heads, rest, dtype=torch.uint8, device=device)
         return cls(tensors)
@@ -340,12 +338,6 @@ class _LayerStore:
             else:
                 there = (torch.arange(self.sinks, device=x.device) == start[:, None])[:, None, :, None]
                 into.copy_(torch.where(there, x.to(SINK_DTYPE), into))
-
-
-def _codes_shape(side: SideSpec, batch: int, tokens: int) -> tuple[int, ...]:
-    if side.side == "v":
-        return (batch, side.heads, side.nbytes, tokens)
-    return (batch, side.heads, side.nbytes // side.lanes, tokens, side.lanes)
 
 
 def _leading_tokens(target: Tensor, source: Tensor) -> Tensor:

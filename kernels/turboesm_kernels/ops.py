@@ -278,9 +278,7 @@ def _validate(q: Tensor, held: Held, layer: PreparedLayer) -> None:
 
 
 def _check_codes(name: str, packed: Packed, spec: SideSpec, batch: int, tokens: int) -> None:
-    shape: tuple[int, ...] = (batch, spec.heads, spec.nbytes, tokens)
-    if spec.side == "k":
-        shape = (batch, spec.heads, spec.nbytes // spec.lanes, tokens, spec.lanes)
+    shape = spec.codes_shape(batch, tokens)
     if packed.codes.shape != shape or packed.codes.dtype != torch.uint8:
         raise ValueError(f"{name} codes must be uint8 {shape}, not {packed.codes.dtype} {packed.codes.shape}")
     if (packed.scales is None) != (spec.scale == "none"):

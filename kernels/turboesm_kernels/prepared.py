@@ -156,7 +156,7 @@ class PreparedSide:
         """Make now what the kernels would ask for first: they read it before they wait for earlier work."""
         for name in ("pack_tables", "pack_constants"):
             getattr(self, name)
-        if self.fields is not None:
+        if self.fields is not None and self.spec.side == "k":
             _ = self.fields.halves
 
     @cached_property

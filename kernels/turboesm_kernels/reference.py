@@ -88,6 +88,12 @@ class SideSpec:
         """How many axes, the last ones, code the residual of the others."""
         return max(0, self.analysis.shape[-1] - self.head_dim)
 
+    def codes_shape(self, batch: int, tokens: int) -> tuple[int, ...]:
+        """Of `Packed.codes`: keys [B, H, nbytes / lanes, T, lanes], values [B, H, nbytes, T]."""
+        if self.side == "v":
+            return batch, self.heads, self.nbytes, tokens
+        return batch, self.heads, self.nbytes // self.lanes, tokens, self.lanes
+
     @property
     def tensors(self) -> dict[str, Tensor]:
         """The spec's tensors by name."""
@@ -104,7 +110,7 @@ class SideSpec:
 class Packed:
     """Packed vectors of B sequences, H heads, T tokens.
 
-    codes   uint8: keys [B, H, nbytes / lanes, T, lanes], values [B, H, nbytes, T]
+    codes   uint8, see `SideSpec.codes_shape`
     scales  uint8 [B, H, T], or None where the spec has no scales
     """
 

@@ -9,18 +9,20 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Hashable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
+from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from turboesm_kernels import ops, reference
 from turboesm_kernels.ops import Held, PreparedLayer
 from turboesm_kernels.prepared import PreparedSide
-from turboesm_kernels.reference import TURN, Packed, Rope
+from turboesm_kernels.reference import TURN, Packed, Rope, SideSpec
 
 SEQUENCES, TOKENS = 3, 3 * TURN
+RUBBISH = 0xA5
 TIES = 5e-3
 """Share of codes and scales that may differ: a number on the edge of two codes goes either way."""
 
@@ -37,25 +39,25 @@ def problem(layers: Sequence[PreparedLayer], dtype: torch.dtype = torch.float32,
     """
     served = (layer for layer in layers if not (layer.k.spec.residual_axes or layer.v.spec.residual_axes))
     kinds = list({(_kind(layer.k), _kind(layer.v)): layer for layer in served}.values())
-    check = partial(_problem, dtype=dtype, sinks=sinks)
     try:
-        return next(filter(None, map(check, kinds[:1])), None) or _first_of_many(check, kinds[1:])
+        _compile(kinds, dtype, sinks)
+        return next(filter(None, (_problem(layer, dtype, sinks) for layer in kinds)), None)
     except Exception as error:  # Triton and its compilers raise anything
         return f"a kernel does not compile or start ({type(error).__name__}: {error})"
 
 
-def _first_of_many(check: Callable[[PreparedLayer], str | None], kinds: Sequence[PreparedLayer]) -> str | None:
-    """The first problem. On a GPU in threads; what one of them raises counts if it does so alone, too.
+def _compile(kinds: Sequence[PreparedLayer], dtype: torch.dtype, sinks: int) -> None:
+    """Run each layer's kernels, on a GPU many layers at a time. What fails in a thread counts if it does so alone.
 
-    A kernel that another thread is still loading cannot be launched (Triton 3.6 to 3.9).
+    First one layer's: a kernel that another thread is still loading cannot be launched (Triton 3.6 to 3.9), and
+    some serve all layers. The checks are not done here: each thread that multiplies matrices leaves cuBLAS a
+    workspace of 32 MiB.
     """
     if kinds and kinds[0].k.map.is_cuda:
-        try:
-            with ThreadPoolExecutor(min(MOST_THREADS, os.cpu_count() or 1)) as pool:
-                return next(filter(None, pool.map(check, kinds)), None)
-        except Exception:
-            pass
-    return next(filter(None, map(check, kinds)), None)
+        _Run.of(kinds[0], dtype, sinks)
+        with ThreadPoolExecutor(min(MOST_THREADS, os.cpu_count() or 1)) as pool:
+            for layer in kinds[1:]:
+                pool.submit(_Run.of, layer, dtype, sinks)
 
 
 def _kind(side: PreparedSide) -> Hashable:
@@ -69,24 +71,48 @@ def _kind(side: PreparedSide) -> Hashable:
     )  # fmt: skip
 
 
+@dataclass(frozen=True)
+class _Run:
+    """What the kernels made of random numbers: k, v [B, H, T, d] packed into `held`; attention of q over it."""
+
+    k: Tensor
+    v: Tensor
+    held: Held
+    q: Tensor
+    attention: list[Tensor]
+
+    @classmethod
+    @torch.no_grad()
+    def of(cls, layer: PreparedLayer, dtype: torch.dtype, sinks: int) -> _Run:
+        dim, device = layer.k.head_dim, layer.k.centre.device
+        if device.type == "cuda":
+            torch.cuda.set_device(device)  # of this thread
+        shape = (SEQUENCES, layer.k.spec.heads, TOKENS, dim)
+        k, v = (_as_projected(shape, layer, dtype) for _ in range(2))
+        held = _blank(layer, sinks)
+        _pack(k, v, layer, held)
+        q = _as_projected((*shape[:2], 1, dim), layer, dtype) / math.sqrt(dim)
+        return cls(k, v, held, q, _attend(q, held, layer))
+
+
 @torch.no_grad()
 def _problem(layer: PreparedLayer, dtype: torch.dtype, sinks: int) -> str | None:
-    if layer.k.map.is_cuda:
-        torch.cuda.set_device(layer.k.map.device)  # of this thread
-    held, differing = _pack(layer, dtype, sinks)
+    run = _Run.of(layer, dtype, sinks)
+    differing = max(
+        _differing(layer.k, run.held.k, reference.compress(run.k, layer.k.spec, run.held.rope)),
+        _differing(layer.v, run.held.v, reference.compress(run.v, layer.v.spec)),
+    )
     if differing > TIES:
         return f"the kernel that packs gives other codes than the plain reference for {differing:.1%} of values"
-    shape = (SEQUENCES, layer.k.spec.heads, 1, layer.k.head_dim)
-    q = _as_projected(shape, layer, dtype) / math.sqrt(layer.k.head_dim)
-    expected = ops.plain_attend(q.double(), held, layer)
-    for found in _attend(q, held, layer):
+    expected = ops.plain_attend(run.q.double(), run.held, layer)
+    for found in run.attention:
         error = ((found.double() - expected).norm() / expected.norm()).item()
         if not error <= TOLERANCE:
             return f"the attention kernel is off by {error:.2g} of the plain reference's result"
     return None
 
 
-def _attend(q: torch.Tensor, held: Held, layer: PreparedLayer) -> list[torch.Tensor]:
+def _attend(q: Tensor, held: Held, layer: PreparedLayer) -> list[Tensor]:
     """Attention as each kernel does it that may serve the layer: the fast path has one for ranges of one block."""
     results = [ops.attend(q, held, layer)]
     if ops.choose(q, held, layer) == "ptx":
@@ -96,32 +122,34 @@ def _attend(q: torch.Tensor, held: Held, layer: PreparedLayer) -> list[torch.Ten
     return results
 
 
-def _pack(layer: PreparedLayer, dtype: torch.dtype, sinks: int) -> tuple[Held, float]:
-    """A cache that the kernel filled, and the share of its codes or scales that differ.
-
-    In two calls, since Triton compiles each otherwise: many tokens, one of each sequence.
-    """
-    from turboesm_kernels.pack import pack
-
+def _blank(layer: PreparedLayer, sinks: int) -> Held:
+    """A cache of `TOKENS` packed tokens, full of rubbish."""
     dim, device = layer.k.head_dim, layer.k.centre.device
-    shape = (SEQUENCES, layer.k.spec.heads, TOKENS, dim)
-    k, v = (_as_projected(shape, layer, dtype) for _ in range(2))
     rope = Rope.at(torch.arange(TOKENS, device=device) + sinks, _frequencies(dim, device))
-    if k.is_cuda:  # kernels read these before they wait for earlier work
+    if device.type == "cuda":  # kernels read these before they wait for earlier work
         _ = rope.turns, rope.block_turn
         torch.cuda.synchronize(device)
-    wanted = reference.compress(k, layer.k.spec, rope), reference.compress(v, layer.v.spec)
-    whole = _random((2, *shape[:2], sinks, dim), layer).half()
-    blank = [
-        Packed(own.codes.new_full(own.codes.shape, 0xA5), None if own.scales is None else own.scales * 0)
-        for own in wanted
-    ]
+    whole = _random((2, SEQUENCES, layer.k.spec.heads, sinks, dim), layer).half()
     lengths = torch.full((SEQUENCES,), sinks + TOKENS, dtype=torch.int32, device=device)
-    held = Held(blank[0], blank[1], rope, lengths, *(whole if sinks else (None, None)))
-    pack(k[:, :, :-1], v[:, :, :-1], layer, held, sinks)
-    pack(k[:, :, -1:], v[:, :, -1:], layer, held, lengths - 1)
-    sides = ((layer.k, held.k, wanted[0]), (layer.v, held.v, wanted[1]))
-    return held, max(_differing(side, found, own) for side, found, own in sides)
+    k, v = (_blank_side(side.spec) for side in (layer.k, layer.v))
+    return Held(k, v, rope, lengths, *(whole if sinks else (None, None)))
+
+
+def _blank_side(spec: SideSpec) -> Packed:
+    codes, scales = (
+        torch.full(shape, RUBBISH, dtype=torch.uint8, device=spec.centre.device)
+        for shape in (spec.codes_shape(SEQUENCES, TOKENS), (SEQUENCES, spec.heads, TOKENS))
+    )
+    return Packed(codes, None if spec.scale == "none" else scales)
+
+
+def _pack(k: Tensor, v: Tensor, layer: PreparedLayer, held: Held) -> None:
+    """In two calls, since Triton compiles each otherwise: many tokens, one of each sequence."""
+    from turboesm_kernels.pack import pack
+
+    assert held.lengths is not None
+    pack(k[:, :, :-1], v[:, :, :-1], layer, held, held.sinks)
+    pack(k[:, :, -1:], v[:, :, -1:], layer, held, held.lengths - 1)
 
 
 def _differing(side: PreparedSide, found: Packed, wanted: Packed) -> float:
@@ -133,16 +161,16 @@ def _differing(side: PreparedSide, found: Packed, wanted: Packed) -> float:
     return max(share, apart.float().mean().item())
 
 
-def _as_projected(shape: tuple[int, int, int, int], layer: PreparedLayer, dtype: torch.dtype) -> torch.Tensor:
+def _as_projected(shape: tuple[int, int, int, int], layer: PreparedLayer, dtype: torch.dtype) -> Tensor:
     """Random numbers [B, H, T, d] as a projection leaves them, tokens before heads: Triton compiles by strides."""
     batch, heads, tokens, dim = shape
     return _random((batch, tokens, heads, dim), layer).to(dtype).transpose(1, 2)
 
 
-def _random(shape: tuple[int, ...], layer: PreparedLayer) -> torch.Tensor:
+def _random(shape: tuple[int, ...], layer: PreparedLayer) -> Tensor:
     numbers = torch.randn(shape, generator=torch.Generator().manual_seed(len(shape)))
     return numbers.to(layer.k.centre.device)
 
 
-def _frequencies(dim: int, device: torch.device) -> torch.Tensor:
+def _frequencies(dim: int, device: torch.device) -> Tensor:
     return 10000.0 ** (-torch.arange(0, dim, 2, device=device) / dim)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -142,6 +142,25 @@ def test_jobs_are_taken_when_there_is_a_slot(tiny: EsmModel, jobs: list[Job]) ->
     next(results)
     assert taken <= 3  # two in slots, one that waits
     assert len(list(results)) == len(jobs) - 1
+
+
+def test_prompts_of_like_length_are_encoded_together(
+    tiny: EsmModel, jobs: list[Job], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the slots that are free: at most so many tokens at once, and little padding."""
+    seen: list[list[int]] = []
+    real = Stepper.prefill
+
+    def prefill(self: Stepper, start: int, prompts: Sequence[Tensor]) -> Tensor:
+        seen.append([len(prompt) for prompt in prompts])
+        return real(self, start, prompts)
+
+    monkeypatch.setattr(Stepper, "prefill", prefill)
+    monkeypatch.setattr(engine, "PREFILL_TOKENS", 24)
+    new = cache_maker(tiny, {}, "fp32")
+    results = Batch(tiny, new, lambda slots: Forced.of(tiny, slots, 32), 7, CAPACITY).run(enumerate(jobs))
+    assert len(list(results)) == len(jobs)
+    assert seen == [[1, 2, 3, 4], [9, 12], [30], [5]]  # the eighth when a slot is free
 
 
 class Failing(Forced):

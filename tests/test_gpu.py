@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from numbered import in_order
 
 from turboesm_cli import decode
@@ -18,7 +20,7 @@ from turboesm_cli.generation import Sampling
 from turboesm_cli.model import EsmModel, load_model
 from turboesm_cli.plan import sequence_bytes
 from turboesm_cli.replay import new_cache
-from turboesm_cli.sequences import Protein
+from turboesm_cli.sequences import PAD, Protein
 from turboesm_cli.stats import collect, to_tokens
 from turboesm_cli.tasks import Forced, Sampled
 from turboesm_cli.throughput import Kind, Load, measure
@@ -167,6 +169,21 @@ def test_running_out_of_memory_halves_the_batch(wide: EsmModel, wide_spec: Codec
         torch.cuda.set_per_process_memory_fraction(1.0)
     assert found == [job.steps for job in jobs]
     assert shrunk
+
+
+def test_sequences_of_new_lengths_make_no_plans_of_cudnn(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = load_model("random:esm2_t6_8M", "cuda", torch.bfloat16)
+    attention, allowed = F.scaled_dot_product_attention, []
+
+    def seen(*args: Any, **named: Any) -> torch.Tensor:
+        allowed.append(torch.backends.cuda.cudnn_sdp_enabled())
+        return attention(*args, **named)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", seen)
+    tokens = to_tokens(_random_proteins()[:2], model.device)
+    for batch in (tokens, tokens.masked_fill(torch.arange(tokens.shape[1], device="cuda") > 40, PAD)):
+        decode.encode(model, batch)
+    assert allowed == [False] * 2 * model.shape.layers
 
 
 @pytest.mark.parametrize("kind", ["fp16", "fp8", "packed"])

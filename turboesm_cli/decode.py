@@ -9,12 +9,14 @@ difference is the *drift*. With a prompt of one token, decode is ESM-2 under a c
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from esm.modules import gelu
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from turboesm_kernels import kinds, reference
 from turboesm_kernels.reference import Rope
 
@@ -22,6 +24,10 @@ from turboesm_cli.model import EsmModel
 from turboesm_cli.sequences import MASK, PAD
 
 MASK_RATIO_IN_TRAINING = 0.15 * 0.8
+
+OVER_SEQUENCES = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+"""torch's attention backends for whole sequences, the preferred first. Not cuDNN, which makes a plan for each new
+shape, 70 to 100 ms of the host's time (torch 2.11, H100): proteins are of all lengths."""
 
 Attention = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 """(layer, q, k, v), each [B, H, T, d] with q scaled and q, k after RoPE -> attention output [B, H, T, d]."""
@@ -231,12 +237,18 @@ def _layers(
 ) -> Tensor:
     x = _embed(model, tokens, unmasked)
     activation = F.gelu if x.is_cuda else gelu  # one kernel, or fair-esm's result to the bit
-    for index, layer in enumerate(model.net.layers):
-        out = attention(index, *project(index, layer.self_attn_layer_norm(x)))
-        x = x + layer.self_attn.out_proj(out.transpose(1, 2).flatten(2))
-        x = x + layer.fc2(activation(layer.fc1(layer.final_layer_norm(x))))
+    with _attention_backends(model):
+        for index, layer in enumerate(model.net.layers):
+            out = attention(index, *project(index, layer.self_attn_layer_norm(x)))
+            x = x + layer.self_attn.out_proj(out.transpose(1, 2).flatten(2))
+            x = x + layer.fc2(activation(layer.fc1(layer.final_layer_norm(x))))
     hidden: Tensor = model.net.emb_layer_norm_after(x)
     return hidden
+
+
+def _attention_backends(model: EsmModel) -> AbstractContextManager[object]:
+    on_gpu = model.device.type == "cuda"
+    return sdpa_kernel(OVER_SEQUENCES, set_priority=True) if on_gpu else nullcontext()
 
 
 def _projection(model: EsmModel, rope: Rope) -> Projection:

@@ -200,18 +200,19 @@ class Batch(Generic[TaskT]):
                     yield item.number, result
 
     def _admit(self, stepper: Stepper, task: TaskT, waiting: _Queue, active: dict[int, _Active]) -> None:
-        """Prefill free slots, neighbours together."""
+        """Prefill free slots, neighbours together, prompts of like length at once: padding is computed, too."""
         free = [slot for slot in range(self._slots) if slot not in active]
         if active and len(free) * 8 < self._slots:
             return  # a prefill serves several slots
         for run in _runs(free):
-            while run and waiting:
-                entered = waiting.take(run, PREFILL_TOKENS)
-                for slot, (number, job) in zip(run, entered, strict=False):
-                    active[slot] = _Active(number, job, job.steps)
-                    task.enter(slot, number, job)
-                stepper.enter(run[0], [job for _, job in entered])
-                run = run[len(entered) :]
+            entering = sorted(waiting.take(len(run)), key=lambda item: len(item[1].prompt))
+            for slot, (number, job) in zip(run, entering, strict=False):
+                active[slot] = _Active(number, job, job.steps)
+                task.enter(slot, number, job)
+            start = run[0]
+            for group in _groups([job for _, job in entering], PREFILL_TOKENS):
+                stepper.enter(start, group)
+                start += len(group)
 
 
 class _Queue:
@@ -230,16 +231,24 @@ class _Queue:
         """Jobs that were taken: the lowest number comes first again."""
         self._front.extendleft(sorted(jobs, key=lambda item: -item[0]))
 
-    def take(self, run: Sequence[int], tokens: int) -> list[tuple[int, Job]]:
-        """Jobs for the slots of `run`: at least one, of at most `tokens` tokens of prompt, padding counted."""
+    def take(self, count: int) -> list[tuple[int, Job]]:
+        """The next `count` jobs, or as many as there are."""
         taken: list[tuple[int, Job]] = []
-        longest = 0
-        while len(taken) < len(run) and self:
-            longest = max(longest, len(self._front[0][1].prompt))
-            if taken and (len(taken) + 1) * longest > tokens:
-                break
+        while len(taken) < count and self:
             taken.append(self._front.popleft())
         return taken
+
+
+def _groups(jobs: Sequence[Job], tokens: int) -> Iterator[list[Job]]:
+    """Jobs, shortest prompts first, in groups of at most `tokens` tokens of prompt, padding counted, or of one."""
+    group: list[Job] = []
+    for job in jobs:
+        if group and (len(group) + 1) * len(job.prompt) > tokens:
+            yield group
+            group = []
+        group.append(job)
+    if group:
+        yield group
 
 
 def _runs(slots: Sequence[int]) -> list[list[int]]:

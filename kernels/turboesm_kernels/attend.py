@@ -192,7 +192,7 @@ def finish_kernel(
     part_max, part_sum, part_weight, part_out, query, q_b, q_h, q_q, q_d, lengths,
     sink_k, sk_b, sk_h, sk_t, sk_d, sink_v, sv_b, sv_h, sv_t, sv_d,
     value_map, offset, centre, out, rows, splits, axes,
-    HEADS: tl.constexpr, QUERIES: tl.constexpr, DIM: tl.constexpr,
+    HEADS: tl.constexpr, QUERIES: tl.constexpr, DIM: tl.constexpr, AXES_STEP: tl.constexpr,
     DIM_PAD: tl.constexpr, AXES_PAD: tl.constexpr, SINKS: tl.constexpr, ROW_BLOCK: tl.constexpr,
     SPLIT_BLOCK: tl.constexpr, HAS_LENGTHS: tl.constexpr, HAS_WEIGHT: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
@@ -205,8 +205,9 @@ def finish_kernel(
     [B, H, Q, d], sinks any float [B, H, SINKS, d], value_map f32 [H, A, d], centre f32 [H, d], out any float
     [B, H, Q, d], contiguous. A row without any token gets 0. Program (h, r) does the r-th block of rows: one row
     where rows are few, by sums; else 16 or more, by matrix products. What needs no range, the sinks and the map,
-    comes before the wait for the ranges.
+    comes before the wait for the ranges. `axes`, A, is a multiple of AXES_STEP: that makes loads wide.
     """
+    axes = axes // AXES_STEP * AXES_STEP
     head = tl.program_id(0)
     row = tl.program_id(1) * ROW_BLOCK + tl.arange(0, ROW_BLOCK)
     live = row < rows

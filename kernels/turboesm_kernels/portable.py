@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -18,8 +19,8 @@ FOLD_TOKENS = 64
 FEW_ROWS = 40
 """Rows and heads up to which `finish` takes them one by one: latency counts, not what is read twice."""
 
-FINISH_TILE = 8192
-"""Partial results that a program of `finish` holds at once, at most."""
+FINISH_TILE, SPLIT_BLOCK = 8192, 16
+"""Partial results that a program of `finish` holds at once, and ranges that they are of, at most."""
 
 WAVES = 8
 """Programs a multiprocessor is given before ranges of tokens are made longer instead of more."""
@@ -152,13 +153,14 @@ def finish(
         value_map, offset = layer.v.fields.map, layer.v.fields.offset
     axes_pad = padded(axes)
     row_block = 1 if rows * heads <= FEW_ROWS else ROW_BLOCK
-    split_block = max(1, min(padded(max(splits, 1), 1), FINISH_TILE // (row_block * axes_pad), 16))
+    split_block = max(1, min(padded(max(splits, 1), 1), FINISH_TILE // (row_block * axes_pad), SPLIT_BLOCK))
     launch(
         finish_kernel, (heads, -(-rows // row_block)),
         partials.top, partials.mass, partials.weight if weighted else partials.mass, partials.out,
         q, *q.stride(), q if held.lengths is None else held.lengths,
         sink_k, *sink_k.stride(), sink_v, *sink_v.stride(), value_map, offset, layer.v.centre, out,
-        rows, splits, axes, HEADS=heads, QUERIES=queries, DIM=dim, DIM_PAD=padded(dim), AXES_PAD=axes_pad,
+        rows, splits, axes, HEADS=heads, QUERIES=queries, DIM=dim, AXES_STEP=math.gcd(axes, 4),
+        DIM_PAD=padded(dim), AXES_PAD=axes_pad,
         SPLIT_BLOCK=split_block, SINKS=held.sinks, ROW_BLOCK=row_block, HAS_LENGTHS=held.lengths is not None,
         HAS_WEIGHT=weighted, EARLY=early, num_warps=8 if axes_pad > 64 else 4, **early_launch(early),
     )  # fmt: skip

@@ -23,7 +23,9 @@ STAGES = [
     {"records"},
     {"archive", "quantizer", "results", "sequences", "work"},
     {"formats", "lengths", "outcomes", "prompts", "variants"},
-    {"model", "tables", "plots"},
+    {"shapes", "tables", "plots"},
+    {"checkpoints"},
+    {"model"},
     {"decode", "dense", "figures", "pages"},
     {"batching", "generation", "recipes"},
     {"sensitivity", "axes", "allocation"},
@@ -41,7 +43,7 @@ STAGES = [
     {"prefill", "summaries", "workload"},
     {"ablation", "benchmark", "throughput"},
     {"crossover"},
-    {"paper_kernel"},
+    {"paper_kernel", "synthetic"},
     {"bench_kernels"},
 ]
 WITHOUT_TORCH = {

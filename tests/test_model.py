@@ -15,8 +15,9 @@ import torch
 
 from turboesm_cli import decode
 from turboesm_cli.errors import DeviceError, ModelError
-from turboesm_cli.model import OFFICIAL, EsmModel, load_model, official_name, pick_device
+from turboesm_cli.model import EsmModel, load_model, pick_device
 from turboesm_cli.sequences import MASK, PAD, Protein
+from turboesm_cli.shapes import OFFICIAL, official_name
 from turboesm_cli.stats import to_tokens
 
 TOLERANCE = 1e-5

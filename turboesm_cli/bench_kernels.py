@@ -8,10 +8,8 @@ graph, with its p20 and p80. No ratio is given where a result differs from the p
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
 
@@ -20,26 +18,17 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 from turboesm_kernels import ops, reference
-from turboesm_kernels.layout import BYTE, Profile, bytes_for, lanes_for
 from turboesm_kernels.ops import Held, PreparedLayer
-from turboesm_kernels.prepared import PreparedSide
-from turboesm_kernels.reference import Packed, Rope, Side, SideSpec, table_size, table_slice
+from turboesm_kernels.reference import Packed
 
-from turboesm_cli.quantizer import GAUSSIAN_DISTORTION
 from turboesm_cli.results import ResultRow
+from turboesm_cli.synthetic import Shape, copies_for, held_bytes, make_caches, make_layer, random_cache, rope_of
 from turboesm_cli.timing import Timing
 
 TOLERANCE = 1e-3
 REPLAYS = 20
-ROTATED_BYTES = 400e6
-"""Caches are made until they hold this much, several times an H200's L2."""
-
-MOST_COPIES = 12
 MOST_UNPACKED = 600e6
 """Bytes of a cache that is still unpacked to float32 as a whole."""
-
-FALL = 4.0
-"""Octaves by which the deviation of a head's axes falls from first to last, give or take one a head."""
 
 PEERS = {
     "cudnn": SDPBackend.CUDNN_ATTENTION,
@@ -48,26 +37,6 @@ PEERS = {
 }
 
 Call = Callable[[], object]
-
-
-@dataclass(frozen=True)
-class Shape:
-    """One layer's decode step: B sequences of T tokens, H heads of head_dim d, payload bits a value."""
-
-    batch: int
-    tokens: int
-    heads: int = 20
-    dim: int = 64
-    bits: float = 3
-
-    def __str__(self) -> str:
-        return f"B{self.batch}xH{self.heads}xd{self.dim}"
-
-    @property
-    def fp16_bytes(self) -> int:
-        """Of fp16 keys and values."""
-        return self.batch * self.tokens * self.heads * self.dim * 4
-
 
 MARKS = (
     Shape(256, 1024),
@@ -145,17 +114,12 @@ def _time_packing(q: Tensor, caches: Sequence[Held], layer: PreparedLayer) -> Ti
 
 def _bench_pack(shape: Shape, device: torch.device, stamp: Callable[..., ResultRow]) -> Iterator[ResultRow]:
     """One layer's keys and values of a prefill."""
-    layer, _ = make_caches(Shape(1, 16, shape.heads, shape.dim, shape.bits), device)
+    layer = make_layer(shape, device)
     k, v = torch.randn(2, shape.batch, shape.heads, shape.tokens, shape.dim, device=device).half()
-    into = {side: _random_packed(prepared.spec, shape.batch, shape.tokens) for side, prepared in _sides(layer)}
-    held = Held(into["k"], into["v"], _rope(shape.tokens, shape.dim, device))
-    took = measure([partial(ops.append, k, v, layer, held, 0)] * 8)
+    held = random_cache(layer, shape, rope_of(shape.tokens, shape.dim, device))
+    took = measure([partial(ops.append, k, v, layer, held, held.sinks)] * 8)
     yield stamp(shape, "pack", "us", took, "us")
     yield stamp(shape, "pack", "us_33_layers", 33 * took.median, "us")
-
-
-def _sides(layer: PreparedLayer) -> list[tuple[Side, PreparedSide]]:
-    return [("k", layer.k), ("v", layer.v)]
 
 
 def measure(calls: Sequence[Call]) -> Timing:
@@ -200,75 +164,6 @@ def copy_bandwidth(device: torch.device) -> float:
     return 2 * source.numel() * source.element_size() / timing.median / 1e6
 
 
-def make_caches(shape: Shape, device: torch.device) -> tuple[PreparedLayer, list[Held]]:
-    """A codec with two water-filled profiles on a uniform grid, and random caches of it to rotate through."""
-    layer = PreparedLayer.of(*(_spec(side, shape).to(device) for side in ("k", "v")))
-    nbytes = shape.batch * shape.heads * shape.tokens * (layer.k.spec.nbytes + layer.v.spec.nbytes + 2)
-    copies = max(2, min(MOST_COPIES, math.ceil(ROTATED_BYTES / nbytes)))
-    rope = _rope(shape.tokens, shape.dim, device)
-    return layer, [_held(layer, shape, rope) for _ in range(copies)]
-
-
-def _held(layer: PreparedLayer, shape: Shape, rope: Rope) -> Held:
-    sinks = torch.randn(2, shape.batch, shape.heads, 1, shape.dim, device=layer.k.map.device).half()
-    k, v = (_random_packed(side.spec, shape.batch, shape.tokens) for _, side in _sides(layer))
-    return Held(k, v, rope, None, sinks[0], sinks[1])
-
-
-def _random_packed(spec: SideSpec, batch: int, tokens: int) -> Packed:
-    device = spec.centre.device
-    codes = torch.randint(0, 256, spec.codes_shape(batch, tokens), dtype=torch.uint8, device=device)
-    scales = torch.randint(100, 150, (batch, spec.heads, tokens), dtype=torch.uint8, device=device)
-    return Packed(codes, scales)
-
-
-def _rope(tokens: int, dim: int, device: torch.device) -> Rope:
-    frequencies = 10000.0 ** (-torch.arange(0, dim, 2, device=device) / dim)
-    return Rope.at(torch.arange(tokens, device=device) + 1, frequencies)
-
-
-def _spec(side: Side, shape: Shape) -> SideSpec:
-    heads, dim = shape.heads, shape.dim
-    generator = torch.Generator().manual_seed(0 if side == "k" else 1)
-    falls = (FALL - 1, FALL + 1)
-    deviations = [torch.exp2(-fall * torch.arange(dim) / dim) for fall in falls]
-    profiles = [_profile(d.square().tolist(), dim, shape.bits) for d in deviations]
-    of_head = tuple(head % 2 for head in range(heads))
-    basis = torch.linalg.qr(torch.randn(heads, dim, dim, generator=generator))[0].contiguous()
-    widest = max(profile.widths[0] for profile in profiles)
-    levels = torch.zeros(heads, table_size(widest))
-    thresholds = torch.full((heads, table_size(widest)), torch.inf)
-    for width in range(1, widest + 1):
-        table = 5.0 / 2**width * (torch.arange(2**width) - (2**width - 1) / 2)
-        levels[:, table_slice(width)] = table
-        thresholds[:, table_slice(width)][:, :-1] = (table[1:] + table[:-1]) / 2
-    return SideSpec(
-        side, tuple(profiles), of_head, torch.randn(heads, dim, generator=generator), basis,
-        torch.stack([deviations[index] for index in of_head]), basis.mT.contiguous(), levels, thresholds,
-        "least-squares",
-    )  # fmt: skip
-
-
-def _profile(variance: list[float], dim: int, bits: float) -> Profile:
-    """Reverse water-filling, as `codec.waterfill` does it."""
-    lanes, nbytes = lanes_for(dim), bytes_for(dim, bits)
-    groups = [sum(variance[start : start + lanes]) for start in range(0, dim, lanes)]
-    widths = [0] * len(groups)
-    for _ in range(nbytes * BYTE // lanes):
-        savings = [
-            own * (GAUSSIAN_DISTORTION[w] - GAUSSIAN_DISTORTION[w + 1]) if w < BYTE else -1.0
-            for own, w in zip(groups, widths, strict=True)
-        ]
-        widths[savings.index(max(savings))] += 1
-    return Profile(tuple(width for width in widths for _ in range(lanes)), nbytes, lanes)
-
-
-def held_bytes(held: Held) -> int:
-    """Bytes of codes, scales and sinks."""
-    tensors = (held.k.codes, held.k.scales, held.v.codes, held.v.scales, held.sink_k, held.sink_v)
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors if tensor is not None)
-
-
 def _error(q: Tensor, held: Held, layer: PreparedLayer) -> float:
     """Relative error of the first and last sequence against the reference in double precision."""
     out = ops.attend(q, held, layer)
@@ -288,7 +183,7 @@ def _error(q: Tensor, held: Held, layer: PreparedLayer) -> float:
 def _time_peer(name: str, shape: Shape, device: torch.device) -> Timing | None:
     """An fp16 backend of torch's attention on keys and values of the same shape; None where it does not run."""
     size = shape.batch * shape.heads * shape.tokens * shape.dim * 4
-    copies = max(2, min(MOST_COPIES, math.ceil(ROTATED_BYTES / size)))
+    copies = copies_for(size)
     full = (2, shape.batch, shape.heads, shape.tokens, shape.dim)
     pairs = [torch.randn(full, dtype=torch.float16, device=device) for _ in range(copies)]
     q = torch.randn(shape.batch, shape.heads, 1, shape.dim, dtype=torch.float16, device=device)
@@ -306,7 +201,7 @@ def _time_paper(shape: Shape, device: torch.device) -> Timing | None:
     from turboesm_cli.paper_kernel import PaperCache
 
     size = shape.batch * shape.heads * shape.tokens * shape.dim * 9 // 8
-    copies = max(2, min(MOST_COPIES, math.ceil(ROTATED_BYTES / size)))
+    copies = copies_for(size)
     caches = [PaperCache.random(shape.batch, shape.heads, shape.tokens, shape.dim, device) for _ in range(copies)]
     q = torch.randn(shape.batch, shape.heads, 1, shape.dim, dtype=torch.float16, device=device) / 8
     rotation = torch.eye(shape.dim, device=device).expand(shape.heads, -1, -1).contiguous()

@@ -24,8 +24,9 @@ from turboesm_kernels.reference import Side, SideSpec, table_size, table_slice
 from turboesm_cli.archive import Archive, printable, write_archive
 from turboesm_cli.codec import CodecSpec, LayerSpec, Recipe
 from turboesm_cli.errors import BundleError, ModelError
-from turboesm_cli.model import EsmModel, Shape, check_shape
+from turboesm_cli.model import EsmModel
 from turboesm_cli.sequences import Protein
+from turboesm_cli.shapes import Shape, check_shape
 
 KIND = "turboesm-bundle"
 PART = "codec.safetensors"

@@ -14,7 +14,8 @@ from turboesm_cli.codec import CodecSpec
 from turboesm_cli.engine import PREFILL_TOKENS
 from turboesm_cli.errors import InputError
 from turboesm_cli.formats import FORMATS
-from turboesm_cli.model import Shape, parameter_count
+from turboesm_cli.model import parameter_count
+from turboesm_cli.shapes import Shape
 
 KINDS = ("fp32", "fp16", "bf16", "int8", "fp8", "packed")
 RESERVED = 0.06

@@ -25,9 +25,10 @@ from turboesm_cli.batching import digest, hold_back, prompt_lengths, visible_key
 from turboesm_cli.batching import to_tokens as to_tokens
 from turboesm_cli.decode import encode, rope_at
 from turboesm_cli.errors import InputError
-from turboesm_cli.model import Captured, EsmModel, Shape
+from turboesm_cli.model import EsmModel
 from turboesm_cli.sensitivity import Sensitivity, measure
 from turboesm_cli.sequences import PAD, Protein
+from turboesm_cli.shapes import Shape
 from turboesm_cli.sums import BODY as BODY
 from turboesm_cli.sums import CLS as CLS
 from turboesm_cli.sums import HELD_PART, Sample, stacked
@@ -155,7 +156,7 @@ def _sum_batch(model: EsmModel, proteins: Sequence[Protein], limit: int) -> tupl
     values: list[Tensor] = []
 
     def attend(_layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        layers.append(_sum_layer(Captured(q, k, v), real, rope))
+        layers.append(_sum_layer(q, k, v, real, rope))
         keys.append(_pick(k, real)[order].float().cpu())
         values.append(_pick(v, real)[order].float().cpu())
         return F.scaled_dot_product_attention(q, k, v, attn_mask=visible, scale=1.0)
@@ -171,24 +172,24 @@ def _pick(x: Tensor, real: Tensor) -> Tensor:
     return x.transpose(1, 2)[real]
 
 
-def _sum_layer(found: Captured, real: Tensor, rope: Rope) -> LayerSums:
-    """Both groups' sums over one batch: products in float32 over a batch, added up in float64."""
-    d = found.k.shape[-1]
+def _sum_layer(q: Tensor, k: Tensor, v: Tensor, real: Tensor, rope: Rope) -> LayerSums:
+    """Both groups' sums over one batch of q, k (after RoPE) and v [B, H, T, d]: float32 products, float64 sums."""
+    d = k.shape[-1]
     phase = torch.cat((rope.cos[:, : d // 2], rope.sin[:, : d // 2]), -1)
     groups = []
     for tokens in (slice(0, 1), slice(1, None)):
         keep = real[:, tokens]
-        q, k, v = (_pick(x[:, :, tokens].float(), keep) for x in (found.q, found.k, found.v))
-        before = rope_part(rope, tokens).rotate_back(found.k[:, :, tokens].float())
+        asked, keys, values = (_pick(x[:, :, tokens].float(), keep) for x in (q, k, v))
+        before = rope_part(rope, tokens).rotate_back(k[:, :, tokens].float())
         p = phase[tokens].expand(len(real), -1, -1)[keep]
         sums = (
             keep.sum().double(),
             _pick(before, keep).sum(0),
-            v.sum(0),
-            _gram(k, k),
-            _gram(q, q),
-            _gram(v, v),
-            torch.einsum("nhd,ne->hde", k, p),
+            values.sum(0),
+            _gram(keys, keys),
+            _gram(asked, asked),
+            _gram(values, values),
+            torch.einsum("nhd,ne->hde", keys, p),
             p.T @ p,
         )
         groups.append([part.double().cpu() for part in sums])

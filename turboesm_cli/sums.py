@@ -11,8 +11,8 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
-from turboesm_cli.model import Shape
 from turboesm_cli.sensitivity import Sensitivity
+from turboesm_cli.shapes import Shape
 
 VALUES_PER_HEAD = 1 << 17
 """Values of keys (and of values) kept of each head: 8192 tokens at head_dim 16, 2048 at 64."""

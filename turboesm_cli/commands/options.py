@@ -50,8 +50,10 @@ Dtype = Annotated[DtypeName, typer.Option("--dtype", help="Of the model's weight
 
 def open_model(name: str | None, device: str, bundle: Bundle | None = None, dtype: DtypeName = "fp32") -> EsmModel:
     """Load the model of --model or $TURBOESM_MODEL, else the bundle's if it is official, else the embedded one."""
+    from turboesm_cli.checkpoints import EMBEDDED
     from turboesm_cli.formats import FORMATS
-    from turboesm_cli.model import EMBEDDED, load_model, official_name
+    from turboesm_cli.model import load_model
+    from turboesm_cli.shapes import official_name
 
     default = bundle.model_name if bundle and official_name(bundle.model_name) else EMBEDDED
     model = load_model(name or os.environ.get("TURBOESM_MODEL") or default, device, FORMATS[dtype].dtype)

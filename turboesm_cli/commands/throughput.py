@@ -13,7 +13,8 @@ from turboesm_cli.errors import InputError
 
 if TYPE_CHECKING:
     from turboesm_cli.codec import CodecSpec
-    from turboesm_cli.model import EsmModel, Shape
+    from turboesm_cli.model import EsmModel
+    from turboesm_cli.shapes import Shape
     from turboesm_cli.throughput import Kind, Load, Throughput
 
 CALIBRATION_PROTEINS = 8

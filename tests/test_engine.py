@@ -145,7 +145,7 @@ def test_jobs_are_taken_when_there_is_a_slot(tiny: EsmModel, jobs: list[Job]) ->
 
 
 def test_prompts_of_like_length_are_encoded_together(
-    tiny: EsmModel, jobs: list[Job], monkeypatch: pytest.MonkeyPatch
+    precise: EsmModel, jobs: list[Job], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In the slots that are free: at most so many tokens at once, and little padding."""
     seen: list[list[int]] = []
@@ -157,9 +157,10 @@ def test_prompts_of_like_length_are_encoded_together(
 
     monkeypatch.setattr(Stepper, "prefill", prefill)
     monkeypatch.setattr(engine, "PREFILL_TOKENS", 24)
-    new = cache_maker(tiny, {}, "fp32")
-    results = Batch(tiny, new, lambda slots: Forced.of(tiny, slots, 32), 7, CAPACITY).run(enumerate(jobs))
-    assert len(list(results)) == len(jobs)
+    new = cache_maker(precise, {}, "fp32")
+    batch = Batch(precise, new, lambda slots: Forced.of(precise, slots, 32), 7, CAPACITY)
+    for job, hidden in zip(jobs, in_order(batch.run(enumerate(jobs))), strict=True):
+        assert torch.allclose(hidden, alone(precise, job, new(1, CAPACITY)), rtol=0, atol=ROUNDING)
     assert seen == [[1, 2, 3, 4], [9, 12], [30], [5]]  # the eighth when a slot is free
 
 
@@ -221,6 +222,27 @@ def test_out_of_memory_in_a_prefill(precise: EsmModel, jobs: list[Job], monkeypa
     )  # fmt: skip
     assert [len(hidden) for hidden in in_order(batch.run(enumerate(jobs)))] == [job.steps for job in jobs]
     assert shrunk == [2] and calls > 2
+
+
+@pytest.mark.parametrize("fails_at", [1, 2, 5])
+def test_out_of_memory_where_a_job_enters(
+    precise: EsmModel, jobs: list[Job], monkeypatch: pytest.MonkeyPatch, fails_at: int
+) -> None:
+    entered = 0
+    real = Forced.enter
+
+    def enter(self: Forced, slot: int, number: int, job: Job) -> None:
+        nonlocal entered
+        entered += 1
+        if entered == fails_at:
+            raise torch.OutOfMemoryError("injected")
+        real(self, slot, number, job)
+
+    monkeypatch.setattr(Forced, "enter", enter)
+    new = cache_maker(precise, {}, "fp32")
+    batch = Batch(precise, new, lambda slots: Forced.of(precise, slots, 32), 6, CAPACITY)
+    for job, hidden in zip(jobs, in_order(batch.run(enumerate(jobs))), strict=True):
+        assert torch.allclose(hidden, alone(precise, job, new(1, CAPACITY)), rtol=0, atol=ROUNDING)
 
 
 def test_a_batch_of_one_that_does_not_fit_is_an_error(

@@ -10,6 +10,7 @@ import math
 import os
 import subprocess
 import sys
+import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -411,6 +412,40 @@ def test_selfcheck_sees_every_kind_of_layer(one: Case, other: Case, monkeypatch:
     answers = iter((None, "wrong"))
     monkeypatch.setattr(selfcheck, "_problem", lambda layer, dtype, sinks: next(answers))
     assert selfcheck.problem(layers) == "wrong"
+
+
+def test_selfcheck_compiles_in_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What fails there is left to the check; what fails before does not start them."""
+    from turboesm_kernels import selfcheck
+
+    layers = [PreparedLayer.of(make_spec("k", case), make_spec("v", case)) for case in CHECKED]
+    runs: list[tuple[PreparedLayer, bool]] = []
+
+    def run(layer: PreparedLayer, dtype: torch.dtype, sinks: int) -> None:
+        alone = threading.current_thread() is threading.main_thread()
+        runs.append((layer, alone))
+        if not alone:
+            raise RuntimeError("another thread loads this kernel")
+
+    monkeypatch.setattr(selfcheck._Run, "of", run)
+    selfcheck._compile(layers, torch.float32, 1)
+    assert runs[0] == (layers[0], True)
+    assert {(id(layer), alone) for layer, alone in runs[1:]} == {(id(layer), False) for layer in layers[1:]}
+    monkeypatch.setattr(selfcheck._Run, "of", None)
+    with pytest.raises(TypeError):
+        selfcheck._compile(layers, torch.float32, 1)
+
+
+@interpreted
+def test_selfcheck_says_nothing_of_kernels_where_memory_runs_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    from turboesm_kernels import pack, selfcheck
+
+    def full(*arguments: object) -> None:
+        raise torch.OutOfMemoryError("injected")
+
+    monkeypatch.setattr(pack, "pack", full)
+    with pytest.raises(torch.OutOfMemoryError):
+        selfcheck.problem([make(CHECKED[0])[2]])
 
 
 def check_joint_prefill(path: Path, proteins: list[Protein], dtype: torch.dtype, device: str = "cpu") -> None:

@@ -77,7 +77,8 @@ def encode(
     """
     attention = observe or bidirectional(tokens)
     project = joint or _projection(model, rope_at(model, 0, tokens.shape[1]))
-    return _layers(model, tokens, project, unmasked_fraction(tokens), attention)
+    with _over_sequences(model):
+        return _layers(model, tokens, project, unmasked_fraction(tokens), attention)
 
 
 def bidirectional(tokens: Tensor) -> Attention:
@@ -166,7 +167,8 @@ def teacher_forced(
             trace(decoded)
         return decoded
 
-    return _layers(model, tokens, _projection(model, rope), _prompt_unmasked(tokens, prompts), attend)
+    with _over_sequences(model):
+        return _layers(model, tokens, _projection(model, rope), _prompt_unmasked(tokens, prompts), attend)
 
 
 def lm_logits(model: EsmModel, hidden: Tensor) -> Tensor:
@@ -237,16 +239,15 @@ def _layers(
 ) -> Tensor:
     x = _embed(model, tokens, unmasked)
     activation = F.gelu if x.is_cuda else gelu  # one kernel, or fair-esm's result to the bit
-    with _attention_backends(model):
-        for index, layer in enumerate(model.net.layers):
-            out = attention(index, *project(index, layer.self_attn_layer_norm(x)))
-            x = x + layer.self_attn.out_proj(out.transpose(1, 2).flatten(2))
-            x = x + layer.fc2(activation(layer.fc1(layer.final_layer_norm(x))))
+    for index, layer in enumerate(model.net.layers):
+        out = attention(index, *project(index, layer.self_attn_layer_norm(x)))
+        x = x + layer.self_attn.out_proj(out.transpose(1, 2).flatten(2))
+        x = x + layer.fc2(activation(layer.fc1(layer.final_layer_norm(x))))
     hidden: Tensor = model.net.emb_layer_norm_after(x)
     return hidden
 
 
-def _attention_backends(model: EsmModel) -> AbstractContextManager[object]:
+def _over_sequences(model: EsmModel) -> AbstractContextManager[object]:
     on_gpu = model.device.type == "cuda"
     return sdpa_kernel(OVER_SEQUENCES, set_priority=True) if on_gpu else nullcontext()
 

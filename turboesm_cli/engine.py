@@ -204,13 +204,16 @@ class Batch(Generic[TaskT]):
         free = [slot for slot in range(self._slots) if slot not in active]
         if active and len(free) * 8 < self._slots:
             return  # a prefill serves several slots
-        for run in _runs(free):
-            entering = sorted(waiting.take(len(run)), key=lambda item: len(item[1].prompt))
-            for slot, (number, job) in zip(run, entering, strict=False):
-                active[slot] = _Active(number, job, job.steps)
-                task.enter(slot, number, job)
+        entering = sorted(waiting.take(len(free)), key=lambda item: len(item[1].prompt))
+        entered = {
+            slot: _Active(number, job, job.steps) for slot, (number, job) in zip(free, entering, strict=False)
+        }
+        active |= entered  # first of all: what comes now may run out of memory
+        for slot, item in entered.items():
+            task.enter(slot, item.number, item.job)
+        for run in _runs(list(entered)):
             start = run[0]
-            for group in _groups([job for _, job in entering], PREFILL_TOKENS):
+            for group in _groups([entered[slot].job for slot in run], PREFILL_TOKENS):
                 stepper.enter(start, group)
                 start += len(group)
 

@@ -154,8 +154,7 @@ class PreparedSide:
 
     def ready(self) -> None:
         """Make now what the kernels would ask for first: they read it before they wait for earlier work."""
-        for name in ("pack_tables", "pack_constants"):
-            getattr(self, name)
+        _ = self.pack_tables, self.pack_constants
         if self.fields is not None and self.spec.side == "k":
             _ = self.fields.halves
 

@@ -35,29 +35,32 @@ MOST_THREADS = 16
 def problem(layers: Sequence[PreparedLayer], dtype: torch.dtype = torch.float32, sinks: int = 1) -> str | None:
     """What is wrong, or None, with keys, values and queries of `dtype` and so many tokens kept whole.
 
-    Of a layer of each shape for which other kernels are compiled, where Triton serves it.
+    Of a layer of each shape for which other kernels are compiled, where Triton serves it. Raises
+    torch.OutOfMemoryError.
     """
     served = (layer for layer in layers if not (layer.k.spec.residual_axes or layer.v.spec.residual_axes))
     kinds = list({(_kind(layer.k), _kind(layer.v)): layer for layer in served}.values())
     try:
-        _compile(kinds, dtype, sinks)
+        if kinds and kinds[0].k.map.is_cuda:
+            _compile(kinds, dtype, sinks)
         return next(filter(None, (_problem(layer, dtype, sinks) for layer in kinds)), None)
+    except torch.OutOfMemoryError:
+        raise
     except Exception as error:  # Triton and its compilers raise anything
         return f"a kernel does not compile or start ({type(error).__name__}: {error})"
 
 
 def _compile(kinds: Sequence[PreparedLayer], dtype: torch.dtype, sinks: int) -> None:
-    """Run each layer's kernels, on a GPU many layers at a time. What fails in a thread counts if it does so alone.
+    """Run each layer's kernels, many layers at a time. What fails in a thread counts if it does so alone.
 
     First one layer's: a kernel that another thread is still loading cannot be launched (Triton 3.6 to 3.9), and
     some serve all layers. The checks are not done here: each thread that multiplies matrices leaves cuBLAS a
     workspace of 32 MiB.
     """
-    if kinds and kinds[0].k.map.is_cuda:
-        _Run.of(kinds[0], dtype, sinks)
-        with ThreadPoolExecutor(min(MOST_THREADS, os.cpu_count() or 1)) as pool:
-            for layer in kinds[1:]:
-                pool.submit(_Run.of, layer, dtype, sinks)
+    _Run.of(kinds[0], dtype, sinks)
+    with ThreadPoolExecutor(min(MOST_THREADS, os.cpu_count() or 1)) as pool:
+        for layer in kinds[1:]:
+            pool.submit(_Run.of, layer, dtype, sinks)
 
 
 def _kind(side: PreparedSide) -> Hashable:
@@ -128,6 +131,8 @@ def _blank(layer: PreparedLayer, sinks: int) -> Held:
     rope = Rope.at(torch.arange(TOKENS, device=device) + sinks, _frequencies(dim, device))
     if device.type == "cuda":  # kernels read these before they wait for earlier work
         _ = rope.turns, rope.block_turn
+        layer.k.ready()
+        layer.v.ready()
         torch.cuda.synchronize(device)
     whole = _random((2, SEQUENCES, layer.k.spec.heads, sinks, dim), layer).half()
     lengths = torch.full((SEQUENCES,), sinks + TOKENS, dtype=torch.int32, device=device)

@@ -18,18 +18,17 @@ from turboesm_kernels.reference import TURN, Packed, Rope
 ALIGNMENT = 16
 """Bytes, and for values tokens, that a lane reads at once."""
 
-MAX_FIELDS = 48
-REGISTERS = 96
-"""Of a thread, so that 21 warps fit a multiprocessor; codes of more words or fields get what they need."""
+MAX_SLOTS = 40
+"""Of a side: sums of values take two registers a slot."""
 
-FEW_REGISTERS = 40
-"""Registers of a block's words and sums up to which REGISTERS suffice."""
-
-WARPS = 21
+WARPS = 16
 """Warps that a multiprocessor runs at once."""
 
 OPENING = 3
 """What beginning and ending a range costs, in blocks."""
+
+LONGEST = 256
+"""Blocks of a range at most: 32,768 tokens of weight 255 and byte 255 are what 32 bits hold."""
 
 
 def obstacle(q: Tensor, held: Held, layer: PreparedLayer) -> str | None:
@@ -38,8 +37,8 @@ def obstacle(q: Tensor, held: Held, layer: PreparedLayer) -> str | None:
         return f"it serves one query token a sequence, not {q.shape[2]}"
     if layer.k.fields is None or layer.v.fields is None:
         return "it needs codes on a uniform grid, and a head_dim that is a multiple of 64"
-    if max(layer.k.fields.count, layer.v.fields.count) > MAX_FIELDS:
-        return f"a code has more than {MAX_FIELDS} fields"
+    if max(layer.k.fields.count, layer.v.fields.count) > MAX_SLOTS:
+        return f"a code has more than {MAX_SLOTS} slots"
     if held.k.scales is None or held.v.scales is None:
         return "it needs a scale for each token"
     if layer.k.centred and held.rope is not None and not _aligned_angles(held.rope):
@@ -86,7 +85,7 @@ def _angles(held: Held, layer: PreparedLayer) -> tuple[Tensor | int, ...]:
 
 @dataclass(frozen=True)
 class Folded:
-    """What `fast_fold_kernel` makes of the queries: descriptors int32 [B, H, F, 4], scalars f32 [B, H, 2]."""
+    """What `fast_fold_kernel` makes of the queries: descriptors int32 [B, H, 2, W], scalars f32 [B, H, 2]."""
 
     descriptors: Tensor
     scalars: Tensor
@@ -102,7 +101,7 @@ def attend(q: Tensor, held: Held, layer: PreparedLayer, chunk: int | None = None
     folded = fold(q, layer, layer.k.fields, early)
     chunk = chunk or chunk_of(q, held.tokens)
     splits = -(-held.tokens // chunk)
-    partials = Partials.empty(q, splits, FIELD_LANES * layer.v.fields.count, weighted=True)
+    partials = Partials.empty(q, splits, layer.v.fields.map.shape[1], weighted=True)
     _split(q, held, layer, folded, partials, chunk, early)
     return portable.finish(q, held, layer, partials, splits, early)
 
@@ -115,21 +114,22 @@ def chunk_of(q: Tensor, tokens: int) -> int:
 @lru_cache(maxsize=1024)
 def _blocks_each(rows: int, blocks: int, slots: int) -> int:
     """Blocks a warp goes over, so that `slots` warps at a time have the least to do one after another."""
-    lengths = {-(-blocks // splits) for splits in range(1, blocks + 1)}
+    lengths = {-(-blocks // splits) for splits in range(-(-blocks // LONGEST), blocks + 1)}
     return min(lengths, key=lambda each: (-(-rows * -(-blocks // each) // slots) * (each + OPENING), each))
 
 
 def fold(q: Tensor, layer: PreparedLayer, fields: Fields, early: bool) -> Folded:
     """Queries as integers; see `fast_fold_kernel`."""
     batch, heads, _, dim = q.shape
-    descriptors = torch.empty((batch, heads, fields.count, 4), dtype=torch.int32, device=q.device)
+    words = fields.map.shape[2] // FIELD_LANES
+    descriptors = torch.empty((batch, heads, 2, words), dtype=torch.int32, device=q.device)
     scalars = torch.empty((batch, heads, 2), dtype=torch.float32, device=q.device)
     fold_block = 1 if batch * heads <= portable.FEW_ROWS else 16  # as in `finish`
     launch(
         ptx.fast_fold_kernel, (heads, -(-batch // fold_block)),
-        q, q.stride(0), q.stride(1), q.stride(3), *fields.halves, fields.middle, fields.shifts, fields.masks,
-        descriptors, scalars, batch, fields.count, fields.shifts.shape[1],
-        HEADS=heads, DIM=dim, FIELDS_PAD=padded(fields.count), DIM_PAD=padded(dim), FOLD_BLOCK=fold_block,
+        q, q.stride(0), q.stride(1), q.stride(3), *fields.halves, fields.middle,
+        descriptors, scalars, batch, words,
+        HEADS=heads, DIM=dim, WORDS_PAD=padded(words), DIM_PAD=padded(dim), FOLD_BLOCK=fold_block,
         EARLY=early, num_warps=4 if dim <= 64 else 8, **portable.early_launch(early),
     )  # fmt: skip
     return Folded(descriptors, scalars)
@@ -141,21 +141,18 @@ def _split(
     batch, heads, _, dim = q.shape
     k, v, k_fields, v_fields = held.k, held.v, layer.k.fields, layer.v.fields
     assert k.scales is not None and v.scales is not None and k_fields is not None and v_fields is not None
-    code = _code(dim, k_fields.shape, v_fields.shape, layer.k.centred, chunk == TURN)
-    crowded = max(len(k_fields.shape), len(v_fields.shape)) * 4 + v_fields.count > FEW_REGISTERS
     launch(
         ptx.fast_split_kernel, (batch * heads, partials.top.shape[3]),
         q, q.stride(0), q.stride(1), q.stride(3), layer.k.centre,
         folded.descriptors, folded.scalars, *_angles(held, layer),
         q if held.lengths is None else held.lengths,
         k.codes, *k.codes.stride()[:3], k.scales, *k.scales.stride()[:2],
-        v.codes, *v.codes.stride()[:3], v.scales, *v.scales.stride()[:2],
-        k_fields.places, v_fields.places, v_fields.masks,
+        v.codes, *v.codes.stride()[:3], v.scales, *v.scales.stride()[:2], k_fields.masks, v_fields.masks,
         partials.top, partials.mass, partials.weight, partials.out, held.tokens, chunk, held.sinks,
-        HEADS=heads, DIM=dim, K_FIELDS=k_fields.count, V_FIELDS=v_fields.count, V_TABLE=v_fields.masks.shape[1],
-        K_WORDS=len(k_fields.shape), V_WORDS=len(v_fields.shape), HAS_BIAS=layer.k.centred,
-        HAS_LENGTHS=held.lengths is not None, ONE_BLOCK=chunk == TURN, **code, EARLY=early, num_warps=1,
-        maxnreg=None if crowded else REGISTERS, **portable.early_launch(early),
+        HEADS=heads, DIM=dim, K_WORDS=k.codes.shape[2], V_WORDS=v.codes.shape[2] // FIELD_LANES,
+        HAS_BIAS=layer.k.centred, HAS_LENGTHS=held.lengths is not None, ONE_BLOCK=chunk == TURN,
+        **_code(dim, k_fields.slots, v_fields.slots, layer.k.centred, chunk == TURN),
+        EARLY=early, num_warps=1, **portable.early_launch(early),
     )  # fmt: skip
 
 
@@ -163,24 +160,40 @@ def _split(
 def _code(
     dim: int, keys: tuple[int, ...], values: tuple[int, ...], centred: bool, one_block: bool
 ) -> dict[str, str | int]:
-    """The PTX of the kernel for fields of these shapes, and the kinds of its operands, by the kernel's names."""
-    k_words, v_words = len(keys), len(values)
-    shared = assembly.Shared(dim, sum(keys), sum(values), k_words, v_words, centred and not one_block)
+    """The PTX of the kernel for fields of these slots, the kinds of its operands and sizes, by the kernel's names."""
+    k, v = assembly.Side(keys), assembly.Side(values)
+    shared = assembly.Shared(dim, k, v, one_block, centred)
+    space = "global" if one_block else "shared"
     bias = (assembly.bias_code(shared), assembly.BIAS_KINDS)
     if one_block:
         bias = (assembly.bias_once_code(dim), assembly.bias_once_constraints(dim))
+    key_loads = len(keys), assembly.KEY_BATCHES
+    value_loads = len(values), assembly.VALUE_BATCHES
     code = {
         "OPEN": (assembly.open_code(shared), assembly.OPEN_KINDS),
         "ROW": (assembly.row_code(shared), assembly.ROW_KINDS),
         "STATE": (assembly.state_code(shared), assembly.state_constraints(dim)),
-        "FIRST_KEYS": (assembly.load_code(k_words, None), assembly.load_constraints(k_words, False)),
-        "FIRST_VALUES": (assembly.load_code(v_words, None), assembly.load_constraints(v_words, False)),
-        "KEYS": (assembly.load_code(k_words, shared.k_places), assembly.load_constraints(k_words, True)),
-        "VALUES": (assembly.load_code(v_words, shared.v_places), assembly.load_constraints(v_words, True)),
-        "SCORE": (assembly.key_code(keys), assembly.key_constraints(keys)),
-        "SUM": (assembly.value_code(values, shared.masks), assembly.value_constraints(values)),
+        "KEYS": (
+            assembly.load_code(*key_loads, assembly.KEY_TOKENS, assembly.KEY_SIZE),
+            assembly.load_constraints(*key_loads),
+        ),
+        "VALUES": (
+            assembly.load_code(*value_loads, assembly.VALUE_TOKENS, assembly.VALUE_SIZE),
+            assembly.load_constraints(*value_loads),
+        ),
+        "K_TABLE": (assembly.table_code(k.table, space), assembly.table_constraints(k.table, space)),
+        "V_TABLE": (assembly.table_code(v.table, space), assembly.table_constraints(v.table, space)),
+        "SCORE": (assembly.score_code(k), assembly.score_constraints(k)),
+        "SUM": (assembly.sum_code(v), assembly.sum_constraints(v)),
+        "EMPTY": (assembly.empty_code(v, shared), assembly.empty_constraints(v)),
+        "EMIT": (assembly.emit_code(v, shared), assembly.emit_constraints(v)),
         "BIAS": bias,
     }
     texts = {f"{name}_CODE": text for name, (text, _) in code.items()}
     kinds = {f"{name}_KINDS": own for name, (_, own) in code.items()}
-    return {"ROTATION": shared.rotation, **texts, **kinds}
+    sizes = {
+        "K_TABLE": k.table, "V_TABLE": v.table, "V_SLOTS": v.count, "SUMS": assembly.accumulators(v),
+        "QUERY": shared.query, "K_MASKS": shared.k_masks, "V_MASKS": shared.v_masks, "ROTATION": shared.rotation,
+        "DIGIT_ROW": assembly.DIGIT_ROW,
+    }  # fmt: skip
+    return {**sizes, **texts, **kinds}

@@ -185,26 +185,25 @@ def in_halves(matrix: Tensor) -> tuple[Tensor, Tensor]:
 class Fields:
     """A uniform-grid code as fields of 32-bit words, each the piece of 4 neighbouring axes' codes. For `fast`.
 
-    A head's words come in order of how many fields they hold, most first; `shape` is the greatest count of any
-    head for the first word, the second ..., and a head with fewer has fields of mask 0. A word's first field is
-    the one at bit 0. So which word and which
-    bits a field has is data, and one compiled kernel serves all heads, and all layers of that shape.
+    Matrix products of a warp take words from N places at once: N = 4 words of a token for keys, 2 words, 8 planes,
+    of a token for values. So a head's words are dealt, in order, to N places; the last few that do not fill them are
+    read from several places, which share their fields (`_deal`). A load is one word for each place; each load has
+    slots, a field of each place's word; `slots` is the greatest count of any head and place, and who has fewer has
+    fields of mask 0. So which bits a field has is data, and one compiled kernel serves all heads, and all layers of
+    those slots.
 
-    With levels step (code - middle), a level is the sum over its fields of weight (piece - piece's middle). Keys'
-    pieces are shifted down to bit 0; values' stay where they are, and 2^-shift goes into the map.
+    With levels step (code - middle), a level is the sum over its fields of weight (piece - piece's middle). Pieces
+    stay where they are in their byte, and 2^-shift goes into the map. Columns of keys are [N, S padded to 4, byte],
+    S slots, rows of values [S, N, byte].
 
-    shape   fields of each word, W numbers, F in sum
-    places  int32 [H, W padded to 4]: which word of the layout each is
-    shifts  int32 [H, F padded to 4]: right shift that brings a key's piece to bit 0; 0 for values
-    masks   int32 [H, F padded to 4]: of the 4 bytes of the shifted word
-    map     float32: keys [H, d, 4 F], values [H, 4 F, d]: `PreparedSide.map` times weight, an axis a byte
-    middle  float32 [H, 4 F]: of the piece, in the units in which it is summed
+    slots   of each load, S in sum
+    masks   int32 [H, N, S padded to 4]: of a word's 4 bytes
+    map     float32: keys [H, d, columns], values [H, rows, d]: `PreparedSide.map` times weight, an axis a byte
+    middle  float32 [H, columns or rows]: of the piece, in the units in which it is summed
     offset  float32 [H, d]: -middle map, what a sum of values' pieces of weight 1 is off by; 0 for keys
     """
 
-    shape: tuple[int, ...]
-    places: Tensor
-    shifts: Tensor
+    slots: tuple[int, ...]
     masks: Tensor
     map: Tensor
     middle: Tensor
@@ -218,30 +217,25 @@ class Fields:
         if steps is None:
             return None
         heads = [
-            _fields_by_word(spec.profiles[index], own, spec.side)
+            _deal(_fields_by_word(spec.profiles[index], own), PLACES[spec.side])
             for index, own in zip(spec.profile_of_head, steps, strict=True)
         ]
-        shape = tuple(max(1, *(len(words[i][1]) for words in heads)) for i in range(spec.nbytes // FIELD_LANES))
-        rows = [[field for i, (_, own) in enumerate(words) for field in _fill(own, shape[i])] for words in heads]
-        device = spec.centre.device
-        groups, weight, middle = (
-            torch.tensor([[getattr(field, name) for field in row] for row in rows], device=device)
-            for name in ("group", "weight", "middle")
+        slots = tuple(max(len(own) for head in heads for own in head[load]) for load in range(len(heads[0])))
+        table = torch.tensor([_table(head, slots) for head in heads], dtype=torch.float64, device=spec.centre.device)
+        rows = table if spec.side == "k" else table[:, :, : sum(slots)].transpose(1, 2)
+        _, group, weight, middle = rows.flatten(1, 2).repeat_interleave(FIELD_LANES, 1).float().unbind(-1)
+        byte = torch.arange(group.shape[1], device=group.device) % FIELD_LANES
+        axes = group.long() * FIELD_LANES + byte
+        levels = (side.map.mT if spec.side == "k" else side.map).gather(
+            1, axes[..., None].expand(-1, -1, side.head_dim)
         )
-        axes = (groups[..., None] * FIELD_LANES + torch.arange(FIELD_LANES, device=device)).flatten(1)
-        levels = (side.map.mT if spec.side == "k" else side.map)[
-            torch.arange(len(rows), device=device)[:, None], axes
-        ]
-        levels = levels * weight.repeat_interleave(FIELD_LANES, 1)[..., None]
-        middle = middle.repeat_interleave(FIELD_LANES, 1).contiguous()
+        levels = levels * weight[..., None]
         offset = -torch.einsum("hf,hfd->hd", middle, levels) * (spec.side == "v")
         return cls(
-            shape,
-            _padded_table([[word for word, _ in words] for words in heads]).to(device),
-            _padded_table([[field.shift for field in row] for row in rows]).to(device),
-            _padded_table([[field.mask for field in row] for row in rows]).to(device),
+            slots,
+            table[..., 0].to(torch.int32).contiguous(),
             (levels.mT if spec.side == "k" else levels).contiguous(),
-            middle,
+            middle.contiguous(),
             offset.contiguous(),
         )
 
@@ -252,50 +246,60 @@ class Fields:
 
     @property
     def count(self) -> int:
-        """Fields of a head, F."""
-        return sum(self.shape)
+        """Slots, S."""
+        return sum(self.slots)
+
+
+PLACES: dict[Side, int] = {"k": 4, "v": 2}
+"""Words of a token that a product takes at once."""
 
 
 @dataclass(frozen=True)
 class _Field:
-    shift: int
     mask: int
     group: int
     weight: float
     middle: float
 
 
-_NO_FIELD = _Field(0, 0, 0, 0.0, 0.0)
+def _deal(words: list[list[_Field]], places: int) -> list[list[list[_Field]]]:
+    """For each load the fields of each place: word n of load i is its (places i + n)-th.
+
+    Where words run out, place n takes the (n mod what is left)-th and shares its fields with the others that do.
+    """
+    loads = [words[i : i + places] for i in range(0, len(words) - places + 1, places)]
+    if left := words[len(loads) * places :]:
+        sharers = [range(n % len(left), places, len(left)) for n in range(places)]
+        loads.append([left[n % len(left)][n // len(left) :: len(sharers[n])] for n in range(places)])
+    return loads
 
 
-def _fill(fields: list[_Field], count: int) -> list[_Field]:
-    return fields + [_NO_FIELD] * (count - len(fields))
+def _table(loads: list[list[list[_Field]]], slots: tuple[int, ...]) -> list[list[tuple[float, ...]]]:
+    """[N, S padded to 4] fields as (mask, group, weight, middle), zeros where there is none."""
+    none = (0.0, 0.0, 0.0, 0.0)
+    rows = []
+    for place in range(len(loads[0])):
+        row = []
+        for load, count in zip(loads, slots, strict=True):
+            own = [(float(f.mask), float(f.group), f.weight, f.middle) for f in load[place]]
+            row += own + [none] * (count - len(own))
+        rows.append(row + [none] * (-len(row) % 4))
+    return rows
 
 
-def _fields_by_word(profile: Profile, steps: dict[int, float], side: Side) -> list[tuple[int, list[_Field]]]:
-    """Each word of the layout with its fields, the fullest first."""
-    words: list[tuple[int, list[_Field]]] = [(word, []) for word in range(profile.nbytes // FIELD_LANES)]
+def _fields_by_word(profile: Profile, steps: dict[int, float]) -> list[list[_Field]]:
+    """The fields of each word of the layout."""
+    words: list[list[_Field]] = [[] for _ in range(profile.nbytes // FIELD_LANES)]
     for piece in profile.pieces:
         if piece.axis % FIELD_LANES == 0:
-            stays = 0 if side == "k" else piece.shift  # where the piece is when it is summed
-            mask = (piece.mask << stays) * 0x01010101
             field = _Field(
-                piece.shift - stays,
-                mask - (1 << 32) if mask >> 31 else mask,
+                _signed((piece.mask << piece.shift) * 0x01010101),
                 piece.axis // FIELD_LANES,
-                steps[profile.widths[piece.axis]] * 2.0 ** (piece.low - stays),
-                _middle(piece.width) * 2.0**stays,
+                steps[profile.widths[piece.axis]] * 2.0 ** (piece.low - piece.shift),
+                _middle(piece.width) * 2.0**piece.shift,
             )
-            words[piece.byte // FIELD_LANES][1].append(field)
-    by_place = [(word, sorted(fields, key=lambda field: field.mask & 0xFF if side == "v" else field.shift))
-                for word, fields in words]  # fmt: skip
-    return sorted(by_place, key=lambda entry: -len(entry[1]))
-
-
-def _padded_table(rows: list[list[int]]) -> Tensor:
-    """int32 [H, n], n rounded up to 4 with zeros, so that a row is read 16 bytes at a time."""
-    table = torch.tensor(rows, dtype=torch.int32)
-    return torch.nn.functional.pad(table, (0, -table.shape[1] % 4)).contiguous()
+            words[piece.byte // FIELD_LANES].append(field)
+    return words
 
 
 def padded(size: int, least: int = 16) -> int:

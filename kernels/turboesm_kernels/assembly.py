@@ -10,18 +10,24 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-STREAM = "ld.global.L1::no_allocate.L2::cache_hint.v4.b32"
+STREAM = "cp.async.cg.shared.global.L2::cache_hint"
 ONCE = "createpolicy.fractional.L2::evict_first.b64 once, 1.0;"
 """What is read once leaves the L2 first: code, maps, biases and partial results stay."""
 
 FENCE = "bar.warp.sync 0xffffffff;"
-"""Keeps the assembler from putting off a batch of loads until each is used: one latency, not one for each word."""
 
 DIGITS = 3
 """Bytes of a weight: 16 bits below the point, 8 before it."""
 
 DIGIT_ROW = 192
 """Bytes from one digit's weights of a block to the next's: 128 would put two digits into the same banks."""
+
+LANES = 512
+"""Bytes that a warp's lanes copy at once, 16 each. A lane copies what it reads itself."""
+
+KEY_BATCHES, KEY_TOKENS, KEY_SIZE = 4, 32, 128
+VALUE_BATCHES, VALUE_TOKENS, VALUE_SIZE = 2, 64, 64
+"""Into how many copies a load of a block is cut; tokens and bytes from one to the next."""
 
 
 @dataclass(frozen=True)
@@ -53,17 +59,18 @@ class Side:
 
 @dataclass(frozen=True)
 class Shared:
-    """Where a warp keeps, in shared memory, what it reads for every block: a load of it from global memory would
-    queue behind the codes on their way. Offsets in bytes. A range of one block keeps only the weights there; the
-    last three are for those of more blocks of keys that have a centre.
+    """What a warp keeps in shared memory. Offsets in bytes.
+
+    Codes arrive there without waiting for registers. Small tables are asked before the codes: what is asked after
+    them arrives after them. A range of one block has no use for those from `query` on.
 
         weights       of a block's tokens, a digit a row (see `sum_code`)
+        keys, values  of a block: 16 bytes a lane of each load and batch
+        turns         `Rope.turns`, where keys have a centre
         query         the row's digits: `fast_fold_kernel`'s descriptors
         k_masks, v_masks   of the head: `prepared.Fields.masks`
         sums          float32 [V slots, 8]: what accumulators held when they were last emptied
         rotation      cosines, then sines, of RoPE's turn by a block: float32 [d]
-        state         the coefficients of the centre's scores at the block, each lane's: float32 [d / 16, 32, 4]
-        turns         `Rope.turns`
     """
 
     dim: int
@@ -73,8 +80,30 @@ class Shared:
     centred: bool
 
     @property
-    def query(self) -> int:
+    def space(self) -> str:
+        """Where the query and the masks are read from."""
+        return "global" if self.one_block else "shared"
+
+    @property
+    def address(self) -> str:
+        """The operand kind of an address there."""
+        return "l" if self.one_block else "r"
+
+    @property
+    def keys(self) -> int:
         return DIGITS * DIGIT_ROW
+
+    @property
+    def values(self) -> int:
+        return self.keys + LANES * KEY_BATCHES * len(self.k.slots)
+
+    @property
+    def turns(self) -> int:
+        return self.values + LANES * VALUE_BATCHES * len(self.v.slots)
+
+    @property
+    def query(self) -> int:
+        return self.turns + 64 * self.dim * self.centred
 
     @property
     def k_masks(self) -> int:
@@ -93,181 +122,122 @@ class Shared:
         return self.sums + 32 * self.v.count
 
     @property
-    def state(self) -> int:
-        return self.rotation + 4 * self.dim
-
-    @property
-    def turns(self) -> int:
-        return self.state + 32 * self.dim
-
-    @property
     def size(self) -> int:
-        if self.one_block:
-            return self.query
-        return self.turns + 64 * self.dim if self.centred else self.rotation
+        return self.query if self.one_block else self.rotation + 4 * self.dim * self.centred
 
 
 def open_code(at: Shared) -> str:
-    """PTX: $0 = address of the shared memory; for more blocks than one filled, but for query and state.
+    """PTX: $0 = address of the shared memory; ask for its tables but the query, one group of copies.
 
     After the output: the lane, addresses of the head's masks of keys and of values; of `Rope.turns` and
     `Rope.block_turn`.
     """
     lines = [f".shared .align 16 .b8 held[{at.size}];", *COPY_REGISTERS, "mov.u32 $0, held;"]
+    if at.centred:
+        lines += _copy("$0", 4, at.turns, 64 * at.dim)
     if not at.one_block:
         lines += _copy("$0", 2, at.k_masks, 16 * at.k.table) + _copy("$0", 3, at.v_masks, 8 * at.v.table)
+        if at.centred:
+            lines += _copy("$0", 5, at.rotation, 4 * at.dim)
         lines += ["setp.lt.u32 there, $1, 8;", "mad.lo.u32 to, $1, 4, $0;"]
         lines += [f"@there st.shared.b32 [to+{at.sums + 32 * slot}], 0;" for slot in range(at.v.count)]
-        if at.centred:
-            lines += _copy("$0", 4, at.turns, 64 * at.dim) + _copy("$0", 5, at.rotation, 4 * at.dim)
-        lines.append(FENCE)
-    return _block(lines)
+    return _block([*lines, "cp.async.commit_group;"])
 
 
 OPEN_KINDS = "=&r,r,l,l,l,l"
 
 
 def row_code(at: Shared) -> str:
-    """PTX: fill in the query. $0 = 0; the lane, address of the shared memory, of the row's descriptors."""
-    return _block([*COPY_REGISTERS, "mov.u32 $0, 0;", *_copy("$2", 3, at.query, 32 * at.k.table), FENCE])
+    """PTX: fetch the query, and wait for all groups. $0 = 0; the lane, address of the shared memory, of the row's
+    descriptors."""
+    copy = _copy("$2", 3, at.query, 32 * at.k.table)
+    lines = [*COPY_REGISTERS, "mov.u32 $0, 0;", *copy, "cp.async.commit_group;"]
+    return _block([*lines, "cp.async.wait_group 0;", FENCE])
 
 
 ROW_KINDS = "=&r,r,r,l"
 
 
-def table_code(words: int, space: str) -> str:
-    """PTX: $0.. = `words` (a multiple of 4) int32 from an address, the operand after the outputs."""
-    lines = []
-    for w in range(0, words, 4):
-        four = ", ".join(f"${w + i}" for i in range(4))
-        lines.append(f"ld.{space}.v4.b32 {{{four}}}, [${words}+{4 * w}];")
-    return _block(lines)
+def wait_code(groups: int) -> str:
+    """PTX: $0 = its only operand; wait for all groups of copies but the last few, of all lanes."""
+    return _block(["mov.b32 $0, $1;", f"cp.async.wait_group {groups};", FENCE])
 
 
-def table_constraints(words: int, space: str) -> str:
-    """Operand kinds of `table_code`."""
-    return ",".join(["=&r"] * words + ["l" if space == "global" else "r"])
-
-
-def state_code(at: Shared) -> str:
-    """PTX: fill in the state for the first block. $0 = 0; the lane's address in shared memory, 16 bytes a lane; of
-    the lane's pairs' cosines and sines at the block's token 32 (g / 2) + 2 (g % 2); the pairs' coefficients
-    (`_phase`)."""
-    lines = [".reg .b32 to;", ".reg .f32 x<4>, y<4>, a<4>, b<4>;", "mov.u32 $0, 0;", "mov.u32 to, $1;"]
-    for four in range(at.dim // 32):
-        lines += _angles(four, "$2", "$3") + _turn(*_coefficients(4, four, at.dim)) + _keep(four, at)
-    return _block(lines)
-
-
-def state_constraints(dim: int) -> str:
-    """Operand kinds of `state_code`."""
-    return ",".join(["=&r", "r", "l", "l"] + ["f"] * (dim // 4))
-
-
-def _angles(four: int, cos: str, sin: str) -> list[str]:
-    """Load the cosines x and sines y of four pairs."""
-    return [f"ld.global.v4.f32 {_four(x)}, [{at}+{16 * four}];" for x, at in (("x", cos), ("y", sin))]
-
-
-def _coefficients(operand: int, four: int, dim: int) -> tuple[list[str], list[str]]:
-    """Operands that hold the coefficients of four pairs: of cosines from `operand` on, then those of sines."""
-    first = operand + 4 * four
-    return [f"${first + n}" for n in range(4)], [f"${first + dim // 8 + n}" for n in range(4)]
-
-
-def _turn(even: Sequence[str], odd: Sequence[str]) -> list[str]:
-    """Coefficients a, b of cosines and sines: those of even and odd turned by angles of cosine x and sine y."""
-    lines = []
-    for n in range(4):
-        lines += [
-            f"mul.f32 a{n}, {odd[n]}, y{n};", f"fma.rn.f32 a{n}, {even[n]}, x{n}, a{n};",
-            f"mul.f32 b{n}, {even[n]}, y{n};", f"neg.f32 b{n}, b{n};", f"fma.rn.f32 b{n}, {odd[n]}, x{n}, b{n};",
-        ]  # fmt: skip
-    return lines
-
-
-def _keep(four: int, at: Shared) -> list[str]:
-    """Store a and b as the lane's state."""
-    place = at.state + 1024 * four
-    return [f"st.shared.v4.f32 [to+{place}], {_four('a')};", f"st.shared.v4.f32 [to+{place + 512}], {_four('b')};"]
-
-
-COPY_REGISTERS = (".reg .pred there;", ".reg .b32 to, c<4>;", ".reg .b64 from;")
+COPY_REGISTERS = (".reg .pred there;", ".reg .b32 to;", ".reg .b64 from;")
 
 
 def _copy(base: str, operand: int, offset: int, size: int) -> list[str]:
     """Copy `size` bytes from address `operand` to `offset` of shared memory; $1 is the lane."""
-    lines = []
-    for done in range(0, size, 512):
-        least = min(512, size - done) // 16
+    lines = [f"mad.wide.u32 from, $1, 16, ${operand};", f"mad.lo.u32 to, $1, 16, {base};"]
+    for done in range(0, size, LANES):
+        least = min(LANES, size - done) // 16
         lines += [
-            f"setp.lt.u32 there, $1, {least};", f"mad.wide.u32 from, $1, 16, ${operand};",
-            "shl.b32 to, $1, 4;", f"add.u32 to, to, {base};",
-            f"@there ld.global.v4.b32 {_four('c')}, [from+{done}];",
-            f"@there st.shared.v4.b32 [to+{offset + done}], {_four('c')};",
-        ]  # fmt: skip
+            f"setp.lt.u32 there, $1, {least};",
+            f"@there cp.async.cg.shared.global [to+{offset + done}], [from+{done}], 16;",
+        ]
     return lines
 
 
-def _four(name: str) -> str:
-    return "{" + ", ".join(f"{name}{i}" for i in range(4)) + "}"
+def fetch_code(side: Side, batches: int, tokens: int, size: int, place: int) -> str:
+    """PTX: ask for 16 bytes of each load and batch, one group; where there is no token, anything stays.
 
-
-def load_code(loads: int, batches: int, tokens: int, size: int) -> str:
-    """PTX: 16 bytes of each load and batch, $(4 (load batches + batch)) on; where there is no token, anything.
-
-    After the outputs: the lane's address of each load, how many tokens there are from the lane's first on. A batch
-    begins `tokens` tokens and `size` bytes after the one before.
+    $0 = 0; the lane's address of each load, how many tokens there are from the lane's first on, the lane's place in
+    shared memory, 16 bytes a lane. A batch begins `tokens` tokens and `size` bytes after the one before.
     """
-    at = 4 * loads * batches
-    lines = [".reg .b64 once;", f".reg .pred there<{batches}>;", ONCE]
-    lines += [f"setp.gt.s32 there{b}, ${at + loads}, {tokens * b};" for b in range(batches)]
+    loads = len(side.slots)
+    lines = [".reg .b64 once;", f".reg .pred there<{batches}>;", "mov.u32 $0, 0;", ONCE]
+    lines += [f"setp.gt.s32 there{b}, ${1 + loads}, {tokens * b};" for b in range(batches)]
     for load in range(loads):
         for b in range(batches):
-            four = ", ".join(f"${4 * (load * batches + b) + i}" for i in range(4))
-            lines.append(f"@there{b} {STREAM} {{{four}}}, [${at + load}+{size * b}], once;")
-    return _block([*lines, FENCE])
+            to = f"${2 + loads}+{place + LANES * (load * batches + b)}"
+            lines.append(f"@there{b} {STREAM} [{to}], [${1 + load}+{size * b}], 16, once;")
+    return _block([*lines, "cp.async.commit_group;"])
 
 
-def load_constraints(loads: int, batches: int) -> str:
-    """Operand kinds of `load_code`."""
-    return ",".join(["=&r"] * (4 * loads * batches) + ["l"] * loads + ["r"])
+def fetch_keys(at: Shared) -> str:
+    """PTX: `fetch_code` of a block of keys."""
+    return fetch_code(at.k, KEY_BATCHES, KEY_TOKENS, KEY_SIZE, at.keys)
 
 
-KEY_BATCHES, KEY_TOKENS, KEY_SIZE = 4, 32, 128
-VALUE_BATCHES, VALUE_TOKENS, VALUE_SIZE = 2, 64, 64
+def fetch_values(at: Shared) -> str:
+    """PTX: `fetch_code` of a block of values."""
+    return fetch_code(at.v, VALUE_BATCHES, VALUE_TOKENS, VALUE_SIZE, at.values)
 
 
-def score_code(side: Side) -> str:
+def fetch_constraints(side: Side) -> str:
+    """Operand kinds of `fetch_code`."""
+    return ",".join(["=&r"] + ["l"] * len(side.slots) + ["r", "r"])
+
+
+def _four(name: str, first: int = 0) -> str:
+    return "{" + ", ".join(f"{name}{first + i}" for i in range(4)) + "}"
+
+
+def score_code(at: Shared) -> str:
     """PTX: $0..$3 = sum over axes of query * byte in place, of the lane's tokens 32 t + 4 g .. + 3.
 
-    After the outputs: the lane; the words of `load_code`; the S query words of the lane (digit g % 2 of the fields
-    of t); the S masks of t.
+    After the outputs: the lane; addresses of the lane's query words (digit g % 2 of the fields of t) and of the masks
+    of t; the lane's place in shared memory. Waits for all groups but the last.
 
     A product m16n8k32 has 16 tokens as rows, a token's fields' bytes as columns; of the query's 8 columns, those of
     t hold its low and its high digit where the batch is the t-th, else 0: so tokens of four batches, added up, end
     in four lanes each.
     """
-    words, query = 5, 5 + 16 * len(side.slots)
-    masks = query + side.table
+    side, loads = at.k, len(at.k.slots)
     lines = [
-        ".reg .pred mine;", ".reg .b32 column, a<4>, b<2>, c<16>;", "shr.u32 column, $4, 3;",
-        *(f"mov.b32 c{i}, 0;" for i in range(16)),
+        ".reg .pred mine;", f".reg .b32 column, a<4>, b<2>, c<16>, q<{side.table}>, m<{side.table}>, w<{4 * loads}>;",
+        *(f"ld.{at.space}.v4.b32 {_four(name, s)}, [{address}+{4 * s}];"
+          for name, address in (("m", "$6"), ("q", "$5")) for s in range(0, side.table, 4)),
+        "cp.async.wait_group 1;", "shr.u32 column, $4, 3;", *(f"mov.b32 c{i}, 0;" for i in range(16)),
     ]  # fmt: skip
     for batch in range(KEY_BATCHES):
         lines.append(f"setp.eq.u32 mine, column, {batch};")
+        lines += _read("$7", at.keys, loads, KEY_BATCHES, batch)
         for pair in side.pairs:
             for i, slot in enumerate(pair):
-                lines.append(f"mov.b32 b{i}, 0;" if slot is None else f"selp.b32 b{i}, ${query + slot}, 0, mine;")
+                lines.append(f"mov.b32 b{i}, 0;" if slot is None else f"selp.b32 b{i}, q{slot}, 0, mine;")
             for half in range(2):
-                for i, slot in enumerate(pair):
-                    for token in range(2):
-                        to = f"a{2 * i + token}"
-                        if slot is None:
-                            lines.append(f"mov.b32 {to}, 0;")
-                            continue
-                        word = words + 4 * (side.load_of[slot] * KEY_BATCHES + batch) + 2 * half + token
-                        lines.append(f"and.b32 {to}, ${word}, ${masks + slot};")
+                lines += _left(side, [(slot, 2 * half + n) for slot in pair for n in range(2)])
                 lines.append(_product("s8", 8 * half + 4 * (batch % 2), "b0", "b1"))
     for token in range(4):
         low = 8 * (token // 2) + 2 * (token % 2)
@@ -278,15 +248,30 @@ def score_code(side: Side) -> str:
     return _block(lines)
 
 
+SCORE_KINDS = "=&r,=&r,=&r,=&r,r,{0},{0},r"
+"""Operand kinds of `score_code`, with `Shared.address`."""
+
+
+def _read(lane_at: str, place: int, loads: int, batches: int, batch: int) -> list[str]:
+    """w = the lane's words of a batch, 4 of each load."""
+    return [
+        f"ld.shared.v4.b32 {_four('w', 4 * load)}, [{lane_at}+{place + LANES * (load * batches + batch)}];"
+        for load in range(loads)
+    ]
+
+
+def _left(side: Side, parts: Sequence[tuple[int | None, int]]) -> list[str]:
+    """a0..a3, the left side of a product: for each (slot, word) that word of the slot's load, masked, or 0."""
+    return [
+        f"mov.b32 a{i}, 0;" if slot is None else f"and.b32 a{i}, w{4 * side.load_of[slot] + word}, m{slot};"
+        for i, (slot, word) in enumerate(parts)
+    ]
+
+
 def _product(kind: str, first: int, b0: str, b1: str) -> str:
     """The product of bytes a0..a3 with b0, b1, of kind u8 or s8, added to c from `first` on."""
     c = "{" + ", ".join(f"c{first + i}" for i in range(4)) + "}"
     return f"mma.sync.aligned.m16n8k32.row.col.s32.u8.{kind}.s32 {c}, {_four('a')}, {{{b0}, {b1}}}, {c};"
-
-
-def score_constraints(side: Side) -> str:
-    """Operand kinds of `score_code`."""
-    return ",".join(["=&r"] * 4 + ["r"] * (1 + 16 * len(side.slots) + 2 * side.table))
 
 
 def accumulators(side: Side) -> int:
@@ -294,50 +279,43 @@ def accumulators(side: Side) -> int:
     return 4 * len(side.pairs)
 
 
-def sum_code(side: Side) -> str:
+def sum_code(at: Shared) -> str:
     """PTX: $.. = accumulators + sum over the block's tokens of weight digits * masked byte.
 
     A product has two slots of 8 planes as rows, 32 tokens as columns; digit n of the weights is the n-th column of
     its right side. After the outputs: the lane's 4 weights (tokens 32 t + 4 g on, 24 bits each), addresses in shared
-    memory where the lane's weights go and where those that it multiplies lie; the words of `load_code`, the masks
-    of g / 4, the accumulators.
+    memory where the lane's weights go and where those that it multiplies lie; address of the masks of g / 4; the
+    lane's place in shared memory; the accumulators. Waits for the values: all groups but the next keys'.
     """
-    count = accumulators(side)
-    w = [f"${count + i}" for i in range(4)]
-    to, at, words = f"${count + 4}", f"${count + 5}", count + 6
-    masks = words + 8 * len(side.slots)
-    old = masks + side.table
+    side, loads, count = at.v, len(at.v.slots), accumulators(at.v)
+    x = [f"${count + i}" for i in range(4)]
+    to, place, masks, lane_at, old = *(f"${count + 4 + i}" for i in range(4)), count + 8
     lines = [
-        f".reg .b32 a<4>, b<8>, c<{count}>, x<4>;",
-        f"prmt.b32 x0, {w[0]}, {w[1]}, 0x5140;", f"prmt.b32 x1, {w[2]}, {w[3]}, 0x5140;",
-        f"prmt.b32 x2, {w[0]}, {w[1]}, 0x0062;", f"prmt.b32 x3, {w[2]}, {w[3]}, 0x0062;",
+        f".reg .b32 a<4>, b<4>, c<{count}>, m<{side.table}>, w<{4 * loads}>, x<4>;",
+        *(f"ld.{at.space}.v4.b32 {_four('m', s)}, [{masks}+{4 * s}];" for s in range(0, side.table, 4)),
+        f"prmt.b32 x0, {x[0]}, {x[1]}, 0x5140;", f"prmt.b32 x1, {x[2]}, {x[3]}, 0x5140;",
+        f"prmt.b32 x2, {x[0]}, {x[1]}, 0x0062;", f"prmt.b32 x3, {x[2]}, {x[3]}, 0x0062;",
         "prmt.b32 a0, x0, x1, 0x5410;", "prmt.b32 a1, x0, x1, 0x7632;", "prmt.b32 a2, x2, x3, 0x5410;",
         FENCE,  # the block before is read
         *(f"st.shared.b32 [{to}+{DIGIT_ROW * digit}], a{digit};" for digit in range(DIGITS)),
-        FENCE,
-        *(f"ld.shared.v4.b32 {{b{4 * n}, b{4 * n + 1}, b{4 * n + 2}, b{4 * n + 3}}}, [{at}+{64 * n}];" for n in (0, 1)),
+        FENCE, f"cp.async.wait_group {0 if at.one_block else 1};",
         *(f"mov.b32 c{i}, ${old + i};" for i in range(count)),
     ]  # fmt: skip
-    for step in range(4):
-        batch, word = step // 2, step % 2 * 2
-        for tile, pair in enumerate(side.pairs):
-            for i, slot in enumerate(pair):
-                for second in range(2):
-                    to_a = f"a{2 * second + i}"
-                    if slot is None:
-                        lines.append(f"mov.b32 {to_a}, 0;")
-                        continue
-                    own = words + 4 * (side.load_of[slot] * VALUE_BATCHES + batch) + word + second
-                    lines.append(f"and.b32 {to_a}, ${own}, ${masks + slot};")
-            lines.append(_product("u8", 4 * tile, f"b{2 * step}", f"b{2 * step + 1}"))
+    for batch in range(VALUE_BATCHES):
+        lines.append(f"ld.shared.v4.b32 {_four('b')}, [{place}+{64 * batch}];")
+        lines += _read(lane_at, at.values, loads, VALUE_BATCHES, batch)
+        for step in range(2):
+            for tile, pair in enumerate(side.pairs):
+                lines += _left(side, [(slot, 2 * step + n) for n in range(2) for slot in pair])
+                lines.append(_product("u8", 4 * tile, f"b{2 * step}", f"b{2 * step + 1}"))
     lines += [f"mov.b32 ${i}, c{i};" for i in range(count)]
     return _block(lines)
 
 
-def sum_constraints(side: Side) -> str:
+def sum_constraints(at: Shared) -> str:
     """Operand kinds of `sum_code`."""
-    count = accumulators(side)
-    return ",".join(["=&r"] * count + ["r"] * (6 + 8 * len(side.slots) + side.table + count))
+    count = accumulators(at.v)
+    return ",".join(["=&r"] * count + ["r"] * 6 + [at.address, "r"] + ["r"] * count)
 
 
 def empty_code(side: Side, at: Shared) -> str:
@@ -411,57 +389,77 @@ def _join(slot: int, operand: int) -> list[str]:
     ]  # fmt: skip
 
 
-def bias_code(at: Shared) -> str:
-    """PTX: $0..$3 = the centre's scores of the lane's tokens of a block.
+def turn_code(dim: int) -> str:
+    """PTX: the coefficients of the centre's scores at the first block, d / 8 of cosines, then of sines.
 
-    After the outputs: the lane's address in shared memory, 16 bytes a lane, and that of its pairs' rotation.
-    Tokens are 4 g + {0, 1} + 32 t + {0, 2}: the state is the coefficients turned by the block and, one column each,
-    by 32 t and 32 t + 2; they meet the turns by 4 g and 4 g + 1 in a matrix product, m16n8k16, whose results lie
-    where they belong. Then the state is turned by a block.
+    After them: the lane's addresses of its pairs' cosines and sines at the block's token 32 (g / 2) + 2 (g % 2); the
+    pairs' coefficients at position 0 (`_phase`).
     """
-    lines = [*PRODUCT_REGISTERS, ".reg .f32 e<4>, o<4>;", ".reg .b32 to;", "mov.u32 to, $4;"]
-    for four in range(at.dim // 32):
-        for name, operand, offset in (
-            ("e", 4, at.state + 1024 * four), ("o", 4, at.state + 1024 * four + 512),
-            ("x", 5, 16 * four), ("y", 5, 16 * four + 2 * at.dim),
-        ):  # fmt: skip
-            lines.append(f"ld.shared.v4.f32 {_four(name)}, [${operand}+{offset}];")
-        even, odd = [f"e{n}" for n in range(4)], [f"o{n}" for n in range(4)]
-        lines += _multiply(four, even, odd, "shared", at.turns, at.dim)
-        lines += _turn(even, odd) + _keep(four, at)
-    return _block([*lines, *SUMS])
-
-
-BIAS_KINDS = "=&f,=&f,=&f,=&f,r,r"
-
-
-def bias_once_code(dim: int) -> str:
-    """PTX: the same for a range of one block, from global memory.
-
-    After the outputs: the lane's address in `Rope.turns`, of its pairs' cosines and sines at the block's token
-    32 (g / 2) + 2 (g % 2), the pairs' coefficients.
-    """
-    lines = list(PRODUCT_REGISTERS)
-    a, b = [f"a{n}" for n in range(4)], [f"b{n}" for n in range(4)]
+    lines = [".reg .f32 x<4>, y<4>;"]
     for four in range(dim // 32):
-        lines += _angles(four, "$5", "$6") + _turn(*_coefficients(7, four, dim))
-        lines += _multiply(four, a, b, "global", 0, dim)
-    return _block([*lines, *SUMS])
+        lines += [
+            f"ld.global.v4.f32 {_four(x)}, [${dim // 4 + operand}+{16 * four}];" for operand, x in enumerate("xy")
+        ]
+        lines += _turn(dim, 4 * four, dim // 4 + 2)
+    return _block(lines)
 
 
-def bias_once_constraints(dim: int) -> str:
-    """Operand kinds of `bias_once_code`."""
-    return ",".join(["=&f"] * 4 + ["l", "l", "l"] + ["f"] * (dim // 4))
+def turn_constraints(dim: int) -> str:
+    """Operand kinds of `turn_code`."""
+    return ",".join(["=&f"] * (dim // 4) + ["l", "l"] + ["f"] * (dim // 4))
+
+
+def _turn(dim: int, first: int, old: int, new: int = 0) -> list[str]:
+    """Four pairs' coefficients, from `first` on, of operands from `old` on turned by angles of cosine x and sine y,
+    as operands from `new` on."""
+    lines = []
+    for n in range(4):
+        even, odd = f"${old + first + n}", f"${old + first + n + dim // 8}"
+        to_even, to_odd = f"${new + first + n}", f"${new + first + n + dim // 8}"
+        lines += [
+            f"mul.f32 {to_even}, {odd}, y{n};", f"fma.rn.f32 {to_even}, {even}, x{n}, {to_even};",
+            f"mul.f32 {to_odd}, {even}, y{n};", f"neg.f32 {to_odd}, {to_odd};",
+            f"fma.rn.f32 {to_odd}, {odd}, x{n}, {to_odd};",
+        ]  # fmt: skip
+    return lines
+
+
+def bias_code(at: Shared) -> str:
+    """PTX: $0..$3 = the centre's scores of the lane's tokens of a block; then, for more blocks than one, the state
+    after.
+
+    After the outputs: the lane's place in shared memory, that of its pairs' rotation; the state, coefficients of
+    the lane's pairs turned to the block and, one column of lanes each, by 32 t and 32 t + 2. Tokens are
+    4 g + {0, 1} + 32 t + {0, 2}: the state meets the turns by 4 g and 4 g + 1 in a matrix product, m16n8k16, whose
+    results lie where they belong. Then it is turned by a block.
+    """
+    state = 0 if at.one_block else at.dim // 4
+    lane_at, rotation, old = f"${4 + state}", f"${5 + state}", 6 + state
+    lines = list(PRODUCT_REGISTERS)
+    for four in range(at.dim // 32):
+        lines += _multiply(at, four, old, f"{lane_at}+{at.turns}")
+        if not at.one_block:
+            lines += [
+                f"ld.shared.v4.f32 {_four(x)}, [{rotation}+{at.rotation + 16 * four + place}];"
+                for x, place in (("x", 0), ("y", 2 * at.dim))
+            ]
+            lines += _turn(at.dim, 4 * four, old, 4)
+    return _block([*lines, *(f"add.f32 ${token}, ${token}, c{token};" for token in range(4))])
+
+
+def bias_constraints(at: Shared) -> str:
+    """Operand kinds of `bias_code`."""
+    state = at.dim // 4
+    return ",".join(["=&f"] * (4 + state * (not at.one_block)) + ["r", "r"] + ["f"] * state)
 
 
 PRODUCT_REGISTERS = (
-    ".reg .f32 x<4>, y<4>, a<4>, b<4>, c<4>, r, s;", ".reg .b16 p, q;", ".reg .b32 high<2>, low<2>, m<4>;",
+    ".reg .f32 x<4>, y<4>, c<4>, r, s;", ".reg .b16 p, q;", ".reg .b32 high<2>, low<2>, m<4>;",
     *(f"mov.f32 {name}{token}, 0f00000000;" for name in "$c" for token in range(4)),
 )  # fmt: skip
-SUMS = tuple(f"add.f32 ${token}, ${token}, c{token};" for token in range(4))
 
 
-def _multiply(four: int, even: Sequence[str], odd: Sequence[str], space: str, turns: int, dim: int) -> list[str]:
+def _multiply(at: Shared, four: int, state: int, turns: str) -> list[str]:
     """Add the products of four pairs' coefficients and turns: both sums of two float16; those of two low parts are
     below rounding. There are two sums, c and the outputs, for half the latency."""
     product = "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32"
@@ -469,18 +467,19 @@ def _multiply(four: int, even: Sequence[str], odd: Sequence[str], space: str, tu
     lines = []
     for two in range(2):
         for j in range(2):
-            n = 2 * two + j
+            even = f"${state + 4 * four + 2 * two + j}"
+            odd = f"${state + 4 * four + 2 * two + j + at.dim // 8}"
             lines += [
-                f"cvt.rn.f16x2.f32 high{j}, {odd[n]}, {even[n]};", f"mov.b32 {{p, q}}, high{j};",
-                "cvt.f32.f16 r, p;", "cvt.f32.f16 s, q;", f"sub.f32 r, {even[n]}, r;", f"sub.f32 s, {odd[n]}, s;",
+                f"cvt.rn.f16x2.f32 high{j}, {odd}, {even};", f"mov.b32 {{p, q}}, high{j};",
+                "cvt.f32.f16 r, p;", "cvt.f32.f16 s, q;", f"sub.f32 r, {even}, r;", f"sub.f32 s, {odd}, s;",
                 f"cvt.rn.f16x2.f32 low{j}, s, r;",
             ]  # fmt: skip
-        place = turns + 512 * (2 * four + two)
+        place = LANES * (2 * four + two)
         lines += [
-            f"ld.{space}.v4.b32 {_four('m')}, [$4+{place}];",
+            f"ld.shared.v4.b32 {_four('m')}, [{turns}+{place}];",
             f"{product} {acc}, {_four('m')}, {{low0, low1}}, {acc};",
             f"{product} {more}, {_four('m')}, {{high0, high1}}, {more};",
-            f"ld.{space}.v4.b32 {_four('m')}, [$4+{place + 32 * dim}];",
+            f"ld.shared.v4.b32 {_four('m')}, [{turns}+{place + 32 * at.dim}];",
             f"{product} {acc}, {_four('m')}, {{high0, high1}}, {acc};",
         ]
     return lines

@@ -187,13 +187,14 @@ def split_kernel(
     tl.store(target, acc, mask=asked[None, :] & (v_axis < V_AXES)[:, None])
 
 
-@triton.jit(do_not_specialize=["rows", "splits", "axes"])
+@triton.jit(do_not_specialize=["rows", "own_rows", "splits", "axes"])
 def finish_kernel(
     part_max, part_sum, part_weight, part_out, query, q_b, q_h, q_q, q_d, lengths,
     sink_k, sk_b, sk_h, sk_t, sk_d, sink_v, sv_b, sv_h, sv_t, sv_d,
-    value_map, offset, centre, out, rows, splits, axes,
+    value_map, offset, centre, out, rows, own_rows, splits, axes,
     HEADS: tl.constexpr, QUERIES: tl.constexpr, DIM: tl.constexpr, AXES_STEP: tl.constexpr,
-    DIM_PAD: tl.constexpr, AXES_PAD: tl.constexpr, SINKS: tl.constexpr, ROW_BLOCK: tl.constexpr,
+    DIM_PAD: tl.constexpr, AXES_BLOCK: tl.constexpr, AXES_BLOCKS: tl.constexpr, MAP_EARLY: tl.constexpr,
+    SINKS: tl.constexpr, ROW_BLOCK: tl.constexpr,
     SPLIT_BLOCK: tl.constexpr, HAS_LENGTHS: tl.constexpr, HAS_WEIGHT: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """Join the ranges of each row (b, q) of head h in order, add the sinks, map back to head_dim.
@@ -203,23 +204,25 @@ def finish_kernel(
     with w_s = 2^(m_s - m); where the codes were summed as they are stored, (sum_s w_s weight_s) offset is added to
     the numerator: what levels are off by. offset f32 [H, d]. part_* as `split_kernel` leaves them, query any float
     [B, H, Q, d], sinks any float [B, H, SINKS, d], value_map f32 [H, A, d], centre f32 [H, d], out any float
-    [B, H, Q, d], contiguous. A row without any token gets 0. Program (h, r) does the r-th block of rows: one row
-    where rows are few, by sums; else 16 or more, by matrix products. What needs no range, the sinks and the map,
-    comes before the wait for the ranges. `axes`, A, is a multiple of AXES_STEP: that makes loads wide.
+    [B, H, Q, d], contiguous. A row without any token gets 0. Program (h, r) does the r-th `own_rows` rows, ROW_BLOCK
+    at most: one by sums, more by matrix products. What needs no range, the sinks and the map, comes before the wait
+    for the ranges. `axes`, A, is a multiple of AXES_STEP: that makes loads wide.
     """
     axes = axes // AXES_STEP * AXES_STEP
     head = tl.program_id(0)
-    row = tl.program_id(1) * ROW_BLOCK + tl.arange(0, ROW_BLOCK)
-    live = row < rows
+    row = tl.program_id(1) * own_rows + tl.arange(0, ROW_BLOCK)
+    live = (row < rows) & (tl.arange(0, ROW_BLOCK) < own_rows)
     batch = (row // QUERIES).to(tl.int64)
     out_row = (batch * HEADS + head) * QUERIES + row % QUERIES
     dim = tl.arange(0, DIM_PAD)
-    axis = tl.arange(0, AXES_PAD)
+    axis = tl.arange(0, AXES_BLOCK)
     own_dim = live[:, None] & (dim < DIM)[None, :]
-    inside = (axis < axes)[:, None] & (dim < DIM)[None, :]
     map_at = value_map + (head * axes + axis[:, None]) * DIM + dim[None, :]
-    if AXES_PAD <= 64:  # a larger one does not fit in the registers beside the rest
-        back = tl.load(map_at, mask=inside, other=0.0)
+    back = ()
+    if MAP_EARLY:  # a large one does not fit in the registers beside the rest
+        for i in tl.static_range(AXES_BLOCKS):
+            inside = (i * AXES_BLOCK + axis < axes)[:, None] & (dim < DIM)[None, :]
+            back = back + (tl.load(map_at + i * AXES_BLOCK * DIM, mask=inside, other=0.0),)  # noqa: RUF005
     constant = tl.load(centre + head * DIM + dim, mask=dim < DIM, other=0.0)
     top = tl.full((ROW_BLOCK,), NEGATIVE, tl.float32)
     mass = tl.zeros((ROW_BLOCK,), tl.float32)
@@ -247,31 +250,39 @@ def finish_kernel(
         gdc_launch_dependents()  # of our own kernels, none reads before its own wait
     coded = tl.zeros((ROW_BLOCK,), tl.float32)
     heavy = tl.zeros((ROW_BLOCK,), tl.float32)
-    acc = tl.zeros((ROW_BLOCK, AXES_PAD), tl.float32)
+    acc = (tl.zeros((ROW_BLOCK, AXES_BLOCK), tl.float32),) * AXES_BLOCKS
     for first in range(0, splits, SPLIT_BLOCK):
         split = first + tl.arange(0, SPLIT_BLOCK)
         part = out_row[:, None] * splits + split[None, :]
         there = live[:, None] & (split < splits)[None, :]
         m = tl.load(part_max + part, mask=there, other=NEGATIVE)
         held = tl.load(part_sum + part, mask=there, other=0.0)
-        values_at = part_out + part[:, :, None] * axes + axis[None, None, :]
-        values = tl.load(values_at, mask=there[:, :, None] & (axis < axes)[None, None, :], other=0.0)
         new_top = tl.maximum(top, tl.max(m, 1))
         shrink, weight = tl.exp2(top - new_top), tl.exp2(m - new_top[:, None])
         coded = coded * shrink + tl.sum(weight * held, 1)
         if HAS_WEIGHT:
             own_weight = tl.load(part_weight + part, mask=there, other=0.0)
             heavy = heavy * shrink + tl.sum(weight * own_weight, 1)
-        acc = acc * shrink[:, None] + tl.sum(values * weight[:, :, None], 1)
+        values_at = part_out + part[:, :, None] * axes + axis[None, None, :]
+        added = ()
+        for i in tl.static_range(AXES_BLOCKS):
+            own = there[:, :, None] & (i * AXES_BLOCK + axis < axes)[None, None, :]
+            values = tl.load(values_at + i * AXES_BLOCK, mask=own, other=0.0)
+            added = added + (acc[i] * shrink[:, None] + tl.sum(values * weight[:, :, None], 1),)  # noqa: RUF005
+        acc = added
         mass *= shrink
         total *= shrink[:, None]
         top = new_top
-    if AXES_PAD > 64:
-        back = tl.load(map_at, mask=inside, other=0.0)
-    if ROW_BLOCK == 1:
-        total += tl.sum(tl.sum(acc, 0)[:, None] * back, 0)[None, :]
-    else:
-        total = tl.dot(acc, back, total, input_precision="tf32x3")
+    for i in tl.static_range(AXES_BLOCKS):
+        if MAP_EARLY:
+            matrix = back[i]
+        else:
+            inside = (i * AXES_BLOCK + axis < axes)[:, None] & (dim < DIM)[None, :]
+            matrix = tl.load(map_at + i * AXES_BLOCK * DIM, mask=inside, other=0.0)
+        if ROW_BLOCK == 1:
+            total += tl.sum(tl.sum(acc[i], 0)[:, None] * matrix, 0)[None, :]
+        else:
+            total = tl.dot(acc[i], matrix, total, input_precision="tf32x3")
     total += coded[:, None] * constant[None, :]
     if HAS_WEIGHT:
         off = tl.load(offset + head * DIM + dim, mask=dim < DIM, other=0.0)

@@ -152,10 +152,11 @@ def _split(
         HEADS=heads, DIM=dim, K_WORDS=k.codes.shape[2], V_WORDS=v.codes.shape[2] // FIELD_LANES,
         HAS_BIAS=layer.k.centred, HAS_LENGTHS=held.lengths is not None, ONE_BLOCK=chunk == TURN,
         **_code(dim, k_fields.slots, v_fields.slots, layer.k.centred, chunk == TURN),
-        EARLY=early, num_warps=1, **portable.early_launch(early),
+        EARLY=early, num_warps=1, **portable.early_launch(early), **VARIANT,
     )  # fmt: skip
 
 
+VARIANT = {}
 @lru_cache(maxsize=256)
 def _code(
     dim: int, keys: tuple[int, ...], values: tuple[int, ...], centred: bool, one_block: bool
@@ -163,37 +164,24 @@ def _code(
     """The PTX of the kernel for fields of these slots, the kinds of its operands and sizes, by the kernel's names."""
     k, v = assembly.Side(keys), assembly.Side(values)
     shared = assembly.Shared(dim, k, v, one_block, centred)
-    space = "global" if one_block else "shared"
-    bias = (assembly.bias_code(shared), assembly.BIAS_KINDS)
-    if one_block:
-        bias = (assembly.bias_once_code(dim), assembly.bias_once_constraints(dim))
-    key_loads = len(keys), assembly.KEY_BATCHES
-    value_loads = len(values), assembly.VALUE_BATCHES
     code = {
         "OPEN": (assembly.open_code(shared), assembly.OPEN_KINDS),
         "ROW": (assembly.row_code(shared), assembly.ROW_KINDS),
-        "STATE": (assembly.state_code(shared), assembly.state_constraints(dim)),
-        "KEYS": (
-            assembly.load_code(*key_loads, assembly.KEY_TOKENS, assembly.KEY_SIZE),
-            assembly.load_constraints(*key_loads),
-        ),
-        "VALUES": (
-            assembly.load_code(*value_loads, assembly.VALUE_TOKENS, assembly.VALUE_SIZE),
-            assembly.load_constraints(*value_loads),
-        ),
-        "K_TABLE": (assembly.table_code(k.table, space), assembly.table_constraints(k.table, space)),
-        "V_TABLE": (assembly.table_code(v.table, space), assembly.table_constraints(v.table, space)),
-        "SCORE": (assembly.score_code(k), assembly.score_constraints(k)),
-        "SUM": (assembly.sum_code(v), assembly.sum_constraints(v)),
+        "WAIT": (assembly.wait_code(2), "=&r,r"),
+        "TURN": (assembly.turn_code(dim), assembly.turn_constraints(dim)),
+        "KEYS": (assembly.fetch_keys(shared), assembly.fetch_constraints(k)),
+        "VALUES": (assembly.fetch_values(shared), assembly.fetch_constraints(v)),
+        "SCORE": (assembly.score_code(shared), assembly.SCORE_KINDS.format(shared.address)),
+        "SUM": (assembly.sum_code(shared), assembly.sum_constraints(shared)),
         "EMPTY": (assembly.empty_code(v, shared), assembly.empty_constraints(v)),
         "EMIT": (assembly.emit_code(v, shared), assembly.emit_constraints(v)),
-        "BIAS": bias,
+        "BIAS": (assembly.bias_code(shared), assembly.bias_constraints(shared)),
     }
     texts = {f"{name}_CODE": text for name, (text, _) in code.items()}
     kinds = {f"{name}_KINDS": own for name, (_, own) in code.items()}
     sizes = {
         "K_TABLE": k.table, "V_TABLE": v.table, "V_SLOTS": v.count, "SUMS": assembly.accumulators(v),
-        "QUERY": shared.query, "K_MASKS": shared.k_masks, "V_MASKS": shared.v_masks, "ROTATION": shared.rotation,
+        "QUERY": shared.query, "K_MASKS": shared.k_masks, "V_MASKS": shared.v_masks,
         "DIGIT_ROW": assembly.DIGIT_ROW,
     }  # fmt: skip
     return {**sizes, **texts, **kinds}

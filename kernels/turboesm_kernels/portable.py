@@ -22,6 +22,12 @@ FEW_ROWS = 40
 FINISH_TILE, SPLIT_BLOCK = 8192, 16
 """Partial results that a program of `finish` holds at once, and ranges that they are of, at most."""
 
+FINISH_PROGRAMS = 1
+"""Programs of `finish` a multiprocessor, where rows are few."""
+
+AXES_BLOCK = 32
+EARLY_MAP = 128 * 64
+FINISH_WARPS = 4
 WAVES = 8
 """Programs a multiprocessor is given before ranges of tokens are made longer instead of more."""
 
@@ -151,17 +157,22 @@ def finish(
     if weighted:
         assert layer.v.fields is not None
         value_map, offset = layer.v.fields.map, layer.v.fields.offset
-    axes_pad = padded(axes)
     row_block = 1 if rows * heads <= FEW_ROWS else ROW_BLOCK
-    split_block = max(1, min(padded(max(splits, 1), 1), FINISH_TILE // (row_block * axes_pad), SPLIT_BLOCK))
+    own_rows = max(1, min(row_block, math.ceil(rows * heads / (FINISH_PROGRAMS * processors(q)))))
+    axes_block = min(padded(axes), AXES_BLOCK)
+    blocks = -(-axes // axes_block)
+    split_block = max(
+        1, min(padded(max(splits, 1), 1), FINISH_TILE // (row_block * axes_block * blocks), SPLIT_BLOCK)
+    )
+    split_block = 1 << (split_block.bit_length() - 1)
     launch(
-        finish_kernel, (heads, -(-rows // row_block)),
+        finish_kernel, (heads, -(-rows // own_rows)),
         partials.top, partials.mass, partials.weight if weighted else partials.mass, partials.out,
         q, *q.stride(), q if held.lengths is None else held.lengths,
         sink_k, *sink_k.stride(), sink_v, *sink_v.stride(), value_map, offset, layer.v.centre, out,
-        rows, splits, axes, HEADS=heads, QUERIES=queries, DIM=dim, AXES_STEP=math.gcd(axes, 4),
-        DIM_PAD=padded(dim), AXES_PAD=axes_pad,
+        rows, own_rows, splits, axes, HEADS=heads, QUERIES=queries, DIM=dim, AXES_STEP=math.gcd(axes, 4),
+        DIM_PAD=padded(dim), AXES_BLOCK=axes_block, AXES_BLOCKS=blocks, MAP_EARLY=axes * dim <= EARLY_MAP,
         SPLIT_BLOCK=split_block, SINKS=held.sinks, ROW_BLOCK=row_block, HAS_LENGTHS=held.lengths is not None,
-        HAS_WEIGHT=weighted, EARLY=early, num_warps=8 if axes_pad > 64 else 4, **early_launch(early),
+        HAS_WEIGHT=weighted, EARLY=early, num_warps=FINISH_WARPS, **early_launch(early),
     )  # fmt: skip
     return out

@@ -150,23 +150,24 @@ def fast_fold_kernel(
 
 
 @triton.jit
-def _read(
-    rows, lane_at, left, scale, token, end,
-    CODE: tl.constexpr, KINDS: tl.constexpr, WORDS: tl.constexpr,
-):  # fmt: skip
-    """A lane's part of a side's block: the scales of its 4 tokens from `token` on, the words of `load_code`.
+def _fetch(rows, lane_at, left, lane_place, CODE: tl.constexpr, KINDS: tl.constexpr):
+    """Ask for a side's codes of a block; see `fetch_code`.
 
     `rows`: the lane's address of each load at token 0; `lane_at`: bytes from there to its first token; `left`: how
     many tokens there are from that one on.
     """
-    n = tl.load(scale + token // 4, mask=token < end, other=0, eviction_policy="evict_first")
     at = ()
     for i in tl.static_range(len(rows)):
         at = at + (rows[i] + lane_at,)  # noqa: RUF005  Triton 3.6 unpacks no tuples
-    words = tl.inline_asm_elementwise(
-        CODE, KINDS, at + (left,), dtype=(tl.int32,) * WORDS, is_pure=False, pack=1  # noqa: RUF005
+    tl.inline_asm_elementwise(
+        CODE, KINDS, at + (left, lane_place), dtype=tl.int32, is_pure=False, pack=1  # noqa: RUF005
     )  # fmt: skip
-    return n, words
+
+
+@triton.jit
+def _scales(scale, token, end):
+    """The scales of 4 tokens from `token` on, a byte each."""
+    return tl.load(scale + token // 4, mask=token < end, other=0, eviction_policy="evict_first")
 
 
 @triton.jit
@@ -178,27 +179,6 @@ def _rows(base, place, stride, PLACES: tl.constexpr, FULL: tl.constexpr, LEFT: t
     if LEFT:
         rows = rows + (base + (PLACES * FULL + place % LEFT) * stride,)  # noqa: RUF005
     return rows
-
-
-@triton.jit
-def _table(at, CODE: tl.constexpr, KINDS: tl.constexpr, WORDS: tl.constexpr):
-    """`table_code`'s words at an address of each lane."""
-    return tl.inline_asm_elementwise(CODE, KINDS, (at,), dtype=(tl.int32,) * WORDS, is_pure=False, pack=1)
-
-
-@triton.jit
-def _bias(
-    lane, shared, ROTATION: tl.constexpr, BIAS_CODE: tl.constexpr, BIAS_KINDS: tl.constexpr,
-    DIM: tl.constexpr, HAS_BIAS: tl.constexpr,
-):  # fmt: skip
-    """The centre's scores of a lane's 4 tokens of the block."""
-    b = (0.0, 0.0, 0.0, 0.0)
-    if HAS_BIAS:
-        b = tl.inline_asm_elementwise(
-            BIAS_CODE, BIAS_KINDS, (shared + lane * 16, shared + ROTATION + lane % 4 * (DIM // 2)),
-            dtype=(tl.float32,) * 4, is_pure=False, pack=1,
-        )  # fmt: skip
-    return b
 
 
 @triton.jit
@@ -255,15 +235,14 @@ def fast_split_kernel(
     v_codes, v_b, v_h, v_plane, v_scales, vs_b, vs_h, k_masks, v_masks,
     part_max, part_sum, part_weight, part_out, tokens, chunk, sinks,
     HEADS: tl.constexpr, DIM: tl.constexpr, K_WORDS: tl.constexpr, V_WORDS: tl.constexpr,
-    K_TABLE: tl.constexpr, V_TABLE: tl.constexpr, V_SLOTS: tl.constexpr,
-    QUERY: tl.constexpr, K_MASKS: tl.constexpr, V_MASKS: tl.constexpr, ROTATION: tl.constexpr,
-    DIGIT_ROW: tl.constexpr, OPEN_CODE: tl.constexpr, OPEN_KINDS: tl.constexpr,
-    ROW_CODE: tl.constexpr, ROW_KINDS: tl.constexpr, STATE_CODE: tl.constexpr, STATE_KINDS: tl.constexpr,
+    K_TABLE: tl.constexpr, V_TABLE: tl.constexpr, V_SLOTS: tl.constexpr, SUMS: tl.constexpr,
+    QUERY: tl.constexpr, K_MASKS: tl.constexpr, V_MASKS: tl.constexpr, DIGIT_ROW: tl.constexpr,
+    OPEN_CODE: tl.constexpr, OPEN_KINDS: tl.constexpr, ROW_CODE: tl.constexpr, ROW_KINDS: tl.constexpr,
+    WAIT_CODE: tl.constexpr, WAIT_KINDS: tl.constexpr, TURN_CODE: tl.constexpr, TURN_KINDS: tl.constexpr,
     KEYS_CODE: tl.constexpr, KEYS_KINDS: tl.constexpr, VALUES_CODE: tl.constexpr, VALUES_KINDS: tl.constexpr,
-    K_TABLE_CODE: tl.constexpr, K_TABLE_KINDS: tl.constexpr, V_TABLE_CODE: tl.constexpr, V_TABLE_KINDS: tl.constexpr,
     SCORE_CODE: tl.constexpr, SCORE_KINDS: tl.constexpr, SUM_CODE: tl.constexpr, SUM_KINDS: tl.constexpr,
     EMPTY_CODE: tl.constexpr, EMPTY_KINDS: tl.constexpr, EMIT_CODE: tl.constexpr, EMIT_KINDS: tl.constexpr,
-    BIAS_CODE: tl.constexpr, BIAS_KINDS: tl.constexpr, SUMS: tl.constexpr,
+    BIAS_CODE: tl.constexpr, BIAS_KINDS: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_LENGTHS: tl.constexpr, ONE_BLOCK: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """One range of `chunk` tokens of one sequence and head, with one warp.
@@ -275,7 +254,7 @@ def fast_split_kernel(
     `fast_fold_kernel` leaves them, turns and block_turn as in `Rope`, cos and sin f32 [angles, d], rows rope_t
     apart, of packed token 0 on; codes and scales as in `Packed` with aligned strides, k_masks and v_masks as in
     `Fields`; part_max, part_sum and part_weight f32 [B, H, S], part_out f32 [B, H, S, V_SLOTS, 8]. K_WORDS and
-    V_WORDS are words of a code, K_TABLE and V_TABLE slots padded to 4; QUERY to ROTATION as in `assembly.Shared`.
+    V_WORDS are words of a code, K_TABLE and V_TABLE slots padded to 4; QUERY to V_MASKS as in `assembly.Shared`.
     """
     pair_row = tl.program_id(0).to(tl.int64)
     split = tl.program_id(1)
@@ -288,108 +267,101 @@ def fast_split_kernel(
 
     lane = tl.arange(0, 32)
     g, t = lane // 4, lane % 4
-    row = (descriptors + pair_row * (8 * K_TABLE)).to(tl.int64, bitcast=True)
+    own = t * 32 + g * 4  # a lane's first token in a block: of scores; of keys it is 4 g, of values 16 t
+    if EARLY:
+        gdc_launch_dependents()
+    # The query was there before `fast_fold_kernel` began, and the codes do not wait for it either.
+    state = ()
+    if HAS_BIAS:
+        pair = t * (DIM // 8)
+        phase = _phase(query + batch * q_b + head * q_h, q_d, centre + head * DIM, pair, DIM)
+        angle = (tl.minimum(begin + g // 2 * 32 + g % 2 * 2, angles - 1) * rope_t + pair).to(tl.int64) * 4
     k_masks_at = (k_masks + head * (4 * K_TABLE)).to(tl.int64, bitcast=True)
     v_masks_at = (v_masks + head * (2 * V_TABLE)).to(tl.int64, bitcast=True)
+    shared = tl.inline_asm_elementwise(
+        OPEN_CODE, OPEN_KINDS,
+        (lane, k_masks_at, v_masks_at, turns.to(tl.int64, bitcast=True), block_turn.to(tl.int64, bitcast=True)),
+        dtype=tl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
+    place = shared + lane * 16
     k_base = (k_codes + batch * k_b + head * k_h).to(tl.int64, bitcast=True)
     v_base = (v_codes + batch * v_b + head * v_h).to(tl.int64, bitcast=True) + g % 4 * v_plane
     k_rows = _rows(k_base, t, k_word, 4, K_WORDS // 4, K_WORDS % 4)
     v_rows = _rows(v_base, g // 4, v_plane * 4, 2, V_WORDS // 2, V_WORDS % 2)
     k_scale = (k_scales + batch * ks_b + head * ks_h).to(tl.pointer_type(tl.int32), bitcast=True)
     v_scale = (v_scales + batch * vs_b + head * vs_h).to(tl.pointer_type(tl.int32), bitcast=True)
-    own = t * 32 + g * 4  # a lane's first token in a block: of scores; of keys it is 4 g, of values 16 t
+    kn = _scales(k_scale, begin + own, end)
+    vn = _scales(v_scale, begin + own, end)
+    _fetch(k_rows, ((begin + g * 4) * 4).to(tl.int64), end - begin - g * 4, place, KEYS_CODE, KEYS_KINDS)
+    _fetch(v_rows, (begin + t * 16).to(tl.int64), end - begin - t * 16, place, VALUES_CODE, VALUES_KINDS)
     one = tl.full((32,), NEGATIVE, tl.float32)
     mass, weight = tl.zeros((32,), tl.float32), tl.zeros((32,), tl.float32)
     sums = (tl.zeros((32,), tl.int32),) * SUMS
-    if EARLY:
-        gdc_launch_dependents()
-    # The codes do not wait for `fast_fold_kernel`. In the loop a block's keys are asked one block before, its values
-    # half a block: each time into the registers that were just used.
-    kn, k_words = _read(
-        k_rows, ((begin + g * 4) * 4).to(tl.int64), end - begin - g * 4, k_scale, begin + own, end,
-        KEYS_CODE, KEYS_KINDS, 16 * len(k_rows),
-    )  # fmt: skip
-    vn, v_words = _read(
-        v_rows, (begin + t * 16).to(tl.int64), end - begin - t * 16, v_scale, begin + own, end,
-        VALUES_CODE, VALUES_KINDS, 8 * len(v_rows),
-    )  # fmt: skip
-    shared = tl.inline_asm_elementwise(
-        OPEN_CODE, OPEN_KINDS,
-        (lane, k_masks_at, v_masks_at, turns.to(tl.int64, bitcast=True), block_turn.to(tl.int64, bitcast=True)),
-        dtype=tl.int32, is_pure=False, pack=1,
-    )  # fmt: skip
     weights_to, weights_at = shared + own, shared + tl.minimum(g, 2) * DIGIT_ROW + t * 16
     query_of_lane, k_of_lane, v_of_lane = (g % 2 * 4 + t) * (4 * K_TABLE), t * (4 * K_TABLE), g // 4 * (4 * V_TABLE)
-    b = (tl.zeros((32,), tl.float32),) * 4
     dithers = _dithers(lane)
-    if HAS_BIAS:  # the queries were there before `fast_fold_kernel` began
-        pair = t * (DIM // 8)
-        phase = _phase(query + batch * q_b + head * q_h, q_d, centre + head * DIM, pair, DIM)
-        column = g // 2 * 32 + g % 2 * 2
-        angle = (tl.minimum(begin + column, angles - 1) * rope_t + pair).to(tl.int64) * 4
+    b = (tl.zeros((32,), tl.float32),) * 4
+    if HAS_BIAS:
         cos_at, sin_at = cos.to(tl.int64, bitcast=True) + angle, sin.to(tl.int64, bitcast=True) + angle
+        state = tl.inline_asm_elementwise(
+            TURN_CODE, TURN_KINDS, (cos_at, sin_at) + phase,  # noqa: RUF005
+            dtype=(tl.float32,) * (DIM // 4), is_pure=False, pack=1,
+        )  # fmt: skip
         if ONE_BLOCK:
+            there = tl.inline_asm_elementwise(WAIT_CODE, WAIT_KINDS, (place,), dtype=tl.int32, is_pure=False, pack=1)
             b = tl.inline_asm_elementwise(
-                BIAS_CODE, BIAS_KINDS, (turns.to(tl.int64, bitcast=True) + lane * 16, cos_at, sin_at) + phase,  # noqa: RUF005
+                BIAS_CODE, BIAS_KINDS, (there, there) + state,  # noqa: RUF005
                 dtype=(tl.float32,) * 4, is_pure=False, pack=1,
             )  # fmt: skip
-        else:
-            tl.inline_asm_elementwise(
-                STATE_CODE, STATE_KINDS, (shared + lane * 16, cos_at, sin_at) + phase,  # noqa: RUF005
-                dtype=tl.int32, is_pure=False, pack=1,
-            )  # fmt: skip
-    if ONE_BLOCK:
-        k_own = _table(k_masks_at + k_of_lane, K_TABLE_CODE, K_TABLE_KINDS, K_TABLE)
-        v_own = _table(v_masks_at + v_of_lane, V_TABLE_CODE, V_TABLE_KINDS, V_TABLE)
     if EARLY:
         gdc_wait()
+    row = (descriptors + pair_row * (8 * K_TABLE)).to(tl.int64, bitcast=True)
     gain = tl.load(scalars + pair_row * 2)
     constant = tl.load(scalars + pair_row * 2 + 1)
     if ONE_BLOCK:
-        asked = _table(row + query_of_lane, K_TABLE_CODE, K_TABLE_KINDS, K_TABLE)
         totals = tl.inline_asm_elementwise(
-            SCORE_CODE, SCORE_KINDS, (lane,) + k_words + asked + k_own,  # noqa: RUF005
+            SCORE_CODE, SCORE_KINDS, (lane, row + query_of_lane, k_masks_at + k_of_lane, place),
             dtype=(tl.int32,) * 4, is_pure=False, pack=1,
         )  # fmt: skip
         one, mass, weight, weights, alpha, empty = _weigh(
             begin + own, end, totals, kn, vn, b, gain, constant, dithers, one, mass, weight
         )
         sums = tl.inline_asm_elementwise(
-            SUM_CODE, SUM_KINDS, weights + (weights_to, weights_at) + v_words + v_own + sums,  # noqa: RUF005
+            SUM_CODE, SUM_KINDS, weights + (weights_to, weights_at, v_masks_at + v_of_lane, place) + sums,  # noqa: RUF005
             dtype=(tl.int32,) * SUMS, is_pure=False, pack=1,
         )  # fmt: skip
     else:
         tl.inline_asm_elementwise(ROW_CODE, ROW_KINDS, (lane, shared, row), dtype=tl.int32, is_pure=False, pack=1)
         for first in range(begin, end, BLOCK):
-            own_b = _bias(lane, shared, ROTATION, BIAS_CODE, BIAS_KINDS, DIM, HAS_BIAS)
-            asked = _table(shared + QUERY + query_of_lane, K_TABLE_CODE, K_TABLE_KINDS, K_TABLE)
-            k_own = _table(shared + K_MASKS + k_of_lane, K_TABLE_CODE, K_TABLE_KINDS, K_TABLE)
+            if HAS_BIAS:
+                turned = tl.inline_asm_elementwise(
+                    BIAS_CODE, BIAS_KINDS, (place, shared + t * (DIM // 2)) + state,  # noqa: RUF005
+                    dtype=(tl.float32,) * (4 + DIM // 4), is_pure=False, pack=1,
+                )  # fmt: skip
+                b = turned[0:4]
+                state = turned[4:]
             totals = tl.inline_asm_elementwise(
-                SCORE_CODE, SCORE_KINDS, (lane,) + k_words + asked + k_own,  # noqa: RUF005
+                SCORE_CODE, SCORE_KINDS,
+                (lane, shared + QUERY + query_of_lane, shared + K_MASKS + k_of_lane, place),
                 dtype=(tl.int32,) * 4, is_pure=False, pack=1,
             )  # fmt: skip
-            own_kn = kn
             following = first + BLOCK
-            kn, k_words = _read(
-                k_rows, ((following + g * 4) * 4).to(tl.int64), end - following - g * 4, k_scale, following + own,
-                end, KEYS_CODE, KEYS_KINDS, 16 * len(k_rows),
-            )  # fmt: skip
+            _fetch(k_rows, ((following + g * 4) * 4).to(tl.int64), end - following - g * 4, place, KEYS_CODE, KEYS_KINDS)
             one, mass, weight, weights, alpha, empty = _weigh(
-                first + own, end, totals, own_kn, vn, own_b, gain, constant, dithers, one, mass, weight
+                first + own, end, totals, kn, vn, b, gain, constant, dithers, one, mass, weight
             )
+            kn = _scales(k_scale, following + own, end)
+            vn = _scales(v_scale, following + own, end)
             sums = tl.inline_asm_elementwise(
                 EMPTY_CODE, EMPTY_KINDS, (empty, alpha, lane, shared) + sums,  # noqa: RUF005
                 dtype=(tl.int32,) * SUMS, is_pure=False, pack=1,
             )  # fmt: skip
-            v_own = _table(shared + V_MASKS + v_of_lane, V_TABLE_CODE, V_TABLE_KINDS, V_TABLE)
             sums = tl.inline_asm_elementwise(
-                SUM_CODE, SUM_KINDS, weights + (weights_to, weights_at) + v_words + v_own + sums,  # noqa: RUF005
+                SUM_CODE, SUM_KINDS,
+                weights + (weights_to, weights_at, shared + V_MASKS + v_of_lane, place) + sums,  # noqa: RUF005
                 dtype=(tl.int32,) * SUMS, is_pure=False, pack=1,
             )  # fmt: skip
-            vn, v_words = _read(
-                v_rows, (following + t * 16).to(tl.int64), end - following - t * 16, v_scale, following + own, end,
-                VALUES_CODE, VALUES_KINDS, 8 * len(v_rows),
-            )  # fmt: skip
+            _fetch(v_rows, (following + t * 16).to(tl.int64), end - following - t * 16, place, VALUES_CODE, VALUES_KINDS)
 
     part = pair_row * tl.num_programs(1) + split
     tl.store(part_max + part, tl.max(one, 0))

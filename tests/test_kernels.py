@@ -136,8 +136,7 @@ def test_turns_of_a_block(dim: int, tokens: int) -> None:
     turns = rope.turns.double().sum(0)  # [d / 16, 32, 4, 2]
     even, odd = phases.chunk(2)
     for column in range(8):
-        before = 32 * (column // 2) + 2 * (column % 2)
-        at = min(first + before, tokens - 1)
+        at = min(first + 2 * column, tokens - 1)
         x, y = rope.cos[at, : dim // 2].double(), rope.sin[at, : dim // 2].double()
         cosine, sine = even * x + odd * y, odd * x - even * y
         for lane in range(32):  # lane 4 g + i has of the product's row g the pairs of i, of row g + 8 likewise
@@ -145,7 +144,7 @@ def test_turns_of_a_block(dim: int, tokens: int) -> None:
             for half in range(2):
                 part = turns[:, lane, half::2]  # [d / 16, 2, 2]
                 value = (part[..., 0] * cosine[pairs] + part[..., 1] * sine[pairs]).sum()
-                token = 4 * (lane // 4) + half + before
+                token = 16 * (lane // 4) + half + 2 * column
                 found[token] = value if lane % 4 == 0 else found[token] + value
     there = torch.arange(128) < tokens - first
     assert torch.allclose(found[there], expected[first : first + 128], atol=2e-5)

@@ -10,11 +10,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-STREAM = "cp.async.cg.shared.global.L2::cache_hint"
+STREAM = "ld.global.L1::no_allocate.L2::cache_hint.v4.b32"
 ONCE = "createpolicy.fractional.L2::evict_first.b64 once, 1.0;"
 """What is read once leaves the L2 first: code, maps, biases and partial results stay."""
 
 FENCE = "bar.warp.sync 0xffffffff;"
+"""Orders shared memory; and keeps the assembler from putting off a batch of loads until each is used: one latency,
+not one for each word."""
 
 DIGITS = 3
 """Bytes of a weight: 16 bits below the point, 8 before it."""
@@ -23,54 +25,49 @@ DIGIT_ROW = 192
 """Bytes from one digit's weights of a block to the next's: 128 would put two digits into the same banks."""
 
 LANES = 512
-"""Bytes that a warp's lanes copy at once, 16 each. A lane copies what it reads itself."""
-
-KEY_BATCHES, KEY_TOKENS, KEY_SIZE = 4, 32, 128
-VALUE_BATCHES, VALUE_TOKENS, VALUE_SIZE = 2, 64, 64
-"""Into how many copies a load of a block is cut; tokens and bytes from one to the next."""
+"""Bytes that a warp's lanes copy at once, 16 each."""
 
 
 @dataclass(frozen=True)
 class Side:
-    """How one side's fields meet the matrix products: `slots` of each load, see `prepared.Fields`."""
+    """How one side's fields meet the matrix products: how many each word of a code has, in order."""
 
-    slots: tuple[int, ...]
+    fields: tuple[int, ...]
 
     @property
     def count(self) -> int:
-        """Slots, S."""
-        return sum(self.slots)
+        """Fields, F."""
+        return sum(self.fields)
 
     @property
     def table(self) -> int:
-        """Slots padded to 4: words of a row of masks."""
+        """Fields padded to 4: words of a row of masks."""
         return -(-self.count // 4) * 4
 
     @property
-    def load_of(self) -> list[int]:
-        """For each slot the load that its words come from."""
-        return [load for load, count in enumerate(self.slots) for _ in range(count)]
+    def word_of(self) -> list[int]:
+        """For each field the word that it lies in."""
+        return [word for word, count in enumerate(self.fields) for _ in range(count)]
 
     @property
     def pairs(self) -> list[tuple[int, int | None]]:
-        """Slots two by two, as a product takes them; the last may be alone."""
-        return [(s, s + 1 if s + 1 < self.count else None) for s in range(0, self.count, 2)]
+        """Fields two by two, as a product takes them; the last may be alone."""
+        return [(f, f + 1 if f + 1 < self.count else None) for f in range(0, self.count, 2)]
 
 
 @dataclass(frozen=True)
 class Shared:
-    """What a warp keeps in shared memory. Offsets in bytes.
-
-    Codes arrive there without waiting for registers. Small tables are asked before the codes: what is asked after
-    them arrives after them. A range of one block has no use for those from `query` on.
+    """What a warp keeps in shared memory. Offsets in bytes. Tables are asked before the codes: what is asked of global
+    memory after them arrives after them. A range of one block has no use for those from `query` on.
 
         weights       of a block's tokens, a digit a row (see `sum_code`)
-        keys, values  of a block: 16 bytes a lane of each load and batch
+        strides       bytes between words of keys, of values
         turns         `Rope.turns`, where keys have a centre
         query         the row's digits: `fast_fold_kernel`'s descriptors
         k_masks, v_masks   of the head: `prepared.Fields.masks`
-        sums          float32 [V slots, 8]: what accumulators held when they were last emptied
+        sums          float32 [V fields padded to 2, 4]: what accumulators held when they were last emptied
         rotation      cosines, then sines, of RoPE's turn by a block: float32 [d]
+        state         the coefficients of the centre's scores at the block, each lane's: float32 [d / 16, 32, 4]
     """
 
     dim: int
@@ -90,16 +87,12 @@ class Shared:
         return "l" if self.one_block else "r"
 
     @property
-    def keys(self) -> int:
+    def strides(self) -> int:
         return DIGITS * DIGIT_ROW
 
     @property
-    def values(self) -> int:
-        return self.keys + LANES * KEY_BATCHES * len(self.k.slots)
-
-    @property
     def turns(self) -> int:
-        return self.values + LANES * VALUE_BATCHES * len(self.v.slots)
+        return self.strides + 16
 
     @property
     def query(self) -> int:
@@ -107,50 +100,59 @@ class Shared:
 
     @property
     def k_masks(self) -> int:
-        return self.query + 32 * self.k.table
+        return self.query + 8 * self.k.table
 
     @property
     def v_masks(self) -> int:
-        return self.k_masks + 16 * self.k.table
+        return self.k_masks + 4 * self.k.table
 
     @property
     def sums(self) -> int:
-        return self.v_masks + 8 * self.v.table
+        return self.v_masks + 4 * self.v.table
 
     @property
     def rotation(self) -> int:
-        return self.sums + 32 * self.v.count
+        return self.sums + 32 * len(self.v.pairs)
+
+    @property
+    def state(self) -> int:
+        return self.rotation + 4 * self.dim
 
     @property
     def size(self) -> int:
-        return self.query if self.one_block else self.rotation + 4 * self.dim * self.centred
+        if self.one_block:
+            return self.query
+        return self.state + 32 * self.dim if self.centred else self.rotation
 
 
 def open_code(at: Shared) -> str:
     """PTX: $0 = address of the shared memory; ask for its tables but the query, one group of copies.
 
     After the output: the lane, addresses of the head's masks of keys and of values; of `Rope.turns` and
-    `Rope.block_turn`.
+    `Rope.block_turn`; bytes between words of keys, of values.
     """
-    lines = [f".shared .align 16 .b8 held[{at.size}];", *COPY_REGISTERS, "mov.u32 $0, held;"]
+    lines = [
+        f".shared .align 16 .b8 held[{at.size}];", *COPY_REGISTERS, "mov.u32 $0, held;",
+        f"st.shared.v2.b32 [$0+{at.strides}], {{$6, $7}};",
+    ]  # fmt: skip
     if at.centred:
         lines += _copy("$0", 4, at.turns, 64 * at.dim)
     if not at.one_block:
-        lines += _copy("$0", 2, at.k_masks, 16 * at.k.table) + _copy("$0", 3, at.v_masks, 8 * at.v.table)
+        lines += _copy("$0", 2, at.k_masks, 4 * at.k.table) + _copy("$0", 3, at.v_masks, 4 * at.v.table)
         if at.centred:
             lines += _copy("$0", 5, at.rotation, 4 * at.dim)
-        lines += ["setp.lt.u32 there, $1, 8;", "mad.lo.u32 to, $1, 4, $0;"]
-        lines += [f"@there st.shared.b32 [to+{at.sums + 32 * slot}], 0;" for slot in range(at.v.count)]
+        lines += ["setp.lt.u32 there, $1, 4;", "mad.lo.u32 to, $1, 4, $0;"]
+        lines += [f"@there st.shared.b32 [to+{at.sums + 16 * field}], 0;" for field in range(2 * len(at.v.pairs))]
     return _block([*lines, "cp.async.commit_group;"])
 
 
-OPEN_KINDS = "=&r,r,l,l,l,l"
+OPEN_KINDS = "=&r,r,l,l,l,l,r,r"
 
 
 def row_code(at: Shared) -> str:
     """PTX: fetch the query, and wait for all groups. $0 = 0; the lane, address of the shared memory, of the row's
     descriptors."""
-    copy = _copy("$2", 3, at.query, 32 * at.k.table)
+    copy = _copy("$2", 3, at.query, 8 * at.k.table)
     lines = [*COPY_REGISTERS, "mov.u32 $0, 0;", *copy, "cp.async.commit_group;"]
     return _block([*lines, "cp.async.wait_group 0;", FENCE])
 
@@ -158,10 +160,12 @@ def row_code(at: Shared) -> str:
 ROW_KINDS = "=&r,r,r,l"
 
 
-def wait_code(groups: int) -> str:
-    """PTX: $0 = its only operand; wait for all groups of copies but the last few, of all lanes."""
-    return _block(["mov.b32 $0, $1;", f"cp.async.wait_group {groups};", FENCE])
+def wait_code() -> str:
+    """PTX: $0 = its only operand; wait for what all lanes have asked to be copied."""
+    return _block(["mov.b32 $0, $1;", "cp.async.wait_group 0;", FENCE])
 
+
+WAIT_KINDS = "=&r,r"
 
 COPY_REGISTERS = (".reg .pred there;", ".reg .b32 to;", ".reg .b64 from;")
 
@@ -173,40 +177,34 @@ def _copy(base: str, operand: int, offset: int, size: int) -> list[str]:
         least = min(LANES, size - done) // 16
         lines += [
             f"setp.lt.u32 there, $1, {least};",
-            f"@there cp.async.cg.shared.global [to+{offset + done}], [from+{done}], 16;",
+            f"@there cp.async.ca.shared.global [to+{offset + done}], [from+{done}], 16;",
         ]
     return lines
 
 
-def fetch_code(side: Side, batches: int, tokens: int, size: int, place: int) -> str:
-    """PTX: ask for 16 bytes of each load and batch, one group; where there is no token, anything stays.
+def load_code(side: Side, stride_at: int) -> str:
+    """PTX: $0.. = 16 bytes of a lane from each word's plane, 4 registers a word: 4 tokens of keys, 16 of values.
 
-    $0 = 0; the lane's address of each load, how many tokens there are from the lane's first on, the lane's place in
-    shared memory, 16 bytes a lane. A batch begins `tokens` tokens and `size` bytes after the one before.
+    After the outputs: address of the lane's bytes in plane 0, address of the shared memory, whether to read at all
+    (else the outputs hold anything). `stride_at`: offset of the bytes between words; kept in memory, since the
+    assembler would keep their multiples in registers.
     """
-    loads = len(side.slots)
-    lines = [".reg .b64 once;", f".reg .pred there<{batches}>;", "mov.u32 $0, 0;", ONCE]
-    lines += [f"setp.gt.s32 there{b}, ${1 + loads}, {tokens * b};" for b in range(batches)]
-    for load in range(loads):
-        for b in range(batches):
-            to = f"${2 + loads}+{place + LANES * (load * batches + b)}"
-            lines.append(f"@there{b} {STREAM} [{to}], [${1 + load}+{size * b}], 16, once;")
-    return _block([*lines, "cp.async.commit_group;"])
+    words = len(side.fields)
+    base, shared, wanted = (f"${4 * words + i}" for i in range(3))
+    lines = [
+        ".reg .b64 at, once;", ".reg .b32 stride;", ".reg .pred wanted;", ONCE,
+        f"setp.ne.b32 wanted, {wanted}, 0;", f"ld.volatile.shared.b32 stride, [{shared}+{stride_at}];",
+    ]  # fmt: skip
+    for w in range(words):
+        four = ", ".join(f"${4 * w + i}" for i in range(4))
+        lines.append(f"mad.wide.u32 at, stride, {w}, {base};")
+        lines.append(f"@wanted {STREAM} {{{four}}}, [at], once;")
+    return _block([*lines, FENCE])
 
 
-def fetch_keys(at: Shared) -> str:
-    """PTX: `fetch_code` of a block of keys."""
-    return fetch_code(at.k, KEY_BATCHES, KEY_TOKENS, KEY_SIZE, at.keys)
-
-
-def fetch_values(at: Shared) -> str:
-    """PTX: `fetch_code` of a block of values."""
-    return fetch_code(at.v, VALUE_BATCHES, VALUE_TOKENS, VALUE_SIZE, at.values)
-
-
-def fetch_constraints(side: Side) -> str:
-    """Operand kinds of `fetch_code`."""
-    return ",".join(["=&r"] + ["l"] * len(side.slots) + ["r", "r"])
+def load_constraints(side: Side) -> str:
+    """Operand kinds of `load_code`."""
+    return ",".join(["=&r"] * (4 * len(side.fields)) + ["l", "r", "r"])
 
 
 def _four(name: str, first: int = 0) -> str:
@@ -214,31 +212,28 @@ def _four(name: str, first: int = 0) -> str:
 
 
 def score_code(at: Shared) -> str:
-    """PTX: $0..$3 = sum over axes of query * byte in place, of the lane's tokens 32 t + 4 g .. + 3.
+    """PTX: $0..$3 = sum over axes of query * byte in place, of the lane's tokens 4 l .. 4 l + 3.
 
-    After the outputs: the lane; addresses of the lane's query words (digit g % 2 of the fields of t) and of the masks
-    of t; the lane's place in shared memory. Waits for all groups but the last.
+    After the outputs: the lane; addresses of the query's digit g % 2 and of the masks; the words of `load_code`.
 
-    A product m16n8k32 has 16 tokens as rows, a token's fields' bytes as columns; of the query's 8 columns, those of
-    t hold its low and its high digit where the batch is the t-th, else 0: so tokens of four batches, added up, end
-    in four lanes each.
+    A product m16n8k32 has two of a lane's tokens in rows g and g + 8, two fields' bytes of them in the columns of t.
+    So a row holds other tokens at each t, and the query's 8 columns keep them apart: its two digits stand in columns
+    2 t and 2 t + 1 at the bytes of t, and there is 0 elsewhere. Results lie with the lane whose tokens they are.
     """
-    side, loads = at.k, len(at.k.slots)
+    side = at.k
     lines = [
-        ".reg .pred mine;", f".reg .b32 column, a<4>, b<2>, c<16>, q<{side.table}>, m<{side.table}>, w<{4 * loads}>;",
-        *(f"ld.{at.space}.v4.b32 {_four(name, s)}, [{address}+{4 * s}];"
-          for name, address in (("m", "$6"), ("q", "$5")) for s in range(0, side.table, 4)),
-        "cp.async.wait_group 1;", "shr.u32 column, $4, 3;", *(f"mov.b32 c{i}, 0;" for i in range(16)),
+        ".reg .pred mine;", ".reg .b32 x, y, a<4>, c<16>, q<4>, m<4>;",
+        "shr.u32 x, $4, 3;", "and.b32 y, $4, 3;", "setp.eq.u32 mine, x, y;",
+        *(f"mov.b32 q{i}, 0;" for i in range(4)), *(f"mov.b32 c{i}, 0;" for i in range(16)),
     ]  # fmt: skip
-    for batch in range(KEY_BATCHES):
-        lines.append(f"setp.eq.u32 mine, column, {batch};")
-        lines += _read("$7", at.keys, loads, KEY_BATCHES, batch)
-        for pair in side.pairs:
-            for i, slot in enumerate(pair):
-                lines.append(f"mov.b32 b{i}, 0;" if slot is None else f"selp.b32 b{i}, q{slot}, 0, mine;")
-            for half in range(2):
-                lines += _left(side, [(slot, 2 * half + n) for slot in pair for n in range(2)])
-                lines.append(_product("s8", 8 * half + 4 * (batch % 2), "b0", "b1"))
+    for number, pair in enumerate(side.pairs):
+        if pair[0] % 4 == 0:
+            lines.append(f"ld.{at.space}.v4.b32 {_four('m')}, [$6+{4 * pair[0]}];")
+            lines.append(f"@mine ld.{at.space}.v4.b32 {_four('q')}, [$5+{4 * pair[0]}];")
+        b0, b1 = (f"q{pair[0] % 4}", "x" if pair[1] is None else f"q{pair[1] % 4}")
+        for half in range(2):
+            lines += _left(side, 7, [(field, 2 * half + token) for field in pair for token in range(2)])
+            lines.append(_product("s8", 8 * half + 4 * (number % 2), b0, b1))
     for token in range(4):
         low = 8 * (token // 2) + 2 * (token % 2)
         lines += [
@@ -248,23 +243,17 @@ def score_code(at: Shared) -> str:
     return _block(lines)
 
 
-SCORE_KINDS = "=&r,=&r,=&r,=&r,r,{0},{0},r"
-"""Operand kinds of `score_code`, with `Shared.address`."""
+def score_constraints(at: Shared) -> str:
+    """Operand kinds of `score_code`."""
+    return ",".join(["=&r"] * 4 + ["r", at.address, at.address] + ["r"] * (4 * len(at.k.fields)))
 
 
-def _read(lane_at: str, place: int, loads: int, batches: int, batch: int) -> list[str]:
-    """w = the lane's words of a batch, 4 of each load."""
+def _left(side: Side, words: int, parts: Sequence[tuple[int | None, int]]) -> list[str]:
+    """a0..a3, the left side of a product: for each (field, i) the i-th register of the field's word, of those from
+    operand `words` on, masked; 0 where there is no field."""
     return [
-        f"ld.shared.v4.b32 {_four('w', 4 * load)}, [{lane_at}+{place + LANES * (load * batches + batch)}];"
-        for load in range(loads)
-    ]
-
-
-def _left(side: Side, parts: Sequence[tuple[int | None, int]]) -> list[str]:
-    """a0..a3, the left side of a product: for each (slot, word) that word of the slot's load, masked, or 0."""
-    return [
-        f"mov.b32 a{i}, 0;" if slot is None else f"and.b32 a{i}, w{4 * side.load_of[slot] + word}, m{slot};"
-        for i, (slot, word) in enumerate(parts)
+        f"mov.b32 a{n}, 0;" if field is None else f"and.b32 a{n}, ${words + 4 * side.word_of[field] + i}, m{field % 4};"
+        for n, (field, i) in enumerate(parts)
     ]
 
 
@@ -275,39 +264,38 @@ def _product(kind: str, first: int, b0: str, b1: str) -> str:
 
 
 def accumulators(side: Side) -> int:
-    """Registers of sums of values: 4 for each two slots."""
+    """Registers of sums of values: 4 for each two fields."""
     return 4 * len(side.pairs)
 
 
 def sum_code(at: Shared) -> str:
     """PTX: $.. = accumulators + sum over the block's tokens of weight digits * masked byte.
 
-    A product has two slots of 8 planes as rows, 32 tokens as columns; digit n of the weights is the n-th column of
-    its right side. After the outputs: the lane's 4 weights (tokens 32 t + 4 g on, 24 bits each), addresses in shared
-    memory where the lane's weights go and where those that it multiplies lie; address of the masks of g / 4; the
-    lane's place in shared memory; the accumulators. Waits for the values: all groups but the next keys'.
+    A product m16n8k32 has one field's bytes in rows g, another's in rows g + 8: of plane g % 4, of the half block
+    g / 4. The weights' digits of the first half stand in columns 0 to 2, those of the second in 4 to 6. After the
+    outputs: the lane's 4 weights (tokens 4 l on, 24 bits each), addresses in shared memory where the lane's weights
+    go and where those that it multiplies lie; address of the masks; the words of `load_code`, the accumulators.
     """
-    side, loads, count = at.v, len(at.v.slots), accumulators(at.v)
+    side, count = at.v, accumulators(at.v)
     x = [f"${count + i}" for i in range(4)]
-    to, place, masks, lane_at, old = *(f"${count + 4 + i}" for i in range(4)), count + 8
+    to, place, masks, words = *(f"${count + 4 + i}" for i in range(3)), count + 7
+    old = words + 4 * len(side.fields)
     lines = [
-        f".reg .b32 a<4>, b<4>, c<{count}>, m<{side.table}>, w<{4 * loads}>, x<4>;",
-        *(f"ld.{at.space}.v4.b32 {_four('m', s)}, [{masks}+{4 * s}];" for s in range(0, side.table, 4)),
+        f".reg .b32 a<4>, b<4>, c<{count}>, m<4>, x<4>;",
         f"prmt.b32 x0, {x[0]}, {x[1]}, 0x5140;", f"prmt.b32 x1, {x[2]}, {x[3]}, 0x5140;",
         f"prmt.b32 x2, {x[0]}, {x[1]}, 0x0062;", f"prmt.b32 x3, {x[2]}, {x[3]}, 0x0062;",
         "prmt.b32 a0, x0, x1, 0x5410;", "prmt.b32 a1, x0, x1, 0x7632;", "prmt.b32 a2, x2, x3, 0x5410;",
         FENCE,  # the block before is read
         *(f"st.shared.b32 [{to}+{DIGIT_ROW * digit}], a{digit};" for digit in range(DIGITS)),
-        FENCE, f"cp.async.wait_group {0 if at.one_block else 1};",
+        FENCE, f"ld.shared.v4.b32 {_four('b')}, [{place}];",
         *(f"mov.b32 c{i}, ${old + i};" for i in range(count)),
     ]  # fmt: skip
-    for batch in range(VALUE_BATCHES):
-        lines.append(f"ld.shared.v4.b32 {_four('b')}, [{place}+{64 * batch}];")
-        lines += _read(lane_at, at.values, loads, VALUE_BATCHES, batch)
+    for tile, pair in enumerate(side.pairs):
+        if pair[0] % 4 == 0:
+            lines.append(f"ld.{at.space}.v4.b32 {_four('m')}, [{masks}+{4 * pair[0]}];")
         for step in range(2):
-            for tile, pair in enumerate(side.pairs):
-                lines += _left(side, [(slot, 2 * step + n) for n in range(2) for slot in pair])
-                lines.append(_product("u8", 4 * tile, f"b{2 * step}", f"b{2 * step + 1}"))
+            lines += _left(side, words, [(field, 2 * step + n) for n in range(2) for field in pair])
+            lines.append(_product("u8", 4 * tile, f"b{2 * step}", f"b{2 * step + 1}"))
     lines += [f"mov.b32 ${i}, c{i};" for i in range(count)]
     return _block(lines)
 
@@ -315,27 +303,27 @@ def sum_code(at: Shared) -> str:
 def sum_constraints(at: Shared) -> str:
     """Operand kinds of `sum_code`."""
     count = accumulators(at.v)
-    return ",".join(["=&r"] * count + ["r"] * 6 + [at.address, "r"] + ["r"] * count)
+    return ",".join(["=&r"] * count + ["r"] * 6 + [at.address] + ["r"] * (4 * len(at.v.fields) + count))
 
 
-def empty_code(side: Side, at: Shared) -> str:
+def empty_code(at: Shared) -> str:
     """PTX: where asked, move the accumulators' sums to shared memory, times alpha, and set them to 0.
 
     $.. = the accumulators after that; then whether to (for all lanes alike), alpha, the lane, address of the shared
     memory, the accumulators.
     """
-    count = accumulators(side)
+    count = accumulators(at.v)
     asked, alpha, lane, shared = (f"${count + i}" for i in range(4))
     lines = [
-        ".reg .pred asked, owner;", ".reg .b32 to;", *JOIN_REGISTERS, ".reg .f32 old;",
-        *(f"mov.b32 ${i}, ${count + 4 + i};" for i in range(count)),
+        ".reg .pred asked;", *JOIN_REGISTERS, *(f"mov.b32 ${i}, ${count + 4 + i};" for i in range(count)),
         f"setp.ne.b32 asked, {asked}, 0;", "@!asked bra done;",
         *_join_setup(lane), f"add.u32 to, to, {shared};",
     ]  # fmt: skip
-    for slot in range(side.count):
+    for pair in at.v.pairs:
+        place = at.sums + 16 * pair[0]
         lines += [
-            *_join(slot, 0), f"@owner ld.shared.f32 old, [to+{at.sums + 32 * slot}];", "add.f32 f, f, old;",
-            f"mul.f32 f, f, {alpha};", f"@owner st.shared.f32 [to+{at.sums + 32 * slot}], f;",
+            *_join(pair, 0), f"@owner ld.shared.f32 old, [to+{place}];", "add.f32 f, f, old;",
+            f"mul.f32 f, f, {alpha};", f"@owner st.shared.f32 [to+{place}], f;",
         ]  # fmt: skip
     return _block([*lines, *(f"mov.b32 ${i}, 0;" for i in range(count)), "done:", "mov.b32 to, 0;"])
 
@@ -346,19 +334,18 @@ def empty_constraints(side: Side) -> str:
     return ",".join(["=&r"] * count + ["r", "f", "r", "r"] + ["r"] * count)
 
 
-def emit_code(side: Side, at: Shared) -> str:
-    """PTX: write the sums, float32 [V slots, 8] in units of a weight of 1. $0 = 0; the lane, address of the shared
+def emit_code(at: Shared) -> str:
+    """PTX: write the sums, float32 [V fields padded to 2, 4] in units of a weight of 1. $0 = 0; the lane, address of the shared
     memory, where to, the accumulators."""
     lines = [
-        ".reg .pred owner;", ".reg .b32 to, place;", ".reg .b64 out;", *JOIN_REGISTERS, ".reg .f32 old;",
-        "mov.u32 $0, 0;", *_join_setup("$1"), "cvt.u64.u32 out, to;", "add.u64 out, out, $3;",
-        "add.u32 place, to, $2;",
+        ".reg .b32 place;", ".reg .b64 out;", *JOIN_REGISTERS, "mov.u32 $0, 0;", *_join_setup("$1"),
+        "cvt.u64.u32 out, to;", "add.u64 out, out, $3;", "add.u32 place, to, $2;",
     ]  # fmt: skip
-    for slot in range(side.count):
-        lines += _join(slot, 4)
+    for pair in at.v.pairs:
+        lines += _join(pair, 4)
         if not at.one_block:
-            lines += [f"@owner ld.shared.f32 old, [place+{at.sums + 32 * slot}];", "add.f32 f, f, old;"]
-        lines += ["mul.f32 f, f, 0f37800000;", f"@owner st.global.f32 [out+{32 * slot}], f;"]  # 2^-16
+            lines += [f"@owner ld.shared.f32 old, [place+{at.sums + 16 * pair[0]}];", "add.f32 f, f, old;"]
+        lines += ["mul.f32 f, f, 0f37800000;", f"@owner st.global.f32 [out+{16 * pair[0]}], f;"]  # 2^-16
     return _block(lines)
 
 
@@ -367,99 +354,127 @@ def emit_constraints(side: Side) -> str:
     return ",".join(["=&r", "r", "r", "l"] + ["r"] * accumulators(side))
 
 
-JOIN_REGISTERS = (".reg .f32 f, even, odd, more;", ".reg .b32 t;")
+JOIN_REGISTERS = (".reg .pred owner, second, own;", ".reg .b32 to, t, h;", ".reg .f32 f, even, odd, more, s<2>, old;")
 
 
 def _join_setup(lane: str) -> list[str]:
-    """What each lane's two columns count: digits 0 and 1 in lanes of t = 0, which own the sums; 2 where t = 1."""
+    """What each lane's two columns count in rows g < 4: digits 0 and 1 where t = 0, 2 where t = 1; in the others
+    where t = 2 and t = 3. Sums go to lanes of g < 4: a pair's first field where t = 0, its second where t = 1."""
     return [
-        f"and.b32 t, {lane}, 3;", "setp.eq.u32 owner, t, 0;",
-        "selp.f32 even, 0f3F800000, 0f47800000, owner;",  # 1 or 65536
-        "selp.f32 odd, 0f43800000, 0f00000000, owner;",  # 256 or 0
-        f"and.b32 to, {lane}, 0x1c;",  # 4 g
+        f"and.b32 t, {lane}, 3;", f"shr.u32 h, {lane}, 4;", "setp.eq.u32 second, h, 0;", "setp.lt.and.u32 owner, t, 2, second;",
+        "shr.u32 to, t, 1;", "setp.eq.u32 own, to, h;", "and.b32 to, t, 1;", "setp.ne.u32 second, to, 0;",
+        "selp.f32 even, 0f47800000, 0f3F800000, second;",  # 65536 or 1
+        "selp.f32 odd, 0f00000000, 0f43800000, second;",  # 0 or 256
+        "selp.f32 even, even, 0f00000000, own;", "selp.f32 odd, odd, 0f00000000, own;",
+        "mul.lo.u32 to, to, 16;", f"and.b32 h, {lane}, 0xc;", "add.u32 to, to, h;",
     ]  # fmt: skip
 
 
-def _join(slot: int, operand: int) -> list[str]:
-    """f = the sum of a slot's digits, in lanes of t = 0, of accumulators from `operand` on."""
-    first = operand + 2 * slot
+def _join(pair: tuple[int, int | None], operand: int) -> list[str]:
+    """f = the sums of two fields' digits where they go, of accumulators from `operand` on."""
+    lines = []
+    for i in range(2):
+        first = operand + 2 * pair[0] + 2 * i
+        lines += [
+            f"cvt.rn.f32.s32 s{i}, ${first};", f"cvt.rn.f32.s32 more, ${first + 1};",
+            f"mul.f32 s{i}, s{i}, even;", f"fma.rn.f32 s{i}, more, odd, s{i};",
+        ]  # fmt: skip
+    if pair[1] is None:
+        lines.append("mov.f32 s1, 0f00000000;")
     return [
-        f"cvt.rn.f32.s32 f, ${first};", f"cvt.rn.f32.s32 more, ${first + 1};", "mul.f32 f, f, even;",
-        "fma.rn.f32 f, more, odd, f;", "shfl.sync.down.b32 more, f, 1, 0x1f, 0xffffffff;", "add.f32 f, f, more;",
+        *lines, "selp.f32 f, s1, s0, second;", "selp.f32 more, s0, s1, second;",
+        "shfl.sync.bfly.b32 more, more, 1, 0x1f, 0xffffffff;", "add.f32 f, f, more;",
+        "shfl.sync.bfly.b32 more, f, 18, 0x1f, 0xffffffff;", "add.f32 f, f, more;",
     ]  # fmt: skip
 
 
-def turn_code(dim: int) -> str:
+def turn_code(at: Shared) -> str:
     """PTX: the coefficients of the centre's scores at the first block, d / 8 of cosines, then of sines.
 
-    After them: the lane's addresses of its pairs' cosines and sines at the block's token 32 (g / 2) + 2 (g % 2); the
-    pairs' coefficients at position 0 (`_phase`).
+    $0.. = them for one block; else $0 = 0 and they are kept as the state. Then the lane's addresses of its pairs'
+    cosines and sines at the block's token 2 g; the pairs' coefficients at position 0 (`_phase`); the lane's place in
+    shared memory, 16 bytes a lane.
     """
-    lines = [".reg .f32 x<4>, y<4>;"]
-    for four in range(dim // 32):
-        lines += [
-            f"ld.global.v4.f32 {_four(x)}, [${dim // 4 + operand}+{16 * four}];" for operand, x in enumerate("xy")
-        ]
-        lines += _turn(dim, 4 * four, dim // 4 + 2)
-    return _block(lines)
+    outputs = at.dim // 4 if at.one_block else 1
+    lines = [".reg .f32 x<4>, y<4>, a<4>, b<4>;"]
+    for four in range(at.dim // 32):
+        lines += [f"ld.global.v4.f32 {_four(x)}, [${outputs + i}+{16 * four}];" for i, x in enumerate("xy")]
+        even = [f"${outputs + 2 + 4 * four + n}" for n in range(4)]
+        odd = [f"${outputs + 2 + 4 * four + at.dim // 8 + n}" for n in range(4)]
+        lines += _turn(even, odd)
+        if at.one_block:
+            lines += [f"mov.f32 ${4 * four + n}, a{n};" for n in range(4)]
+            lines += [f"mov.f32 ${4 * four + at.dim // 8 + n}, b{n};" for n in range(4)]
+        else:
+            lines += _keep(four, at, f"${outputs + 2 + at.dim // 4}")
+    return _block([*lines, *([] if at.one_block else ["mov.u32 $0, 0;"])])
 
 
-def turn_constraints(dim: int) -> str:
+def turn_constraints(at: Shared) -> str:
     """Operand kinds of `turn_code`."""
-    return ",".join(["=&f"] * (dim // 4) + ["l", "l"] + ["f"] * (dim // 4))
+    outputs = ["=&f"] * (at.dim // 4) if at.one_block else ["=&r"]
+    return ",".join([*outputs, "l", "l"] + ["f"] * (at.dim // 4) + ["r"])
 
 
-def _turn(dim: int, first: int, old: int, new: int = 0) -> list[str]:
-    """Four pairs' coefficients, from `first` on, of operands from `old` on turned by angles of cosine x and sine y,
-    as operands from `new` on."""
+def _turn(even: Sequence[str], odd: Sequence[str]) -> list[str]:
+    """Coefficients a, b of cosines and sines: those of even and odd turned by angles of cosine x and sine y."""
     lines = []
     for n in range(4):
-        even, odd = f"${old + first + n}", f"${old + first + n + dim // 8}"
-        to_even, to_odd = f"${new + first + n}", f"${new + first + n + dim // 8}"
         lines += [
-            f"mul.f32 {to_even}, {odd}, y{n};", f"fma.rn.f32 {to_even}, {even}, x{n}, {to_even};",
-            f"mul.f32 {to_odd}, {even}, y{n};", f"neg.f32 {to_odd}, {to_odd};",
-            f"fma.rn.f32 {to_odd}, {odd}, x{n}, {to_odd};",
+            f"mul.f32 a{n}, {odd[n]}, y{n};", f"fma.rn.f32 a{n}, {even[n]}, x{n}, a{n};",
+            f"mul.f32 b{n}, {even[n]}, y{n};", f"neg.f32 b{n}, b{n};", f"fma.rn.f32 b{n}, {odd[n]}, x{n}, b{n};",
         ]  # fmt: skip
     return lines
 
 
-def bias_code(at: Shared) -> str:
-    """PTX: $0..$3 = the centre's scores of the lane's tokens of a block; then, for more blocks than one, the state
-    after.
+def _keep(four: int, at: Shared, lane_at: str) -> list[str]:
+    """Store a and b as the lane's state."""
+    place = at.state + 2 * LANES * four
+    return [
+        f"st.shared.v4.f32 [{lane_at}+{place}], {_four('a')};",
+        f"st.shared.v4.f32 [{lane_at}+{place + LANES}], {_four('b')};",
+    ]
 
-    After the outputs: the lane's place in shared memory, that of its pairs' rotation; the state, coefficients of
-    the lane's pairs turned to the block and, one column of lanes each, by 32 t and 32 t + 2. Tokens are
-    4 g + {0, 1} + 32 t + {0, 2}: the state meets the turns by 4 g and 4 g + 1 in a matrix product, m16n8k16, whose
-    results lie where they belong. Then it is turned by a block.
+
+def bias_code(at: Shared) -> str:
+    """PTX: $0..$3 = the centre's scores of the lane's tokens of a block.
+
+    After the outputs: the lane's place in shared memory, 16 bytes a lane; for one block the coefficients of
+    `turn_code`, else the place of its pairs' rotation.
+    Tokens are 16 g + 4 t + {0, 1} + {0, 2}: the state is the coefficients turned by the block and 2 c, one column c a
+    g; they meet the turns by 16 g and 16 g + 1 in a matrix product, m16n8k16, whose results lie where they belong.
+    Then the state is turned by a block.
     """
-    state = 0 if at.one_block else at.dim // 4
-    lane_at, rotation, old = f"${4 + state}", f"${5 + state}", 6 + state
     lines = list(PRODUCT_REGISTERS)
     for four in range(at.dim // 32):
-        lines += _multiply(at, four, old, f"{lane_at}+{at.turns}")
+        even, odd = [f"e{n}" for n in range(4)], [f"o{n}" for n in range(4)]
+        if at.one_block:
+            even = [f"${5 + 4 * four + n}" for n in range(4)]
+            odd = [f"${5 + 4 * four + at.dim // 8 + n}" for n in range(4)]
+        else:
+            for name, operand, offset in (
+                ("e", 4, at.state + 2 * LANES * four), ("o", 4, at.state + 2 * LANES * four + LANES),
+                ("x", 5, at.rotation + 16 * four), ("y", 5, at.rotation + 16 * four + 2 * at.dim),
+            ):  # fmt: skip
+                lines.append(f"ld.shared.v4.f32 {_four(name)}, [${operand}+{offset}];")
+        lines += _multiply(at, four, even, odd)
         if not at.one_block:
-            lines += [
-                f"ld.shared.v4.f32 {_four(x)}, [{rotation}+{at.rotation + 16 * four + place}];"
-                for x, place in (("x", 0), ("y", 2 * at.dim))
-            ]
-            lines += _turn(at.dim, 4 * four, old, 4)
+            lines += _turn(even, odd) + _keep(four, at, "$4")
     return _block([*lines, *(f"add.f32 ${token}, ${token}, c{token};" for token in range(4))])
 
 
 def bias_constraints(at: Shared) -> str:
     """Operand kinds of `bias_code`."""
-    state = at.dim // 4
-    return ",".join(["=&f"] * (4 + state * (not at.one_block)) + ["r", "r"] + ["f"] * state)
+    return ",".join(["=&f"] * 4 + ["r"] + (["f"] * (at.dim // 4) if at.one_block else ["r"]))
 
 
 PRODUCT_REGISTERS = (
-    ".reg .f32 x<4>, y<4>, c<4>, r, s;", ".reg .b16 p, q;", ".reg .b32 high<2>, low<2>, m<4>;",
+    ".reg .f32 x<4>, y<4>, a<4>, b<4>, e<4>, o<4>, c<4>, r, s;", ".reg .b16 p, q;", ".reg .b32 high<2>, low<2>, m<4>;",
     *(f"mov.f32 {name}{token}, 0f00000000;" for name in "$c" for token in range(4)),
 )  # fmt: skip
 
 
-def _multiply(at: Shared, four: int, state: int, turns: str) -> list[str]:
+def _multiply(at: Shared, four: int, even: Sequence[str], odd: Sequence[str]) -> list[str]:
     """Add the products of four pairs' coefficients and turns: both sums of two float16; those of two low parts are
     below rounding. There are two sums, c and the outputs, for half the latency."""
     product = "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32"
@@ -467,19 +482,18 @@ def _multiply(at: Shared, four: int, state: int, turns: str) -> list[str]:
     lines = []
     for two in range(2):
         for j in range(2):
-            even = f"${state + 4 * four + 2 * two + j}"
-            odd = f"${state + 4 * four + 2 * two + j + at.dim // 8}"
+            n = 2 * two + j
             lines += [
-                f"cvt.rn.f16x2.f32 high{j}, {odd}, {even};", f"mov.b32 {{p, q}}, high{j};",
-                "cvt.f32.f16 r, p;", "cvt.f32.f16 s, q;", f"sub.f32 r, {even}, r;", f"sub.f32 s, {odd}, s;",
+                f"cvt.rn.f16x2.f32 high{j}, {odd[n]}, {even[n]};", f"mov.b32 {{p, q}}, high{j};",
+                "cvt.f32.f16 r, p;", "cvt.f32.f16 s, q;", f"sub.f32 r, {even[n]}, r;", f"sub.f32 s, {odd[n]}, s;",
                 f"cvt.rn.f16x2.f32 low{j}, s, r;",
             ]  # fmt: skip
-        place = LANES * (2 * four + two)
+        place = at.turns + LANES * (2 * four + two)
         lines += [
-            f"ld.shared.v4.b32 {_four('m')}, [{turns}+{place}];",
+            f"ld.shared.v4.b32 {_four('m')}, [$4+{place}];",
             f"{product} {acc}, {_four('m')}, {{low0, low1}}, {acc};",
             f"{product} {more}, {_four('m')}, {{high0, high1}}, {more};",
-            f"ld.shared.v4.b32 {_four('m')}, [{turns}+{place + 32 * at.dim}];",
+            f"ld.shared.v4.b32 {_four('m')}, [$4+{place + 32 * at.dim}];",
             f"{product} {acc}, {_four('m')}, {{high0, high1}}, {acc};",
         ]
     return lines

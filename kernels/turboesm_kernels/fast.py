@@ -18,8 +18,8 @@ from turboesm_kernels.reference import TURN, Packed, Rope
 ALIGNMENT = 16
 """Bytes, and for values tokens, that a lane reads at once."""
 
-MAX_SLOTS = 40
-"""Of a side: sums of values take two registers a slot."""
+MAX_FIELDS = 48
+"""Of a side: sums of values take two registers a field."""
 
 WARPS = 16
 """Warps that a multiprocessor runs at once."""
@@ -37,8 +37,8 @@ def obstacle(q: Tensor, held: Held, layer: PreparedLayer) -> str | None:
         return f"it serves one query token a sequence, not {q.shape[2]}"
     if layer.k.fields is None or layer.v.fields is None:
         return "it needs codes on a uniform grid, and a head_dim that is a multiple of 64"
-    if max(layer.k.fields.count, layer.v.fields.count) > MAX_SLOTS:
-        return f"a code has more than {MAX_SLOTS} slots"
+    if max(layer.k.fields.count, layer.v.fields.count) > MAX_FIELDS:
+        return f"a code has more than {MAX_FIELDS} fields"
     if held.k.scales is None or held.v.scales is None:
         return "it needs a scale for each token"
     if layer.k.centred and held.rope is not None and not _aligned_angles(held.rope):
@@ -151,37 +151,36 @@ def _split(
         partials.top, partials.mass, partials.weight, partials.out, held.tokens, chunk, held.sinks,
         HEADS=heads, DIM=dim, K_WORDS=k.codes.shape[2], V_WORDS=v.codes.shape[2] // FIELD_LANES,
         HAS_BIAS=layer.k.centred, HAS_LENGTHS=held.lengths is not None, ONE_BLOCK=chunk == TURN,
-        **_code(dim, k_fields.slots, v_fields.slots, layer.k.centred, chunk == TURN),
+        **_code(dim, k_fields.shape, v_fields.shape, layer.k.centred, chunk == TURN),
         EARLY=early, num_warps=1, **portable.early_launch(early), **VARIANT,
     )  # fmt: skip
 
 
-VARIANT = {}
+VARIANT = {'ORDER': 0}
 @lru_cache(maxsize=256)
 def _code(
     dim: int, keys: tuple[int, ...], values: tuple[int, ...], centred: bool, one_block: bool
 ) -> dict[str, str | int]:
-    """The PTX of the kernel for fields of these slots, the kinds of its operands and sizes, by the kernel's names."""
+    """The PTX of the kernel for fields of these shapes, the kinds of its operands and sizes, by the kernel's names."""
     k, v = assembly.Side(keys), assembly.Side(values)
-    shared = assembly.Shared(dim, k, v, one_block, centred)
+    at = assembly.Shared(dim, k, v, one_block, centred)
     code = {
-        "OPEN": (assembly.open_code(shared), assembly.OPEN_KINDS),
-        "ROW": (assembly.row_code(shared), assembly.ROW_KINDS),
-        "WAIT": (assembly.wait_code(2), "=&r,r"),
-        "TURN": (assembly.turn_code(dim), assembly.turn_constraints(dim)),
-        "KEYS": (assembly.fetch_keys(shared), assembly.fetch_constraints(k)),
-        "VALUES": (assembly.fetch_values(shared), assembly.fetch_constraints(v)),
-        "SCORE": (assembly.score_code(shared), assembly.SCORE_KINDS.format(shared.address)),
-        "SUM": (assembly.sum_code(shared), assembly.sum_constraints(shared)),
-        "EMPTY": (assembly.empty_code(v, shared), assembly.empty_constraints(v)),
-        "EMIT": (assembly.emit_code(v, shared), assembly.emit_constraints(v)),
-        "BIAS": (assembly.bias_code(shared), assembly.bias_constraints(shared)),
+        "OPEN": (assembly.open_code(at), assembly.OPEN_KINDS),
+        "ROW": (assembly.row_code(at), assembly.ROW_KINDS),
+        "WAIT": (assembly.wait_code(), assembly.WAIT_KINDS),
+        "TURN": (assembly.turn_code(at), assembly.turn_constraints(at)),
+        "KEYS": (assembly.load_code(k, at.strides), assembly.load_constraints(k)),
+        "VALUES": (assembly.load_code(v, at.strides + 4), assembly.load_constraints(v)),
+        "SCORE": (assembly.score_code(at), assembly.score_constraints(at)),
+        "SUM": (assembly.sum_code(at), assembly.sum_constraints(at)),
+        "EMPTY": (assembly.empty_code(at), assembly.empty_constraints(v)),
+        "EMIT": (assembly.emit_code(at), assembly.emit_constraints(v)),
+        "BIAS": (assembly.bias_code(at), assembly.bias_constraints(at)),
     }
     texts = {f"{name}_CODE": text for name, (text, _) in code.items()}
     kinds = {f"{name}_KINDS": own for name, (_, own) in code.items()}
     sizes = {
-        "K_TABLE": k.table, "V_TABLE": v.table, "V_SLOTS": v.count, "SUMS": assembly.accumulators(v),
-        "QUERY": shared.query, "K_MASKS": shared.k_masks, "V_MASKS": shared.v_masks,
-        "DIGIT_ROW": assembly.DIGIT_ROW,
+        "K_TABLE": k.table, "V_TABLE": v.table, "V_ROWS": 8 * len(v.pairs), "SUMS": assembly.accumulators(v),
+        "QUERY": at.query, "K_MASKS": at.k_masks, "V_MASKS": at.v_masks, "DIGIT_ROW": assembly.DIGIT_ROW,
     }  # fmt: skip
     return {**sizes, **texts, **kinds}

@@ -185,25 +185,21 @@ def in_halves(matrix: Tensor) -> tuple[Tensor, Tensor]:
 class Fields:
     """A uniform-grid code as fields of 32-bit words, each the piece of 4 neighbouring axes' codes. For `fast`.
 
-    Matrix products of a warp take words from N places at once: N = 4 words of a token for keys, 2 words, 8 planes,
-    of a token for values. So a head's words are dealt, in order, to N places; the last few that do not fill them are
-    read from several places, which share their fields (`_deal`). A load is one word for each place; each load has
-    slots, a field of each place's word; `slots` is the greatest count of any head and place, and who has fewer has
-    fields of mask 0. So which bits a field has is data, and one compiled kernel serves all heads, and all layers of
-    those slots.
+    `shape` is the greatest count of any head for each word, and a head with fewer has fields of mask 0. So which bits
+    a field has is data, and one compiled kernel serves all heads, and all layers of that shape.
 
     With levels step (code - middle), a level is the sum over its fields of weight (piece - piece's middle). Pieces
-    stay where they are in their byte, and 2^-shift goes into the map. Columns of keys are [N, S padded to 4, byte],
-    S slots, rows of values [S, N, byte].
+    stay where they are in their byte, and 2^-shift goes into the map.
 
-    slots   of each load, S in sum
-    masks   int32 [H, N, S padded to 4]: of a word's 4 bytes
-    map     float32: keys [H, d, columns], values [H, rows, d]: `PreparedSide.map` times weight, an axis a byte
-    middle  float32 [H, columns or rows]: of the piece, in the units in which it is summed
+    shape   fields of each word, F in sum
+    masks   int32 [H, P]: of a word's 4 bytes; P: F padded to 4
+    map     float32: keys [H, d, 4 P], values [H, 4 P', d], P': F padded to 2: `PreparedSide.map` times weight, an
+            axis a byte
+    middle  float32 [H, 4 P or 4 P']: of the piece, in the units in which it is summed
     offset  float32 [H, d]: -middle map, what a sum of values' pieces of weight 1 is off by; 0 for keys
     """
 
-    slots: tuple[int, ...]
+    shape: tuple[int, ...]
     masks: Tensor
     map: Tensor
     middle: Tensor
@@ -217,27 +213,22 @@ class Fields:
         if steps is None:
             return None
         heads = [
-            _deal(_fields_by_word(spec.profiles[index], own), PLACES[spec.side])
+            _fields_by_word(spec.profiles[index], own)
             for index, own in zip(spec.profile_of_head, steps, strict=True)
         ]
-        slots = tuple(max(len(own) for head in heads for own in head[load]) for load in range(len(heads[0])))
-        table = torch.tensor([_table(head, slots) for head in heads], dtype=torch.float64, device=spec.centre.device)
-        rows = table if spec.side == "k" else table[:, :, : sum(slots)].transpose(1, 2)
-        _, group, weight, middle = rows.flatten(1, 2).repeat_interleave(FIELD_LANES, 1).float().unbind(-1)
-        byte = torch.arange(group.shape[1], device=group.device) % FIELD_LANES
-        axes = group.long() * FIELD_LANES + byte
-        levels = (side.map.mT if spec.side == "k" else side.map).gather(
-            1, axes[..., None].expand(-1, -1, side.head_dim)
-        )
-        levels = levels * weight[..., None]
+        shape = tuple(max(map(len, words)) for words in zip(*heads, strict=True))
+        rows = [[field for own, count in zip(words, shape, strict=True) for field in _fill(own, count)] for words in heads]
+        mask, group, weight, middle = _padded_table(rows, 4).to(spec.centre.device).unbind(-1)  # float64 [H, P]
+        if spec.side == "v":
+            group, weight, middle = (x[:, : -(-sum(shape) // 2) * 2] for x in (group, weight, middle))
+        byte = torch.arange(FIELD_LANES, device=group.device)
+        axes = (group.long()[..., None] * FIELD_LANES + byte).flatten(1)[..., None].expand(-1, -1, side.head_dim)
+        levels = (side.map.mT if spec.side == "k" else side.map).gather(1, axes)
+        levels = levels * weight.float().repeat_interleave(FIELD_LANES, 1)[..., None]
+        middle = middle.float().repeat_interleave(FIELD_LANES, 1).contiguous()
         offset = -torch.einsum("hf,hfd->hd", middle, levels) * (spec.side == "v")
-        return cls(
-            slots,
-            table[..., 0].to(torch.int32).contiguous(),
-            (levels.mT if spec.side == "k" else levels).contiguous(),
-            middle.contiguous(),
-            offset.contiguous(),
-        )
+        turned = levels.mT if spec.side == "k" else levels
+        return cls(shape, mask.to(torch.int32).contiguous(), turned.contiguous(), middle, offset.contiguous())
 
     @cached_property
     def halves(self) -> tuple[Tensor, Tensor]:
@@ -246,12 +237,8 @@ class Fields:
 
     @property
     def count(self) -> int:
-        """Slots, S."""
-        return sum(self.slots)
-
-
-PLACES: dict[Side, int] = {"k": 4, "v": 2}
-"""Words of a token that a product takes at once."""
+        """Fields of a head, F."""
+        return sum(self.shape)
 
 
 @dataclass(frozen=True)
@@ -262,29 +249,18 @@ class _Field:
     middle: float
 
 
-def _deal(words: list[list[_Field]], places: int) -> list[list[list[_Field]]]:
-    """For each load the fields of each place: word n of load i is its (places i + n)-th.
-
-    Where words run out, place n takes the (n mod what is left)-th and shares its fields with the others that do.
-    """
-    loads = [words[i : i + places] for i in range(0, len(words) - places + 1, places)]
-    if left := words[len(loads) * places :]:
-        sharers = [range(n % len(left), places, len(left)) for n in range(places)]
-        loads.append([left[n % len(left)][n // len(left) :: len(sharers[n])] for n in range(places)])
-    return loads
+_NO_FIELD = _Field(0, 0, 0.0, 0.0)
 
 
-def _table(loads: list[list[list[_Field]]], slots: tuple[int, ...]) -> list[list[tuple[float, ...]]]:
-    """[N, S padded to 4] fields as (mask, group, weight, middle), zeros where there is none."""
-    none = (0.0, 0.0, 0.0, 0.0)
-    rows = []
-    for place in range(len(loads[0])):
-        row = []
-        for load, count in zip(loads, slots, strict=True):
-            own = [(float(f.mask), float(f.group), f.weight, f.middle) for f in load[place]]
-            row += own + [none] * (count - len(own))
-        rows.append(row + [none] * (-len(row) % 4))
-    return rows
+def _fill(fields: list[_Field], count: int) -> list[_Field]:
+    return fields + [_NO_FIELD] * (count - len(fields))
+
+
+def _padded_table(rows: list[list[_Field]], step: int) -> Tensor:
+    """float64 [H, n, 4] of fields (mask, group, weight, middle), n rounded up to `step`."""
+    size = -(-len(rows[0]) // step) * step
+    table = [[(f.mask, f.group, f.weight, f.middle) for f in _fill(row, size)] for row in rows]
+    return torch.tensor(table, dtype=torch.float64)
 
 
 def _fields_by_word(profile: Profile, steps: dict[int, float]) -> list[list[_Field]]:

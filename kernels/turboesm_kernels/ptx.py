@@ -3,22 +3,22 @@
 
 For one query token a sequence and codes in 4 byte lanes. Levels are step (code - middle), so there is no table: a
 mask takes 4 codes out of a word, where they lie, and the tensor cores multiply them as bytes, keys by the query,
-values by the softmax's weights. Both are integers cut into bytes, digits: each digit is one of the 8 columns that a
-product m16n8k32 has for the right side. Of a block of 128 tokens lane 4 g + t has
+values by the softmax's weights. Both are integers cut into bytes, digits: the right side of a product m16n8k32 has 8
+columns, of which digits take few; the others let lanes have tokens of their own. Of a block of 128 tokens lane
+l = 4 g + t has
 
-    keys      tokens 32 b + 4 g .. + 3 of the t-th word of four, b = 0..3: 16 bytes of a plane each
-    scores    tokens 32 t + 4 g .. + 3: where the products leave them (`assembly.score_code`)
-    values    tokens 64 c + 16 t .. + 15 of the g-th plane of eight, c = 0, 1: 16 bytes of a plane each
+    keys      tokens 4 l .. 4 l + 3, all axes: their 4 words of a plane are 16 bytes (`assembly.score_code`)
+    values    tokens 64 (g / 4) + 16 t .. + 15 of byte lane g % 4 of every word: 16 bytes of a plane (`sum_code`)
 
 and the weights go from one to the other through shared memory. The query has 16 bits, two digits. Weights have 24,
 three: 2^16 stands for the greatest weight when it was last looked at, so sums of integers are only emptied where a
-score exceeds that by `HEADROOM`. 4 codes of 16 or 32 tokens cost a lane one mask and a quarter of a product.
+score exceeds that by `HEADROOM`. 16 codes cost a lane 4 masks and a product.
 
 The scores of the keys' centre, <q, R_j c>, are products of float16, 128 tokens at once (`assembly.bias_code`).
 
-Which field lies where is data, not code (`prepared.Fields`): one compiled kernel serves every profile of the same
-slots. Weights are rounded with a dither that differs from token to token: many weights below 2^-16 of the greatest
-keep their sum.
+Which field lies where is data, not code (`prepared.Fields`): one compiled kernel serves every profile of one shape.
+Weights are rounded with a dither that differs from token to token: many weights below 2^-16 of the greatest keep
+their sum.
 """
 
 from __future__ import annotations
@@ -150,17 +150,11 @@ def fast_fold_kernel(
 
 
 @triton.jit
-def _fetch(rows, lane_at, left, lane_place, CODE: tl.constexpr, KINDS: tl.constexpr):
-    """Ask for a side's codes of a block; see `fetch_code`.
-
-    `rows`: the lane's address of each load at token 0; `lane_at`: bytes from there to its first token; `left`: how
-    many tokens there are from that one on.
-    """
-    at = ()
-    for i in tl.static_range(len(rows)):
-        at = at + (rows[i] + lane_at,)  # noqa: RUF005  Triton 3.6 unpacks no tuples
-    tl.inline_asm_elementwise(
-        CODE, KINDS, at + (left, lane_place), dtype=tl.int32, is_pure=False, pack=1  # noqa: RUF005
+def _read(row, token, end, token_bytes, shared, CODE: tl.constexpr, KINDS: tl.constexpr, WORDS: tl.constexpr):
+    """The lane's words of a block from its first token on, anything past the end; see `load_code`."""
+    return tl.inline_asm_elementwise(
+        CODE, KINDS, (row + (token * token_bytes).to(tl.int64), shared, (token < end).to(tl.int32)),
+        dtype=(tl.int32,) * (4 * WORDS), is_pure=False, pack=1,
     )  # fmt: skip
 
 
@@ -168,17 +162,6 @@ def _fetch(rows, lane_at, left, lane_place, CODE: tl.constexpr, KINDS: tl.conste
 def _scales(scale, token, end):
     """The scales of 4 tokens from `token` on, a byte each."""
     return tl.load(scale + token // 4, mask=token < end, other=0, eviction_policy="evict_first")
-
-
-@triton.jit
-def _rows(base, place, stride, PLACES: tl.constexpr, FULL: tl.constexpr, LEFT: tl.constexpr):
-    """Addresses of the words that a place reads (`prepared._deal`), `stride` bytes apart from `base` on."""
-    rows = ()
-    for i in tl.static_range(FULL):
-        rows = rows + (base + (PLACES * i + place) * stride,)  # noqa: RUF005
-    if LEFT:
-        rows = rows + (base + (PLACES * FULL + place % LEFT) * stride,)  # noqa: RUF005
-    return rows
 
 
 @triton.jit
@@ -220,7 +203,7 @@ def _weigh(token, end, totals, kn, vn, b, gain, constant, dithers, one, mass, we
 @triton.jit
 def _dithers(lane):
     """What is added to each of a lane's 4 weights, of 1: multiples of the golden ratio, from token to token."""
-    first = (lane % 4 * 32 + lane // 4 * 4).to(tl.float32) * 0.6180340
+    first = lane.to(tl.float32) * 0.4721359  # 4 of them
     d0 = first - tl.floor(first)
     d1 = d0 + 0.6180340
     d2 = d0 + 0.2360680
@@ -235,7 +218,7 @@ def fast_split_kernel(
     v_codes, v_b, v_h, v_plane, v_scales, vs_b, vs_h, k_masks, v_masks,
     part_max, part_sum, part_weight, part_out, tokens, chunk, sinks,
     HEADS: tl.constexpr, DIM: tl.constexpr, K_WORDS: tl.constexpr, V_WORDS: tl.constexpr,
-    K_TABLE: tl.constexpr, V_TABLE: tl.constexpr, V_SLOTS: tl.constexpr, SUMS: tl.constexpr,
+    K_TABLE: tl.constexpr, V_TABLE: tl.constexpr, V_ROWS: tl.constexpr, SUMS: tl.constexpr,
     QUERY: tl.constexpr, K_MASKS: tl.constexpr, V_MASKS: tl.constexpr, DIGIT_ROW: tl.constexpr,
     OPEN_CODE: tl.constexpr, OPEN_KINDS: tl.constexpr, ROW_CODE: tl.constexpr, ROW_KINDS: tl.constexpr,
     WAIT_CODE: tl.constexpr, WAIT_KINDS: tl.constexpr, TURN_CODE: tl.constexpr, TURN_KINDS: tl.constexpr,
@@ -244,17 +227,18 @@ def fast_split_kernel(
     EMPTY_CODE: tl.constexpr, EMPTY_KINDS: tl.constexpr, EMIT_CODE: tl.constexpr, EMIT_KINDS: tl.constexpr,
     BIAS_CODE: tl.constexpr, BIAS_KINDS: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_LENGTHS: tl.constexpr, ONE_BLOCK: tl.constexpr, EARLY: tl.constexpr,
+    ORDER: tl.constexpr,
 ):  # fmt: skip
     """One range of `chunk` tokens of one sequence and head, with one warp.
 
         m: the greatest score_j + log2 n'_j, or up to `HEADROOM` below     w_j = 2^(score_j + log2 n'_j - m)
-        part_sum = sum_j 2^(score_j - m)    part_weight = sum_j w_j    part_out[s, g] = sum_j w_j byte_jsg
+        part_sum = sum_j 2^(score_j - m)    part_weight = sum_j w_j    part_out[f, i] = sum_j w_j byte_jfi
 
     scores in units of log 2; query any float [B, H, 1, d], centre f32 [H, d]; descriptors and scalars as
     `fast_fold_kernel` leaves them, turns and block_turn as in `Rope`, cos and sin f32 [angles, d], rows rope_t
     apart, of packed token 0 on; codes and scales as in `Packed` with aligned strides, k_masks and v_masks as in
-    `Fields`; part_max, part_sum and part_weight f32 [B, H, S], part_out f32 [B, H, S, V_SLOTS, 8]. K_WORDS and
-    V_WORDS are words of a code, K_TABLE and V_TABLE slots padded to 4; QUERY to V_MASKS as in `assembly.Shared`.
+    `Fields`; part_max, part_sum and part_weight f32 [B, H, S], part_out f32 [B, H, S, V_ROWS]. K_WORDS and V_WORDS
+    are words of a code, K_TABLE and V_TABLE fields padded to 4; QUERY to V_MASKS as in `assembly.Shared`.
     """
     pair_row = tl.program_id(0).to(tl.int64)
     split = tl.program_id(1)
@@ -267,107 +251,112 @@ def fast_split_kernel(
 
     lane = tl.arange(0, 32)
     g, t = lane // 4, lane % 4
-    own = t * 32 + g * 4  # a lane's first token in a block: of scores; of keys it is 4 g, of values 16 t
+    k_own, v_own = lane * 4, g // 4 * 64 + t * 16  # a lane's first token in a block
     if EARLY:
         gdc_launch_dependents()
     # The query was there before `fast_fold_kernel` began, and the codes do not wait for it either.
-    state = ()
     if HAS_BIAS:
         pair = t * (DIM // 8)
         phase = _phase(query + batch * q_b + head * q_h, q_d, centre + head * DIM, pair, DIM)
-        angle = (tl.minimum(begin + g // 2 * 32 + g % 2 * 2, angles - 1) * rope_t + pair).to(tl.int64) * 4
-    k_masks_at = (k_masks + head * (4 * K_TABLE)).to(tl.int64, bitcast=True)
-    v_masks_at = (v_masks + head * (2 * V_TABLE)).to(tl.int64, bitcast=True)
+    k_masks_at = (k_masks + head * K_TABLE).to(tl.int64, bitcast=True)
+    v_masks_at = (v_masks + head * V_TABLE).to(tl.int64, bitcast=True)
     shared = tl.inline_asm_elementwise(
         OPEN_CODE, OPEN_KINDS,
-        (lane, k_masks_at, v_masks_at, turns.to(tl.int64, bitcast=True), block_turn.to(tl.int64, bitcast=True)),
+        (lane, k_masks_at, v_masks_at, turns.to(tl.int64, bitcast=True), block_turn.to(tl.int64, bitcast=True),
+         k_word, v_plane * 4),
         dtype=tl.int32, is_pure=False, pack=1,
     )  # fmt: skip
     place = shared + lane * 16
-    k_base = (k_codes + batch * k_b + head * k_h).to(tl.int64, bitcast=True)
-    v_base = (v_codes + batch * v_b + head * v_h).to(tl.int64, bitcast=True) + g % 4 * v_plane
-    k_rows = _rows(k_base, t, k_word, 4, K_WORDS // 4, K_WORDS % 4)
-    v_rows = _rows(v_base, g // 4, v_plane * 4, 2, V_WORDS // 2, V_WORDS % 2)
+    k_row = (k_codes + batch * k_b + head * k_h).to(tl.int64, bitcast=True)
+    v_row = (v_codes + batch * v_b + head * v_h).to(tl.int64, bitcast=True) + g % 4 * v_plane
     k_scale = (k_scales + batch * ks_b + head * ks_h).to(tl.pointer_type(tl.int32), bitcast=True)
     v_scale = (v_scales + batch * vs_b + head * vs_h).to(tl.pointer_type(tl.int32), bitcast=True)
-    kn = _scales(k_scale, begin + own, end)
-    vn = _scales(v_scale, begin + own, end)
-    _fetch(k_rows, ((begin + g * 4) * 4).to(tl.int64), end - begin - g * 4, place, KEYS_CODE, KEYS_KINDS)
-    _fetch(v_rows, (begin + t * 16).to(tl.int64), end - begin - t * 16, place, VALUES_CODE, VALUES_KINDS)
+    kn = _scales(k_scale, begin + k_own, end)
+    vn = _scales(v_scale, begin + k_own, end)
+    k_words = _read(k_row, begin + k_own, end, 4, shared, KEYS_CODE, KEYS_KINDS, K_WORDS)
+    if ONE_BLOCK:
+        v_words = _read(v_row, begin + v_own, end, 1, shared, VALUES_CODE, VALUES_KINDS, V_WORDS)
     one = tl.full((32,), NEGATIVE, tl.float32)
     mass, weight = tl.zeros((32,), tl.float32), tl.zeros((32,), tl.float32)
     sums = (tl.zeros((32,), tl.int32),) * SUMS
-    weights_to, weights_at = shared + own, shared + tl.minimum(g, 2) * DIGIT_ROW + t * 16
-    query_of_lane, k_of_lane, v_of_lane = (g % 2 * 4 + t) * (4 * K_TABLE), t * (4 * K_TABLE), g // 4 * (4 * V_TABLE)
+    weights_to, weights_at = shared + k_own, shared + tl.minimum(g % 4, 2) * DIGIT_ROW + g // 4 * 64 + t * 16
     dithers = _dithers(lane)
     b = (tl.zeros((32,), tl.float32),) * 4
     if HAS_BIAS:
+        angle = (tl.minimum(begin + g * 2, angles - 1) * rope_t + pair).to(tl.int64) * 4
         cos_at, sin_at = cos.to(tl.int64, bitcast=True) + angle, sin.to(tl.int64, bitcast=True) + angle
-        state = tl.inline_asm_elementwise(
-            TURN_CODE, TURN_KINDS, (cos_at, sin_at) + phase,  # noqa: RUF005
-            dtype=(tl.float32,) * (DIM // 4), is_pure=False, pack=1,
-        )  # fmt: skip
         if ONE_BLOCK:
+            state = tl.inline_asm_elementwise(
+                TURN_CODE, TURN_KINDS, (cos_at, sin_at) + phase + (place,),  # noqa: RUF005
+                dtype=(tl.float32,) * (DIM // 4), is_pure=False, pack=1,
+            )  # fmt: skip
             there = tl.inline_asm_elementwise(WAIT_CODE, WAIT_KINDS, (place,), dtype=tl.int32, is_pure=False, pack=1)
             b = tl.inline_asm_elementwise(
-                BIAS_CODE, BIAS_KINDS, (there, there) + state,  # noqa: RUF005
+                BIAS_CODE, BIAS_KINDS, (there,) + state,  # noqa: RUF005
                 dtype=(tl.float32,) * 4, is_pure=False, pack=1,
+            )  # fmt: skip
+        else:
+            tl.inline_asm_elementwise(
+                TURN_CODE, TURN_KINDS, (cos_at, sin_at) + phase + (place,),  # noqa: RUF005
+                dtype=tl.int32, is_pure=False, pack=1,
             )  # fmt: skip
     if EARLY:
         gdc_wait()
-    row = (descriptors + pair_row * (8 * K_TABLE)).to(tl.int64, bitcast=True)
+    row = (descriptors + pair_row * (2 * K_TABLE)).to(tl.int64, bitcast=True)
     gain = tl.load(scalars + pair_row * 2)
     constant = tl.load(scalars + pair_row * 2 + 1)
+    digit_at = g % 2 * (4 * K_TABLE)
     if ONE_BLOCK:
         totals = tl.inline_asm_elementwise(
-            SCORE_CODE, SCORE_KINDS, (lane, row + query_of_lane, k_masks_at + k_of_lane, place),
+            SCORE_CODE, SCORE_KINDS, (lane, row + digit_at, k_masks_at) + k_words,  # noqa: RUF005
             dtype=(tl.int32,) * 4, is_pure=False, pack=1,
         )  # fmt: skip
         one, mass, weight, weights, alpha, empty = _weigh(
-            begin + own, end, totals, kn, vn, b, gain, constant, dithers, one, mass, weight
+            begin + k_own, end, totals, kn, vn, b, gain, constant, dithers, one, mass, weight
         )
         sums = tl.inline_asm_elementwise(
-            SUM_CODE, SUM_KINDS, weights + (weights_to, weights_at, v_masks_at + v_of_lane, place) + sums,  # noqa: RUF005
+            SUM_CODE, SUM_KINDS, weights + (weights_to, weights_at, v_masks_at) + v_words + sums,  # noqa: RUF005
             dtype=(tl.int32,) * SUMS, is_pure=False, pack=1,
         )  # fmt: skip
     else:
         tl.inline_asm_elementwise(ROW_CODE, ROW_KINDS, (lane, shared, row), dtype=tl.int32, is_pure=False, pack=1)
         for first in range(begin, end, BLOCK):
             if HAS_BIAS:
-                turned = tl.inline_asm_elementwise(
-                    BIAS_CODE, BIAS_KINDS, (place, shared + t * (DIM // 2)) + state,  # noqa: RUF005
-                    dtype=(tl.float32,) * (4 + DIM // 4), is_pure=False, pack=1,
+                b = tl.inline_asm_elementwise(
+                    BIAS_CODE, BIAS_KINDS, (place, shared + t * (DIM // 2)),
+                    dtype=(tl.float32,) * 4, is_pure=False, pack=1,
                 )  # fmt: skip
-                b = turned[0:4]
-                state = turned[4:]
             totals = tl.inline_asm_elementwise(
-                SCORE_CODE, SCORE_KINDS,
-                (lane, shared + QUERY + query_of_lane, shared + K_MASKS + k_of_lane, place),
+                SCORE_CODE, SCORE_KINDS, (lane, shared + QUERY + digit_at, shared + K_MASKS) + k_words,  # noqa: RUF005
                 dtype=(tl.int32,) * 4, is_pure=False, pack=1,
             )  # fmt: skip
-            following = first + BLOCK
-            _fetch(k_rows, ((following + g * 4) * 4).to(tl.int64), end - following - g * 4, place, KEYS_CODE, KEYS_KINDS)
+            # Values are read once keys are used, the next keys into the registers that these leave.
+            v_words = _read(v_row, first + v_own, end, 1, shared, VALUES_CODE, VALUES_KINDS, V_WORDS)
+            own_kn, own_vn = kn, vn
+            kn = _scales(k_scale, first + BLOCK + k_own, end)
+            vn = _scales(v_scale, first + BLOCK + k_own, end)
+            if ORDER == 0:
+                k_words = _read(k_row, first + BLOCK + k_own, end, 4, shared, KEYS_CODE, KEYS_KINDS, K_WORDS)
             one, mass, weight, weights, alpha, empty = _weigh(
-                first + own, end, totals, kn, vn, b, gain, constant, dithers, one, mass, weight
+                first + k_own, end, totals, own_kn, own_vn, b, gain, constant, dithers, one, mass, weight
             )
-            kn = _scales(k_scale, following + own, end)
-            vn = _scales(v_scale, following + own, end)
             sums = tl.inline_asm_elementwise(
                 EMPTY_CODE, EMPTY_KINDS, (empty, alpha, lane, shared) + sums,  # noqa: RUF005
                 dtype=(tl.int32,) * SUMS, is_pure=False, pack=1,
             )  # fmt: skip
             sums = tl.inline_asm_elementwise(
                 SUM_CODE, SUM_KINDS,
-                weights + (weights_to, weights_at, shared + V_MASKS + v_of_lane, place) + sums,  # noqa: RUF005
+                weights + (weights_to, weights_at, shared + V_MASKS) + v_words + sums,  # noqa: RUF005
                 dtype=(tl.int32,) * SUMS, is_pure=False, pack=1,
             )  # fmt: skip
-            _fetch(v_rows, (following + t * 16).to(tl.int64), end - following - t * 16, place, VALUES_CODE, VALUES_KINDS)
+            if ORDER == 1:
+                k_words = _read(k_row, first + BLOCK + k_own, end, 4, shared, KEYS_CODE, KEYS_KINDS, K_WORDS)
 
     part = pair_row * tl.num_programs(1) + split
     tl.store(part_max + part, tl.max(one, 0))
     tl.store(part_sum + part, tl.sum(mass, 0))
     tl.store(part_weight + part, tl.sum(weight, 0) / UNIT)
-    out = (part_out + part * (8 * V_SLOTS)).to(tl.int64, bitcast=True)
+    out = (part_out + part * V_ROWS).to(tl.int64, bitcast=True)
     tl.inline_asm_elementwise(
         EMIT_CODE, EMIT_KINDS, (lane, shared, out) + sums, dtype=tl.int32, is_pure=False, pack=1  # noqa: RUF005
     )  # fmt: skip

@@ -242,7 +242,7 @@ class Rope:
 
     @cached_property
     def turns(self) -> Tensor:
-        """Cosines and sines of the turns by 4 g and 4 g + 1 tokens, g < 8, as `assembly.bias_code` multiplies them.
+        """Cosines and sines of the turns by 16 g and 16 g + 1 tokens, g < 8, as `assembly.bias_code` multiplies them.
 
         A sum of two float16 [2, d / 16, 32 lanes, 4 registers, (cosine, sine)]; angles [T, d] of consecutive
         positions. Turns by T tokens or more are 0: nothing asks for them. Made when first asked for, so ask once
@@ -251,7 +251,7 @@ class Rope:
         half = self.cos.shape[-1] // 2
         lane = torch.arange(32, device=self.cos.device)
         register = torch.arange(4, device=lane.device)
-        offset = 4 * (lane // 4)[:, None] + register % 2  # [32, 4]
+        offset = 16 * (lane // 4)[:, None] + register % 2  # [32, 4]
         first_pair = half // 4 * (lane % 4)[:, None] + register // 2
         pair = first_pair + 2 * torch.arange(half // 8, device=lane.device)[:, None, None]
         there = (offset < len(self.cos))[None]

@@ -66,7 +66,7 @@ def _compile(kinds: Sequence[PreparedLayer], dtype: torch.dtype, sinks: int) -> 
 def _kind(side: PreparedSide) -> Hashable:
     """What decides which kernels are compiled for a side."""
     spec = side.spec
-    fields = None if side.fields is None else side.fields.slots
+    fields = None if side.fields is None else side.fields.shape
     widest = max(profile.widths[0] for profile in spec.profiles)
     return (
         side.picks.shape, fields, side.pieces.shape, side.table.shape, widest, side.grid is None, side.centred,

@@ -274,7 +274,7 @@ def fast_split_kernel(
     kn = _scales(k_scale, begin + k_own, end)
     vn = _scales(v_scale, begin + k_own, end)
     k_words = _read(k_row, begin + k_own, end, 4, shared, KEYS_CODE, KEYS_KINDS, K_WORDS)
-    if ONE_BLOCK:
+    if ONE_BLOCK or ORDER == 2:
         v_words = _read(v_row, begin + v_own, end, 1, shared, VALUES_CODE, VALUES_KINDS, V_WORDS)
     one = tl.full((32,), NEGATIVE, tl.float32)
     mass, weight = tl.zeros((32,), tl.float32), tl.zeros((32,), tl.float32)
@@ -331,11 +331,12 @@ def fast_split_kernel(
                 dtype=(tl.int32,) * 4, is_pure=False, pack=1,
             )  # fmt: skip
             # Values are read once keys are used, the next keys into the registers that these leave.
-            v_words = _read(v_row, first + v_own, end, 1, shared, VALUES_CODE, VALUES_KINDS, V_WORDS)
+            if ORDER < 2:
+                v_words = _read(v_row, first + v_own, end, 1, shared, VALUES_CODE, VALUES_KINDS, V_WORDS)
             own_kn, own_vn = kn, vn
             kn = _scales(k_scale, first + BLOCK + k_own, end)
             vn = _scales(v_scale, first + BLOCK + k_own, end)
-            if ORDER == 0:
+            if ORDER != 1:
                 k_words = _read(k_row, first + BLOCK + k_own, end, 4, shared, KEYS_CODE, KEYS_KINDS, K_WORDS)
             one, mass, weight, weights, alpha, empty = _weigh(
                 first + k_own, end, totals, own_kn, own_vn, b, gain, constant, dithers, one, mass, weight
@@ -349,6 +350,8 @@ def fast_split_kernel(
                 weights + (weights_to, weights_at, shared + V_MASKS) + v_words + sums,  # noqa: RUF005
                 dtype=(tl.int32,) * SUMS, is_pure=False, pack=1,
             )  # fmt: skip
+            if ORDER == 2:
+                v_words = _read(v_row, first + BLOCK + v_own, end, 1, shared, VALUES_CODE, VALUES_KINDS, V_WORDS)
             if ORDER == 1:
                 k_words = _read(k_row, first + BLOCK + k_own, end, 4, shared, KEYS_CODE, KEYS_KINDS, K_WORDS)
 

@@ -113,9 +113,8 @@ def test_fast_fold(case: Case) -> None:
     poison(q)
     found = fast.fold(q, layer, fields, early=False)
     gain, constant = found.scalars.unbind(-1)
-    assert torch.equal(found.descriptors[..., 0], fields.shifts[:, : fields.count].expand(*q.shape[:2], -1))
-    assert torch.equal(found.descriptors[..., 1], fields.masks[:, : fields.count].expand(*q.shape[:2], -1))
-    folded = found.descriptors[..., 2:].contiguous().view(torch.int16).flatten(2)  # little-endian halves
+    low, high = found.descriptors.view(torch.int8).flatten(3).unbind(2)
+    folded = 256 * high.int() + low
     wanted = (q @ fields.map)[:, :, 0] / math.log(2)
     assert torch.allclose(folded * gain[..., None], wanted, atol=0.51 * gain.max().item())
     assert torch.allclose(constant, -(folded * gain[..., None] * fields.middle).sum(-1), rtol=1e-4, atol=1e-4)
@@ -123,7 +122,7 @@ def test_fast_fold(case: Case) -> None:
 
 @pytest.mark.parametrize(("dim", "tokens"), [(64, 200), (128, 128), (64, 33), (64, 1)])
 def test_turns_of_a_block(dim: int, tokens: int) -> None:
-    """The matrix product that `ptx.bias_code` does, fragment by fragment, gives the centre's scores."""
+    """The matrix product that `assembly.bias_code` does, fragment by fragment, gives the centre's scores."""
     from turboesm_kernels.lookup import phase_map
 
     g = torch.Generator().manual_seed(0)

@@ -57,8 +57,8 @@ class Side:
 
 @dataclass(frozen=True)
 class Shared:
-    """What a warp keeps in shared memory. Offsets in bytes. Tables are asked before the codes: what is asked of global
-    memory after them arrives after them. A range of one block has no use for those from `query` on.
+    """What a warp keeps in shared memory. Offsets in bytes. Tables are asked before the codes: what is asked of
+    global memory after them arrives after them. A range of one block has no use for those from `query` on.
 
         weights       of a block's tokens, a digit a row (see `sum_code`)
         strides       bytes between words of keys, of values
@@ -216,9 +216,10 @@ def score_code(at: Shared) -> str:
 
     After the outputs: the lane; addresses of the query's digit g % 2 and of the masks; the words of `load_code`.
 
-    A product m16n8k32 has two of a lane's tokens in rows g and g + 8, two fields' bytes of them in the columns of t.
-    So a row holds other tokens at each t, and the query's 8 columns keep them apart: its two digits stand in columns
-    2 t and 2 t + 1 at the bytes of t, and there is 0 elsewhere. Results lie with the lane whose tokens they are.
+    A product m16n8k32 has two of a lane's tokens in rows g and g + 8, two fields' bytes of them in the columns of
+    t. So a row holds other tokens at each t, and the query's 8 columns keep them apart: its two digits stand in
+    columns 2 t and 2 t + 1 at the bytes of t, and there is 0 elsewhere. Results lie with the lane whose tokens
+    they are.
     """
     side = at.k
     lines = [
@@ -252,7 +253,9 @@ def _left(side: Side, words: int, parts: Sequence[tuple[int | None, int]]) -> li
     """a0..a3, the left side of a product: for each (field, i) the i-th register of the field's word, of those from
     operand `words` on, masked; 0 where there is no field."""
     return [
-        f"mov.b32 a{n}, 0;" if field is None else f"and.b32 a{n}, ${words + 4 * side.word_of[field] + i}, m{field % 4};"
+        f"mov.b32 a{n}, 0;"
+        if field is None
+        else f"and.b32 a{n}, ${words + 4 * side.word_of[field] + i}, m{field % 4};"
         for n, (field, i) in enumerate(parts)
     ]
 
@@ -273,8 +276,9 @@ def sum_code(at: Shared) -> str:
 
     A product m16n8k32 has one field's bytes in rows g, another's in rows g + 8: of plane g % 4, of the half block
     g / 4. The weights' digits of the first half stand in columns 0 to 2, those of the second in 4 to 6. After the
-    outputs: the lane's 4 weights (tokens 4 l on, 24 bits each), addresses in shared memory where the lane's weights
-    go and where those that it multiplies lie; address of the masks; the words of `load_code`, the accumulators.
+    outputs: the lane's 4 weights (tokens 4 l on, 24 bits each), addresses in shared memory where the lane's
+    weights go and where those that it multiplies lie; address of the masks; the words of `load_code`, the
+    accumulators.
     """
     side, count = at.v, accumulators(at.v)
     x = [f"${count + i}" for i in range(4)]
@@ -309,8 +313,8 @@ def sum_constraints(at: Shared) -> str:
 def empty_code(at: Shared) -> str:
     """PTX: where asked, move the accumulators' sums to shared memory, times alpha, and set them to 0.
 
-    $.. = the accumulators after that; then whether to (for all lanes alike), alpha, the lane, address of the shared
-    memory, the accumulators.
+    $.. = the accumulators after that; then whether to (for all lanes alike), alpha, the lane, address of the
+    shared memory, the accumulators.
     """
     count = accumulators(at.v)
     asked, alpha, lane, shared = (f"${count + i}" for i in range(4))
@@ -335,8 +339,10 @@ def empty_constraints(side: Side) -> str:
 
 
 def emit_code(at: Shared) -> str:
-    """PTX: write the sums, float32 [V fields padded to 2, 4] in units of a weight of 1. $0 = 0; the lane, address of the shared
-    memory, where to, the accumulators."""
+    """PTX: write the sums, float32 [V fields padded to 2, 4] in units of a weight of 1.
+
+    $0 = 0; the lane, address of the shared memory, where to, the accumulators.
+    """
     lines = [
         ".reg .b32 place;", ".reg .b64 out;", *JOIN_REGISTERS, "mov.u32 $0, 0;", *_join_setup("$1"),
         "cvt.u64.u32 out, to;", "add.u64 out, out, $3;", "add.u32 place, to, $2;",
@@ -354,14 +360,19 @@ def emit_constraints(side: Side) -> str:
     return ",".join(["=&r", "r", "r", "l"] + ["r"] * accumulators(side))
 
 
-JOIN_REGISTERS = (".reg .pred owner, second, own;", ".reg .b32 to, t, h;", ".reg .f32 f, even, odd, more, s<2>, old;")
+JOIN_REGISTERS = (
+    ".reg .pred owner, second, own;",
+    ".reg .b32 to, t, h;",
+    ".reg .f32 f, even, odd, more, s<2>, old;",
+)
 
 
 def _join_setup(lane: str) -> list[str]:
     """What each lane's two columns count in rows g < 4: digits 0 and 1 where t = 0, 2 where t = 1; in the others
     where t = 2 and t = 3. Sums go to lanes of g < 4: a pair's first field where t = 0, its second where t = 1."""
     return [
-        f"and.b32 t, {lane}, 3;", f"shr.u32 h, {lane}, 4;", "setp.eq.u32 second, h, 0;", "setp.lt.and.u32 owner, t, 2, second;",
+        f"and.b32 t, {lane}, 3;", f"shr.u32 h, {lane}, 4;", "setp.eq.u32 second, h, 0;",
+        "setp.lt.and.u32 owner, t, 2, second;",
         "shr.u32 to, t, 1;", "setp.eq.u32 own, to, h;", "and.b32 to, t, 1;", "setp.ne.u32 second, to, 0;",
         "selp.f32 even, 0f47800000, 0f3F800000, second;",  # 65536 or 1
         "selp.f32 odd, 0f00000000, 0f43800000, second;",  # 0 or 256
@@ -388,41 +399,58 @@ def _join(pair: tuple[int, int | None], operand: int) -> list[str]:
     ]  # fmt: skip
 
 
+def angles_code(dim: int) -> str:
+    """PTX: d / 8 cosines, then sines, of the lane's pairs from two addresses, the operands after the outputs."""
+    count = dim // 8
+    lines = [
+        f"ld.global.v4.f32 {{{', '.join(f'${count * side + first + n}' for n in range(4))}}}, "
+        f"[${2 * count + side}+{4 * first}];"
+        for side in range(2)
+        for first in range(0, count, 4)
+    ]
+    return _block(lines)
+
+
+def angles_constraints(dim: int) -> str:
+    """Operand kinds of `angles_code`."""
+    return ",".join(["=&f"] * (dim // 4) + ["l", "l"])
+
+
 def turn_code(at: Shared) -> str:
     """PTX: the coefficients of the centre's scores at the first block, d / 8 of cosines, then of sines.
 
-    $0.. = them for one block; else $0 = 0 and they are kept as the state. Then the lane's addresses of its pairs'
-    cosines and sines at the block's token 2 g; the pairs' coefficients at position 0 (`_phase`); the lane's place in
+    $0.. = them for one block; else $0 = 0 and they are kept as the state. Then the angles of the lane's pairs at
+    the block's token 2 g (`angles_code`); the pairs' coefficients at position 0 (`_phase`); the lane's place in
     shared memory, 16 bytes a lane.
     """
-    outputs = at.dim // 4 if at.one_block else 1
-    lines = [".reg .f32 x<4>, y<4>, a<4>, b<4>;"]
-    for four in range(at.dim // 32):
-        lines += [f"ld.global.v4.f32 {_four(x)}, [${outputs + i}+{16 * four}];" for i, x in enumerate("xy")]
-        even = [f"${outputs + 2 + 4 * four + n}" for n in range(4)]
-        odd = [f"${outputs + 2 + 4 * four + at.dim // 8 + n}" for n in range(4)]
-        lines += _turn(even, odd)
+    outputs, half = at.dim // 4 if at.one_block else 1, at.dim // 8
+    lines = [".reg .f32 a<4>, b<4>;"]
+    for first in range(0, half, 4):
+        x, y, even, odd = ([f"${outputs + half * i + first + n}" for n in range(4)] for i in range(4))
+        lines += _turn(even, odd, x, y)
         if at.one_block:
-            lines += [f"mov.f32 ${4 * four + n}, a{n};" for n in range(4)]
-            lines += [f"mov.f32 ${4 * four + at.dim // 8 + n}, b{n};" for n in range(4)]
+            lines += [
+                f"mov.f32 ${half * i + first + n}, {name}{n};" for i, name in enumerate("ab") for n in range(4)
+            ]
         else:
-            lines += _keep(four, at, f"${outputs + 2 + at.dim // 4}")
+            lines += _keep(first // 4, at, f"${outputs + 4 * half}")
     return _block([*lines, *([] if at.one_block else ["mov.u32 $0, 0;"])])
 
 
 def turn_constraints(at: Shared) -> str:
     """Operand kinds of `turn_code`."""
     outputs = ["=&f"] * (at.dim // 4) if at.one_block else ["=&r"]
-    return ",".join([*outputs, "l", "l"] + ["f"] * (at.dim // 4) + ["r"])
+    return ",".join([*outputs, *["f"] * (at.dim // 2), "r"])
 
 
-def _turn(even: Sequence[str], odd: Sequence[str]) -> list[str]:
+def _turn(even: Sequence[str], odd: Sequence[str], x: Sequence[str], y: Sequence[str]) -> list[str]:
     """Coefficients a, b of cosines and sines: those of even and odd turned by angles of cosine x and sine y."""
     lines = []
     for n in range(4):
         lines += [
-            f"mul.f32 a{n}, {odd[n]}, y{n};", f"fma.rn.f32 a{n}, {even[n]}, x{n}, a{n};",
-            f"mul.f32 b{n}, {even[n]}, y{n};", f"neg.f32 b{n}, b{n};", f"fma.rn.f32 b{n}, {odd[n]}, x{n}, b{n};",
+            f"mul.f32 a{n}, {odd[n]}, {y[n]};", f"fma.rn.f32 a{n}, {even[n]}, {x[n]}, a{n};",
+            f"mul.f32 b{n}, {even[n]}, {y[n]};", f"neg.f32 b{n}, b{n};",
+            f"fma.rn.f32 b{n}, {odd[n]}, {x[n]}, b{n};",
         ]  # fmt: skip
     return lines
 
@@ -441,9 +469,9 @@ def bias_code(at: Shared) -> str:
 
     After the outputs: the lane's place in shared memory, 16 bytes a lane; for one block the coefficients of
     `turn_code`, else the place of its pairs' rotation.
-    Tokens are 16 g + 4 t + {0, 1} + {0, 2}: the state is the coefficients turned by the block and 2 c, one column c a
-    g; they meet the turns by 16 g and 16 g + 1 in a matrix product, m16n8k16, whose results lie where they belong.
-    Then the state is turned by a block.
+    Tokens are 16 g + 4 t + {0, 1} + {0, 2}: the state is the coefficients turned by the block and 2 c, one column
+    c a g; they meet the turns by 16 g and 16 g + 1 in a matrix product, m16n8k16, whose results lie where they
+    belong. Then the state is turned by a block.
     """
     lines = list(PRODUCT_REGISTERS)
     for four in range(at.dim // 32):
@@ -459,7 +487,8 @@ def bias_code(at: Shared) -> str:
                 lines.append(f"ld.shared.v4.f32 {_four(name)}, [${operand}+{offset}];")
         lines += _multiply(at, four, even, odd)
         if not at.one_block:
-            lines += _turn(even, odd) + _keep(four, at, "$4")
+            x, y = [f"x{n}" for n in range(4)], [f"y{n}" for n in range(4)]
+            lines += _turn(even, odd, x, y) + _keep(four, at, "$4")
     return _block([*lines, *(f"add.f32 ${token}, ${token}, c{token};" for token in range(4))])
 
 
@@ -469,7 +498,8 @@ def bias_constraints(at: Shared) -> str:
 
 
 PRODUCT_REGISTERS = (
-    ".reg .f32 x<4>, y<4>, a<4>, b<4>, e<4>, o<4>, c<4>, r, s;", ".reg .b16 p, q;", ".reg .b32 high<2>, low<2>, m<4>;",
+    ".reg .f32 x<4>, y<4>, a<4>, b<4>, e<4>, o<4>, c<4>, r, s;", ".reg .b16 p, q;",
+    ".reg .b32 high<2>, low<2>, m<4>;",
     *(f"mov.f32 {name}{token}, 0f00000000;" for name in "$c" for token in range(4)),
 )  # fmt: skip
 

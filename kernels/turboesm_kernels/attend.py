@@ -12,7 +12,7 @@ log 2 throughout: softmax is taken with exp2. Kernels that do little are kept sh
 own fetching.
 """
 
-# mypy: disable-error-code="no-untyped-def,untyped-decorator"
+# mypy: disable-error-code="no-untyped-def,untyped-decorator,assignment,var-annotated"
 from __future__ import annotations
 
 import triton
@@ -187,11 +187,11 @@ def split_kernel(
     tl.store(target, acc, mask=asked[None, :] & (v_axis < V_AXES)[:, None])
 
 
-@triton.jit(do_not_specialize=["rows", "own_rows", "splits", "axes"])
+@triton.jit(do_not_specialize=["rows", "splits", "axes"])
 def finish_kernel(
     part_max, part_sum, part_weight, part_out, query, q_b, q_h, q_q, q_d, lengths,
     sink_k, sk_b, sk_h, sk_t, sk_d, sink_v, sv_b, sv_h, sv_t, sv_d,
-    value_map, offset, centre, out, rows, own_rows, splits, axes,
+    value_map, offset, centre, out, rows, splits, axes,
     HEADS: tl.constexpr, QUERIES: tl.constexpr, DIM: tl.constexpr, AXES_STEP: tl.constexpr,
     DIM_PAD: tl.constexpr, AXES_BLOCK: tl.constexpr, AXES_BLOCKS: tl.constexpr, MAP_EARLY: tl.constexpr,
     SINKS: tl.constexpr, ROW_BLOCK: tl.constexpr,
@@ -204,14 +204,15 @@ def finish_kernel(
     with w_s = 2^(m_s - m); where the codes were summed as they are stored, (sum_s w_s weight_s) offset is added to
     the numerator: what levels are off by. offset f32 [H, d]. part_* as `split_kernel` leaves them, query any float
     [B, H, Q, d], sinks any float [B, H, SINKS, d], value_map f32 [H, A, d], centre f32 [H, d], out any float
-    [B, H, Q, d], contiguous. A row without any token gets 0. Program (h, r) does the r-th `own_rows` rows, ROW_BLOCK
-    at most: one by sums, more by matrix products. What needs no range, the sinks and the map, comes before the wait
-    for the ranges. `axes`, A, is a multiple of AXES_STEP: that makes loads wide.
+    [B, H, Q, d], contiguous. A row without any token gets 0. Program (h, r) does the r-th block of rows: one row
+    where rows are few, by sums; else 16 or more, by matrix products. What needs no range, the sinks and the map,
+    comes before the wait for the ranges. Axes are taken AXES_BLOCK at a time; A is a multiple of AXES_STEP: that
+    makes loads wide.
     """
     axes = axes // AXES_STEP * AXES_STEP
     head = tl.program_id(0)
-    row = tl.program_id(1) * own_rows + tl.arange(0, ROW_BLOCK)
-    live = (row < rows) & (tl.arange(0, ROW_BLOCK) < own_rows)
+    row = tl.program_id(1) * ROW_BLOCK + tl.arange(0, ROW_BLOCK)
+    live = row < rows
     batch = (row // QUERIES).to(tl.int64)
     out_row = (batch * HEADS + head) * QUERIES + row % QUERIES
     dim = tl.arange(0, DIM_PAD)

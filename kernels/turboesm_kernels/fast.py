@@ -21,7 +21,7 @@ ALIGNMENT = 16
 MAX_FIELDS = 48
 """Of a side: sums of values take two registers a field."""
 
-WARPS = 16
+WARPS = 12
 """Warps that a multiprocessor runs at once."""
 
 OPENING = 3
@@ -152,22 +152,25 @@ def _split(
         HEADS=heads, DIM=dim, K_WORDS=k.codes.shape[2], V_WORDS=v.codes.shape[2] // FIELD_LANES,
         HAS_BIAS=layer.k.centred, HAS_LENGTHS=held.lengths is not None, ONE_BLOCK=chunk == TURN,
         **_code(dim, k_fields.shape, v_fields.shape, layer.k.centred, chunk == TURN),
-        EARLY=early, num_warps=1, **portable.early_launch(early), **VARIANT,
+        EARLY=early, num_warps=1, **portable.early_launch(early),
     )  # fmt: skip
 
 
-VARIANT = {'ORDER': 0}
 @lru_cache(maxsize=256)
 def _code(
     dim: int, keys: tuple[int, ...], values: tuple[int, ...], centred: bool, one_block: bool
 ) -> dict[str, str | int]:
-    """The PTX of the kernel for fields of these shapes, the kinds of its operands and sizes, by the kernel's names."""
+    """The PTX of the kernel for fields of these shapes, the kinds of its operands and sizes, by the kernel's names.
+
+    Sizes are in bytes, but for tables and rows (numbers) and sums (registers).
+    """
     k, v = assembly.Side(keys), assembly.Side(values)
     at = assembly.Shared(dim, k, v, one_block, centred)
     code = {
         "OPEN": (assembly.open_code(at), assembly.OPEN_KINDS),
         "ROW": (assembly.row_code(at), assembly.ROW_KINDS),
         "WAIT": (assembly.wait_code(), assembly.WAIT_KINDS),
+        "ANGLES": (assembly.angles_code(dim), assembly.angles_constraints(dim)),
         "TURN": (assembly.turn_code(at), assembly.turn_constraints(at)),
         "KEYS": (assembly.load_code(k, at.strides), assembly.load_constraints(k)),
         "VALUES": (assembly.load_code(v, at.strides + 4), assembly.load_constraints(v)),

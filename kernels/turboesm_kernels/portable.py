@@ -19,15 +19,12 @@ FOLD_TOKENS = 64
 FEW_ROWS = 40
 """Rows and heads up to which `finish` takes them one by one: latency counts, not what is read twice."""
 
-FINISH_TILE, SPLIT_BLOCK = 8192, 16
+FINISH_TILE, SPLIT_BLOCK = 8192, 64
 """Partial results that a program of `finish` holds at once, and ranges that they are of, at most."""
 
-FINISH_PROGRAMS = 1
-"""Programs of `finish` a multiprocessor, where rows are few."""
+EARLY_MAP = 8192
+"""Numbers of a head's value map up to which `finish` reads it before it waits for the ranges."""
 
-AXES_BLOCK = 32
-EARLY_MAP = 128 * 64
-FINISH_WARPS = 4
 WAVES = 8
 """Programs a multiprocessor is given before ranges of tokens are made longer instead of more."""
 
@@ -158,21 +155,18 @@ def finish(
         assert layer.v.fields is not None
         value_map, offset = layer.v.fields.map, layer.v.fields.offset
     row_block = 1 if rows * heads <= FEW_ROWS else ROW_BLOCK
-    own_rows = max(1, min(row_block, math.ceil(rows * heads / (FINISH_PROGRAMS * processors(q)))))
-    axes_block = min(padded(axes), AXES_BLOCK)
+    axes_block = 64 if axes % 64 == 0 or axes % 64 > 32 else min(32, padded(axes))
     blocks = -(-axes // axes_block)
-    split_block = max(
-        1, min(padded(max(splits, 1), 1), FINISH_TILE // (row_block * axes_block * blocks), SPLIT_BLOCK)
-    )
-    split_block = 1 << (split_block.bit_length() - 1)
+    held_at_once = FINISH_TILE // (row_block * padded(blocks * axes_block))
+    split_block = max(1, min(padded(max(splits, 1), 1), held_at_once, SPLIT_BLOCK))
     launch(
-        finish_kernel, (heads, -(-rows // own_rows)),
+        finish_kernel, (heads, -(-rows // row_block)),
         partials.top, partials.mass, partials.weight if weighted else partials.mass, partials.out,
         q, *q.stride(), q if held.lengths is None else held.lengths,
         sink_k, *sink_k.stride(), sink_v, *sink_v.stride(), value_map, offset, layer.v.centre, out,
-        rows, own_rows, splits, axes, HEADS=heads, QUERIES=queries, DIM=dim, AXES_STEP=math.gcd(axes, 4),
+        rows, splits, axes, HEADS=heads, QUERIES=queries, DIM=dim, AXES_STEP=math.gcd(axes, 4),
         DIM_PAD=padded(dim), AXES_BLOCK=axes_block, AXES_BLOCKS=blocks, MAP_EARLY=axes * dim <= EARLY_MAP,
         SPLIT_BLOCK=split_block, SINKS=held.sinks, ROW_BLOCK=row_block, HAS_LENGTHS=held.lengths is not None,
-        HAS_WEIGHT=weighted, EARLY=early, num_warps=FINISH_WARPS, **early_launch(early),
+        HAS_WEIGHT=weighted, EARLY=early, num_warps=4 if axes <= 128 else 8, **early_launch(early),
     )  # fmt: skip
     return out

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from turboesm_kernels.layout import BYTE, Profile
 from turboesm_kernels.lookup import Bits
-from turboesm_kernels.reference import Side, SideSpec, table_slice
+from turboesm_kernels.reference import SideSpec, table_slice
 
 PIECE_FIELDS = 5
 FIELD_LANES = 4
@@ -185,8 +185,8 @@ def in_halves(matrix: Tensor) -> tuple[Tensor, Tensor]:
 class Fields:
     """A uniform-grid code as fields of 32-bit words, each the piece of 4 neighbouring axes' codes. For `fast`.
 
-    `shape` is the greatest count of any head for each word, and a head with fewer has fields of mask 0. So which bits
-    a field has is data, and one compiled kernel serves all heads, and all layers of that shape.
+    `shape` is the greatest count of any head for each word, and a head with fewer has fields of mask 0. So which
+    bits a field has is data, and one compiled kernel serves all heads, and all layers of that shape.
 
     With levels step (code - middle), a level is the sum over its fields of weight (piece - piece's middle). Pieces
     stay where they are in their byte, and 2^-shift goes into the map.
@@ -217,7 +217,10 @@ class Fields:
             for index, own in zip(spec.profile_of_head, steps, strict=True)
         ]
         shape = tuple(max(map(len, words)) for words in zip(*heads, strict=True))
-        rows = [[field for own, count in zip(words, shape, strict=True) for field in _fill(own, count)] for words in heads]
+        rows = [
+            [field for own, count in zip(words, shape, strict=True) for field in _fill(own, count)]
+            for words in heads
+        ]
         mask, group, weight, middle = _padded_table(rows, 4).to(spec.centre.device).unbind(-1)  # float64 [H, P]
         if spec.side == "v":
             group, weight, middle = (x[:, : -(-sum(shape) // 2) * 2] for x in (group, weight, middle))

@@ -3,9 +3,9 @@
 
 For one query token a sequence and codes in 4 byte lanes. Levels are step (code - middle), so there is no table: a
 mask takes 4 codes out of a word, where they lie, and the tensor cores multiply them as bytes, keys by the query,
-values by the softmax's weights. Both are integers cut into bytes, digits: the right side of a product m16n8k32 has 8
-columns, of which digits take few; the others let lanes have tokens of their own. Of a block of 128 tokens lane
-l = 4 g + t has
+values by the softmax's weights. Both are integers cut into bytes, digits: the right side of a product m16n8k32 has
+8 columns, of which digits take few; the others let lanes have tokens of their own. Of a block of 128 tokens lane l
+= 4 g + t has
 
     keys      tokens 4 l .. 4 l + 3, all axes: their 4 words of a plane are 16 bytes (`assembly.score_code`)
     values    tokens 64 (g / 4) + 16 t .. + 15 of byte lane g % 4 of every word: 16 bytes of a plane (`sum_code`)
@@ -16,9 +16,9 @@ score exceeds that by `HEADROOM`. 16 codes cost a lane 4 masks and a product.
 
 The scores of the keys' centre, <q, R_j c>, are products of float16, 128 tokens at once (`assembly.bias_code`).
 
-Which field lies where is data, not code (`prepared.Fields`): one compiled kernel serves every profile of one shape.
-Weights are rounded with a dither that differs from token to token: many weights below 2^-16 of the greatest keep
-their sum.
+Which field lies where is data, not code (`prepared.Fields`): one compiled kernel serves every profile of one
+shape. Weights are rounded with a dither that differs from token to token: many weights below 2^-16 of the greatest
+keep their sum.
 """
 
 from __future__ import annotations
@@ -221,13 +221,13 @@ def fast_split_kernel(
     K_TABLE: tl.constexpr, V_TABLE: tl.constexpr, V_ROWS: tl.constexpr, SUMS: tl.constexpr,
     QUERY: tl.constexpr, K_MASKS: tl.constexpr, V_MASKS: tl.constexpr, DIGIT_ROW: tl.constexpr,
     OPEN_CODE: tl.constexpr, OPEN_KINDS: tl.constexpr, ROW_CODE: tl.constexpr, ROW_KINDS: tl.constexpr,
-    WAIT_CODE: tl.constexpr, WAIT_KINDS: tl.constexpr, TURN_CODE: tl.constexpr, TURN_KINDS: tl.constexpr,
+    WAIT_CODE: tl.constexpr, WAIT_KINDS: tl.constexpr, ANGLES_CODE: tl.constexpr, ANGLES_KINDS: tl.constexpr,
+    TURN_CODE: tl.constexpr, TURN_KINDS: tl.constexpr,
     KEYS_CODE: tl.constexpr, KEYS_KINDS: tl.constexpr, VALUES_CODE: tl.constexpr, VALUES_KINDS: tl.constexpr,
     SCORE_CODE: tl.constexpr, SCORE_KINDS: tl.constexpr, SUM_CODE: tl.constexpr, SUM_KINDS: tl.constexpr,
     EMPTY_CODE: tl.constexpr, EMPTY_KINDS: tl.constexpr, EMIT_CODE: tl.constexpr, EMIT_KINDS: tl.constexpr,
     BIAS_CODE: tl.constexpr, BIAS_KINDS: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_LENGTHS: tl.constexpr, ONE_BLOCK: tl.constexpr, EARLY: tl.constexpr,
-    ORDER: tl.constexpr,
 ):  # fmt: skip
     """One range of `chunk` tokens of one sequence and head, with one warp.
 
@@ -254,10 +254,17 @@ def fast_split_kernel(
     k_own, v_own = lane * 4, g // 4 * 64 + t * 16  # a lane's first token in a block
     if EARLY:
         gdc_launch_dependents()
-    # The query was there before `fast_fold_kernel` began, and the codes do not wait for it either.
+    # The query was there before `fast_fold_kernel` began, and the codes do not wait for it either. They come last:
+    # loads return in order.
     if HAS_BIAS:
         pair = t * (DIM // 8)
         phase = _phase(query + batch * q_b + head * q_h, q_d, centre + head * DIM, pair, DIM)
+        angle = (tl.minimum(begin + g * 2, angles - 1) * rope_t + pair).to(tl.int64) * 4
+        turn = tl.inline_asm_elementwise(
+            ANGLES_CODE, ANGLES_KINDS,
+            (cos.to(tl.int64, bitcast=True) + angle, sin.to(tl.int64, bitcast=True) + angle),
+            dtype=(tl.float32,) * (DIM // 4), is_pure=False, pack=1,
+        )  # fmt: skip
     k_masks_at = (k_masks + head * K_TABLE).to(tl.int64, bitcast=True)
     v_masks_at = (v_masks + head * V_TABLE).to(tl.int64, bitcast=True)
     shared = tl.inline_asm_elementwise(
@@ -274,8 +281,7 @@ def fast_split_kernel(
     kn = _scales(k_scale, begin + k_own, end)
     vn = _scales(v_scale, begin + k_own, end)
     k_words = _read(k_row, begin + k_own, end, 4, shared, KEYS_CODE, KEYS_KINDS, K_WORDS)
-    if ONE_BLOCK or ORDER == 2:
-        v_words = _read(v_row, begin + v_own, end, 1, shared, VALUES_CODE, VALUES_KINDS, V_WORDS)
+    v_words = _read(v_row, begin + v_own, end, 1, shared, VALUES_CODE, VALUES_KINDS, V_WORDS)
     one = tl.full((32,), NEGATIVE, tl.float32)
     mass, weight = tl.zeros((32,), tl.float32), tl.zeros((32,), tl.float32)
     sums = (tl.zeros((32,), tl.int32),) * SUMS
@@ -283,21 +289,21 @@ def fast_split_kernel(
     dithers = _dithers(lane)
     b = (tl.zeros((32,), tl.float32),) * 4
     if HAS_BIAS:
-        angle = (tl.minimum(begin + g * 2, angles - 1) * rope_t + pair).to(tl.int64) * 4
-        cos_at, sin_at = cos.to(tl.int64, bitcast=True) + angle, sin.to(tl.int64, bitcast=True) + angle
         if ONE_BLOCK:
             state = tl.inline_asm_elementwise(
-                TURN_CODE, TURN_KINDS, (cos_at, sin_at) + phase + (place,),  # noqa: RUF005
+                TURN_CODE, TURN_KINDS, turn + phase + (place,),
                 dtype=(tl.float32,) * (DIM // 4), is_pure=False, pack=1,
             )  # fmt: skip
-            there = tl.inline_asm_elementwise(WAIT_CODE, WAIT_KINDS, (place,), dtype=tl.int32, is_pure=False, pack=1)
+            there = tl.inline_asm_elementwise(
+                WAIT_CODE, WAIT_KINDS, (place,), dtype=tl.int32, is_pure=False, pack=1
+            )
             b = tl.inline_asm_elementwise(
                 BIAS_CODE, BIAS_KINDS, (there,) + state,  # noqa: RUF005
                 dtype=(tl.float32,) * 4, is_pure=False, pack=1,
             )  # fmt: skip
         else:
             tl.inline_asm_elementwise(
-                TURN_CODE, TURN_KINDS, (cos_at, sin_at) + phase + (place,),  # noqa: RUF005
+                TURN_CODE, TURN_KINDS, turn + phase + (place,),
                 dtype=tl.int32, is_pure=False, pack=1,
             )  # fmt: skip
     if EARLY:
@@ -330,14 +336,11 @@ def fast_split_kernel(
                 SCORE_CODE, SCORE_KINDS, (lane, shared + QUERY + digit_at, shared + K_MASKS) + k_words,  # noqa: RUF005
                 dtype=(tl.int32,) * 4, is_pure=False, pack=1,
             )  # fmt: skip
-            # Values are read once keys are used, the next keys into the registers that these leave.
-            if ORDER < 2:
-                v_words = _read(v_row, first + v_own, end, 1, shared, VALUES_CODE, VALUES_KINDS, V_WORDS)
+            # Keys and values are read one block ahead, into the registers that the block's own leave.
             own_kn, own_vn = kn, vn
             kn = _scales(k_scale, first + BLOCK + k_own, end)
             vn = _scales(v_scale, first + BLOCK + k_own, end)
-            if ORDER != 1:
-                k_words = _read(k_row, first + BLOCK + k_own, end, 4, shared, KEYS_CODE, KEYS_KINDS, K_WORDS)
+            k_words = _read(k_row, first + BLOCK + k_own, end, 4, shared, KEYS_CODE, KEYS_KINDS, K_WORDS)
             one, mass, weight, weights, alpha, empty = _weigh(
                 first + k_own, end, totals, own_kn, own_vn, b, gain, constant, dithers, one, mass, weight
             )
@@ -350,10 +353,7 @@ def fast_split_kernel(
                 weights + (weights_to, weights_at, shared + V_MASKS) + v_words + sums,  # noqa: RUF005
                 dtype=(tl.int32,) * SUMS, is_pure=False, pack=1,
             )  # fmt: skip
-            if ORDER == 2:
-                v_words = _read(v_row, first + BLOCK + v_own, end, 1, shared, VALUES_CODE, VALUES_KINDS, V_WORDS)
-            if ORDER == 1:
-                k_words = _read(k_row, first + BLOCK + k_own, end, 4, shared, KEYS_CODE, KEYS_KINDS, K_WORDS)
+            v_words = _read(v_row, first + BLOCK + v_own, end, 1, shared, VALUES_CODE, VALUES_KINDS, V_WORDS)
 
     part = pair_row * tl.num_programs(1) + split
     tl.store(part_max + part, tl.max(one, 0))

@@ -242,11 +242,11 @@ class Rope:
 
     @cached_property
     def turns(self) -> Tensor:
-        """Cosines and sines of the turns by 16 g and 16 g + 1 tokens, g < 8, as `assembly.bias_code` multiplies them.
+        """Cosines and sines of the turns by 16 g and 16 g + 1 tokens, g < 8, as the fast kernel multiplies them.
 
-        A sum of two float16 [2, d / 16, 32 lanes, 4 registers, (cosine, sine)]; angles [T, d] of consecutive
-        positions. Turns by T tokens or more are 0: nothing asks for them. Made when first asked for, so ask once
-        before a CUDA graph is captured.
+        A sum of two float16 [2, d / 16, 32 lanes, 4 registers, (cosine, sine)] (`assembly.bias_code`); angles [T,
+        d] of consecutive positions. Turns by T tokens or more are 0: nothing asks for them. Made when first asked
+        for, so ask once before a CUDA graph is captured.
         """
         half = self.cos.shape[-1] // 2
         lane = torch.arange(32, device=self.cos.device)

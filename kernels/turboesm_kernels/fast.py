@@ -160,10 +160,7 @@ def _split(
 def _code(
     dim: int, keys: tuple[int, ...], values: tuple[int, ...], centred: bool, one_block: bool
 ) -> dict[str, str | int]:
-    """The PTX of the kernel for fields of these shapes, the kinds of its operands and sizes, by the kernel's names.
-
-    Sizes are in bytes, but for tables and rows (numbers) and sums (registers).
-    """
+    """The PTX of the kernel for fields of these shapes, the kinds of its operands, and sizes, by its names."""
     k, v = assembly.Side(keys), assembly.Side(values)
     at = assembly.Shared(dim, k, v, one_block, centred)
     code = {

@@ -223,6 +223,23 @@ def test_ranges_on_gpu(case: Case, chunk: int) -> None:
 
 @pytest.mark.gpu
 @no_gpu
+@pytest.mark.parametrize("scales", [(40, 100, 150, 150), (150, 150, 100, 40)], ids=["rising", "falling"])
+def test_scores_of_other_blocks_on_gpu(scales: tuple[int, ...]) -> None:
+    """Blocks whose greatest scores lie many octaves apart: the fast path empties its sums, or weights vanish."""
+    from turboesm_kernels import fast
+
+    q, held, layer = make(Case(tokens=400, batch=2, heads=4), "cuda")
+    q = 2.5 * q
+    assert held.k.scales is not None
+    for block, scale in enumerate(scales):
+        held.k.scales[:, :, 128 * block : 128 * (block + 1)] = scale
+    expected = ops.plain_attend(q.double(), held, layer)
+    for chunk in (128, 512):
+        assert relative_error(fast.attend(q, held, layer, chunk), expected) <= 1e-3
+
+
+@pytest.mark.gpu
+@no_gpu
 def test_in_a_graph() -> None:
     q, held, layer = make(Case(tokens=512, batch=2), "cuda")
     eager = ops.attend(q, held, layer)

@@ -61,7 +61,6 @@ class Shared:
     global memory after them arrives after them. A range of one block has no use for those from `query` on.
 
         weights       of a block's tokens, a digit a row (see `sum_code`)
-        strides       bytes between words of keys, of values
         turns         `Rope.turns`, where keys have a centre
         query         the row's digits: `fast_fold_kernel`'s descriptors
         k_masks, v_masks   of the head: `prepared.Fields.masks`
@@ -87,12 +86,8 @@ class Shared:
         return "l" if self.one_block else "r"
 
     @property
-    def strides(self) -> int:
-        return DIGITS * DIGIT_ROW
-
-    @property
     def turns(self) -> int:
-        return self.strides + 16
+        return DIGITS * DIGIT_ROW
 
     @property
     def query(self) -> int:
@@ -129,12 +124,9 @@ def open_code(at: Shared) -> str:
     """PTX: $0 = address of the shared memory; ask for its tables but the query, one group of copies.
 
     After the output: the lane, addresses of the head's masks of keys and of values; of `Rope.turns` and
-    `Rope.block_turn`; bytes between words of keys, of values.
+    `Rope.block_turn`.
     """
-    lines = [
-        f".shared .align 16 .b8 held[{at.size}];", *COPY_REGISTERS, "mov.u32 $0, held;",
-        f"st.shared.v2.b32 [$0+{at.strides}], {{$6, $7}};",
-    ]  # fmt: skip
+    lines = [f".shared .align 16 .b8 held[{at.size}];", *COPY_REGISTERS, "mov.u32 $0, held;"]
     if at.centred:
         lines += _copy("$0", 4, at.turns, 64 * at.dim)
     if not at.one_block:
@@ -146,7 +138,7 @@ def open_code(at: Shared) -> str:
     return _block([*lines, "cp.async.commit_group;"])
 
 
-OPEN_KINDS = "=&r,r,l,l,l,l,r,r"
+OPEN_KINDS = "=&r,r,l,l,l,l"
 
 
 def row_code(at: Shared) -> str:
@@ -182,22 +174,18 @@ def _copy(base: str, operand: int, offset: int, size: int) -> list[str]:
     return lines
 
 
-def load_code(side: Side, stride_at: int) -> str:
-    """PTX: $0.. = 16 bytes of a lane from each word's plane, 4 registers a word: 4 tokens of keys, 16 of values.
+def load_code(side: Side) -> str:
+    """PTX: $0.. = 16 bytes of a lane of each word's plane, 4 registers a word: 4 tokens of keys, 16 of values.
 
-    After the outputs: address of the lane's bytes in plane 0, address of the shared memory, whether to read at all
-    (else the outputs hold anything). `stride_at`: offset of the bytes between words; kept in memory, since the
-    assembler would keep their multiples in registers.
+    After the outputs: address of the lane's bytes in plane 0, bytes between words, whether to read at all (else
+    the outputs hold anything).
     """
     words = len(side.fields)
-    base, shared, wanted = (f"${4 * words + i}" for i in range(3))
-    lines = [
-        ".reg .b64 at, once;", ".reg .b32 stride;", ".reg .pred wanted;", ONCE,
-        f"setp.ne.b32 wanted, {wanted}, 0;", f"ld.volatile.shared.b32 stride, [{shared}+{stride_at}];",
-    ]  # fmt: skip
+    base, stride, wanted = (f"${4 * words + i}" for i in range(3))
+    lines = [".reg .b64 at, once;", ".reg .pred wanted;", ONCE, f"setp.ne.b32 wanted, {wanted}, 0;"]
     for w in range(words):
         four = ", ".join(f"${4 * w + i}" for i in range(4))
-        lines.append(f"mad.wide.u32 at, stride, {w}, {base};")
+        lines.append(f"mad.wide.u32 at, {stride}, {w}, {base};")
         lines.append(f"@wanted {STREAM} {{{four}}}, [at], once;")
     return _block([*lines, FENCE])
 

@@ -150,10 +150,10 @@ def fast_fold_kernel(
 
 
 @triton.jit
-def _read(row, token, end, token_bytes, shared, CODE: tl.constexpr, KINDS: tl.constexpr, WORDS: tl.constexpr):
+def _read(row, token, end, token_bytes, stride, CODE: tl.constexpr, KINDS: tl.constexpr, WORDS: tl.constexpr):
     """The lane's words of a block from its first token on, anything past the end; see `load_code`."""
     return tl.inline_asm_elementwise(
-        CODE, KINDS, (row + (token * token_bytes).to(tl.int64), shared, (token < end).to(tl.int32)),
+        CODE, KINDS, (row + (token * token_bytes).to(tl.int64), stride, (token < end).to(tl.int32)),
         dtype=(tl.int32,) * (4 * WORDS), is_pure=False, pack=1,
     )  # fmt: skip
 
@@ -269,8 +269,7 @@ def fast_split_kernel(
     v_masks_at = (v_masks + head * V_TABLE).to(tl.int64, bitcast=True)
     shared = tl.inline_asm_elementwise(
         OPEN_CODE, OPEN_KINDS,
-        (lane, k_masks_at, v_masks_at, turns.to(tl.int64, bitcast=True), block_turn.to(tl.int64, bitcast=True),
-         k_word, v_plane * 4),
+        (lane, k_masks_at, v_masks_at, turns.to(tl.int64, bitcast=True), block_turn.to(tl.int64, bitcast=True)),
         dtype=tl.int32, is_pure=False, pack=1,
     )  # fmt: skip
     place = shared + lane * 16
@@ -280,8 +279,8 @@ def fast_split_kernel(
     v_scale = (v_scales + batch * vs_b + head * vs_h).to(tl.pointer_type(tl.int32), bitcast=True)
     kn = _scales(k_scale, begin + k_own, end)
     vn = _scales(v_scale, begin + k_own, end)
-    k_words = _read(k_row, begin + k_own, end, 4, shared, KEYS_CODE, KEYS_KINDS, K_WORDS)
-    v_words = _read(v_row, begin + v_own, end, 1, shared, VALUES_CODE, VALUES_KINDS, V_WORDS)
+    k_words = _read(k_row, begin + k_own, end, 4, k_word, KEYS_CODE, KEYS_KINDS, K_WORDS)
+    v_words = _read(v_row, begin + v_own, end, 1, v_plane * 4, VALUES_CODE, VALUES_KINDS, V_WORDS)
     one = tl.full((32,), NEGATIVE, tl.float32)
     mass, weight = tl.zeros((32,), tl.float32), tl.zeros((32,), tl.float32)
     sums = (tl.zeros((32,), tl.int32),) * SUMS
@@ -340,7 +339,7 @@ def fast_split_kernel(
             own_kn, own_vn = kn, vn
             kn = _scales(k_scale, first + BLOCK + k_own, end)
             vn = _scales(v_scale, first + BLOCK + k_own, end)
-            k_words = _read(k_row, first + BLOCK + k_own, end, 4, shared, KEYS_CODE, KEYS_KINDS, K_WORDS)
+            k_words = _read(k_row, first + BLOCK + k_own, end, 4, k_word, KEYS_CODE, KEYS_KINDS, K_WORDS)
             one, mass, weight, weights, alpha, empty = _weigh(
                 first + k_own, end, totals, own_kn, own_vn, b, gain, constant, dithers, one, mass, weight
             )
@@ -353,7 +352,7 @@ def fast_split_kernel(
                 weights + (weights_to, weights_at, shared + V_MASKS) + v_words + sums,  # noqa: RUF005
                 dtype=(tl.int32,) * SUMS, is_pure=False, pack=1,
             )  # fmt: skip
-            v_words = _read(v_row, first + BLOCK + v_own, end, 1, shared, VALUES_CODE, VALUES_KINDS, V_WORDS)
+            v_words = _read(v_row, first + BLOCK + v_own, end, 1, v_plane * 4, VALUES_CODE, VALUES_KINDS, V_WORDS)
 
     part = pair_row * tl.num_programs(1) + split
     tl.store(part_max + part, tl.max(one, 0))

@@ -349,7 +349,7 @@ def emit_constraints(side: Side) -> str:
 
 
 JOIN_REGISTERS = (
-    ".reg .pred owner, second, own;",
+    ".reg .pred owner, second;",
     ".reg .b32 to, t, h;",
     ".reg .f32 f, even, odd, more, s<2>, old;",
 )
@@ -357,29 +357,27 @@ JOIN_REGISTERS = (
 
 def _join_setup(lane: str) -> list[str]:
     """What each lane's two columns count in rows g < 4: digits 0 and 1 where t = 0, 2 where t = 1; in the others
-    where t = 2 and t = 3. Sums go to lanes of g < 4: a pair's first field where t = 0, its second where t = 1."""
+    where t = 2 and t = 3. Sums go to lanes of g < 4: a pair's first field where t = 0, its second where t = 1. The
+    other lanes have products of one half's values and the other's weights, which meet no owner's."""
     return [
         f"and.b32 t, {lane}, 3;", f"shr.u32 h, {lane}, 4;", "setp.eq.u32 second, h, 0;",
         "setp.lt.and.u32 owner, t, 2, second;",
-        "shr.u32 to, t, 1;", "setp.eq.u32 own, to, h;", "and.b32 to, t, 1;", "setp.ne.u32 second, to, 0;",
+        "and.b32 to, t, 1;", "setp.ne.u32 second, to, 0;",
         "selp.f32 even, 0f47800000, 0f3F800000, second;",  # 65536 or 1
         "selp.f32 odd, 0f00000000, 0f43800000, second;",  # 0 or 256
-        "selp.f32 even, even, 0f00000000, own;", "selp.f32 odd, odd, 0f00000000, own;",
         "mul.lo.u32 to, to, 16;", f"and.b32 h, {lane}, 0xc;", "add.u32 to, to, h;",
     ]  # fmt: skip
 
 
 def _join(pair: tuple[int, int | None], operand: int) -> list[str]:
     """f = the sums of two fields' digits where they go, of accumulators from `operand` on."""
-    lines = []
-    for i in range(2):
+    lines = ["mov.f32 s1, 0f00000000;"] if pair[1] is None else []
+    for i in range(2 - len(lines)):
         first = operand + 2 * pair[0] + 2 * i
         lines += [
             f"cvt.rn.f32.s32 s{i}, ${first};", f"cvt.rn.f32.s32 more, ${first + 1};",
             f"mul.f32 s{i}, s{i}, even;", f"fma.rn.f32 s{i}, more, odd, s{i};",
         ]  # fmt: skip
-    if pair[1] is None:
-        lines.append("mov.f32 s1, 0f00000000;")
     return [
         *lines, "selp.f32 f, s1, s0, second;", "selp.f32 more, s0, s1, second;",
         "shfl.sync.bfly.b32 more, more, 1, 0x1f, 0xffffffff;", "add.f32 f, f, more;",

@@ -1,0 +1,636 @@
+"""The fast kernel's inline PTX, text by text and all together, on a CPU: `ptx_machine` runs it as written.
+
+What Triton makes of the rest of `ptx.fast_split_kernel` is written out here in numpy, in the same order.
+"""
+
+from __future__ import annotations
+
+import ast
+import math
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from turboesm_kernels import assembly, ops, reference
+from turboesm_kernels.assembly import DIGIT_ROW, DIGITS, FENCE
+from turboesm_kernels.ops import Held, PreparedLayer
+from turboesm_kernels.prepared import Fields
+from turboesm_kernels.reference import TURN, Rope
+
+sys.path.insert(0, str(Path(__file__).parent))
+from kernel_cases import Case, make, relative_error
+from ptx_machine import Array, MachineError, RaceError, Warp
+
+pytest.importorskip("triton")  # `fast` imports it
+from turboesm_kernels import fast
+
+LANE = np.arange(32)
+G, T = LANE // 4, LANE % 4
+K_OWN, V_OWN = 4 * LANE, G // 4 * 64 + T * 16  # a lane's first token in a block
+NEGATIVE, HEADROOM, UNIT = np.float32(-1e30), np.float32(7.9), np.float32(65536.0)
+LOG2E = math.log2(math.e)
+LARGEST_QUERY = 32639
+TOLERANCE = 1e-3
+"""Relative error, as of the kernels' other tests."""
+
+Inputs = tuple[torch.Tensor, Held, PreparedLayer]
+
+SHAPES = [
+    Case(tokens=4, bits=2),
+    Case(tokens=4, bits=2, seed=2),  # heads of different profiles: fields of mask 0
+    Case(tokens=4, bits=3),  # an odd number of fields
+    Case(tokens=4, bits=3.5),
+    Case(tokens=4, bits=4, centred=False),
+    Case(tokens=4, dim=128, bits=2, seed=2),
+    Case(tokens=4, dim=128, bits=3),
+    Case(tokens=4, dim=128, bits=4),
+]
+either = pytest.mark.parametrize("one_block", [True, False], ids=["one", "several"])
+
+
+@dataclass(frozen=True)
+class Edit:
+    """A fault put into one of the texts."""
+
+    name: str
+    old: str
+    new: str
+
+    def __str__(self) -> str:
+        return f"{self.name}: {self.old} -> {self.new}"
+
+
+class Kernel:
+    """The texts for a layer's shape, and a warp that has begun with one head."""
+
+    def __init__(self, inputs: Inputs, one_block: bool, head: int = 0, edits: Sequence[Edit] = ()) -> None:
+        self.query, self.held, self.layer = inputs
+        self.head, self.one_block, self.warp = head, one_block, Warp()
+        k, v, self.dim = self.layer.k.fields, self.layer.v.fields, self.layer.k.head_dim
+        assert k is not None and v is not None
+        self.k, self.v = k, v
+        self.code = dict(fast._code(self.dim, k.shape, v.shape, self.layer.k.centred, one_block))
+        for edit in edits:
+            text = self.code[f"{edit.name}_CODE"]
+            assert edit.old in text
+            self.code[f"{edit.name}_CODE"] = text.replace(edit.old, edit.new, 1)
+        self.k_masks, self.v_masks = (
+            self.hold(fields.masks) + 4 * fields.masks.shape[1] * head for fields in (k, v)
+        )
+
+    def hold(self, tensor: torch.Tensor, writable: bool = False) -> int:
+        """The address of a tensor, of which all that it is a view of can be read."""
+        whole = torch.empty(0, dtype=tensor.dtype).set_(tensor.untyped_storage()).numpy()
+        return self.warp.hold(whole, writable) + tensor.storage_offset() * tensor.element_size()
+
+    def do(self, name: str, *inputs: Array | float) -> list[Array]:
+        """Run a text."""
+        return self.warp.run(self.code[f"{name}_CODE"], self.code[f"{name}_KINDS"], *inputs)
+
+    def open(self) -> None:
+        """The first text: it gives the address of shared memory."""
+        rope = self.held.rope
+        centred = self.layer.k.centred and rope is not None
+        turns = self.hold(rope.turns) if centred else 0
+        block_turn = self.hold(rope.block_turn) if centred else 0
+        (self.shared,) = self.do("OPEN", LANE, self.k_masks, self.v_masks, turns, block_turn)
+        self.place = self.shared + 16 * LANE
+
+    def ask(self, whole: Array) -> None:
+        """Let the row's query be these integers."""
+        self.row = self.warp.hold(digits(whole))
+        if not self.one_block:
+            self.do("ROW", LANE, self.shared, self.row)
+
+    def scores(self, words: Array) -> Array:
+        """Products of the query and the lanes' words [W, 4, 32] of keys: [4, 32], of tokens 4 l .. 4 l + 3."""
+        query = self.row if self.one_block else self.shared + self.code["QUERY"]
+        masks = self.k_masks if self.one_block else self.shared + self.code["K_MASKS"]
+        return np.stack(self.do("SCORE", LANE, query + G % 2 * 4 * self.code["K_TABLE"], masks, *flat(words)))
+
+    def sums(self, weights: Array, words: Array, old: Array) -> Array:
+        """Accumulators [n, 32] after a block with a lane's weights [4, 32] and words [W, 4, 32] of values."""
+        to = self.shared + K_OWN
+        place = self.shared + np.minimum(G % 4, DIGITS - 1) * DIGIT_ROW + V_OWN
+        masks = self.v_masks if self.one_block else self.shared + self.code["V_MASKS"]
+        return np.stack(self.do("SUM", *weights, to, place, masks, *flat(words), *old))
+
+    def no_sums(self) -> Array:
+        return np.zeros((self.code["SUMS"], 32), "i4")
+
+    def empty(self, asked: bool, alpha: float, sums: Array) -> Array:
+        """Accumulators after their sums were moved, if asked to."""
+        return np.stack(self.do("EMPTY", int(asked), alpha, LANE, self.shared, *sums))
+
+    def emit(self, sums: Array) -> Array:
+        """Sums [fields padded to 2, 4] in units of a weight of 1, as they end up in global memory."""
+        out = torch.full((self.code["V_ROWS"],), torch.nan)
+        self.do("EMIT", LANE, self.shared, self.hold(out, writable=True), *sums)
+        return out.view(-1, 4).numpy()
+
+    def read_keys(self, row: int, first: int, end: int) -> Array:
+        """A lane's words of the block from token `first` on, [W, 4, 32]."""
+        return self._read("KEYS", row, first + K_OWN, end, 4, self.held.k.codes.stride(2))
+
+    def read_values(self, row: int, first: int, end: int) -> Array:
+        """A lane's words of the block from token `first` on, [W, 4, 32]; `row`: of byte lane 0."""
+        plane = self.held.v.codes.stride(2)
+        return self._read("VALUES", row + G % 4 * plane, first + V_OWN, end, 1, 4 * plane)
+
+    def _read(self, name: str, row: Array | int, token: Array, end: int, token_bytes: int, stride: int) -> Array:
+        words = self.do(name, row + token * token_bytes, stride, (token < end).astype(int))
+        return np.stack(words).reshape(-1, 4, 32)
+
+    def turn(self, begin: int, batch: int = 0) -> list[Array]:
+        """Begin with the centre's scores at a range's first token; the coefficients, for one block."""
+        rope, half, eighth = self.held.rope, self.dim // 2, self.dim // 8
+        assert rope is not None
+        pair = eighth * T
+        at = np.minimum(begin + 2 * G, len(rope.cos) - 1) * rope.cos.stride(0) + pair
+        angles = self.do("ANGLES", self.hold(rope.cos) + 4 * at, self.hold(rope.sin) + 4 * at)
+        query = self.query[batch, self.head, 0].float().numpy() * np.float32(LOG2E)
+        centre = self.layer.k.centre[self.head].numpy()
+        q, r, c, d = query[:half], query[half:], centre[:half], centre[half:]
+        phase = [x[pair + i] for x in (q * c + r * d, r * c - q * d) for i in range(eighth)]
+        return self.do("TURN", *angles, *phase, self.place)
+
+    def bias(self, state: list[Array]) -> Array:
+        """The centre's scores of a block, [4, 32]: of the only one, or of the next."""
+        if self.one_block:
+            (there,) = self.do("WAIT", self.place)
+            return np.stack(self.do("BIAS", there, *state))
+        return np.stack(self.do("BIAS", self.place, self.shared + T * (self.dim // 2)))
+
+
+def flat(words: Array) -> Array:
+    return words.reshape(-1, 32)
+
+
+def digits(whole: Array) -> Array:
+    """A row of `fast_fold_kernel`'s descriptors: low bytes of integers, then high ones."""
+    return np.stack((whole & 0xFF, (whole + 128) >> 8)).astype("u1")
+
+
+def random_words(rng: np.random.Generator, fields: Fields) -> Array:
+    """Any words [W, 4, 32] for a code of these fields."""
+    return rng.integers(0, 2**32, (len(fields.shape), 4, 32)).astype("u4")
+
+
+def field_bytes(words: Array, fields: Fields, head: int) -> Array:
+    """What fields take out of words [W, ...]: int64 [F, ..., 4 bytes]."""
+    of_field = words[np.repeat(np.arange(len(fields.shape)), fields.shape)]
+    masks = fields.masks[head, : fields.count].numpy().view("u4")
+    masked = of_field & masks.reshape(-1, *[1] * (words.ndim - 1))
+    return np.ascontiguousarray(masked)[..., None].view("u1").astype("i8")
+
+
+def value_bytes(words: Array, fields: Fields, head: int) -> Array:
+    """Bytes int64 [F, 4 byte lanes, 128 tokens] of the lanes' words of values."""
+    masked = field_bytes(words, fields, head)  # [F, registers, lanes, bytes]
+    by_token = np.zeros((len(masked), 4, TURN), "i8")
+    token = V_OWN[None, :, None] + 4 * np.arange(4)[:, None, None] + np.arange(4)
+    by_token[:, np.broadcast_to(G % 4, (4, 32))[..., None], token] = masked
+    return by_token
+
+
+def exact_sums(sums: Array) -> Array:
+    """Integers [fields padded to 2, 4] that accumulators stand for, see `assembly.sum_code`."""
+    parts = sums.astype("i8").reshape(-1, 2, 2, 32)  # pair, field of it, column's last bit, lane
+    found = np.zeros((*parts.shape[:2], 4), "i8")
+    for half in range(2):
+        for digit in range(DIGITS):
+            column = 4 * half + digit
+            lanes = 4 * (4 * half + np.arange(4)) + column // 2
+            found += 256**digit * parts[:, :, column % 2, lanes]
+    return found.reshape(-1, 4)
+
+
+def sums_of(weights: Array, words: Array, fields: Fields, head: int) -> Array:
+    """What `exact_sums` should be: of weights [4, 32]."""
+    found = value_bytes(words, fields, head) @ weights.T.reshape(-1)
+    return np.concatenate((found, np.zeros((fields.count % 2, 4), "i8")))
+
+
+def mixed(case: Case) -> Inputs:
+    """Inputs in buffers aligned as the fast path asks for; keys and values have codes of different shapes."""
+    other = replace(case, bits=2 if case.bits == 3.5 else 3.5, seed=case.seed + 5)
+    query, held, layer = make(case, room=-case.tokens % 16)
+    _, values, other_layer = make(other, room=-case.tokens % 16)
+    return query, replace(held, v=values.v), replace(layer, v=other_layer.v)
+
+
+made = cache(mixed)
+"""Of a case, once for all tests that leave it as it is."""
+
+
+def opened(case: Case, one_block: bool, head: int, edits: Sequence[Edit] = ()) -> Kernel:
+    """A kernel ready for its first block, and a query of nothing."""
+    kernel = Kernel(made(case), one_block, head, edits)
+    kernel.open()
+    kernel.ask(np.zeros(4 * kernel.code["K_TABLE"], "i8"))
+    return kernel
+
+
+def check_scores(case: Case, one_block: bool, edits: Sequence[Edit] = ()) -> None:
+    rng = np.random.default_rng(0)
+    for head in range(case.heads):
+        kernel = Kernel(made(case), one_block, head, edits)
+        kernel.open()
+        whole = rng.integers(-LARGEST_QUERY, LARGEST_QUERY + 1, 4 * kernel.code["K_TABLE"])
+        whole[4 * kernel.k.count :] = 0
+        whole[:4] = LARGEST_QUERY, -LARGEST_QUERY, 128, -128
+        kernel.ask(whole)
+        for words in (random_words(rng, kernel.k), np.full((len(kernel.k.shape), 4, 32), 0xFFFFFFFF, "u4")):
+            expected = np.einsum(
+                "ftlb,fb->tl", field_bytes(words, kernel.k, head), whole.reshape(-1, 4)[: kernel.k.count]
+            )
+            assert (kernel.scores(words) == expected).all()
+
+
+def check_sums(case: Case, one_block: bool, edits: Sequence[Edit] = ()) -> None:
+    """Over one block; and where there are more, over three."""
+    rng = np.random.default_rng(1)
+    for head in range(case.heads):
+        kernel = opened(case, one_block, head, edits)
+        sums, expected = kernel.no_sums(), 0
+        for _ in range(1 if one_block else 3):
+            weights, words = rng.integers(0, 2**24, (4, 32)), random_words(rng, kernel.v)
+            sums = kernel.sums(weights, words, sums)
+            expected = expected + sums_of(weights, words, kernel.v, head)
+            assert (exact_sums(sums) == expected).all()
+        assert np.allclose(kernel.emit(sums), expected / 65536, rtol=1e-6, atol=0)
+
+
+def check_emptying(case: Case, one_block: bool, edits: Sequence[Edit] = ()) -> None:
+    """Where it is not asked for, nothing changes; where it is, what was summed shrinks, and sums begin at 0."""
+    rng = np.random.default_rng(2)
+    for head in range(case.heads):
+        kernel = opened(case, False, head, edits)
+        sums, exact, expected = kernel.no_sums(), 0, 0.0
+        for alpha in (None, 0.125, 0.7, None, 1e-3):
+            if alpha is None:
+                assert (kernel.empty(False, 0.5, sums) == sums).all()
+            else:
+                sums = kernel.empty(True, alpha, sums)
+                assert not sums.any()
+                expected, exact = (expected + exact) * np.float32(alpha), 0
+            weights, words = rng.integers(0, 2**24, (4, 32)), random_words(rng, kernel.v)
+            sums = kernel.sums(weights, words, sums)
+            exact = exact + sums_of(weights, words, kernel.v, head)
+            assert (exact_sums(sums) == exact).all()
+        assert np.allclose(kernel.emit(sums), (expected + exact) / 65536, rtol=1e-6, atol=0)
+
+
+def check_centre(case: Case, one_block: bool, edits: Sequence[Edit] = ()) -> None:
+    """One block after another, or each as a range of its own; within what float32's angles are off by."""
+    found = []
+    for begin in range(0, case.tokens, TURN):
+        if begin == 0 or one_block:
+            kernel = opened(case, one_block, 1, edits)
+            state = kernel.turn(begin)
+            kernel.do("WAIT", kernel.shared)
+        found.append(kernel.bias(state).T.reshape(-1))
+    assert np.allclose(np.concatenate(found)[: case.tokens], centre_scores(kernel), rtol=0, atol=5e-5)
+
+
+def check_loads(case: Case, one_block: bool, edits: Sequence[Edit] = ()) -> None:
+    """A lane's bytes of each plane; nothing is read for lanes past the end, which may be beyond the memory."""
+    kernel = opened(case, one_block, 0, edits)
+    for batch in range(case.batch):
+        keys, values = kernel.held.k.codes[batch, 1], kernel.held.v.codes[batch, 1]
+        k_row, v_row = kernel.hold(keys), kernel.hold(values)
+        for first in range(0, case.tokens, TURN):
+            k_words, v_words = (
+                kernel.read_keys(k_row, first, case.tokens),
+                kernel.read_values(v_row, first, case.tokens),
+            )
+            for lane in range(32):
+                token, left = first + K_OWN[lane], max(0, case.tokens - first - K_OWN[lane])
+                own = np.ascontiguousarray(k_words[:, :, lane]).view("u1").reshape(-1, 4, 4)[:, :left]
+                assert (own == keys[:, token : token + 4].numpy()).all()
+                token, left = first + V_OWN[lane], max(0, case.tokens - first - V_OWN[lane])
+                own = np.ascontiguousarray(v_words[:, :, lane]).view("u1")[:, :left]
+                assert (own == values[G[lane] % 4 :: 4, token : token + 16].numpy()).all()
+    kernel.read_keys(0, 0, end=0)
+    with pytest.raises(MachineError, match="outside"):
+        kernel.read_keys(0, 0, end=1)
+
+
+def centre_scores(kernel: Kernel, batch: int = 0) -> Array:
+    """<q, R_j c> of each packed token j, in units of log 2."""
+    rope = kernel.held.rope
+    assert rope is not None
+    turned = Rope(rope.cos.double(), rope.sin.double()).rotate(kernel.layer.k.centre[kernel.head].double())
+    return (turned @ kernel.query[batch, kernel.head, 0].double()).numpy() * LOG2E
+
+
+@either
+@pytest.mark.parametrize("case", SHAPES, ids=str)
+def test_scores(case: Case, one_block: bool) -> None:
+    check_scores(case, one_block)
+
+
+@either
+@pytest.mark.parametrize("case", SHAPES, ids=str)
+def test_sums(case: Case, one_block: bool) -> None:
+    check_sums(case, one_block)
+
+
+@pytest.mark.parametrize("case", SHAPES, ids=str)
+def test_emptying(case: Case) -> None:
+    check_emptying(case, False)
+
+
+@either
+@pytest.mark.parametrize(("dim", "tokens"), [(64, 600), (128, 300), (64, 128), (64, 1)])
+def test_centre(dim: int, tokens: int, one_block: bool) -> None:
+    check_centre(Case(dim=dim, tokens=tokens, sinks=3), one_block)
+
+
+@either
+@pytest.mark.parametrize("case", [Case(tokens=300, bits=3.5), Case(tokens=45, dim=128)], ids=str)
+def test_loads(case: Case, one_block: bool) -> None:
+    check_loads(case, one_block)
+
+
+@cache
+def warp_max_code() -> tuple[str, str]:
+    """The text in `ptx._warp_max`, and the kinds of its operands."""
+    source = Path(assembly.__file__).with_name("ptx.py").read_text()
+    function = next(n for n in ast.parse(source).body if isinstance(n, ast.FunctionDef) and n.name == "_warp_max")
+    call = next(n for n in ast.walk(function) if isinstance(n, ast.Call) and len(n.args) == 3)
+    text, kinds = (n.value for n in call.args[:2] if isinstance(n, ast.Constant))
+    return text, kinds
+
+
+@pytest.mark.parametrize("low", [-1e30, -5.0, 3.0])
+def test_greatest_of_a_warp(low: float) -> None:
+    x = np.random.default_rng(3).uniform(low, min(low + 4, -1.0) if low < 0 else 7.0, 32).astype("f4")
+    (found,) = Warp().run(*warp_max_code(), x)
+    assert (found == x.max()).all()
+
+
+@dataclass(frozen=True)
+class Part:
+    """What a range of tokens leaves for `finish`, as in `ptx.fast_split_kernel`; and how often it emptied sums."""
+
+    top: float
+    mass: float
+    weight: float
+    out: Array
+    emptied: int
+
+
+@dataclass
+class Softmax:
+    """The state of `ptx._weigh`."""
+
+    end: int
+    gain: np.float32
+    constant: np.float32
+    one: Array
+    mass: Array
+    weight: Array
+
+    def weigh(self, token: Array, totals: Array, kn: Array, vn: Array, bias: Array) -> tuple[Array, float, bool]:
+        """A block's weights [4, 32], what shrank and whether sums must be emptied; scale bytes kn, vn [4, 32]."""
+        score = (totals.astype("f4") * self.gain + self.constant) * np.exp2(steps(kn)) + bias
+        score = np.where(token + np.arange(4)[:, None] < self.end, score, NEGATIVE)
+        x = score + steps(vn)
+        (greatest,) = Warp().run(*warp_max_code(), x.max(0))
+        grown = greatest > self.one + HEADROOM
+        new_one = np.where(grown, greatest, self.one)
+        safe = np.maximum(new_one, np.float32(0.5) * NEGATIVE)
+        alpha = np.exp2(self.one - safe)
+        weights = (np.exp2(x - safe) * UNIT + dithers()).astype("i4")
+        empty = grown & (self.one > np.float32(0.5) * NEGATIVE)
+        self.mass = self.mass * alpha + np.exp2(score - safe).sum(0)
+        self.weight = self.weight * alpha + weights.sum(0).astype("f4")
+        self.one = new_one
+        assert score.dtype == np.float32 and (empty == empty[0]).all() and weights.max() < 2**24
+        return weights, alpha[0], bool(empty[0])
+
+
+def steps(byte: Array) -> Array:
+    """log2 of a scale."""
+    return (byte.astype("f4") - 128) / np.float32(32)
+
+
+def dithers() -> Array:
+    """As `ptx._dithers`, [4, 32]."""
+    first = LANE.astype("f4") * np.float32(0.4721359)
+    every = first - np.floor(first) + np.array([[0], [0.6180340], [0.2360680], [0.8541020]], "f4")
+    return every - np.floor(every)
+
+
+def scale_bytes(scales: torch.Tensor, token: Array, end: int) -> Array:
+    """As `ptx._scales`, [4, 32]: scales of a row, 0 past the end."""
+    whole = np.zeros((4, 32), "u1")
+    for lane in np.flatnonzero(token < end):
+        own = scales[token[lane] : token[lane] + 4].numpy()
+        whole[: len(own), lane] = own
+    return whole
+
+
+def split(inputs: Inputs, batch: int, head: int, begin: int, chunk: int, edits: Sequence[Edit] = ()) -> Part:
+    """One range, as `ptx.fast_split_kernel` goes over it."""
+    one_block = chunk == TURN
+    kernel = Kernel(inputs, one_block, head, edits)
+    held, centred = kernel.held, kernel.layer.k.centred
+    end = held.tokens
+    if held.lengths is not None:
+        end = min(max(int(held.lengths[batch]) - held.sinks, 0), end)
+    end = min(end, begin + chunk)
+    k_scales, v_scales = held.k.scales[batch, head], held.v.scales[batch, head]
+    k_row, v_row = kernel.hold(held.k.codes[batch, head]), kernel.hold(held.v.codes[batch, head])
+    kernel.open()
+    k_words, v_words = kernel.read_keys(k_row, begin, end), kernel.read_values(v_row, begin, end)
+    whole, gain, constant = fold(kernel, batch)
+    softmax = Softmax(end, gain, constant, np.full(32, NEGATIVE), *np.zeros((2, 32), "f4"))
+    sums, emptied, bias = kernel.no_sums(), 0, np.zeros((4, 32), "f4")
+    if centred:
+        state = kernel.turn(begin, batch)
+    if centred and one_block:
+        bias = kernel.bias(state)
+    kernel.ask(whole)
+    for first in [begin] if one_block else range(begin, end, TURN):
+        if centred and not one_block:
+            bias = kernel.bias([])
+        totals = kernel.scores(k_words)
+        token = first + K_OWN
+        scales = (scale_bytes(own, token, end) for own in (k_scales, v_scales))
+        if not one_block:
+            k_words = kernel.read_keys(k_row, first + TURN, end)
+        weights, alpha, empty = softmax.weigh(token, totals, *scales, bias)
+        if not one_block:
+            sums = kernel.empty(empty, alpha, sums)
+            emptied += empty
+        sums = kernel.sums(weights, v_words, sums)
+        if not one_block:
+            v_words = kernel.read_values(v_row, first + TURN, end)
+    weight = softmax.weight.sum() / UNIT
+    return Part(softmax.one.max(), softmax.mass.sum(), weight, kernel.emit(sums), emptied)
+
+
+def fold(kernel: Kernel, batch: int) -> tuple[Array, np.float32, np.float32]:
+    """As `ptx.fast_fold_kernel`: the query's integers, its gain and its constant."""
+    wanted = (kernel.query[batch, kernel.head, 0].double() @ kernel.k.map[kernel.head].double()).numpy() * LOG2E
+    gain = np.abs(wanted).max() / LARGEST_QUERY
+    whole = np.floor(wanted / gain + 0.5).astype("i8")
+    constant = -gain * (whole * kernel.k.middle[kernel.head].numpy()).sum()
+    return whole, np.float32(gain), np.float32(constant)
+
+
+def finish(inputs: Inputs, batch: int, head: int, parts: list[Part]) -> torch.Tensor:
+    """As `attend.finish_kernel`, in float64."""
+    query, held, layer = inputs
+    fields = layer.v.fields
+    assert fields is not None
+    top = max(part.top for part in parts)
+    total, mass = torch.zeros(layer.k.head_dim, dtype=torch.float64), 0.0
+    for part in parts:
+        own = torch.from_numpy(part.out).double().flatten() @ fields.map[head].double()
+        own = own + part.weight * fields.offset[head].double() + part.mass * layer.v.centre[head].double()
+        total, mass = total + 2.0 ** float(part.top - top) * own, mass + 2.0 ** float(part.top - top) * part.mass
+    if held.sink_k is not None and held.sink_v is not None:
+        there = held.sinks if held.lengths is None else min(held.sinks, int(held.lengths[batch]))
+        scores = held.sink_k[batch, head, :there].double() @ query[batch, head, 0].double() * LOG2E
+        own = torch.exp2(scores - float(top))
+        total, mass = total + own @ held.sink_v[batch, head, :there].double(), mass + float(own.sum())
+    return total / mass
+
+
+def attend(
+    inputs: Inputs, batch: int, head: int, chunk: int, edits: Sequence[Edit] = ()
+) -> tuple[torch.Tensor, int]:
+    """A row's attention in ranges of `chunk` tokens, and how often sums were emptied."""
+    every = [split(inputs, batch, head, begin, chunk, edits) for begin in range(0, inputs[1].tokens, chunk)]
+    return finish(inputs, batch, head, every), sum(part.emptied for part in every)
+
+
+def peaked(case: Case, at: int, octaves: float) -> Inputs:
+    """Inputs where one key, token `at`, has a score that much above others'."""
+    _, held, layer = mixed(case)
+    scales = held.k.scales
+    assert scales is not None
+    scales.fill_(32)
+    scales[:, :, at] = 150
+    codes = reference.unpack(held.k.codes, layer.k.spec)
+    key = reference.decode(codes, scales, layer.k.spec)[:, :, at : at + 1]
+    return key * (octaves / LOG2E / key.square().sum(-1, keepdim=True)), held, layer
+
+
+def error(inputs: Inputs, batch: int, head: int, chunk: int, edits: Sequence[Edit] = ()) -> tuple[float, int]:
+    """How far a row's attention is off, and how often sums were emptied."""
+    found, emptied = attend(inputs, batch, head, chunk, edits)
+    expected = ops.plain_attend(inputs[0].double(), *inputs[1:])
+    return relative_error(found, expected[batch, head, 0]), emptied
+
+
+@pytest.mark.parametrize("chunk", [128, 256, 512])
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(tokens=333, bits=2, ragged=True, sinks=2),
+        Case(tokens=391, bits=3, sinks=0),
+        Case(tokens=1, bits=3.5),
+        Case(tokens=300, bits=4, centred=False),
+        Case(tokens=261, dim=128, bits=3, seed=1),
+    ],
+    ids=str,
+)
+def test_attention(case: Case, chunk: int) -> None:
+    for batch, head in ((0, 1), (1, 0)):
+        assert error(made(case), batch, head, chunk)[0] <= TOLERANCE
+
+
+@pytest.mark.parametrize(
+    ("case", "octaves"),
+    [
+        (Case(tokens=500, centred=False), 12),
+        (Case(tokens=411, dim=128, bits=2, seed=2, centred=False), 12),
+        (Case(tokens=500), 20),
+        (Case(tokens=411, dim=128, bits=3.5), 60),
+    ],
+    ids=str,
+)
+def test_attention_to_scores_that_rise(case: Case, octaves: float) -> None:
+    """By more than weights have room for: sums must be emptied between."""
+    off, emptied = error(peaked(case, 301, octaves), 0, 1, 512)
+    assert off <= TOLERANCE and emptied
+
+
+WRONG = [
+    ("popc.b32 $0, $1;", "unknown instruction"),
+    ("mov.b32 $1, 0;", "cannot be written"),
+    ("mov.b32 $0, x;", "x is no b32"),
+    ("ld.global.b32 $0, [$1];", "is no u64"),
+    ("ld.global.b32 $0, [$2+8];", "outside"),
+    ("ld.global.b32 $0, [$2+2];", "not aligned"),
+    ("st.global.b32 [$2], $1;", "only read"),
+    (".reg .pred p; setp.lt.u32 p, $1, 9; @p bra end; mov.b32 $0, 0; end:", "lanes part"),
+    (".reg .pred p; setp.lt.u32 p, $1, 9; @p bar.warp.sync 0xffffffff;", "not all lanes"),
+    (".shared .align 16 .b8 held[128]; mov.u32 $0, held; ld.shared.b32 $0, [$0];", "nothing was written"),
+]
+
+
+@pytest.mark.parametrize(("text", "said"), WRONG)
+def test_the_machine_is_strict(text: str, said: str) -> None:
+    warp = Warp()
+    with pytest.raises(MachineError, match=said):
+        warp.run(f"{{{text}}}", "=&r,r,l", LANE, warp.hold(np.zeros(2, "u4")))
+
+
+RACES = [
+    (Edit("ROW", "cp.async.wait_group 0;", ""), 512),
+    (Edit("ROW", "cp.async.commit_group;", ""), 512),
+    (Edit("ROW", FENCE, ""), 512),
+    (Edit("WAIT", "cp.async.wait_group 0;", ""), 128),
+    (Edit("SUM", f"{FENCE}\nld.shared", "ld.shared"), 128),
+    (Edit("SUM", f"{FENCE}\nld.shared", "ld.shared"), 512),
+]
+
+
+@pytest.mark.parametrize(("edit", "chunk"), RACES, ids=str)
+def test_what_orders_lanes_is_needed(edit: Edit, chunk: int) -> None:
+    with pytest.raises(RaceError):
+        attend(made(Case(tokens=300)), 0, 1, chunk, [edit])
+
+
+def test_weights_are_read_before_the_next_are_written() -> None:
+    """The first barrier of `sum_code`; in the kernel those of `load_code` come between too."""
+    with pytest.raises(RaceError):
+        check_sums(SHAPES[0], False, [Edit("SUM", FENCE, "")])
+
+
+FAULTS = [
+    (check_scores, Edit("SCORE", ", 256, ", ", 255, ")),
+    (check_scores, Edit("SCORE", "shr.u32 x, $4, 3", "shr.u32 x, $4, 2")),
+    (check_centre, Edit("OPEN", "@there cp.async.ca", "@!there cp.async.ca")),
+    (check_sums, Edit("SUM", "0x5140", "0x5410")),
+    (check_sums, Edit("SUM", "0x0062", "0x0061")),
+    (check_sums, Edit("EMIT", "0f43800000", "0f43000000")),
+    (check_sums, Edit("EMIT", "bfly.b32 more, f, 18", "bfly.b32 more, f, 16")),
+    (check_sums, Edit("OPEN", "@there st.shared.b32", "@!there st.shared.b32")),
+    (check_emptying, Edit("EMPTY", "@!asked bra done;", "")),
+    (check_emptying, Edit("EMPTY", "add.f32 f, f, old;", "")),
+    (check_emptying, Edit("EMIT", "add.f32 f, f, old;", "")),
+    (check_loads, Edit("KEYS", ", 1, $", ", 0, $")),
+    (check_loads, Edit("VALUES", ", 1, $", ", 0, $")),
+    (check_loads, Edit("KEYS", "@wanted", "")),
+    (check_centre, Edit("TURN", "neg.f32 b0, b0;", "")),
+    (check_centre, Edit("BIAS", "neg.f32 b0, b0;", "")),
+    (check_centre, Edit("BIAS", "{low0, low1}", "{high0, high1}")),
+    (check_centre, Edit("BIAS", "{c0, c2, c1, c3}", "{c0, c1, c2, c3}")),
+]
+
+
+@pytest.mark.parametrize(("check", "edit"), FAULTS, ids=lambda x: x.__name__ if callable(x) else str(x))
+def test_faults_are_seen(check: Callable[..., None], edit: Edit) -> None:
+    with pytest.raises((AssertionError, MachineError)):
+        check(Case(tokens=300), False, [edit])

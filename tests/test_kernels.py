@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 from turboesm_kernels import kinds, ops, reference
+from turboesm_kernels.layout import Profile
 from turboesm_kernels.ops import BackendError, Held, PreparedLayer
 from turboesm_kernels.prepared import grid_steps
 from turboesm_kernels.reference import Packed, Rope, Side
@@ -587,6 +588,12 @@ def test_tokens(dim: int, length: int, drops: bool) -> None:
 @pytest.mark.parametrize(("dim", "length", "drops"), [*TOKENS, (64, 1024, True), (128, 500, True)])
 def test_tokens_on_gpu(dim: int, length: int, drops: bool, dtype: torch.dtype) -> None:
     check_tokens(dim, length, drops, "cuda", dtype)
+
+
+def test_a_side_without_a_coded_axis_has_no_fields() -> None:
+    spec = make_spec("v", Case(dim=64, heads=1))
+    nothing = replace(spec, profiles=(Profile((0,) * 64, 4, 4),), profile_of_head=(0,))
+    assert PreparedLayer.of(make_spec("k", Case(dim=64, heads=1)), nothing).v.fields is None
 
 
 def test_a_grid_is_recognised_through_float32s_rounding() -> None:

@@ -195,8 +195,8 @@ def load_constraints(side: Side) -> str:
     return ",".join(["=&r"] * (4 * len(side.fields)) + ["l", "r", "r"])
 
 
-def _four(name: str, first: int = 0) -> str:
-    return "{" + ", ".join(f"{name}{first + i}" for i in range(4)) + "}"
+def _four(name: str) -> str:
+    return "{" + ", ".join(f"{name}{i}" for i in range(4)) + "}"
 
 
 def score_code(at: Shared) -> str:

@@ -30,6 +30,9 @@ OPENING = 3
 LONGEST = 256
 """Blocks of a range at most: 32,768 tokens of weight 255 and byte 255 are what 32 bits hold."""
 
+LARGEST_STRIDE = 1 << 29
+"""Bytes between planes at most: offsets of four of them are 32-bit numbers."""
+
 
 def obstacle(q: Tensor, held: Held, layer: PreparedLayer) -> str | None:
     """Why the fast path cannot run on these inputs, or None."""
@@ -54,6 +57,8 @@ def _misaligned(name: str, packed: Packed, token_bytes: int) -> str | None:
     dense = codes.stride(3) == token_bytes and scales.stride(2) == 1 and (codes.dim() == 4 or codes.stride(4) == 1)
     steps = (codes.data_ptr(), *codes.stride()[:3])
     words = (scales.data_ptr(), *scales.stride()[:2])
+    if codes.stride(2) >= LARGEST_STRIDE:
+        return f"planes of packed {name} lie {LARGEST_STRIDE} bytes apart or more"
     if dense and not any(s % ALIGNMENT for s in steps) and not any(s % FIELD_LANES for s in words):
         return None
     return f"packed {name} must have dense tokens, at addresses and strides that are multiples of {ALIGNMENT}"
@@ -94,10 +99,12 @@ class Folded:
 def attend(q: Tensor, held: Held, layer: PreparedLayer, chunk: int | None = None) -> Tensor:
     """`ops.attend` with the fast kernels; `obstacle` was None for these inputs.
 
-    `chunk`: tokens that a warp goes over, a multiple of `TURN`; None: what suits the device.
+    `chunk`: tokens that a warp goes over, a multiple of `TURN`, `LONGEST` of them at most; None: what suits the
+    device.
     """
     assert layer.k.fields is not None and layer.v.fields is not None
     early = portable.launches_early(q)
+    _angles(held, layer)  # made now where they are missing: the kernels do not wait for what comes after `fold`
     folded = fold(q, layer, layer.k.fields, early)
     chunk = chunk or chunk_of(q, held.tokens)
     splits = -(-held.tokens // chunk)

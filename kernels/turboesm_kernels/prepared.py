@@ -207,7 +207,7 @@ class Fields:
 
     @classmethod
     def of(cls, side: PreparedSide) -> Fields | None:
-        """Fields of a side, or None: it has not 4 lanes, or its levels are not an arithmetic progression."""
+        """Fields of a side, or None: not 4 lanes, levels that are no arithmetic progression, or no coded axis."""
         spec = side.spec
         steps = grid_steps(spec) if spec.lanes == FIELD_LANES else None
         if steps is None:
@@ -217,11 +217,13 @@ class Fields:
             for index, own in zip(spec.profile_of_head, steps, strict=True)
         ]
         shape = tuple(max(map(len, words)) for words in zip(*heads, strict=True))
+        if not any(shape):
+            return None
         rows = [
             [field for own, count in zip(words, shape, strict=True) for field in _fill(own, count)]
             for words in heads
         ]
-        mask, group, weight, middle = _padded_table(rows, 4).to(spec.centre.device).unbind(-1)  # float64 [H, P]
+        mask, group, weight, middle = _padded_table(rows).to(spec.centre.device).unbind(-1)  # float64 [H, P]
         if spec.side == "v":
             group, weight, middle = (x[:, : -(-sum(shape) // 2) * 2] for x in (group, weight, middle))
         byte = torch.arange(FIELD_LANES, device=group.device)
@@ -259,9 +261,9 @@ def _fill(fields: list[_Field], count: int) -> list[_Field]:
     return fields + [_NO_FIELD] * (count - len(fields))
 
 
-def _padded_table(rows: list[list[_Field]], step: int) -> Tensor:
-    """float64 [H, n, 4] of fields (mask, group, weight, middle), n rounded up to `step`."""
-    size = -(-len(rows[0]) // step) * step
+def _padded_table(rows: list[list[_Field]]) -> Tensor:
+    """float64 [H, n, 4] of fields (mask, group, weight, middle), n rounded up to 4."""
+    size = -(-len(rows[0]) // 4) * 4
     table = [[(f.mask, f.group, f.weight, f.middle) for f in _fill(row, size)] for row in rows]
     return torch.tensor(table, dtype=torch.float64)
 

@@ -69,7 +69,7 @@ def _phase(query, q_d, centre, pair, DIM: tl.constexpr):
     """<q, R_j c> as coefficients of RoPE's cosines, then sines, at j, of each lane's pairs from `pair` on.
 
     In units of log 2, with i < d/2 and i' = i + d/2: q_i c_i + q_i' c_i' of the cosine, q_i' c_i - q_i c_i' of the
-    sine. Those beyond float16's range, which no model has, are clamped.
+    sine. Those that a turn could take beyond float16's range, which no model has, are clamped.
     """
     even = ()
     odd = ()
@@ -78,8 +78,8 @@ def _phase(query, q_d, centre, pair, DIM: tl.constexpr):
         r = tl.load(query + (pair + i + DIM // 2) * q_d).to(tl.float32) * LOG2E
         c = tl.load(centre + pair + i)
         d = tl.load(centre + pair + i + DIM // 2)
-        even = even + (tl.clamp(q * c + r * d, -60000.0, 60000.0),)  # noqa: RUF005  Triton 3.6 unpacks no tuples
-        odd = odd + (tl.clamp(r * c - q * d, -60000.0, 60000.0),)  # noqa: RUF005
+        even = even + (tl.clamp(q * c + r * d, -46000.0, 46000.0),)  # noqa: RUF005  Triton 3.6 unpacks no tuples
+        odd = odd + (tl.clamp(r * c - q * d, -46000.0, 46000.0),)  # noqa: RUF005
     return even + odd
 
 

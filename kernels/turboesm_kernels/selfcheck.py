@@ -29,9 +29,6 @@ TIES = 5e-3
 TOLERANCE = 1e-2
 """Relative error of attention, the query's and the result's rounding to 16 bits included."""
 
-RISE = 8.0
-"""By how much the first sequence's keys grow after a block: there the fast path has to empty its sums."""
-
 MOST_THREADS = 16
 
 
@@ -95,7 +92,6 @@ class _Run:
             torch.cuda.set_device(device)  # of this thread
         shape = (SEQUENCES, layer.k.spec.heads, TOKENS, dim)
         k, v = (_as_projected(shape, layer, dtype) for _ in range(2))
-        k[0, :, TURN:] *= RISE
         held = _blank(layer, sinks)
         _pack(k, v, layer, held)
         q = _as_projected((*shape[:2], 1, dim), layer, dtype) / math.sqrt(dim)
@@ -104,6 +100,8 @@ class _Run:
 
 @torch.no_grad()
 def _problem(layer: PreparedLayer, dtype: torch.dtype, sinks: int) -> str | None:
+    """Codes, then attention; then that of a sequence whose weights rise by 8 octaves after a block, whatever its
+    codes are: there the fast path has to empty its sums."""
     run = _Run.of(layer, dtype, sinks)
     differing = max(
         _differing(layer.k, run.held.k, reference.compress(run.k, layer.k.spec, run.held.rope)),
@@ -111,8 +109,17 @@ def _problem(layer: PreparedLayer, dtype: torch.dtype, sinks: int) -> str | None
     )
     if differing > TIES:
         return f"the kernel that packs gives other codes than the plain reference for {differing:.1%} of values"
-    expected = ops.plain_attend(run.q.double(), run.held, layer)
-    for found in run.attention:
+    if (reason := _wrong_attention(run.q, run.attention, run.held, layer)) or run.held.v.scales is None:
+        return reason
+    rising, scales = run.q.clone(), run.held.v.scales
+    rising[0] = 0
+    scales[0, :, :TURN], scales[0, :, TURN:] = 0, 255
+    return _wrong_attention(rising, _attend(rising, run.held, layer), run.held, layer)
+
+
+def _wrong_attention(q: Tensor, attention: Sequence[Tensor], held: Held, layer: PreparedLayer) -> str | None:
+    expected = ops.plain_attend(q.double(), held, layer)
+    for found in attention:
         error = ((found.double() - expected).norm() / expected.norm()).item()
         if not error <= TOLERANCE:
             return f"the attention kernel is off by {error:.2g} of the plain reference's result"

@@ -480,7 +480,7 @@ def split(inputs: Inputs, batch: int, head: int, begin: int, chunk: int, edits: 
 def fold(kernel: Kernel, batch: int) -> tuple[Array, np.float32, np.float32]:
     """As `ptx.fast_fold_kernel`: the query's integers, its gain and its constant."""
     wanted = (kernel.query[batch, kernel.head, 0].double() @ kernel.k.map[kernel.head].double()).numpy() * LOG2E
-    gain = np.abs(wanted).max() / LARGEST_QUERY
+    gain = np.abs(wanted).max() / LARGEST_QUERY + 1e-30
     whole = np.floor(wanted / gain + 0.5).astype("i8")
     constant = -gain * (whole * kernel.k.middle[kernel.head].numpy()).sum()
     return whole, np.float32(gain), np.float32(constant)
@@ -563,6 +563,18 @@ def test_attention_to_scores_that_rise(case: Case, octaves: float) -> None:
     """By more than weights have room for: sums must be emptied between."""
     off, emptied = error(peaked(case, 301, octaves), 0, 1, 512)
     assert off <= TOLERANCE and emptied
+
+
+@pytest.mark.parametrize("dim", [64, 128])
+def test_weights_of_the_check_before_use(dim: int) -> None:
+    """What `selfcheck` asks of one sequence: no query, and values' scales that rise by 8 octaves after a block."""
+    query, held, layer = mixed(Case(dim=dim, tokens=384))
+    assert held.v.scales is not None
+    held.v.scales[:, :, :TURN], held.v.scales[:, :, TURN:] = 0, 255
+    inputs = torch.zeros_like(query), held, layer
+    assert error(inputs, 0, 0, TURN)[0] <= 1e-5
+    off, emptied = error(inputs, 0, 0, 3 * TURN)
+    assert off <= 1e-5 and emptied
 
 
 WRONG = [

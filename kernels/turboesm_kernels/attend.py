@@ -205,9 +205,9 @@ def finish_kernel(
     the numerator: what levels are off by. offset f32 [H, d]. part_* as `split_kernel` leaves them, query any float
     [B, H, Q, d], sinks any float [B, H, SINKS, d], value_map f32 [H, A, d], centre f32 [H, d], out any float
     [B, H, Q, d], contiguous. A row without any token gets 0. Program (h, r) does the r-th block of rows: one row
-    where rows are few, by sums; else 16 or more, by matrix products. What needs no range, the sinks and the map,
-    comes before the wait for the ranges. Axes are taken AXES_BLOCK at a time; A is a multiple of AXES_STEP: that
-    makes loads wide.
+    where rows are few, by sums; else 16 or more, by matrix products. What needs no range, the sinks and, where
+    MAP_EARLY, the map, comes before the wait for the ranges. Axes are taken AXES_BLOCK at a time; A is a multiple
+    of AXES_STEP: that makes loads wide.
     """
     axes = axes // AXES_STEP * AXES_STEP
     head = tl.program_id(0)

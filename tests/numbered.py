@@ -6,7 +6,9 @@ from collections.abc import Iterable
 
 from torch import Tensor
 
+from turboesm_cli.work import Tensors
 
-def in_order(results: Iterable[tuple[int, Tensor]]) -> list[Tensor]:
-    """Results by their numbers."""
-    return [found for _, found in sorted(results, key=lambda item: item[0])]
+
+def in_order(results: Iterable[tuple[int, Tensors]], name: str = "hidden") -> list[Tensor]:
+    """The results called `name` by their numbers."""
+    return [found[name] for _, found in sorted(results, key=lambda item: item[0])]

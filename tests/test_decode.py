@@ -52,6 +52,71 @@ def test_one_causal_pass_equals_decoding_token_by_token_packed(
     assert not torch.allclose(passed[:, prompt:], exact[:, prompt:], atol=1e-9)  # and what follows is quantized
 
 
+def masks_one_by_one(model: EsmModel, tokens: torch.Tensor, prompt: int, cache: decode.Cache) -> torch.Tensor:
+    """The definition: decode a mask in a token's place, forget it, decode the token."""
+    found = []
+    with torch.no_grad():
+        if prompt:
+            decode.prefill(model, tokens[:, :prompt], cache)
+        for column in tokens[:, prompt:].unbind(1):
+            found.append(decode.step(model, torch.full_like(column, MASK), cache))
+            cache.rewind()
+            decode.step(model, column, cache)
+    return torch.stack(found, 1)
+
+
+@pytest.mark.parametrize("kind", ["fp32", "int8", *RECIPES])
+@pytest.mark.parametrize("prompt", PROMPTS)
+def test_a_second_stream_of_masks_equals_a_mask_at_each_step(
+    precise: EsmModel, precise_specs: dict[str, CodecSpec], peptides: list[Protein], prompt: int, kind: str
+) -> None:
+    tokens = to_tokens(peptides[:1], precise.device)
+    tokens[0, 2] = MASK  # token dropout of the prompt, and a mask that is decoded
+    cache: decode.Cache
+    if kind in FORMATS:
+        cache = DenseCache(precise, 1, tokens.shape[1], FORMATS[kind])
+        codec: decode.Codec = DenseCodec(FORMATS[kind])
+    else:
+        cache = PackedCache(precise, precise_specs[kind], 1, tokens.shape[1], backend="torch")
+        codec = PackedCodec(precise_specs[kind], torch.device("cpu"))
+    stepped = masks_one_by_one(precise, tokens, prompt, cache)
+    with torch.no_grad():
+        passed, masks = decode.teacher_forced_with_masks(precise, tokens, [prompt], codec)
+        alone = decode.teacher_forced(precise, tokens, [prompt], codec)
+    assert torch.allclose(stepped, masks[:, prompt:], atol=1e-6 if kind in FORMATS else 1e-9)
+    assert torch.allclose(passed, alone, atol=1e-12)  # the tokens do not see the masks
+    assert not torch.allclose(masks[:, prompt:], passed[:, prompt:], atol=1e-3)
+
+
+def test_a_mask_does_not_see_the_token_in_its_place(
+    precise: EsmModel, precise_specs: dict[str, CodecSpec], peptides: list[Protein]
+) -> None:
+    """Nor what comes after: the prediction at a place is the same whatever stands there."""
+    tokens = to_tokens(peptides[:1], precise.device)
+    other = tokens.clone()
+    other[0, 9] = 5 if int(tokens[0, 9]) != 5 else 6
+    codec = PackedCodec(precise_specs["flat"], torch.device("cpu"))
+    with torch.no_grad():
+        pair = [decode.teacher_forced_with_masks(precise, x, [3], codec)[1] for x in (tokens, other)]
+    assert torch.equal(pair[0][:, :10], pair[1][:, :10])
+    assert not torch.allclose(pair[0][:, 10:], pair[1][:, 10:], atol=1e-6)
+
+
+def test_masks_in_a_padded_batch_are_those_of_each_protein_alone(
+    precise: EsmModel, precise_specs: dict[str, CodecSpec], peptides: list[Protein]
+) -> None:
+    tokens = to_tokens(peptides[:4], precise.device)
+    prompts = [0, 5, 2, 1]
+    codec = PackedCodec(precise_specs["auto"], torch.device("cpu"))
+    with torch.no_grad():
+        batch = decode.teacher_forced_with_masks(precise, tokens, prompts, codec)[1]
+        for row, prompt in enumerate(prompts):
+            length = int(tokens[row].ne(PAD).sum())
+            one = tokens[row : row + 1, :length]
+            alone = decode.teacher_forced_with_masks(precise, one, [prompt], codec)[1]
+            assert torch.allclose(batch[row, prompt:length], alone[0, prompt:], atol=1e-9)
+
+
 @pytest.mark.parametrize("form", ["fp16", "bf16", "int8", "fp8"])
 def test_dense_caches_round_as_their_codecs_say(precise: EsmModel, peptides: list[Protein], form: str) -> None:
     tokens = to_tokens(peptides[:1], precise.device)

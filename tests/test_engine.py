@@ -13,18 +13,18 @@ from torch import Tensor
 
 from turboesm_cli import decode, engine
 from turboesm_cli.bundle import Bundle
-from turboesm_cli.cache import PackedCache
+from turboesm_cli.cache import PackedCache, PackedCodec
 from turboesm_cli.calibration import calibrate
 from turboesm_cli.codec import RECIPES, CodecSpec, parse_recipe
 from turboesm_cli.commands.decode import _Run
 from turboesm_cli.dense import DenseCache
 from turboesm_cli.engine import Batch, Job, Stepper
 from turboesm_cli.formats import FORMATS
-from turboesm_cli.generation import Sampling, draw, sample
+from turboesm_cli.generation import AMINO_ACIDS, Sampling, draw, residue_indices, residue_logits, sample
 from turboesm_cli.model import EsmModel
 from turboesm_cli.outcomes import to_tensors
 from turboesm_cli.replay import Prompt, compare, run
-from turboesm_cli.sequences import MASK, Protein
+from turboesm_cli.sequences import MASK, VOCABULARY, Protein, tokenize
 from turboesm_cli.stats import to_tokens
 from turboesm_cli.tasks import Forced, Sampled
 from turboesm_cli.work import NOTHING_KEPT, Work, saved_work
@@ -73,9 +73,9 @@ def sampled_alone(model: EsmModel, job: Job, cache: engine.AnyCache, chances: Te
     with torch.no_grad():
         decode.prefill(model, job.prompt[None], cache)
         for chance in chances:
-            logits = decode.lm_logits(model, decode.step(model, torch.tensor([MASK]), cache))
+            logits = residue_logits(model, decode.step(model, torch.tensor([MASK]), cache))
             cache.rewind()
-            residues.append(sample(logits.float(), chance[None], Sampling(1.0, 0.9)))
+            residues.append(sample(logits, chance[None], Sampling(1.0, 0.9)))
             decode.step(model, residues[-1], cache)
     return torch.cat(residues)
 
@@ -111,11 +111,38 @@ def test_sampled_tokens_in_a_batch_as_alone(
         CAPACITY,
         sinks_of(precise_specs, kind),
     )
-    found = in_order(batch.run(enumerate(jobs)))
+    found = in_order(batch.run(enumerate(jobs)), "ids")
     for number, (job, ids) in enumerate(zip(jobs, found, strict=True)):
         expected = sampled_alone(precise, job, new(1, CAPACITY), draw(5 + number, job.steps))
         assert torch.equal(ids, expected)
     assert len({tuple(ids.tolist()) for ids in found}) == len(jobs)
+
+
+@pytest.mark.parametrize("kind", ["fp32", "packed flat", "packed auto"])
+def test_predictions_in_a_batch_are_those_of_a_stream_of_masks(
+    precise: EsmModel, precise_specs: dict[str, CodecSpec], jobs: list[Job], kind: str
+) -> None:
+    new = cache_maker(precise, precise_specs, kind)
+    batch = Batch(
+        precise,
+        new,
+        lambda slots: Forced.of(precise, slots, 32, predict=True),
+        SLOTS,
+        CAPACITY,
+        sinks_of(precise_specs, kind),
+    )
+    found = [result for _, result in sorted(batch.run(enumerate(jobs)), key=lambda item: item[0])]
+    codec = PackedCodec(precise_specs[kind.split()[1]], torch.device("cpu")) if kind != "fp32" else None
+    for job, result in zip(jobs, found, strict=True):
+        assert job.rest is not None
+        start = len(job.prompt)
+        with torch.no_grad():
+            hidden, masks = decode.teacher_forced_with_masks(
+                precise, torch.cat((job.prompt, job.rest))[None], [start], codec
+            )
+            logits = residue_logits(precise, masks[0, start:])
+        assert torch.allclose(result["hidden"], hidden[0, start:], rtol=0, atol=ROUNDING)
+        assert torch.allclose(result["logits"], logits, rtol=0, atol=1e-5)
 
 
 def test_a_batch_on_the_cpus_own_kernels(tiny: EsmModel, specs: dict[str, CodecSpec], jobs: list[Job]) -> None:
@@ -270,7 +297,7 @@ def test_the_command_says_that_it_halved_the_batch(
     work = of_proteins(lambda: peptides[:9], lambda protein: 5, bundle)
     command = _Run(bundle, tiny, work, NOTHING_KEPT, "packed", 4, work.longest)
     batch = command.batch(lambda slots: failing.of(tiny, slots, work.longest), lambda done=1: None)
-    done = run(batch, work.prompts, lambda prompt, hidden: {"hidden": hidden}, NOTHING_KEPT)
+    done = run(batch, work.prompts, lambda prompt, found: found, NOTHING_KEPT)
     accessions = [prompt.protein.accession for prompt, _ in done]
     assert accessions == [protein.accession for protein in peptides[:9]]
     assert "out of memory: the batch is halved to 2" in capsys.readouterr().err
@@ -283,7 +310,7 @@ def test_results_of_a_batch_are_compared_in_the_order_of_the_input(
     longest = max(protein.residues for protein in peptides[:8]) + 2
     batch = Batch(tiny, cache_maker(tiny, {}, "fp32"), lambda slots: Forced.of(tiny, slots, longest), 3, longest)
     found = list(
-        run(batch, lambda: prompts, lambda prompt, hidden: to_tensors(compare(tiny, prompt, hidden)), NOTHING_KEPT)
+        run(batch, lambda: prompts, lambda prompt, found: to_tensors(compare(tiny, prompt, found)), NOTHING_KEPT)
     )
     assert [prompt for prompt, _ in found] == prompts
     assert all(held["0.cosines"].min() > 1 - 1e-6 for _, held in found)
@@ -305,7 +332,7 @@ def test_what_is_saved_is_not_decoded_again_and_takes_its_place_in_the_order(
         batch = Batch(
             tiny, cache_maker(tiny, {}, "fp32"), lambda slots: Counting.of(tiny, slots, longest), 2, longest
         )
-        return run(batch, lambda: prompts, lambda prompt, hidden: {"hidden": hidden.cpu()}, work)
+        return run(batch, lambda: prompts, lambda prompt, found: found, work)
 
     expected = [held["hidden"] for _, held in all_of(NOTHING_KEPT)]
     with pytest.raises(KeyboardInterrupt), saved_work(tmp_path / "out", {}) as work:
@@ -343,17 +370,29 @@ def test_a_prefill_holds_one_layers_keys_and_values(
 
 
 def test_sampling_follows_the_distribution() -> None:
-    logits = torch.zeros(1, 33)
+    logits = torch.zeros(1, 20)
     logits[0, 5], logits[0, 6], logits[0, 7] = 2.0, 1.0, -torch.inf
-    logits[0, 0] = 50.0  # no amino acid
     chances = (torch.arange(20_000) + 0.5) / 20_000
-    expected = logits[0, 4:24].softmax(0)
+    tokens = torch.tensor(AMINO_ACIDS)
     found = sample(logits.expand(20_000, -1), chances, Sampling())
-    assert torch.allclose(torch.bincount(found, minlength=33)[4:24] / 20_000, expected, atol=2e-4)
+    shares = torch.bincount(found, minlength=33)[tokens] / 20_000
+    assert torch.allclose(shares, logits[0].softmax(0), atol=2e-4)
+    assert shares.sum() == pytest.approx(1)
     nucleus = sample(logits.expand(20_000, -1), chances, Sampling(top_p=0.3))
-    assert set(nucleus.tolist()) == {5, 6}
-    assert set(sample(logits.expand(20_000, -1), chances, Sampling(temperature=0.0)).tolist()) == {5}
-    assert set(sample(logits.expand(20_000, -1), chances, Sampling(top_p=0.0)).tolist()) == {5}
+    assert set(nucleus.tolist()) == {AMINO_ACIDS[5], AMINO_ACIDS[6]}
+    for sampling in (Sampling(temperature=0.0), Sampling(top_p=0.0)):
+        assert set(sample(logits.expand(20_000, -1), chances, sampling).tolist()) == {AMINO_ACIDS[5]}
+
+
+def test_residues_are_the_20_amino_acids(tiny: EsmModel) -> None:
+    hidden = torch.randn(3, 32, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        whole = decode.lm_logits(tiny, hidden)
+        found = residue_logits(tiny, hidden)
+    order = [VOCABULARY.index(letter) for letter in "ACDEFGHIKLMNPQRSTVWY"]
+    assert torch.equal(found, whole[:, order])
+    tokens = torch.tensor(tokenize("AYXBUZO<mask>C"))
+    assert residue_indices(tokens).tolist() == [-1, 0, 19, -1, -1, -1, -1, -1, -1, 1, -1]
 
 
 @pytest.mark.parametrize("recipe", ["flat", "auto", "auto@4", "waterfill@4"])

@@ -14,9 +14,9 @@ from turboesm_cli.cache import PackedCache, PackedCodec, bytes_per_sequence
 from turboesm_cli.calibration import bundle_of
 from turboesm_cli.codec import RECIPES, without_residual
 from turboesm_cli.errors import InputError
-from turboesm_cli.evaluation import compare_decoding, first_layer_cosines
+from turboesm_cli.evaluation import DRIFT, compare_decoding, first_layer_cosines
 from turboesm_cli.model import EsmModel
-from turboesm_cli.sequences import Protein
+from turboesm_cli.sequences import VOCABULARY, Protein
 from turboesm_cli.stats import collect, to_tokens
 
 
@@ -46,7 +46,34 @@ def test_decode_protocol_is_decoding_from_an_empty_cache(
             exact = decode.teacher_forced(tiny, tokens, [0], None)
         expected = metrics.cosines(exact, packed)[0]
         assert torch.allclose(results[protein.accession].cosines, expected, atol=1e-5)
-        assert results[protein.accession].predictions is not None
+        predictions = results[protein.accession].predictions
+        assert predictions is not None and len(predictions.kl) == amino_acids(protein)
+
+
+def amino_acids(protein: Protein) -> int:
+    """Residues that are one of the 20."""
+    return sum(protein.sequence.count(letter) for letter in "ACDEFGHIKLMNPQRSTVWY")
+
+
+def test_predictions_are_of_residues_that_were_not_seen(
+    tiny: EsmModel, entries: list[Entry], peptides: list[Protein]
+) -> None:
+    """By the definition: a mask over the cache of what came before, softmax over 20 amino acids."""
+    protein = replace(peptides[0], sequence="MKXV" + peptides[0].sequence[:9])
+    (result,) = [r for n, r in compare_decoding(tiny, [protein], {}) if n == DRIFT]
+    assert result.predictions is None  # ESM-2 on the whole protein has seen every residue
+    codec = PackedCodec(entries[1].spec, torch.device("cpu"))
+    (result,) = [r for n, r in compare_decoding(tiny, [protein], {"flat": codec}) if n == "flat"]
+    predictions = result.predictions
+    assert predictions is not None and len(predictions.kl) == amino_acids(protein) == protein.residues - 1
+    tokens = to_tokens([protein], tiny.device)
+    with torch.no_grad():
+        masks = decode.teacher_forced_with_masks(tiny, tokens, [0], None)[1][0]
+        logits = decode.lm_logits(tiny, masks)
+    places = [at for at, letter in enumerate(protein.sequence, 1) if letter != "X"]
+    order = [VOCABULARY.index(letter) for letter in "ACDEFGHIKLMNPQRSTVWY"]
+    expected = [float(logits[at, order].log_softmax(-1)[order.index(int(tokens[0, at]))]) for at in places]
+    assert torch.allclose(predictions.reference_log_p, torch.tensor(expected).double(), atol=1e-5)
 
 
 def test_layer_errors_are_those_of_the_attention_output(

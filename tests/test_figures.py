@@ -62,8 +62,8 @@ ROWS = [
     row("flat", 3, "decode", "cosine_p05", 0.97),
     row("flat", 4, "decode", "cosine_mean", 0.99998765),
     row("flat", 3, "paper", "cosine_mean", 0.9612345),
-    row("flat", 3, "decode", "kl_mean", 0.001234567, unit="nat"),
-    row("flat", 3, "decode", "top1_agreement", 0.98765),
+    row("flat", 3, "decode", "residue_kl_mean", 0.001234567, unit="nat"),
+    row("flat", 3, "decode", "residue_top1_agreement", 0.98765),
     row("flat", 3, "memory", "bytes", 2 * MIB, unit="B", tokens=512),
     row("flat", 3, "memory", "bytes", 4 * MIB, unit="B", tokens=1024),
     row("flat", 3, "memory", "ratio_fp32", 9.0, tokens=512),
@@ -145,7 +145,7 @@ def test_tables_of_time_language_and_drift(section: Section) -> None:
         ("flat", "3", "3", "NVIDIA H200", "float32", "1,234 (1,200–1,300)"),
     )
     language = table_of(section, "Predictions")
-    assert language.columns[5:] == ("kl mean (nat)", "top1 agreement")
+    assert language.columns[5:] == ("residue kl mean (nat)", "residue top1 agreement")
     assert language.rows == (("flat", "3", "3", "all", "–", "0.001235", "0.9877"),)
     assert table_of(section, "Drift").rows == (("fp32", "32", "32", "all", "–", "0.9734"),)
 

@@ -121,7 +121,7 @@ def test_a_batch_gives_what_each_gives_alone(
     wide: EsmModel, wide_spec: CodecSpec, jobs: list[Job], kind: str
 ) -> None:
     together = in_order(batch_of(wide, wide_spec, kind, jobs, 5).run(enumerate(jobs)))
-    alone = [next(batch_of(wide, wide_spec, kind, [job], 1).run([(0, job)]))[1] for job in jobs]
+    alone = [in_order(batch_of(wide, wide_spec, kind, [job], 1).run([(0, job)]))[0] for job in jobs]
     assert_close(together, alone)
 
 
@@ -145,7 +145,9 @@ def test_sampling_repeats(wide: EsmModel, wide_spec: CodecSpec, jobs: list[Job],
             wide, lambda n, room: new_cache(wide, wide_spec, kind, n, room),
             lambda n: Sampled.of(wide, n, 20, Sampling(), 3), 5, longest, wide_spec.recipe.sinks,
         )  # fmt: skip
-        runs.append([ids.tolist() for ids in in_order(batch.run(enumerate(Job(job.prompt, 20) for job in jobs)))])
+        runs.append(
+            [ids.tolist() for ids in in_order(batch.run(enumerate(Job(job.prompt, 20) for job in jobs)), "ids")]
+        )
     assert runs[0] == runs[1]
     assert len({tuple(ids) for ids in runs[0]}) == len(jobs)
 

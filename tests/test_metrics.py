@@ -40,6 +40,9 @@ def test_no_tokens_is_an_error() -> None:
         metrics.agreement([])
     with pytest.raises(ValueError):
         metrics.divergence([])
+    empty = metrics.predictions(torch.empty(0, 20), torch.empty(0, 20), torch.empty(0, dtype=torch.int64))
+    with pytest.raises(ValueError):
+        metrics.divergence([empty])
 
 
 @given(st.lists(st.floats(-1, 1), min_size=1, max_size=60), st.floats(0, 1))

@@ -152,23 +152,78 @@ def teacher_forced(
     `codec` None is an fp32 cache. `trace` gets each layer's attention output [B, H, T, d] in turn.
     Returns the final hidden states [B, T, E]; equal to decoding token by token but for rounding (tested).
     """
-    rope = rope_at(model, 0, tokens.shape[1])
-    longest = max(prompts)
-    in_prompt, visible = _teacher_masks(tokens, prompts)
-
-    def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        stored_k, stored_v = (k, v) if codec is None else codec.roundtrip(layer, k, v, rope)
-        decoded = F.scaled_dot_product_attention(q, stored_k, stored_v, attn_mask=visible, scale=1.0)
-        if codec is not None and longest:  # prefill attends to what it computed, not to what it stored
-            exact = F.scaled_dot_product_attention(q[:, :, :longest], k, v, visible[:, :, :longest], scale=1.0)
-            rows = in_prompt[:, None, :longest, None]
-            decoded[:, :, :longest] = torch.where(rows, exact, decoded[:, :, :longest])
-        if trace:
-            trace(decoded)
-        return decoded
-
+    attend = _TeacherForced(model, tokens, prompts, codec, trace)
     with _over_sequences(model):
-        return _layers(model, tokens, _projection(model, rope), _prompt_unmasked(tokens, prompts), attend)
+        return _layers(
+            model, tokens, _projection(model, attend.rope), _prompt_unmasked(tokens, prompts), attend.tokens
+        )
+
+
+def teacher_forced_with_masks(
+    model: EsmModel,
+    tokens: Tensor,
+    prompts: Sequence[int],
+    codec: Codec | None,
+    trace: Callable[[Tensor], None] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`teacher_forced`, and beside it a second stream: a `<mask>` in the place of every token.
+
+    A mask sees what came before its place, as the cache holds it, and itself, and no token sees a mask: what
+    `step` with a `<mask>`, forgotten afterwards (`Cache.rewind`), gives at every place at once. Returns both
+    streams' final hidden states [B, T, E]; those of masks mean nothing within a prompt or on padding.
+    """
+    attend = _TeacherForced(model, tokens, prompts, codec, trace)
+    both = torch.cat((tokens, torch.full_like(tokens, MASK)), 1)
+    rope = Rope(*(torch.cat((part, part)) for part in (attend.rope.cos, attend.rope.sin)))
+    unmasked = _prompt_unmasked(tokens, prompts)
+    with _over_sequences(model):
+        hidden = _layers(model, both, _projection(model, rope), unmasked, attend.tokens_and_masks)
+    return hidden[:, : tokens.shape[1]], hidden[:, tokens.shape[1] :]
+
+
+class _TeacherForced:
+    """The attention of a causal pass over tokens [B, T]: what is cached is seen as `codec` gives it back."""
+
+    def __init__(
+        self,
+        model: EsmModel,
+        tokens: Tensor,
+        prompts: Sequence[int],
+        codec: Codec | None,
+        trace: Callable[[Tensor], None] | None,
+    ) -> None:
+        self.rope = rope_at(model, 0, tokens.shape[1])
+        self._codec, self._trace, self._longest = codec, trace, max(prompts)
+        self._in_prompt, self._visible = _teacher_masks(tokens, prompts)
+
+    def tokens(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """`Attention` of the tokens."""
+        return self._attend(q, k, v, *self._stored(layer, k, v))
+
+    def tokens_and_masks(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """`Attention` [B, H, 2 T, d] of the tokens and, behind them, of a mask in each one's place."""
+        (q, of_masks), (k, own_k), (v, own_v) = (x.chunk(2, dim=2) for x in (q, k, v))
+        stored = self._stored(layer, k, v)
+        keys, values = (torch.cat(pair, 2) for pair in zip(stored, self._stored(layer, own_k, own_v), strict=True))
+        every = torch.ones(q.shape[2], q.shape[2], dtype=torch.bool, device=q.device)
+        visible = torch.cat((every.tril(-1), torch.eye(len(every), dtype=torch.bool, device=q.device)), 1)
+        masks = F.scaled_dot_product_attention(of_masks, keys, values, attn_mask=visible, scale=1.0)
+        return torch.cat((self._attend(q, k, v, *stored), masks), 2)
+
+    def _stored(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        return (k, v) if self._codec is None else self._codec.roundtrip(layer, k, v, self.rope)
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, stored_k: Tensor, stored_v: Tensor) -> Tensor:
+        decoded = F.scaled_dot_product_attention(q, stored_k, stored_v, attn_mask=self._visible, scale=1.0)
+        longest = self._longest
+        if self._codec is not None and longest:  # prefill attends to what it computed, not to what it stored
+            visible = self._visible[:, :, :longest]
+            exact = F.scaled_dot_product_attention(q[:, :, :longest], k, v, visible, scale=1.0)
+            rows = self._in_prompt[:, None, :longest, None]
+            decoded[:, :, :longest] = torch.where(rows, exact, decoded[:, :, :longest])
+        if self._trace:
+            self._trace(decoded)
+        return decoded
 
 
 def lm_logits(model: EsmModel, hidden: Tensor) -> Tensor:

@@ -22,6 +22,7 @@ from turboesm_cli.cache import PackedCache
 from turboesm_cli.dense import DenseCache
 from turboesm_cli.model import EsmModel
 from turboesm_cli.sequences import PAD
+from turboesm_cli.work import Tensors
 
 PREFILL_TOKENS = 16384
 """Tokens that are encoded at once when slots are filled: what bounds the workspace of a prefill. Enough that a GPU
@@ -56,8 +57,8 @@ class Task(Protocol):
         """Decode one token of every slot."""
         ...
 
-    def result(self, slot: int, job: Job) -> Tensor:
-        """What the job that ends in `slot` has given."""
+    def result(self, slot: int, job: Job) -> Tensors:
+        """What the job that ends in `slot` has given, by name."""
         ...
 
 
@@ -157,7 +158,7 @@ class Batch(Generic[TaskT]):
         self._on_step, self._on_shrink = on_step, on_shrink
 
     @torch.no_grad()
-    def run(self, jobs: Iterable[tuple[int, Job]]) -> Iterator[tuple[int, Tensor]]:
+    def run(self, jobs: Iterable[tuple[int, Job]]) -> Iterator[tuple[int, Tensors]]:
         """(number of the job, its result) as jobs finish. Jobs are taken when there is a slot for them."""
         waiting = _Queue(jobs)
         active: dict[int, _Active] = {}
@@ -181,7 +182,7 @@ class Batch(Generic[TaskT]):
             torch.cuda.empty_cache()
         self._on_shrink(self._slots)
 
-    def _run(self, waiting: _Queue, active: dict[int, _Active]) -> Iterator[tuple[int, Tensor]]:
+    def _run(self, waiting: _Queue, active: dict[int, _Active]) -> Iterator[tuple[int, Tensors]]:
         stepper = Stepper(self._model, self._new_cache(self._slots, self._capacity))
         task = self._new_task(self._slots)
         graph = Graph(lambda: task.step(stepper), stepper.cache, self._sinks)

@@ -13,6 +13,7 @@ from turboesm_kernels import reference
 from turboesm_cli import decode, metrics
 from turboesm_cli.cache import on_device
 from turboesm_cli.codec import CodecSpec, without_residual
+from turboesm_cli.generation import residue_indices, residue_logits
 from turboesm_cli.model import EsmModel
 from turboesm_cli.outcomes import ProteinResult as ProteinResult
 from turboesm_cli.outcomes import from_tensors, to_tensors
@@ -44,7 +45,8 @@ def compare_decoding(
     """Each protein decoded with each codec against the same decode with an fp32 cache, teacher-forced.
 
     Yields (codec's name, result), batch after batch, and under DRIFT the fp32 decode against encoding the
-    whole protein with ESM-2. `work` keeps each batch's results of each codec.
+    whole protein with ESM-2, of which hidden states alone are compared: ESM-2's own distribution over a residue,
+    which must not see it, would take a pass per residue. `work` keeps each batch's results of each codec.
     """
     for number, proteins_of_batch in enumerate(batches(proteins, tokens_per_batch)):
         batch = _Batch(model, proteins_of_batch, prompt)
@@ -60,6 +62,14 @@ def _tensors_of(compute: Callable[[], list[ProteinResult]]) -> Tensors:
     return to_tensors(compute())
 
 
+@dataclass(frozen=True)
+class _Decoded:
+    """Final hidden states [B, T, E] of tokens and, for a model with an LM head, of masks in their places."""
+
+    hidden: Tensor
+    masked: Tensor | None
+
+
 class _Batch:
     """Proteins decoded together; the fp32 decode, which codecs are compared with, is computed once, if at all."""
 
@@ -73,33 +83,51 @@ class _Batch:
         return to_tokens(self._proteins, self._model.device)
 
     @cached_property
-    def _exact(self) -> Tensor:
-        return decode.teacher_forced(self._model, self._tokens, self._prompts, None, self._wanted.append)
+    def _exact(self) -> _Decoded:
+        return self._decode(None, self._wanted.append)
 
     def drift(self) -> list[ProteinResult]:
         """The fp32 decode against ESM-2 on whole proteins."""
-        return list(self._compare(decode.encode(self._model, self._tokens), self._exact))
+        encoded = decode.encode(self._model, self._tokens)
+        return list(self._compare(_Decoded(encoded, None), _Decoded(self._exact.hidden, None)))
 
     def quantized(self, codec: decode.Codec) -> list[ProteinResult]:
         """The decode with a codec against the fp32 decode."""
         exact, found = self._exact, list[Tensor]()
-        candidate = decode.teacher_forced(self._model, self._tokens, self._prompts, codec, found.append)
+        candidate = self._decode(codec, found.append)
         return list(self._compare(exact, candidate, (self._wanted, found)))
 
+    def _decode(self, codec: decode.Codec | None, trace: Callable[[Tensor], None]) -> _Decoded:
+        if self._model.has_lm_head:
+            return _Decoded(
+                *decode.teacher_forced_with_masks(self._model, self._tokens, self._prompts, codec, trace)
+            )
+        return _Decoded(decode.teacher_forced(self._model, self._tokens, self._prompts, codec, trace), None)
+
     def _compare(
-        self, expected: Tensor, found: Tensor, traces: tuple[Sequence[Tensor], Sequence[Tensor]] | None = None
+        self,
+        expected: _Decoded,
+        found: _Decoded,
+        traces: tuple[Sequence[Tensor], Sequence[Tensor]] | None = None,
     ) -> Iterator[ProteinResult]:
-        cosines = metrics.cosines(expected, found)
+        cosines = metrics.cosines(expected.hidden, found.hidden)
         for row, (protein, start) in enumerate(zip(self._proteins, self._prompts, strict=True)):
             stop = int(self._tokens[row].ne(PAD).sum())
-            own = (x[row, start:stop] for x in (self._tokens, expected, found))
             yield ProteinResult(
                 protein,
                 cosines[row, start:stop].cpu(),
-                compare_predictions(self._model, *own),
+                self._predictions(expected.masked, found.masked, (row, slice(start, stop))),
                 traces
                 and metrics.relative_errors(*([x[row, :, start:stop] for x in side] for side in traces)).cpu(),
             )
+
+    def _predictions(
+        self, expected: Tensor | None, found: Tensor | None, at: tuple[int, slice]
+    ) -> metrics.Predictions | None:
+        if expected is None or found is None:
+            return None
+        logits = (residue_logits(self._model, masked[at]) for masked in (expected, found))
+        return compare_predictions(self._tokens[at], *logits)
 
 
 @dataclass(frozen=True)
@@ -155,17 +183,14 @@ def _first_layer(model: EsmModel, tokens: Tensor) -> tuple[Tensor, Tensor, Tenso
     return found[0]
 
 
-def compare_predictions(
-    model: EsmModel, targets: Tensor, expected: Tensor, found: Tensor
-) -> metrics.Predictions | None:
-    """The LM head's distributions at hidden states [n, E], against the true tokens int64 [n].
+def compare_predictions(tokens: Tensor, expected: Tensor, found: Tensor) -> metrics.Predictions:
+    """`residue_logits` [n, 20] of masks in the places of tokens int64 [n], where these are amino acids.
 
-    ESM-2 is a masked language model: its head says which residue stands *here*, and it has seen that residue.
-    None without an LM head.
+    Each is a distribution over the next residue, given what came before it: neither has seen the residue.
     """
-    if not model.has_lm_head:
-        return None
-    parts = metrics.predictions(decode.lm_logits(model, expected), decode.lm_logits(model, found), targets)
+    targets = residue_indices(tokens)
+    known = targets >= 0
+    parts = metrics.predictions(expected[known], found[known], targets[known])
     return metrics.Predictions(
         parts.kl.cpu(), parts.same_top.cpu(), parts.log_p.cpu(), parts.reference_log_p.cpu()
     )

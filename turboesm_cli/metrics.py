@@ -27,11 +27,11 @@ class Agreement:
 
 @dataclass(frozen=True)
 class Divergence:
-    """Distributions over tokens against their reference, n positions.
+    """Distributions over the next residue against their reference, n positions.
 
     kl_mean, kl_p95   KL(reference || candidate) in nats
-    top1_agreement    fraction of positions with the same most likely token
-    perplexity        of the true tokens under the candidate; reference_perplexity under the reference
+    top1_agreement    fraction of positions with the same most likely residue
+    perplexity        of the true residues under the candidate; reference_perplexity under the reference
     """
 
     n: int
@@ -57,7 +57,7 @@ def agreement(values: Sequence[Tensor]) -> Agreement:
 
 @dataclass(frozen=True)
 class Predictions:
-    """Per position: KL float64 [n], whether the top token agrees, and the true token's log-probabilities."""
+    """Per position: KL float64 [n], whether the likeliest agrees, and the true one's log-probabilities."""
 
     kl: Tensor
     same_top: Tensor
@@ -66,7 +66,7 @@ class Predictions:
 
 
 def predictions(reference: Tensor, candidate: Tensor, targets: Tensor) -> Predictions:
-    """Compare logits [n, 33] with their reference; targets int64 [n] are the true tokens."""
+    """Compare logits [n, C] of C classes with their reference; targets int64 [n] are the true ones."""
     log_p = reference.double().log_softmax(-1)
     log_q = candidate.double().log_softmax(-1)
     kl = (log_p.exp() * (log_p - log_q)).sum(-1)
@@ -77,9 +77,9 @@ def predictions(reference: Tensor, candidate: Tensor, targets: Tensor) -> Predic
 
 def divergence(parts: Sequence[Predictions]) -> Divergence:
     """Summary of the predictions at some groups of positions. Raises ValueError for none."""
-    if not parts:
+    kl = torch.cat([part.kl for part in parts]) if parts else torch.empty(0)
+    if not len(kl):
         raise ValueError("no positions to compare")
-    kl = torch.cat([part.kl for part in parts])
     return Divergence(
         len(kl),
         float(kl.mean()),

@@ -16,6 +16,7 @@ from turboesm_cli.dense import DenseCache
 from turboesm_cli.engine import AnyCache, Batch, Job, TaskT
 from turboesm_cli.evaluation import ProteinResult, compare_predictions
 from turboesm_cli.formats import FORMATS
+from turboesm_cli.generation import residue_logits
 from turboesm_cli.model import EsmModel
 from turboesm_cli.sequences import Protein, detokenize
 from turboesm_cli.stats import to_tokens
@@ -60,7 +61,7 @@ def new_cache(model: EsmModel, spec: CodecSpec, kv: str, slots: int, capacity: i
 def run(
     batch: Batch[TaskT],
     prompts: Callable[[], Iterable[Prompt]],
-    finish: Callable[[Prompt, Tensor], Tensors],
+    finish: Callable[[Prompt, Tensors], Tensors],
     work: Work,
     steps: int | None = None,
 ) -> Iterator[tuple[Prompt, Tensors]]:
@@ -87,20 +88,15 @@ def run(
 
 
 @torch.no_grad()
-def compare(model: EsmModel, prompt: Prompt, found: Tensor) -> tuple[ProteinResult, ProteinResult]:
-    """Hidden states [n, E] decoded after a prompt: against an fp32 cache, and (drift) fp32 against ESM-2."""
+def compare(model: EsmModel, prompt: Prompt, found: Tensors) -> tuple[ProteinResult, ProteinResult]:
+    """What `tasks.Forced` gave after a prompt: against an fp32 cache, and (drift) fp32 against ESM-2."""
     tokens, cached = prompt.tokens[None].to(model.device), prompt.cached
-    exact = decode.teacher_forced(model, tokens, [cached], None)[0, cached:]
+    predictions = None
+    if "logits" in found:
+        exact, masked = (x[0, cached:] for x in decode.teacher_forced_with_masks(model, tokens, [cached], None))
+        predictions = compare_predictions(tokens[0, cached:], residue_logits(model, masked), found["logits"])
+    else:
+        exact = decode.teacher_forced(model, tokens, [cached], None)[0, cached:]
     encoded = decode.encode(model, tokens)[0, cached:]
-    targets = tokens[0, cached:]
-    quantization = ProteinResult(
-        prompt.protein,
-        metrics.cosines(exact, found).cpu(),
-        compare_predictions(model, targets, exact, found),
-    )
-    drift = ProteinResult(
-        prompt.protein,
-        metrics.cosines(encoded, exact).cpu(),
-        compare_predictions(model, targets, encoded, exact),
-    )
-    return quantization, drift
+    quantization = ProteinResult(prompt.protein, metrics.cosines(exact, found["hidden"]).cpu(), predictions)
+    return quantization, ProteinResult(prompt.protein, metrics.cosines(encoded, exact).cpu())

@@ -52,14 +52,14 @@ class Context:
     def language(
         self, recipe: Recipe | str, family: str, protocol: str, found: metrics.Divergence
     ) -> list[ResultRow]:
-        """The rows of a divergence."""
+        """The rows of a divergence: distributions over the next residue, the 20 amino acids."""
         figures = {
-            "kl_mean": (found.kl_mean, "nat"),
-            "kl_p95": (found.kl_p95, "nat"),
-            "top1_agreement": (found.top1_agreement, "1"),
-            "perplexity": (found.perplexity, "1"),
-            "perplexity_fp32": (found.reference_perplexity, "1"),
-            "perplexity_ratio": (found.perplexity / found.reference_perplexity, "1"),
+            "residue_kl_mean": (found.kl_mean, "nat"),
+            "residue_kl_p95": (found.kl_p95, "nat"),
+            "residue_top1_agreement": (found.top1_agreement, "1"),
+            "residue_perplexity": (found.perplexity, "1"),
+            "residue_perplexity_fp32": (found.reference_perplexity, "1"),
+            "residue_perplexity_ratio": (found.perplexity / found.reference_perplexity, "1"),
         }
         return [
             self.row(recipe, family, protocol, name, value, unit, found.n)
@@ -71,7 +71,7 @@ class Context:
     ) -> list[ResultRow]:
         """All figures of some proteins together."""
         rows = self.accuracy(recipe, family, protocol, metrics.agreement([r.cosines for r in results]))
-        parts = [r.predictions for r in results if r.predictions is not None]
+        parts = [r.predictions for r in results if r.predictions is not None and len(r.predictions.kl)]
         return rows + (self.language(recipe, family, protocol, metrics.divergence(parts)) if parts else [])
 
     def layers(self, recipe: Recipe | str, family: str, results: Sequence[ProteinResult]) -> list[ResultRow]:
@@ -160,10 +160,11 @@ class Summary:
         """Columns and rows for the screen."""
         columns = ["protein", "decoded", "cosine mean", "p5", "min", "drift mean"]
         if self.results.predictions.n:
-            columns += ["KL (nat)", "top-1", "perplexity fp32", f"perplexity {kv}"]
+            columns += ["residue KL (nat)", "residue top-1", "residue perplexity fp32", f"residue perplexity {kv}"]
         more = self.count - len(self._lines)
-        dots = [[f"... and {more} more"] + [""] * (len(columns) - 1)] if more else []
-        return columns, [*self._lines, *dots, _cells(f"all {self.count}", self.results, self.drift)]
+        dots = [[f"... and {more} more"]] if more else []
+        lines = [*self._lines, *dots, _cells(f"all {self.count}", self.results, self.drift)]
+        return columns, [line + [""] * (len(columns) - len(line)) for line in lines]
 
 
 def _cells(name: str, results: Totals, drift: Totals) -> list[str]:

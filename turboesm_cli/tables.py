@@ -27,7 +27,14 @@ from turboesm_cli.variants import (
 TIMES = "\N{MULTIPLICATION SIGN}"
 MIB = 2**20
 WORST = 10
-LANGUAGE = ("kl_mean", "kl_p95", "top1_agreement", "perplexity_ratio")
+LANGUAGE = (
+    "residue_kl_mean",
+    "residue_kl_p95",
+    "residue_top1_agreement",
+    "residue_perplexity",
+    "residue_perplexity_fp32",
+    "residue_perplexity_ratio",
+)
 ACCURACY = {
     "error": "Error (1 minus mean cosine)",
     "cosine_mean": "Mean cosine",
@@ -100,7 +107,9 @@ def time_tables(rows: Rows) -> list[Table]:
 def language_table(rows: Rows) -> Table | None:
     """How far the language model's predictions move."""
     chosen = [row for row in rows if row.metric in LANGUAGE and row.protocol != "drift" and not row.accession]
-    return _metric_table("Predictions of the language model, against an fp32 cache", chosen, LANGUAGE)
+    title = "Predictions of the next residue, against an fp32 cache"
+    note = "At a mask in the residue's place, over the 20 amino acids: the model has not seen the residue."
+    return _metric_table(title, chosen, LANGUAGE, note)
 
 
 def drift_table(rows: Rows) -> Table | None:

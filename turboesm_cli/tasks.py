@@ -3,32 +3,40 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Self
 
 import torch
 from torch import Tensor
 
-from turboesm_cli.decode import lm_logits
 from turboesm_cli.engine import Job, Stepper
-from turboesm_cli.generation import Sampling, draw, sample
+from turboesm_cli.generation import AMINO_ACIDS, Sampling, draw, residue_logits, sample
 from turboesm_cli.model import EsmModel
 from turboesm_cli.sequences import MASK
+from turboesm_cli.work import Tensors
 
 
 @dataclass
 class Forced:
-    """Given tokens: the result is their final hidden states [steps, E]."""
+    """Given tokens: the result is `hidden`, their final hidden states [steps, E].
+
+    With `logits` also the `residue_logits` [steps, 20] of a `<mask>` in the place of each token, over what came
+    before it: the distribution that `Sampled` draws from. That takes a second step per token.
+    """
 
     tokens: Tensor
     hidden: Tensor
     at: Tensor
+    logits: Tensor | None = None
 
     @classmethod
-    def of(cls, model: EsmModel, slots: int, steps: int) -> Forced:
-        """For jobs of at most `steps` steps."""
+    def of(cls, model: EsmModel, slots: int, steps: int, predict: bool = False) -> Self:
+        """For jobs of at most `steps` steps; `predict` needs an LM head."""
         tokens = torch.full((slots, steps), MASK, device=model.device)
         weight = model.net.embed_tokens.weight
         hidden = torch.zeros((slots, steps, weight.shape[1]), dtype=weight.dtype, device=model.device)
-        return cls(tokens, hidden, torch.zeros((slots, 1), dtype=torch.int64, device=model.device))
+        at = torch.zeros((slots, 1), dtype=torch.int64, device=model.device)
+        logits = torch.zeros((slots, steps, len(AMINO_ACIDS)), device=model.device) if predict else None
+        return cls(tokens, hidden, at, logits)
 
     def enter(self, slot: int, number: int, job: Job) -> None:
         """Job `number` starts in `slot`. Raises ValueError where its tokens are not given."""
@@ -39,18 +47,26 @@ class Forced:
 
     def step(self, stepper: Stepper) -> None:
         """Decode one token of every slot."""
-        found = stepper.step(self.tokens.gather(1, self.at)[:, 0])
-        self.hidden.scatter_(1, self.at[:, :, None].expand(-1, -1, found.shape[1]), found[:, None])
+        if self.logits is not None:
+            self._put(self.logits, _next_residue(stepper, len(self.at)))
+        self._put(self.hidden, stepper.step(self.tokens.gather(1, self.at)[:, 0]))
         self.at.add_(1).clamp_(max=self.tokens.shape[1] - 1)
 
-    def result(self, slot: int, job: Job) -> Tensor:
-        """Final hidden states [steps, E]."""
-        return self.hidden[slot, : job.steps].clone()
+    def result(self, slot: int, job: Job) -> Tensors:
+        """`hidden` [steps, E] and, where they were asked for, `logits` [steps, 20]."""
+        found = {"hidden": self.hidden[slot, : job.steps].clone()}
+        if self.logits is not None:
+            found["logits"] = self.logits[slot, : job.steps].clone()
+        return found
+
+    def _put(self, into: Tensor, found: Tensor) -> None:
+        """Row `at` of each slot of `into` [slots, steps, n] becomes found [slots, n]."""
+        into.scatter_(1, self.at[:, :, None].expand(-1, -1, found.shape[1]), found[:, None])
 
 
 @dataclass
 class Sampled:
-    """Sampled residues (see `generation`): the result is their token ids int64 [steps].
+    """Sampled residues (see `generation`): the result is `ids`, their token ids int64 [steps].
 
     Each job has random numbers of its own, from `seed` and its number, whatever the batch.
     """
@@ -76,14 +92,19 @@ class Sampled:
 
     def step(self, stepper: Stepper) -> None:
         """Sample one residue of every slot."""
-        masks = torch.full_like(self.at[:, 0], MASK)
-        logits = lm_logits(stepper.model, stepper.step(masks))
-        stepper.cache.rewind()
-        residues = sample(logits.float(), self.chances.gather(1, self.at)[:, 0], self.sampling)
+        logits = _next_residue(stepper, len(self.at))
+        residues = sample(logits, self.chances.gather(1, self.at)[:, 0], self.sampling)
         self.ids.scatter_(1, self.at, residues[:, None])
         stepper.step(residues)
         self.at.add_(1).clamp_(max=self.ids.shape[1] - 1)
 
-    def result(self, slot: int, job: Job) -> Tensor:
-        """Token ids int64 [steps]."""
-        return self.ids[slot, : job.steps].clone()
+    def result(self, slot: int, job: Job) -> Tensors:
+        """`ids` int64 [steps]."""
+        return {"ids": self.ids[slot, : job.steps].clone()}
+
+
+def _next_residue(stepper: Stepper, slots: int) -> Tensor:
+    """Every slot's `residue_logits` [slots, 20] at its next position; the cache is left as it was."""
+    hidden = stepper.step(torch.full((slots,), MASK, device=stepper.model.device))
+    stepper.cache.rewind()
+    return residue_logits(stepper.model, hidden)

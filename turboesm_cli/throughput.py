@@ -18,10 +18,9 @@ from torch import Tensor
 
 from turboesm_cli import timing
 from turboesm_cli.codec import CodecSpec, Recipe
-from turboesm_cli.decode import lm_logits
 from turboesm_cli.dense import DenseCache
 from turboesm_cli.engine import PREFILL_TOKENS, AnyCache, Graph, Stepper
-from turboesm_cli.generation import Sampling, draw, sample
+from turboesm_cli.generation import Sampling, draw, residue_logits, sample
 from turboesm_cli.model import EsmModel
 from turboesm_cli.plan import RESERVED, sequence_bytes
 from turboesm_cli.replay import new_cache
@@ -151,7 +150,7 @@ def _step(stepper: Stepper, tokens: Tensor) -> Callable[[], None]:
     def step() -> None:
         hidden = stepper.step(last)
         if stepper.model.has_lm_head:
-            sample(lm_logits(stepper.model, hidden).float(), chances, Sampling())
+            sample(residue_logits(stepper.model, hidden), chances, Sampling())
 
     return step
 

@@ -18,8 +18,6 @@ from turboesm_cli.files import check_output
 from turboesm_cli.sequences import LongPolicy, Protein
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from turboesm_cli.bundle import Bundle
     from turboesm_cli.engine import Batch, TaskT
     from turboesm_cli.generation import Sampling
@@ -82,7 +80,9 @@ def decode(
 
     Teacher-forced: the true residues are fed, and the final hidden states are compared with the same decode
     with an fp32 cache (cosine: what quantization costs) and, as drift, that fp32 decode with encoding the whole
-    protein (what caching an encoder costs). With a language-model head also KL, top-1 and perplexity.
+    protein (what caching an encoder costs). With a language-model head also how well the next residue is
+    predicted, by a mask in its place over the cache of what came before: KL, top-1 and perplexity over the 20
+    amino acids.
 
     On a GPU many proteins are decoded at once, and a finished one makes room for the next; results come in the
     order of the input. Files are streamed. Where memory runs out, the batch is halved and the work goes on.
@@ -156,7 +156,8 @@ def _plans(bundle: Bundle, work: Workload, generate: int, device: str, dtype: op
 
     weights = FORMATS[dtype].dtype
     context = work.longest + generate
-    results = generate * 12 if generate else work.longest * (bundle.shape.width * weights.itemsize + 8)
+    token = bundle.shape.width * weights.itemsize + 8 + 80  # hidden state, id, logits of 20 amino acids
+    results = generate * 12 if generate else work.longest * token
     return plans(bundle.shape, bundle.spec, weights, context, device_memory(pick_device(device)), results)
 
 
@@ -242,11 +243,13 @@ def _compared(run: _Run, summary: Summary) -> Iterator[ResultRow]:
     from turboesm_cli.replay import run as decoded
     from turboesm_cli.tasks import Forced
 
-    def finish(prompt: Prompt, found: Tensor) -> Tensors:
+    predict = run.model.has_lm_head
+
+    def finish(prompt: Prompt, found: Tensors) -> Tensors:
         return to_tensors(compare(run.model, prompt, found))
 
     with console.progress("decoding tokens", run.work.decoded) as tick:
-        batch = run.batch(lambda slots: Forced.of(run.model, slots, run.work.longest), tick)
+        batch = run.batch(lambda slots: Forced.of(run.model, slots, run.work.longest, predict), tick)
         for prompt, held in decoded(batch, run.work.prompts, finish, run.saved):
             result, drift = from_tensors(held, [prompt.protein] * 2)
             yield from summary.add(result, drift)
@@ -273,8 +276,8 @@ def _sampled(run: _Run, count: int, sampling: Sampling, seed: int) -> Iterator[P
     from turboesm_cli.sequences import detokenize
     from turboesm_cli.tasks import Sampled
 
-    def finish(_prompt: Prompt, found: Tensor) -> Tensors:
-        return {"ids": found.cpu()}
+    def finish(_prompt: Prompt, found: Tensors) -> Tensors:
+        return {"ids": found["ids"].cpu()}
 
     with console.progress("sampling residues", run.work.count * count) as tick:
         batch = run.batch(lambda slots: Sampled.of(run.model, slots, count, sampling, seed), tick)

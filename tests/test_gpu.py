@@ -16,7 +16,7 @@ from turboesm_cli.cache import PackedCache, PackedCodec
 from turboesm_cli.calibration import calibrate
 from turboesm_cli.codec import RECIPES, CodecSpec
 from turboesm_cli.engine import Batch, Graph, Job
-from turboesm_cli.generation import Sampling
+from turboesm_cli.generation import Sampling, residue_logits
 from turboesm_cli.model import EsmModel, load_model
 from turboesm_cli.plan import sequence_bytes
 from turboesm_cli.replay import new_cache
@@ -134,6 +134,27 @@ def test_a_batch_gives_what_one_causal_pass_gives(wide: EsmModel, wide_spec: Cod
         with torch.no_grad():
             passed = decode.teacher_forced(wide, tokens, [len(job.prompt)], codec)[0, len(job.prompt) :]
         assert_close([hidden], [passed])
+
+
+@pytest.mark.parametrize("slots", [1, 5])
+def test_predictions_of_a_graph_are_those_of_a_stream_of_masks(
+    wide: EsmModel, wide_spec: CodecSpec, jobs: list[Job], slots: int
+) -> None:
+    longest = max(len(job.prompt) + job.steps for job in jobs)
+    batch = Batch(
+        wide, lambda n, room: new_cache(wide, wide_spec, "packed", n, room),
+        lambda n: Forced.of(wide, n, longest, predict=True), slots, longest, wide_spec.recipe.sinks,
+    )  # fmt: skip
+    codec = PackedCodec(wide_spec, wide.device)
+    for number, found in batch.run(enumerate(jobs)):
+        job = jobs[number]
+        assert job.rest is not None
+        start = len(job.prompt)
+        tokens = torch.cat((job.prompt, job.rest))[None].to(wide.device)
+        with torch.no_grad():
+            hidden, masks = decode.teacher_forced_with_masks(wide, tokens, [start], codec)
+            logits = residue_logits(wide, masks[0, start:])
+        assert_close([found["hidden"], found["logits"]], [hidden[0, start:], logits])
 
 
 @pytest.mark.parametrize("kind", ["fp16", "packed"])

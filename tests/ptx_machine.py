@@ -1,4 +1,4 @@
-"""Runs the inline PTX of `turboesm_kernels.assembly` on a CPU: one warp, its 32 lanes in lockstep, and strictly.
+"""Runs the inline PTX of `turboesm_kernels.ptx_text` on a CPU: one warp, its 32 lanes in lockstep, and strictly.
 
 It knows the instructions that those texts have, as the PTX ISA manual describes them, and refuses any other. What
 a GPU might let pass is an error here: an address outside of memory that was given or not aligned, shared memory

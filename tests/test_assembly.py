@@ -1,6 +1,6 @@
 """The fast kernel's inline PTX, text by text and all together, on a CPU: `ptx_machine` runs it as written.
 
-What Triton makes of the rest of `ptx.fast_split_kernel` is written out here in numpy, in the same order.
+What Triton makes of the rest of `ptx_kernels.fast_split_kernel` is written out here in numpy, in the same order.
 """
 
 from __future__ import annotations
@@ -16,18 +16,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from turboesm_kernels import assembly, ops, reference
-from turboesm_kernels.assembly import DIGIT_ROW, DIGITS, FENCE
-from turboesm_kernels.ops import Held, PreparedLayer
+from turboesm_kernels import dispatch, ptx_text, reference
+from turboesm_kernels.dispatch import Held, PreparedLayer
 from turboesm_kernels.prepared import Fields
+from turboesm_kernels.ptx_text import DIGIT_ROW, DIGITS, FENCE
 from turboesm_kernels.reference import TURN, Rope
 
 sys.path.insert(0, str(Path(__file__).parent))
 from kernel_cases import Case, make, relative_error
 from ptx_machine import Array, MachineError, RaceError, Warp
 
-pytest.importorskip("triton")  # `fast` imports it
-from turboesm_kernels import fast
+pytest.importorskip("triton")  # `ptx_launch` imports it
+from turboesm_kernels import ptx_launch
 
 LANE = np.arange(32)
 G, T = LANE // 4, LANE % 4
@@ -74,7 +74,7 @@ class Kernel:
         k, v, self.dim = self.layer.k.fields, self.layer.v.fields, self.layer.k.head_dim
         assert k is not None and v is not None
         self.k, self.v = k, v
-        self.code = dict(fast._code(self.dim, k.shape, v.shape, self.layer.k.centred, one_block))
+        self.code = dict(ptx_launch._code(self.dim, k.shape, v.shape, self.layer.k.centred, one_block))
         for edit in edits:
             text = self.code[f"{edit.name}_CODE"]
             assert edit.old in text
@@ -199,7 +199,7 @@ def value_bytes(words: Array, fields: Fields, head: int) -> Array:
 
 
 def exact_sums(sums: Array) -> Array:
-    """Integers [fields padded to 2, 4] that accumulators stand for, see `assembly.sum_code`."""
+    """Integers [fields padded to 2, 4] that accumulators stand for, see `ptx_text.sum_code`."""
     parts = sums.astype("i8").reshape(-1, 2, 2, 32)  # pair, field of it, column's last bit, lane
     found = np.zeros((*parts.shape[:2], 4), "i8")
     for half in range(2):
@@ -360,8 +360,8 @@ def test_loads(case: Case, one_block: bool) -> None:
 
 @cache
 def warp_max_code() -> tuple[str, str]:
-    """The text in `ptx._warp_max`, and the kinds of its operands."""
-    source = Path(assembly.__file__).with_name("ptx.py").read_text()
+    """The text in `ptx_kernels._warp_max`, and the kinds of its operands."""
+    source = Path(ptx_text.__file__).with_name("ptx_kernels.py").read_text()
     function = next(n for n in ast.parse(source).body if isinstance(n, ast.FunctionDef) and n.name == "_warp_max")
     call = next(n for n in ast.walk(function) if isinstance(n, ast.Call) and len(n.args) == 3)
     text, kinds = (n.value for n in call.args[:2] if isinstance(n, ast.Constant))
@@ -377,7 +377,7 @@ def test_greatest_of_a_warp(low: float) -> None:
 
 @dataclass(frozen=True)
 class Part:
-    """What a range of tokens leaves for `finish`, as in `ptx.fast_split_kernel`; and how often it emptied sums."""
+    """What `ptx_kernels.fast_split_kernel` leaves of a range for `finish`; and how often it emptied its sums."""
 
     top: float
     mass: float
@@ -388,7 +388,7 @@ class Part:
 
 @dataclass
 class Softmax:
-    """The state of `ptx._weigh`."""
+    """The state of `ptx_kernels._weigh`."""
 
     end: int
     gain: np.float32
@@ -422,14 +422,14 @@ def steps(byte: Array) -> Array:
 
 
 def dithers() -> Array:
-    """As `ptx._dithers`, [4, 32]."""
+    """As `ptx_kernels._dithers`, [4, 32]."""
     first = LANE.astype("f4") * np.float32(0.4721359)
     every = first - np.floor(first) + np.array([[0], [0.6180340], [0.2360680], [0.8541020]], "f4")
     return every - np.floor(every)
 
 
 def scale_bytes(scales: torch.Tensor, token: Array, end: int) -> Array:
-    """As `ptx._scales`, [4, 32]: scales of a row, 0 past the end."""
+    """As `ptx_kernels._scales`, [4, 32]: scales of a row, 0 past the end."""
     whole = np.zeros((4, 32), "u1")
     for lane in np.flatnonzero(token < end):
         own = scales[token[lane] : token[lane] + 4].numpy()
@@ -438,7 +438,7 @@ def scale_bytes(scales: torch.Tensor, token: Array, end: int) -> Array:
 
 
 def split(inputs: Inputs, batch: int, head: int, begin: int, chunk: int, edits: Sequence[Edit] = ()) -> Part:
-    """One range, as `ptx.fast_split_kernel` goes over it."""
+    """One range, as `ptx_kernels.fast_split_kernel` goes over it."""
     one_block = chunk == TURN
     kernel = Kernel(inputs, one_block, head, edits)
     held, centred = kernel.held, kernel.layer.k.centred
@@ -478,7 +478,7 @@ def split(inputs: Inputs, batch: int, head: int, begin: int, chunk: int, edits: 
 
 
 def fold(kernel: Kernel, batch: int) -> tuple[Array, np.float32, np.float32]:
-    """As `ptx.fast_fold_kernel`: the query's integers, its gain and its constant."""
+    """As `ptx_kernels.fast_fold_kernel`: the query's integers, its gain and its constant."""
     wanted = (kernel.query[batch, kernel.head, 0].double() @ kernel.k.map[kernel.head].double()).numpy() * LOG2E
     gain = np.abs(wanted).max() / LARGEST_QUERY + 1e-30
     whole = np.floor(wanted / gain + 0.5).astype("i8")
@@ -528,7 +528,7 @@ def peaked(case: Case, at: int, octaves: float) -> Inputs:
 def error(inputs: Inputs, batch: int, head: int, chunk: int, edits: Sequence[Edit] = ()) -> tuple[float, int]:
     """How far a row's attention is off, and how often sums were emptied."""
     found, emptied = attend(inputs, batch, head, chunk, edits)
-    expected = ops.plain_attend(inputs[0].double(), *inputs[1:])
+    expected = dispatch.plain_attend(inputs[0].double(), *inputs[1:])
     return relative_error(found, expected[batch, head, 0]), emptied
 
 
@@ -567,7 +567,7 @@ def test_attention_to_scores_that_rise(case: Case, octaves: float) -> None:
 
 @pytest.mark.parametrize("dim", [64, 128])
 def test_weights_of_the_check_before_use(dim: int) -> None:
-    """What `selfcheck` asks of one sequence: no query, and values' scales that rise by 8 octaves after a block."""
+    """What `verify` asks of one sequence: no query, and values' scales that rise by 8 octaves after a block."""
     query, held, layer = mixed(Case(dim=dim, tokens=384))
     assert held.v.scales is not None
     held.v.scales[:, :, :TURN], held.v.scales[:, :, TURN:] = 0, 255

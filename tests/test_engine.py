@@ -399,7 +399,7 @@ def test_residues_are_the_20_amino_acids(tiny: EsmModel) -> None:
 def test_keys_and_values_packed_together_as_apart(
     tiny: EsmModel, calibration_proteins: list[Protein], recipe: str
 ) -> None:
-    from turboesm_kernels import lookup
+    from turboesm_kernels import cpu_lookup
     from turboesm_kernels.prepared import PreparedSide
 
     spec = calibrate(tiny, calibration_proteins[:12], parse_recipe(recipe)).spec
@@ -409,13 +409,13 @@ def test_keys_and_values_packed_together_as_apart(
         prepared = PreparedSide.of(layer.k), PreparedSide.of(layer.v)
         uniform = [side.bits is not None for side in prepared]
         assert all(uniform) or recipe == "flat"  # 8-bit grids are recognised too, see the widths below
-        pair = lookup.Pair.of(*prepared)
+        pair = cpu_lookup.Pair.of(*prepared)
         assert (pair is not None) == all(uniform)
         if pair is None:
             continue
         rope = decode.rope_at(tiny, 3, 1)
         together = pair.compress(k, v, rope)
-        apart = lookup.compress(k, prepared[0], rope), lookup.compress(v, prepared[1])
+        apart = cpu_lookup.compress(k, prepared[0], rope), cpu_lookup.compress(v, prepared[1])
         for a, b in zip(together, apart, strict=True):
             assert a.codes.shape == b.codes.shape
             assert a.codes.ne(b.codes).double().mean() < 0.01

@@ -16,9 +16,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from turboesm_kernels import kinds, ops, reference
+from turboesm_kernels import dispatch, reference, token_layer
+from turboesm_kernels.dispatch import BackendError, Held, PreparedLayer
 from turboesm_kernels.layout import Profile
-from turboesm_kernels.ops import BackendError, Held, PreparedLayer
 from turboesm_kernels.prepared import grid_steps
 from turboesm_kernels.reference import Packed, Rope, Side
 
@@ -75,15 +75,15 @@ LARGE = SMALL + [
 ]
 
 
-def check(case: Case, backend: ops.Backend, device: str = "cpu") -> None:
+def check(case: Case, backend: dispatch.Backend, device: str = "cpu") -> None:
     """Right within the tolerance, and the same bits twice, with poison around what is valid."""
     q, held, layer = make(case, device, room=-case.tokens % 16)
     poison(q)
-    first = ops.attend(q, held, layer, backend)
+    first = dispatch.attend(q, held, layer, backend)
     poison(q)
-    error = relative_error(first, ops.plain_attend(q.double(), held, layer))
+    error = relative_error(first, dispatch.plain_attend(q.double(), held, layer))
     assert error <= TOLERANCE[case.dtype]
-    assert torch.equal(first, ops.attend(q, held, layer, backend))
+    assert torch.equal(first, dispatch.attend(q, held, layer, backend))
 
 
 def poison(q: torch.Tensor) -> None:
@@ -106,13 +106,13 @@ def test_portable(case: Case) -> None:
 )
 def test_fast_fold(case: Case) -> None:
     """The part of the fast path that holds no PTX: integer queries."""
-    from turboesm_kernels import fast
+    from turboesm_kernels import ptx_launch
 
     q, _, layer = make(case)
     fields = layer.k.fields
     assert fields is not None
     poison(q)
-    found = fast.fold(q, layer, fields, early=False)
+    found = ptx_launch.fold(q, layer, fields, early=False)
     gain, constant = found.scalars.unbind(-1)
     low, high = found.descriptors.view(torch.int8).flatten(3).unbind(2)
     folded = 256 * high.int() + low
@@ -123,8 +123,8 @@ def test_fast_fold(case: Case) -> None:
 
 @pytest.mark.parametrize(("dim", "tokens"), [(64, 200), (128, 128), (64, 33), (64, 1)])
 def test_turns_of_a_block(dim: int, tokens: int) -> None:
-    """The matrix product that `assembly.bias_code` does, fragment by fragment, gives the centre's scores."""
-    from turboesm_kernels.lookup import phase_map
+    """The matrix product that `ptx_text.bias_code` does, fragment by fragment, gives the centre's scores."""
+    from turboesm_kernels.cpu_lookup import phase_map
 
     g = torch.Generator().manual_seed(0)
     rope = Rope.at(torch.arange(tokens) + 3, 10000.0 ** (-torch.arange(0, dim, 2) / dim))
@@ -154,17 +154,17 @@ def test_turns_of_a_block(dim: int, tokens: int) -> None:
 def test_empty_sequence_gets_zero() -> None:
     q, held, layer = make(Case(tokens=8, batch=2, ragged=True))
     lengths = torch.tensor([0, 5], dtype=torch.int32)
-    out = ops.attend(q, replace(held, lengths=lengths), layer, "triton")
+    out = dispatch.attend(q, replace(held, lengths=lengths), layer, "triton")
     assert (out[0] == 0).all()
-    assert relative_error(out, ops.plain_attend(q.double(), replace(held, lengths=lengths), layer)) < 1e-3
+    assert relative_error(out, dispatch.plain_attend(q.double(), replace(held, lengths=lengths), layer)) < 1e-3
 
 
 @interpreted
 def test_sequence_shorter_than_the_sinks() -> None:
     q, held, layer = make(Case(tokens=8, batch=2, sinks=3, ragged=True))
     held = replace(held, lengths=torch.tensor([2, 9], dtype=torch.int32))
-    out = ops.attend(q, held, layer, "triton")
-    assert relative_error(out, ops.plain_attend(q.double(), held, layer)) < 1e-3
+    out = dispatch.attend(q, held, layer, "triton")
+    assert relative_error(out, dispatch.plain_attend(q.double(), held, layer)) < 1e-3
 
 
 @interpreted
@@ -172,7 +172,9 @@ def test_strided_query() -> None:
     q, held, layer = make(Case(tokens=20, queries=2))
     wide = torch.full((*q.shape[:-1], 2 * q.shape[-1]), torch.nan)
     wide[..., ::2] = q
-    assert torch.equal(ops.attend(wide[..., ::2], held, layer, "triton"), ops.attend(q, held, layer, "triton"))
+    assert torch.equal(
+        dispatch.attend(wide[..., ::2], held, layer, "triton"), dispatch.attend(q, held, layer, "triton")
+    )
 
 
 @pytest.mark.skipif(INTERPRETED, reason="the child process")
@@ -189,10 +191,10 @@ def test_interpreter() -> None:
 @no_gpu
 @pytest.mark.parametrize("case", LARGE, ids=str)
 @pytest.mark.parametrize("backend", ["triton", "ptx"])
-def test_on_gpu(case: Case, backend: ops.Backend) -> None:
+def test_on_gpu(case: Case, backend: dispatch.Backend) -> None:
     q, held, layer = make(case, "cuda", room=-case.tokens % 16)
     try:
-        ops.choose(q, held, layer, backend)
+        dispatch.choose(q, held, layer, backend)
     except BackendError:
         pytest.skip("not served by this backend")
     check(case, backend, "cuda")
@@ -213,13 +215,13 @@ def test_on_gpu(case: Case, backend: ops.Backend) -> None:
 )
 def test_ranges_on_gpu(case: Case, chunk: int) -> None:
     """The fast path in ranges of one block, and of several."""
-    from turboesm_kernels import fast
+    from turboesm_kernels import ptx_launch
 
     q, held, layer = make(case, "cuda", room=-case.tokens % 16)
     poison(q)
-    found = fast.attend(q, held, layer, chunk)
-    assert relative_error(found, ops.plain_attend(q.double(), held, layer)) <= TOLERANCE[case.dtype]
-    assert torch.equal(found, fast.attend(q, held, layer, chunk))
+    found = ptx_launch.attend(q, held, layer, chunk)
+    assert relative_error(found, dispatch.plain_attend(q.double(), held, layer)) <= TOLERANCE[case.dtype]
+    assert torch.equal(found, ptx_launch.attend(q, held, layer, chunk))
 
 
 @pytest.mark.gpu
@@ -227,26 +229,26 @@ def test_ranges_on_gpu(case: Case, chunk: int) -> None:
 @pytest.mark.parametrize("scales", [(40, 100, 150, 150), (150, 150, 100, 40)], ids=["rising", "falling"])
 def test_scores_of_other_blocks_on_gpu(scales: tuple[int, ...]) -> None:
     """Blocks whose greatest scores lie many octaves apart: the fast path empties its sums, or weights vanish."""
-    from turboesm_kernels import fast
+    from turboesm_kernels import ptx_launch
 
     q, held, layer = make(Case(tokens=400, batch=2, heads=4), "cuda")
     q = 2.5 * q
     assert held.k.scales is not None
     for block, scale in enumerate(scales):
         held.k.scales[:, :, 128 * block : 128 * (block + 1)] = scale
-    expected = ops.plain_attend(q.double(), held, layer)
+    expected = dispatch.plain_attend(q.double(), held, layer)
     for chunk in (128, 512):
-        assert relative_error(fast.attend(q, held, layer, chunk), expected) <= 1e-3
+        assert relative_error(ptx_launch.attend(q, held, layer, chunk), expected) <= 1e-3
 
 
 @pytest.mark.gpu
 @no_gpu
 def test_in_a_graph() -> None:
     q, held, layer = make(Case(tokens=512, batch=2), "cuda")
-    eager = ops.attend(q, held, layer)
+    eager = dispatch.attend(q, held, layer)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        out = ops.attend(q, held, layer)
+        out = dispatch.attend(q, held, layer)
     out.fill_(torch.nan)
     graph.replay()
     assert torch.equal(out, eager)
@@ -254,21 +256,21 @@ def test_in_a_graph() -> None:
 
 def test_plain_backend_without_triton() -> None:
     q, held, layer = make(Case(tokens=17, ragged=True))
-    expected = ops.plain_attend(q.double(), held, layer)
-    assert relative_error(ops.attend(q, held, layer, "torch"), expected) < 1e-5
+    expected = dispatch.plain_attend(q.double(), held, layer)
+    assert relative_error(dispatch.attend(q, held, layer, "torch"), expected) < 1e-5
 
 
 @pytest.mark.skipif(INTERPRETED, reason="there, triton can run")
 @pytest.mark.parametrize("backend", ["triton", "ptx"])
-def test_backend_that_cannot_run_says_why(backend: ops.Backend) -> None:
+def test_backend_that_cannot_run_says_why(backend: dispatch.Backend) -> None:
     q, held, layer = make(Case(tokens=4))
     with pytest.raises(BackendError, match=r"CUDA device|not installed"):
-        ops.attend(q, held, layer, backend)
+        dispatch.attend(q, held, layer, backend)
 
 
 def test_unknown_backend() -> None:
     with pytest.raises(BackendError, match="no backend"):
-        ops.attend(*make(Case(tokens=4)), "cuda")  # type: ignore[arg-type]
+        dispatch.attend(*make(Case(tokens=4)), "cuda")  # type: ignore[arg-type]
 
 
 def wrong_query(held: Held) -> tuple[torch.Tensor, Held]:
@@ -296,7 +298,7 @@ def test_wrong_inputs_are_refused(wrong: object) -> None:
     _, held, layer = make(Case(tokens=8))
     q, held = wrong(held)  # type: ignore[operator]
     with pytest.raises(ValueError):
-        ops.attend(q, held, layer, "torch")
+        dispatch.attend(q, held, layer, "torch")
 
 
 def check_pack(case: Case, device: str = "cpu") -> None:
@@ -386,13 +388,13 @@ CHECKED = [
 @pytest.mark.parametrize("case", CHECKED, ids=str)
 def test_selfcheck(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     """It finds nothing to say of the kernels, and says what is wrong with broken ones."""
-    from turboesm_kernels import pack, selfcheck
+    from turboesm_kernels import pack, verify
 
     layers = [make(case)[2]]
-    assert selfcheck.problem(layers) is None
+    assert verify.problem(layers) is None
     with monkeypatch.context() as broken:
-        broken.setattr(ops, "attend", lambda q, held, layer: 1.1 * ops.plain_attend(q, held, layer))
-        assert "attention kernel" in (selfcheck.problem(layers) or "")
+        broken.setattr(dispatch, "attend", lambda q, held, layer: 1.1 * dispatch.plain_attend(q, held, layer))
+        assert "attention kernel" in (verify.problem(layers) or "")
     right = pack.pack
 
     def without_scales(k: torch.Tensor, v: torch.Tensor, layer: PreparedLayer, held: Held, start: object) -> None:
@@ -402,9 +404,9 @@ def test_selfcheck(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
 
     for broken_pack in (without_scales, lambda *arguments: None):
         monkeypatch.setattr(pack, "pack", broken_pack)
-        assert "packs" in (selfcheck.problem(layers) or "")
+        assert "packs" in (verify.problem(layers) or "")
     monkeypatch.setattr(pack, "pack", None)
-    assert "compile or start" in (selfcheck.problem(layers) or "")
+    assert "compile or start" in (verify.problem(layers) or "")
 
 
 @pytest.mark.parametrize(
@@ -419,21 +421,21 @@ def test_selfcheck(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     ids=str,
 )
 def test_selfcheck_sees_every_kind_of_layer(one: Case, other: Case, monkeypatch: pytest.MonkeyPatch) -> None:
-    from turboesm_kernels import selfcheck
+    from turboesm_kernels import verify
 
     layers = [PreparedLayer.of(make_spec("k", case), make_spec("v", case)) for case in (one, other, one)]
     seen: list[PreparedLayer] = []
-    monkeypatch.setattr(selfcheck, "_problem", lambda layer, dtype, sinks: seen.append(layer))
-    assert selfcheck.problem(layers) is None
+    monkeypatch.setattr(verify, "_problem", lambda layer, dtype, sinks: seen.append(layer))
+    assert verify.problem(layers) is None
     assert len(seen) == 2
     answers = iter((None, "wrong"))
-    monkeypatch.setattr(selfcheck, "_problem", lambda layer, dtype, sinks: next(answers))
-    assert selfcheck.problem(layers) == "wrong"
+    monkeypatch.setattr(verify, "_problem", lambda layer, dtype, sinks: next(answers))
+    assert verify.problem(layers) == "wrong"
 
 
 def test_selfcheck_compiles_in_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     """What fails there is left to the check; what fails before does not start them."""
-    from turboesm_kernels import selfcheck
+    from turboesm_kernels import verify
 
     layers = [PreparedLayer.of(make_spec("k", case), make_spec("v", case)) for case in CHECKED]
     runs: list[tuple[PreparedLayer, bool]] = []
@@ -444,25 +446,25 @@ def test_selfcheck_compiles_in_threads(monkeypatch: pytest.MonkeyPatch) -> None:
         if not alone:
             raise RuntimeError("another thread loads this kernel")
 
-    monkeypatch.setattr(selfcheck._Run, "of", run)
-    selfcheck._compile(layers, torch.float32, 1)
+    monkeypatch.setattr(verify._Run, "of", run)
+    verify._compile(layers, torch.float32, 1)
     assert runs[0] == (layers[0], True)
     assert {(id(layer), alone) for layer, alone in runs[1:]} == {(id(layer), False) for layer in layers[1:]}
-    monkeypatch.setattr(selfcheck._Run, "of", None)
+    monkeypatch.setattr(verify._Run, "of", None)
     with pytest.raises(TypeError):
-        selfcheck._compile(layers, torch.float32, 1)
+        verify._compile(layers, torch.float32, 1)
 
 
 @interpreted
 def test_selfcheck_says_nothing_of_kernels_where_memory_runs_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    from turboesm_kernels import pack, selfcheck
+    from turboesm_kernels import pack, verify
 
     def full(*arguments: object) -> None:
         raise torch.OutOfMemoryError("injected")
 
     monkeypatch.setattr(pack, "pack", full)
     with pytest.raises(torch.OutOfMemoryError):
-        selfcheck.problem([make(CHECKED[0])[2]])
+        verify.problem([make(CHECKED[0])[2]])
 
 
 def check_joint_prefill(path: Path, proteins: list[Protein], dtype: torch.dtype, device: str = "cpu") -> None:
@@ -543,14 +545,14 @@ def check_tokens(
     dim: int, length: int, drops: bool, device: str = "cpu", dtype: torch.dtype = torch.float32
 ) -> None:
     """Against softmax attention over the keys and values that the kinds of token stand for."""
-    from turboesm_kernels import tokens
+    from turboesm_kernels import token_kernels
 
     generator = torch.Generator().manual_seed(dim + length)
     count, heads, lengths = 33, 3, torch.tensor([length, max(1, length - 5)])
     k, v = torch.randn(2, heads, count, dim, generator=generator)
     k_const, v_const = torch.randn(2, heads, dim, generator=generator)
     sigma = torch.rand(count, generator=generator)
-    tables = kinds.TokenTables(k, v, k_const, v_const, sigma, 1e-5, drops)
+    tables = token_layer.TokenTables(k, v, k_const, v_const, sigma, 1e-5, drops)
     q = torch.randn(2, heads, 1, dim, generator=generator).to(dtype)
     ids = torch.randint(count, (2, length + 2), generator=generator).to(torch.uint8)
     unmasked = torch.tensor([1.0, 0.7])
@@ -561,15 +563,15 @@ def check_tokens(
     keys = rope.rotate((factor * k + k_const[:, None]).gather(2, index))
     values = (factor * v + v_const[:, None]).gather(2, index)
     expected = reference.attend(q.double(), keys, values, lengths)
-    moved = kinds.TokenTables(*(x.to(device) for x in (k, v, k_const, v_const, sigma)), 1e-5, drops)
+    moved = token_layer.TokenTables(*(x.to(device) for x in (k, v, k_const, v_const, sigma)), 1e-5, drops)
     at = Rope(rope.cos.to(device), rope.sin.to(device))
-    found = tokens.attend(
+    found = token_kernels.attend(
         q.to(device), ids.to(device)[:, : length + 1], moved, unmasked.to(device), at, lengths.int().to(device)
     )
     assert found.dtype == dtype
     tolerance = 1e-4 if dtype == torch.float32 else TOLERANCE[dtype]
     assert relative_error(found.cpu(), expected) < tolerance
-    plain = kinds.attend_tokens(q, ids, tables, unmasked, rope, lengths)
+    plain = token_layer.attend_tokens(q, ids, tables, unmasked, rope, lengths)
     assert relative_error(plain, expected) < tolerance
 
 

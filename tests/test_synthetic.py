@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from turboesm_kernels import ops, reference
+from turboesm_kernels import dispatch, reference
 from turboesm_kernels.reference import Rope
 
 from turboesm_cli.bench_kernels import SWEEP
@@ -18,8 +18,8 @@ def test_caches_are_attended_to(shape: Shape) -> None:
     layer, caches = make_caches(shape, CPU)
     assert len(caches) > 1 and not torch.equal(caches[0].k.codes, caches[1].k.codes)
     q = torch.randn(shape.batch, shape.heads, 1, shape.dim)
-    expected = ops.plain_attend(q.double(), caches[0], layer)
-    assert (ops.attend(q, caches[0], layer) - expected).norm() <= 1e-3 * expected.norm()
+    expected = dispatch.plain_attend(q.double(), caches[0], layer)
+    assert (dispatch.attend(q, caches[0], layer) - expected).norm() <= 1e-3 * expected.norm()
     sinks = shape.batch * shape.heads * shape.dim * 2 * 2
     codes = shape.batch * shape.heads * shape.tokens * (layer.k.spec.nbytes + layer.v.spec.nbytes + 2)
     assert held_bytes(caches[0]) == codes + sinks
@@ -30,9 +30,9 @@ def test_packing_fills_a_cache() -> None:
     layer, rope = make_layer(shape, CPU), rope_of(shape.tokens, shape.dim, CPU)
     held = random_cache(layer, shape, rope)
     k, v = torch.randn(2, shape.batch, shape.heads, shape.tokens, shape.dim)
-    ops.append(k, v, layer, held, held.sinks)
+    dispatch.append(k, v, layer, held, held.sinks)
     wanted = reference.roundtrip(k, layer.k.spec, Rope(rope.cos, rope.sin)), reference.roundtrip(v, layer.v.spec)
-    for found, expected in zip(ops.expand(held, layer), wanted, strict=True):
+    for found, expected in zip(dispatch.expand(held, layer), wanted, strict=True):
         assert (found[:, :, held.sinks :] - expected).norm() <= 1e-2 * expected.norm()
 
 

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
-from turboesm_kernels import ops, reference
-from turboesm_kernels.ops import Held, PreparedLayer
+from turboesm_kernels import dispatch, reference
+from turboesm_kernels.dispatch import Held, PreparedLayer
 from turboesm_kernels.reference import Packed
 
 from turboesm_cli.results import ResultRow
@@ -77,9 +77,9 @@ def _bench_attend(
 ) -> Iterator[ResultRow]:
     layer, caches = make_caches(shape, device)
     q = torch.randn(shape.batch, shape.heads, 1, shape.dim, device=device).half() / 8
-    backend = ops.choose(q, caches[0], layer)
+    backend = dispatch.choose(q, caches[0], layer)
     error = _error(q, caches[0], layer)
-    ours = measure([partial(ops.attend, q, held, layer) for held in caches])
+    ours = measure([partial(dispatch.attend, q, held, layer) for held in caches])
     nbytes = held_bytes(caches[0])
     rate = nbytes / ours.median / 1e6
     yield stamp(shape, backend, "us", ours, "us")
@@ -108,7 +108,7 @@ def _bench_attend(
 def _time_packing(q: Tensor, caches: Sequence[Held], layer: PreparedLayer) -> Timing:
     """A decode step's packing: one token of each sequence, the last that there is room for."""
     last = torch.full((len(q),), caches[0].sinks + caches[0].tokens - 1, dtype=torch.int32, device=q.device)
-    calls: list[Call] = [partial(ops.append, q, -q, layer, held, last) for held in caches]
+    calls: list[Call] = [partial(dispatch.append, q, -q, layer, held, last) for held in caches]
     return measure(calls)
 
 
@@ -117,7 +117,7 @@ def _bench_pack(shape: Shape, device: torch.device, stamp: Callable[..., ResultR
     layer = make_layer(shape, device)
     k, v = torch.randn(2, shape.batch, shape.heads, shape.tokens, shape.dim, device=device).half()
     held = random_cache(layer, shape, rope_of(shape.tokens, shape.dim, device))
-    took = measure([partial(ops.append, k, v, layer, held, held.sinks)] * 8)
+    took = measure([partial(dispatch.append, k, v, layer, held, held.sinks)] * 8)
     yield stamp(shape, "pack", "us", took, "us")
     yield stamp(shape, "pack", "us_33_layers", 33 * took.median, "us")
 
@@ -166,7 +166,7 @@ def copy_bandwidth(device: torch.device) -> float:
 
 def _error(q: Tensor, held: Held, layer: PreparedLayer) -> float:
     """Relative error of the first and last sequence against the reference in double precision."""
-    out = ops.attend(q, held, layer)
+    out = dispatch.attend(q, held, layer)
     found, expected = [], []
     for index in (0, q.shape[0] - 1):
         one = slice(index, index + 1)
@@ -174,7 +174,7 @@ def _error(q: Tensor, held: Held, layer: PreparedLayer) -> float:
         assert held.sink_k is not None and held.sink_v is not None
         k, v = Packed(held.k.codes[one], held.k.scales[one]), Packed(held.v.codes[one], held.v.scales[one])
         part = Held(k, v, held.rope, None, held.sink_k[one], held.sink_v[one])
-        expected.append(ops.plain_attend(q[one].double(), part, layer))
+        expected.append(dispatch.plain_attend(q[one].double(), part, layer))
         found.append(out[one].double())
     difference = torch.cat(found) - torch.cat(expected)
     return (difference.norm() / torch.cat(expected).norm()).item()

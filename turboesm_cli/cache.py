@@ -13,9 +13,9 @@ from typing import Self
 
 import torch
 from torch import Tensor
-from turboesm_kernels import kinds, lookup, ops, reference, selfcheck
+from turboesm_kernels import cpu_lookup, dispatch, reference, token_layer, verify
 from turboesm_kernels.available import has_triton
-from turboesm_kernels.ops import Held, PreparedLayer, put
+from turboesm_kernels.dispatch import Held, PreparedLayer, put
 from turboesm_kernels.reference import Packed, Rope
 
 from turboesm_cli import decode
@@ -53,11 +53,11 @@ class PackedCache(Ragged):
     """Keys and values packed by a codec; leading tokens (sinks) in float16; layers that keep tokens alone.
 
     `tensors` are all the bytes of a sequence: what is written to disk is what is held in memory. `backend` as in
-    `ops.attend`.
+    `dispatch.attend`.
     """
 
     def __init__(
-        self, model: EsmModel, spec: CodecSpec, batch: int, capacity: int, backend: ops.Backend | None = None
+        self, model: EsmModel, spec: CodecSpec, batch: int, capacity: int, backend: dispatch.Backend | None = None
     ) -> None:
         super().__init__(batch, capacity, model.device)
         self._codec = _prepare(model, spec)
@@ -142,7 +142,7 @@ class PackedCache(Ragged):
             first = max(sinks, start) if isinstance(start, int) else start
             pair = self._codec.pairs[layer] if self._backend is None and first is self.starts else None
             if pair is None:
-                ops.append(k, v, prepared, self._held_by(layer), first, self._backend)
+                dispatch.append(k, v, prepared, self._held_by(layer), first, self._backend)
             else:
                 store.put(*pair.compress(k, v, self._angles), self._packed_starts)
 
@@ -154,8 +154,8 @@ class PackedCache(Ragged):
         prepared, store = self._codec.layers[layer], self._layers[layer]
         if prepared is None:
             tokens, unmasked = store.tokens[:, :reach], self.unmasked.view(-1)
-            return kinds.attend_tokens(q, tokens, self._codec.tokens, unmasked, self._rope, lengths)
-        return ops.attend(q, self._held_by(layer, reach, lengths), prepared, self._backend)
+            return token_layer.attend_tokens(q, tokens, self._codec.tokens, unmasked, self._rope, lengths)
+        return dispatch.attend(q, self._held_by(layer, reach, lengths), prepared, self._backend)
 
     def keys_values(self, layer: int) -> tuple[Tensor, Tensor]:
         """Keys (after RoPE) and values [B, H, length, d] of one layer, unpacked: float32, or the model's dtype."""
@@ -164,7 +164,7 @@ class PackedCache(Ragged):
         if prepared is None:
             return self._from_tokens(store.tokens.long(), rope)
         held = self._held_by(layer, self.length)
-        return ops.expand(held, prepared)
+        return dispatch.expand(held, prepared)
 
     def _held_by(self, layer: int, reach: int | None = None, lengths: Tensor | None = None) -> Held:
         """What a layer holds of the first `reach` tokens, for the kernels."""
@@ -232,8 +232,8 @@ class _Prepared:
     model: EsmModel
     spec: CodecSpec
     layers: list[PreparedLayer | None]
-    tokens: kinds.TokenTables
-    pairs: list[lookup.Pair | None]
+    tokens: token_layer.TokenTables
+    pairs: list[cpu_lookup.Pair | None]
 
 
 @lru_cache(maxsize=4)
@@ -243,7 +243,7 @@ def _prepare(model: EsmModel, spec: CodecSpec) -> _Prepared:
     on_cpu = model.device.type == "cpu"
     if model.device.type == "cuda":
         _check_kernels(model, spec.recipe.sinks, [layer for layer in layers if layer is not None])
-    pairs = [lookup.Pair.of(layer.k, layer.v) if layer and on_cpu else None for layer in layers]
+    pairs = [cpu_lookup.Pair.of(layer.k, layer.v) if layer and on_cpu else None for layer in layers]
     return _Prepared(model, spec, layers, decode.token_tables(model), pairs)
 
 
@@ -253,7 +253,7 @@ def _check_kernels(model: EsmModel, sinks: int, layers: list[PreparedLayer]) -> 
         layer.k.ready()
         layer.v.ready()
     dtype = next(model.net.parameters()).dtype
-    problem = selfcheck.problem(layers, dtype, sinks) if has_triton() else None
+    problem = verify.problem(layers, dtype, sinks) if has_triton() else None
     if problem:
         raise DeviceError(f"{model.device}: {problem}; install another version of Triton, or use --device cpu")
 

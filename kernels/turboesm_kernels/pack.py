@@ -14,11 +14,11 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from turboesm_kernels.dispatch import Held, PreparedLayer
 from turboesm_kernels.launch import launch
-from turboesm_kernels.ops import Held, PreparedLayer
-from turboesm_kernels.portable import early_launch, launches_early
 from turboesm_kernels.prepared import PreparedSide, padded
 from turboesm_kernels.reference import SCALE_STEPS_PER_OCTAVE, SCALE_ZERO, Packed
+from turboesm_kernels.triton_launch import early_launch, launches_early
 
 STEPS = tl.constexpr(SCALE_STEPS_PER_OCTAVE)
 ZERO = tl.constexpr(SCALE_ZERO)
@@ -31,7 +31,7 @@ what the second added (Triton 3.6, H200), which `test_pack_on_gpu` saw."""
 
 @triton.jit
 def _grid_codes(y, norm, grid, axis, head, AXES: tl.constexpr, SCALE: tl.constexpr):
-    """Codes int32 of normalised coordinates y on a uniform grid, and their scales (see `lookup.Bits`)."""
+    """Codes int32 of normalised coordinates y on a uniform grid, and their scales (see `cpu_lookup.Bits`)."""
     own = axis < AXES
     at = grid + head * 6 * AXES + axis
     per_step = tl.load(at, mask=own, other=0.0)[None, :]
@@ -230,7 +230,7 @@ def pack_kernel(
 
 
 def pack(k: Tensor, v: Tensor, layer: PreparedLayer, held: Held, start: int | Tensor) -> None:
-    """Compress k (after RoPE) and v float [B, H, n, d], any strides, into `held`: `ops.append` in one launch.
+    """Compress k (after RoPE) and v float [B, H, n, d], any strides, into `held`: `dispatch.append` in one launch.
 
     Copies nothing, waits for nothing. Raises ValueError where shapes do not agree.
     """

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from turboesm_kernels.cpu_lookup import Bits
 from turboesm_kernels.layout import BYTE, Profile
-from turboesm_kernels.lookup import Bits
 from turboesm_kernels.reference import SideSpec, table_slice
 
 PIECE_FIELDS = 5
@@ -165,7 +165,7 @@ class PreparedSide:
 
     @cached_property
     def bits(self) -> Bits | None:
-        """The code bit by bit for `lookup`, or None where levels are not on a uniform grid."""
+        """The code bit by bit for `cpu_lookup`, or None where levels are not on a uniform grid."""
         steps = None if self.spec.residual_axes else grid_steps(self.spec)
         return None if steps is None else Bits.of(self, steps)
 
@@ -183,7 +183,9 @@ def in_halves(matrix: Tensor) -> tuple[Tensor, Tensor]:
 
 @dataclass(frozen=True)
 class Fields:
-    """A uniform-grid code as fields of 32-bit words, each the piece of 4 neighbouring axes' codes. For `fast`.
+    """A uniform-grid code as fields of 32-bit words, each the piece of 4 neighbouring axes' codes.
+
+    For `ptx_launch`.
 
     `shape` is the greatest count of any head for each word, and a head with fewer has fields of mask 0. So which
     bits a field has is data, and one compiled kernel serves all heads, and all layers of that shape.

@@ -244,7 +244,7 @@ class Rope:
     def turns(self) -> Tensor:
         """Cosines and sines of the turns by 16 g and 16 g + 1 tokens, g < 8, as the fast kernel multiplies them.
 
-        A sum of two float16 [2, d / 16, 32 lanes, 4 registers, (cosine, sine)] (`assembly.bias_code`); angles [T,
+        A sum of two float16 [2, d / 16, 32 lanes, 4 registers, (cosine, sine)] (`ptx_text.bias_code`); angles [T,
         d] of consecutive positions. Turns by T tokens or more are 0: nothing asks for them. Made when first asked
         for, so ask once before a CUDA graph is captured.
         """

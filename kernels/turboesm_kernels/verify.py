@@ -16,8 +16,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from turboesm_kernels import ops, reference
-from turboesm_kernels.ops import Held, PreparedLayer
+from turboesm_kernels import dispatch, reference
+from turboesm_kernels.dispatch import Held, PreparedLayer
 from turboesm_kernels.prepared import PreparedSide
 from turboesm_kernels.reference import TURN, Packed, Rope, SideSpec
 
@@ -118,7 +118,7 @@ def _problem(layer: PreparedLayer, dtype: torch.dtype, sinks: int) -> str | None
 
 
 def _wrong_attention(q: Tensor, attention: Sequence[Tensor], held: Held, layer: PreparedLayer) -> str | None:
-    expected = ops.plain_attend(q.double(), held, layer)
+    expected = dispatch.plain_attend(q.double(), held, layer)
     for found in attention:
         error = ((found.double() - expected).norm() / expected.norm()).item()
         if not error <= TOLERANCE:
@@ -128,11 +128,11 @@ def _wrong_attention(q: Tensor, attention: Sequence[Tensor], held: Held, layer: 
 
 def _attend(q: Tensor, held: Held, layer: PreparedLayer) -> list[Tensor]:
     """Attention as each kernel does it that may serve the layer: the fast path has one for ranges of one block."""
-    results = [ops.attend(q, held, layer)]
-    if ops.choose(q, held, layer) == "ptx":
-        from turboesm_kernels import fast
+    results = [dispatch.attend(q, held, layer)]
+    if dispatch.choose(q, held, layer) == "ptx":
+        from turboesm_kernels import ptx_launch
 
-        results += [fast.attend(q, held, layer, chunk) for chunk in (TURN, TOKENS)]
+        results += [ptx_launch.attend(q, held, layer, chunk) for chunk in (TURN, TOKENS)]
     return results
 
 

@@ -24,7 +24,7 @@ from turboesm_kernels.layout import BYTE
 from turboesm_kernels.reference import SCALE_STEPS_PER_OCTAVE, SCALE_ZERO, Packed, Rope, scale_to_byte
 
 if TYPE_CHECKING:
-    from turboesm_kernels.ops import Held, PreparedLayer
+    from turboesm_kernels.dispatch import Held, PreparedLayer
     from turboesm_kernels.prepared import PreparedSide
 
 VALUES = 1 << BYTE
@@ -115,7 +115,7 @@ class Bits:
 
 
 def attend(q: Tensor, held: Held, layer: PreparedLayer) -> Tensor:
-    """`ops.attend` by lookup; both sides have `bits`. q float32 or float64."""
+    """`dispatch.attend` by lookup; both sides have `bits`. q float32 or float64."""
     lookups = max(held.k.codes.numel(), held.v.codes.numel()) * q.shape[2]
     with _one_thread(lookups <= FEW_LOOKUPS):
         return _attend(q, held, layer)

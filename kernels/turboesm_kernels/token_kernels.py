@@ -8,11 +8,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from turboesm_kernels.kinds import TokenTables
 from turboesm_kernels.launch import launch
-from turboesm_kernels.portable import processors
 from turboesm_kernels.prepared import padded
 from turboesm_kernels.reference import Rope
+from turboesm_kernels.token_layer import TokenTables
+from turboesm_kernels.triton_launch import processors
 
 BLOCK = 64
 MANY = 16
@@ -83,7 +83,7 @@ def tokens_kernel(
 
 
 def attend(q: Tensor, ids: Tensor, tables: TokenTables, unmasked: Tensor, rope: Rope, lengths: Tensor) -> Tensor:
-    """`kinds.attend_tokens` for one query a sequence, in float32. A sequence of length 0 gets 0.
+    """`token_layer.attend_tokens` for one query a sequence, in float32. A sequence of length 0 gets 0.
 
     Nothing is synchronized: safe in a CUDA graph.
     """

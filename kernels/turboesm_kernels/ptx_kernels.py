@@ -7,14 +7,14 @@ values by the softmax's weights. Both are integers cut into bytes, digits: the r
 8 columns, of which digits take few; the others let lanes have tokens of their own. Of a block of 128 tokens lane l
 = 4 g + t has
 
-    keys      tokens 4 l .. 4 l + 3, all axes: their 4 words of a plane are 16 bytes (`assembly.score_code`)
+    keys      tokens 4 l .. 4 l + 3, all axes: their 4 words of a plane are 16 bytes (`ptx_text.score_code`)
     values    tokens 64 (g / 4) + 16 t .. + 15 of byte lane g % 4 of every word: 16 bytes of a plane (`sum_code`)
 
 and the weights go from one to the other through shared memory. The query has 16 bits, two digits. Weights have 24,
 three: 2^16 stands for the greatest weight when it was last looked at, so sums of integers are only emptied where a
 score exceeds that by `HEADROOM`. 16 codes cost a lane 4 masks and a product.
 
-The scores of the keys' centre, <q, R_j c>, are products of float16, 128 tokens at once (`assembly.bias_code`).
+The scores of the keys' centre, <q, R_j c>, are products of float16, 128 tokens at once (`ptx_text.bias_code`).
 
 Which field lies where is data, not code (`prepared.Fields`): one compiled kernel serves every profile of one
 shape. Weights are rounded with a dither that differs from token to token: many weights below 2^-16 of the greatest
@@ -27,8 +27,8 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from turboesm_kernels.attend import LOG2E, NEGATIVE, STEPS, ZERO
 from turboesm_kernels.reference import TURN
+from turboesm_kernels.triton_kernels import LOG2E, NEGATIVE, STEPS, ZERO
 
 BLOCK = tl.constexpr(TURN)
 UNIT = tl.constexpr(65536.0)  # of a weight of 1
@@ -238,7 +238,7 @@ def fast_split_kernel(
     `fast_fold_kernel` leaves them, turns and block_turn as in `Rope`, cos and sin f32 [angles, d], rows rope_t
     apart, of packed token 0 on; codes and scales as in `Packed` with aligned strides, k_masks and v_masks as in
     `Fields`; part_max, part_sum and part_weight f32 [B, H, S], part_out f32 [B, H, S, V_ROWS]. K_WORDS and V_WORDS
-    are words of a code, K_TABLE and V_TABLE fields padded to 4; QUERY to V_MASKS as in `assembly.Shared`.
+    are words of a code, K_TABLE and V_TABLE fields padded to 4; QUERY to V_MASKS as in `ptx_text.Shared`.
     """
     pair_row = tl.program_id(0).to(tl.int64)
     split = tl.program_id(1)

@@ -1,8 +1,9 @@
 """The inline PTX of the fast kernel, made for a code's shape: how a warp loads, multiplies and sums.
 
 Each function gives the text of one `inline_asm_elementwise`; its docstring says what the operands are, outputs
-first, in the order of $0, $1 ... Neither Triton nor a GPU is needed here: the kernel that runs it is in `ptx`,
-with the picture of which lane owns which tokens. A lane is 4 g + t, 0 <= t < 4, as in PTX's matrix fragments.
+first, in the order of $0, $1 ... Neither Triton nor a GPU is needed here: the kernel that runs it is in
+`ptx_kernels`, with the picture of which lane owns which tokens. A lane is 4 g + t, 0 <= t < 4, as in PTX's matrix
+fragments.
 """
 
 from __future__ import annotations

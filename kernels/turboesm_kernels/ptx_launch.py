@@ -1,4 +1,4 @@
-"""Launches of the fast kernels in `ptx`, and what they ask of their inputs."""
+"""Launches of the fast kernels in `ptx_kernels`, and what they ask of their inputs."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from turboesm_kernels import assembly, portable, ptx
+from turboesm_kernels import ptx_kernels, ptx_text, triton_launch
+from turboesm_kernels.dispatch import Held, PreparedLayer
 from turboesm_kernels.launch import launch
-from turboesm_kernels.ops import Held, PreparedLayer
-from turboesm_kernels.portable import Partials
 from turboesm_kernels.prepared import FIELD_LANES, Fields, padded
 from turboesm_kernels.reference import TURN, Packed, Rope
+from turboesm_kernels.triton_launch import Partials
 
 ALIGNMENT = 16
 """Bytes, and for values tokens, that a lane reads at once."""
@@ -97,25 +97,25 @@ class Folded:
 
 
 def attend(q: Tensor, held: Held, layer: PreparedLayer, chunk: int | None = None) -> Tensor:
-    """`ops.attend` with the fast kernels; `obstacle` was None for these inputs.
+    """`dispatch.attend` with the fast kernels; `obstacle` was None for these inputs.
 
     `chunk`: tokens that a warp goes over, a multiple of `TURN`, `LONGEST` of them at most; None: what suits the
     device.
     """
     assert layer.k.fields is not None and layer.v.fields is not None
-    early = portable.launches_early(q)
+    early = triton_launch.launches_early(q)
     _angles(held, layer)  # made now where they are missing: the kernels do not wait for what comes after `fold`
     folded = fold(q, layer, layer.k.fields, early)
     chunk = chunk or chunk_of(q, held.tokens)
     splits = -(-held.tokens // chunk)
     partials = Partials.empty(q, splits, layer.v.fields.map.shape[1], weighted=True)
     _split(q, held, layer, folded, partials, chunk, early)
-    return portable.finish(q, held, layer, partials, splits, early)
+    return triton_launch.finish(q, held, layer, partials, splits, early)
 
 
 def chunk_of(q: Tensor, tokens: int) -> int:
     """Tokens a warp goes over, in whole blocks."""
-    return TURN * _blocks_each(q.shape[0] * q.shape[1], -(-tokens // TURN), WARPS * portable.processors(q))
+    return TURN * _blocks_each(q.shape[0] * q.shape[1], -(-tokens // TURN), WARPS * triton_launch.processors(q))
 
 
 @lru_cache(maxsize=1024)
@@ -131,13 +131,13 @@ def fold(q: Tensor, layer: PreparedLayer, fields: Fields, early: bool) -> Folded
     words = fields.map.shape[2] // FIELD_LANES
     descriptors = torch.empty((batch, heads, 2, words), dtype=torch.int32, device=q.device)
     scalars = torch.empty((batch, heads, 2), dtype=torch.float32, device=q.device)
-    fold_block = 1 if batch * heads <= portable.FEW_ROWS else 16  # as in `finish`
+    fold_block = 1 if batch * heads <= triton_launch.FEW_ROWS else 16  # as in `finish`
     launch(
-        ptx.fast_fold_kernel, (heads, -(-batch // fold_block)),
+        ptx_kernels.fast_fold_kernel, (heads, -(-batch // fold_block)),
         q, q.stride(0), q.stride(1), q.stride(3), *fields.halves, fields.middle,
         descriptors, scalars, batch, words,
         HEADS=heads, DIM=dim, WORDS_PAD=padded(words), DIM_PAD=padded(dim), FOLD_BLOCK=fold_block,
-        EARLY=early, num_warps=4 if dim <= 64 else 8, **portable.early_launch(early),
+        EARLY=early, num_warps=4 if dim <= 64 else 8, **triton_launch.early_launch(early),
     )  # fmt: skip
     return Folded(descriptors, scalars)
 
@@ -149,7 +149,7 @@ def _split(
     k, v, k_fields, v_fields = held.k, held.v, layer.k.fields, layer.v.fields
     assert k.scales is not None and v.scales is not None and k_fields is not None and v_fields is not None
     launch(
-        ptx.fast_split_kernel, (batch * heads, partials.top.shape[3]),
+        ptx_kernels.fast_split_kernel, (batch * heads, partials.top.shape[3]),
         q, q.stride(0), q.stride(1), q.stride(3), layer.k.centre,
         folded.descriptors, folded.scalars, *_angles(held, layer),
         q if held.lengths is None else held.lengths,
@@ -159,7 +159,7 @@ def _split(
         HEADS=heads, DIM=dim, K_WORDS=k.codes.shape[2], V_WORDS=v.codes.shape[2] // FIELD_LANES,
         HAS_BIAS=layer.k.centred, HAS_LENGTHS=held.lengths is not None, ONE_BLOCK=chunk == TURN,
         **_code(dim, k_fields.shape, v_fields.shape, layer.k.centred, chunk == TURN),
-        EARLY=early, num_warps=1, **portable.early_launch(early),
+        EARLY=early, num_warps=1, **triton_launch.early_launch(early),
     )  # fmt: skip
 
 
@@ -168,26 +168,26 @@ def _code(
     dim: int, keys: tuple[int, ...], values: tuple[int, ...], centred: bool, one_block: bool
 ) -> dict[str, str | int]:
     """The PTX of the kernel for fields of these shapes, the kinds of its operands, and sizes, by its names."""
-    k, v = assembly.Side(keys), assembly.Side(values)
-    at = assembly.Shared(dim, k, v, one_block, centred)
+    k, v = ptx_text.Side(keys), ptx_text.Side(values)
+    at = ptx_text.Shared(dim, k, v, one_block, centred)
     code = {
-        "OPEN": (assembly.open_code(at), assembly.OPEN_KINDS),
-        "ROW": (assembly.row_code(at), assembly.ROW_KINDS),
-        "WAIT": (assembly.wait_code(), assembly.WAIT_KINDS),
-        "ANGLES": (assembly.angles_code(dim), assembly.angles_constraints(dim)),
-        "TURN": (assembly.turn_code(at), assembly.turn_constraints(at)),
-        "KEYS": (assembly.load_code(k), assembly.load_constraints(k)),
-        "VALUES": (assembly.load_code(v), assembly.load_constraints(v)),
-        "SCORE": (assembly.score_code(at), assembly.score_constraints(at)),
-        "SUM": (assembly.sum_code(at), assembly.sum_constraints(at)),
-        "EMPTY": (assembly.empty_code(at), assembly.empty_constraints(v)),
-        "EMIT": (assembly.emit_code(at), assembly.emit_constraints(v)),
-        "BIAS": (assembly.bias_code(at), assembly.bias_constraints(at)),
+        "OPEN": (ptx_text.open_code(at), ptx_text.OPEN_KINDS),
+        "ROW": (ptx_text.row_code(at), ptx_text.ROW_KINDS),
+        "WAIT": (ptx_text.wait_code(), ptx_text.WAIT_KINDS),
+        "ANGLES": (ptx_text.angles_code(dim), ptx_text.angles_constraints(dim)),
+        "TURN": (ptx_text.turn_code(at), ptx_text.turn_constraints(at)),
+        "KEYS": (ptx_text.load_code(k), ptx_text.load_constraints(k)),
+        "VALUES": (ptx_text.load_code(v), ptx_text.load_constraints(v)),
+        "SCORE": (ptx_text.score_code(at), ptx_text.score_constraints(at)),
+        "SUM": (ptx_text.sum_code(at), ptx_text.sum_constraints(at)),
+        "EMPTY": (ptx_text.empty_code(at), ptx_text.empty_constraints(v)),
+        "EMIT": (ptx_text.emit_code(at), ptx_text.emit_constraints(v)),
+        "BIAS": (ptx_text.bias_code(at), ptx_text.bias_constraints(at)),
     }
     texts = {f"{name}_CODE": text for name, (text, _) in code.items()}
     kinds = {f"{name}_KINDS": own for name, (_, own) in code.items()}
     sizes = {
-        "K_TABLE": k.table, "V_TABLE": v.table, "V_ROWS": 8 * len(v.pairs), "SUMS": assembly.accumulators(v),
-        "QUERY": at.query, "K_MASKS": at.k_masks, "V_MASKS": at.v_masks, "DIGIT_ROW": assembly.DIGIT_ROW,
+        "K_TABLE": k.table, "V_TABLE": v.table, "V_ROWS": 8 * len(v.pairs), "SUMS": ptx_text.accumulators(v),
+        "QUERY": at.query, "K_MASKS": at.k_masks, "V_MASKS": at.v_masks, "DIGIT_ROW": ptx_text.DIGIT_ROW,
     }  # fmt: skip
     return {**sizes, **texts, **kinds}

@@ -41,12 +41,12 @@ def attend_tokens(
     """Attention of q [B, H, Q, d] (scaled, after RoPE) over tokens of which only the kind is kept; result like q.
 
     ids uint8 [B, T] of tokens at positions 0.., unmasked float32 [B], rope [T' >= T, d], lengths int [B] or None.
-    Softmax's weights are added up by kind. A GPU does that in a kernel of its own (`tokens.py`).
+    Softmax's weights are added up by kind. A GPU does that in a kernel of its own (`token_kernels.py`).
     """
     if q.is_cuda and q.shape[2] == 1 and lengths is not None and has_triton():
-        from turboesm_kernels import tokens
+        from turboesm_kernels import token_kernels
 
-        return tokens.attend(q, ids, tables, unmasked, rope, lengths)
+        return token_kernels.attend(q, ids, tables, unmasked, rope, lengths)
     return _attend_kinds(q.to(tables.k.dtype), ids, tables, tables.factors(unmasked), rope, lengths).to(q.dtype)
 
 

@@ -1,4 +1,4 @@
-"""Launches of the portable kernels in `attend`: grid, strides, buffers for the partial results."""
+"""Launches of the portable kernels in `triton_kernels`: grid, strides, buffers for the partial results."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from turboesm_kernels.attend import finish_kernel, fold_kernel, split_kernel
+from turboesm_kernels.dispatch import Held, PreparedLayer
 from turboesm_kernels.launch import launch
-from turboesm_kernels.ops import Held, PreparedLayer
 from turboesm_kernels.prepared import padded
 from turboesm_kernels.reference import Packed
+from turboesm_kernels.triton_kernels import finish_kernel, fold_kernel, split_kernel
 
 ROW_BLOCK = 16
 FOLD_TOKENS = 64
@@ -51,7 +51,7 @@ class Partials:
 
 
 def attend(q: Tensor, held: Held, layer: PreparedLayer) -> Tensor:
-    """`ops.attend` with the portable kernels; the inputs are validated already."""
+    """`dispatch.attend` with the portable kernels; the inputs are validated already."""
     folded, bias = fold(q, held, layer)
     # The interpreter pays by the operation, a GPU by the register.
     block = max(16, 1024 // padded(layer.k.axes)) if q.is_cuda else 256

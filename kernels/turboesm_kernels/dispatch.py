@@ -17,7 +17,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from turboesm_kernels import lookup, reference
+from turboesm_kernels import cpu_lookup, reference
 from turboesm_kernels.available import has_triton
 from turboesm_kernels.prepared import PreparedSide
 from turboesm_kernels.reference import Packed, Rope, SideSpec
@@ -121,7 +121,7 @@ def append(
         if side.bits is None or backend == "torch":
             found = reference.compress(x, side.spec, rope)
         else:
-            found = lookup.compress(x, side, rope)
+            found = cpu_lookup.compress(x, side, rope)
         put(into.codes, found.codes, start, 3)
         if into.scales is not None and found.scales is not None:
             put(into.scales, found.scales, start, 2)
@@ -166,9 +166,9 @@ def _no_ptx(q: Tensor, held: Held, layer: PreparedLayer) -> str | None:
         return reason
     if not q.is_cuda:
         return "the interpreter cannot run inline PTX; use backend 'triton'"
-    from turboesm_kernels import fast
+    from turboesm_kernels import ptx_launch
 
-    return fast.obstacle(q, held, layer)
+    return ptx_launch.obstacle(q, held, layer)
 
 
 def _no_lookup(q: Tensor, held: Held, layer: PreparedLayer) -> str | None:
@@ -227,19 +227,19 @@ def _rope(held: Held, layer: PreparedLayer) -> Rope:
 
 
 def _run_triton(q: Tensor, held: Held, layer: PreparedLayer) -> Tensor:
-    from turboesm_kernels import portable
+    from turboesm_kernels import triton_launch
 
-    return portable.attend(q, held, layer)
+    return triton_launch.attend(q, held, layer)
 
 
 def _run_ptx(q: Tensor, held: Held, layer: PreparedLayer) -> Tensor:
-    from turboesm_kernels import fast
+    from turboesm_kernels import ptx_launch
 
-    return fast.attend(q, held, layer)
+    return ptx_launch.attend(q, held, layer)
 
 
 def _run_lookup(q: Tensor, held: Held, layer: PreparedLayer) -> Tensor:
-    return lookup.attend(_widened(q), held, layer).to(q.dtype)
+    return cpu_lookup.attend(_widened(q), held, layer).to(q.dtype)
 
 
 def _widened(q: Tensor) -> Tensor:

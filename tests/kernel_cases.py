@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 from turboesm_kernels import reference
-from turboesm_kernels.dispatch import Held, PreparedLayer
 from turboesm_kernels.layout import Profile, bytes_for, lanes_for, uniform
+from turboesm_kernels.operands import Held, PreparedLayer
 from turboesm_kernels.reference import Packed, Rope, Scale, Side, SideSpec, table_size, table_slice
 
 

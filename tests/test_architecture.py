@@ -102,8 +102,34 @@ def test_no_stage_imports_commands(path: Path) -> None:
         assert not any(name.startswith(("turboesm_cli.commands", "turboesm_cli.app")) for name in imports(path))
 
 
+KERNEL_FILES = list((ROOT / "kernels" / "turboesm_kernels").glob("*.py"))
+KERNELS = [
+    {"__init__", "available", "layout"},
+    {"reference", "ptx_text"},
+    {"bits", "token_tables"},
+    {"prepared"},
+    {"operands"},
+    {"cpu_lookup", "launch", "triton_kernels"},
+    {"token_kernels", "triton_launch", "ptx_kernels", "rotary"},
+    {"ptx_launch", "pack", "token_layer"},
+    {"dispatch"},
+    {"verify"},
+]
+"""The kernels' modules: each may import those of earlier lines, inside functions and for type checkers, too."""
+
+
+@pytest.mark.parametrize("path", sorted(KERNEL_FILES), ids=lambda path: path.stem)
+def test_kernels_import_what_is_below_them(path: Path) -> None:
+    floor = {name: number for number, names in enumerate(KERNELS) for name in names}
+    assert path.stem in floor, f"name the floor of {path.stem} in KERNELS"
+    for name in imports(path):
+        _, _, module = name.partition("turboesm_kernels.")
+        if (module := module.split(".")[0]) in floor:
+            assert floor[module] < floor[path.stem], f"{path.stem} imports {module}"
+
+
 def test_kernels_know_nothing_of_the_command_line() -> None:
-    for path in (ROOT / "kernels" / "turboesm_kernels").glob("*.py"):
+    for path in KERNEL_FILES:
         assert not any(name.startswith("turboesm_cli") for name in imports(path)), path.name
 
 

@@ -1,6 +1,7 @@
 """The fast kernel's inline PTX, text by text and all together, on a CPU: `ptx_machine` runs it as written.
 
-What Triton makes of the rest of `ptx_kernels.fast_split_kernel` is written out here in numpy, in the same order.
+What Triton makes of the rest of `ptx_kernels.fast_attend_split_kernel` is written out here in numpy, in the same
+order.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import numpy as np
 import pytest
 import torch
 from turboesm_kernels import dispatch, ptx_text, reference
-from turboesm_kernels.dispatch import Held, PreparedLayer
+from turboesm_kernels.operands import Held, PreparedLayer
 from turboesm_kernels.prepared import Fields
 from turboesm_kernels.ptx_text import DIGIT_ROW, DIGITS, FENCE
 from turboesm_kernels.reference import TURN, Rope
@@ -172,7 +173,7 @@ def flat(words: Array) -> Array:
 
 
 def digits(whole: Array) -> Array:
-    """A row of `fast_fold_kernel`'s descriptors: low bytes of integers, then high ones."""
+    """A row of `fast_project_query_kernel`'s descriptors: low bytes of integers, then high ones."""
     return np.stack((whole & 0xFF, (whole + 128) >> 8)).astype("u1")
 
 
@@ -377,7 +378,7 @@ def test_greatest_of_a_warp(low: float) -> None:
 
 @dataclass(frozen=True)
 class Part:
-    """What `ptx_kernels.fast_split_kernel` leaves of a range for `finish`; and how often it emptied its sums."""
+    """What `ptx_kernels.fast_attend_split_kernel` leaves of a range; how often it emptied its sums."""
 
     top: float
     mass: float
@@ -438,7 +439,7 @@ def scale_bytes(scales: torch.Tensor, token: Array, end: int) -> Array:
 
 
 def split(inputs: Inputs, batch: int, head: int, begin: int, chunk: int, edits: Sequence[Edit] = ()) -> Part:
-    """One range, as `ptx_kernels.fast_split_kernel` goes over it."""
+    """One range, as `ptx_kernels.fast_attend_split_kernel` goes over it."""
     one_block = chunk == TURN
     kernel = Kernel(inputs, one_block, head, edits)
     held, centred = kernel.held, kernel.layer.k.centred
@@ -478,7 +479,7 @@ def split(inputs: Inputs, batch: int, head: int, begin: int, chunk: int, edits: 
 
 
 def fold(kernel: Kernel, batch: int) -> tuple[Array, np.float32, np.float32]:
-    """As `ptx_kernels.fast_fold_kernel`: the query's integers, its gain and its constant."""
+    """As `ptx_kernels.fast_project_query_kernel`: the query's integers, its gain and its constant."""
     wanted = (kernel.query[batch, kernel.head, 0].double() @ kernel.k.map[kernel.head].double()).numpy() * LOG2E
     gain = np.abs(wanted).max() / LARGEST_QUERY + 1e-30
     whole = np.floor(wanted / gain + 0.5).astype("i8")
@@ -487,7 +488,7 @@ def fold(kernel: Kernel, batch: int) -> tuple[Array, np.float32, np.float32]:
 
 
 def finish(inputs: Inputs, batch: int, head: int, parts: list[Part]) -> torch.Tensor:
-    """As `attend.finish_kernel`, in float64."""
+    """As `triton_kernels.combine_kernel`, in float64."""
     query, held, layer = inputs
     fields = layer.v.fields
     assert fields is not None

@@ -17,10 +17,12 @@ from pathlib import Path
 import pytest
 import torch
 from turboesm_kernels import dispatch, reference, token_layer
-from turboesm_kernels.dispatch import BackendError, Held, PreparedLayer
+from turboesm_kernels.dispatch import BackendError
 from turboesm_kernels.layout import Profile
+from turboesm_kernels.operands import Held, PreparedLayer
 from turboesm_kernels.prepared import grid_steps
 from turboesm_kernels.reference import Packed, Rope, Side
+from turboesm_kernels.token_tables import TokenTables
 
 from turboesm_cli.model import load_model
 from turboesm_cli.sequences import PAD, Protein
@@ -112,7 +114,7 @@ def test_fast_fold(case: Case) -> None:
     fields = layer.k.fields
     assert fields is not None
     poison(q)
-    found = ptx_launch.fold(q, layer, fields, early=False)
+    found = ptx_launch.project_query(q, layer, fields, early=False)
     gain, constant = found.scalars.unbind(-1)
     low, high = found.descriptors.view(torch.int8).flatten(3).unbind(2)
     folded = 256 * high.int() + low
@@ -124,7 +126,7 @@ def test_fast_fold(case: Case) -> None:
 @pytest.mark.parametrize(("dim", "tokens"), [(64, 200), (128, 128), (64, 33), (64, 1)])
 def test_turns_of_a_block(dim: int, tokens: int) -> None:
     """The matrix product that `ptx_text.bias_code` does, fragment by fragment, gives the centre's scores."""
-    from turboesm_kernels.cpu_lookup import phase_map
+    from turboesm_kernels.bits import phase_map
 
     g = torch.Generator().manual_seed(0)
     rope = Rope.at(torch.arange(tokens) + 3, 10000.0 ** (-torch.arange(0, dim, 2) / dim))
@@ -552,7 +554,7 @@ def check_tokens(
     k, v = torch.randn(2, heads, count, dim, generator=generator)
     k_const, v_const = torch.randn(2, heads, dim, generator=generator)
     sigma = torch.rand(count, generator=generator)
-    tables = token_layer.TokenTables(k, v, k_const, v_const, sigma, 1e-5, drops)
+    tables = TokenTables(k, v, k_const, v_const, sigma, 1e-5, drops)
     q = torch.randn(2, heads, 1, dim, generator=generator).to(dtype)
     ids = torch.randint(count, (2, length + 2), generator=generator).to(torch.uint8)
     unmasked = torch.tensor([1.0, 0.7])
@@ -563,7 +565,7 @@ def check_tokens(
     keys = rope.rotate((factor * k + k_const[:, None]).gather(2, index))
     values = (factor * v + v_const[:, None]).gather(2, index)
     expected = reference.attend(q.double(), keys, values, lengths)
-    moved = token_layer.TokenTables(*(x.to(device) for x in (k, v, k_const, v_const, sigma)), 1e-5, drops)
+    moved = TokenTables(*(x.to(device) for x in (k, v, k_const, v_const, sigma)), 1e-5, drops)
     at = Rope(rope.cos.to(device), rope.sin.to(device))
     found = token_kernels.attend(
         q.to(device), ids.to(device)[:, : length + 1], moved, unmasked.to(device), at, lengths.int().to(device)

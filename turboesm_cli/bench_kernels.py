@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 from turboesm_kernels import dispatch, reference
-from turboesm_kernels.dispatch import Held, PreparedLayer
+from turboesm_kernels.operands import Held, PreparedLayer
 from turboesm_kernels.reference import Packed
 
 from turboesm_cli.results import ResultRow

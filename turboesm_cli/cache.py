@@ -15,8 +15,10 @@ import torch
 from torch import Tensor
 from turboesm_kernels import cpu_lookup, dispatch, reference, token_layer, verify
 from turboesm_kernels.available import has_triton
-from turboesm_kernels.dispatch import Held, PreparedLayer, put
+from turboesm_kernels.dispatch import put
+from turboesm_kernels.operands import Held, PreparedLayer
 from turboesm_kernels.reference import Packed, Rope
+from turboesm_kernels.token_tables import TokenTables
 
 from turboesm_cli import decode
 from turboesm_cli.codec import CodecSpec, LayerSpec
@@ -232,7 +234,7 @@ class _Prepared:
     model: EsmModel
     spec: CodecSpec
     layers: list[PreparedLayer | None]
-    tokens: token_layer.TokenTables
+    tokens: TokenTables
     pairs: list[cpu_lookup.Pair | None]
 
 

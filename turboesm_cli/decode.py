@@ -17,8 +17,9 @@ import torch.nn.functional as F
 from esm.modules import gelu
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from turboesm_kernels import reference, token_layer
+from turboesm_kernels import reference
 from turboesm_kernels.reference import Rope
+from turboesm_kernels.token_tables import TokenTables
 
 from turboesm_cli.model import EsmModel
 from turboesm_cli.sequences import MASK, PAD
@@ -258,7 +259,7 @@ def token_keys_values(model: EsmModel, unmasked: Tensor) -> tuple[Tensor, Tensor
 
 
 @torch.no_grad()
-def token_tables(model: EsmModel) -> token_layer.TokenTables:
+def token_tables(model: EsmModel) -> TokenTables:
     """Layer 0's keys and values of all kinds of token, in float32 at least.
 
     Token dropout scales an embedding by s; layer norm takes that out again but for its epsilon, which leaves
@@ -278,7 +279,7 @@ def token_tables(model: EsmModel) -> token_layer.TokenTables:
         parts += [kind, (weight @ _widened(norm.bias) + bias).view(model.shape.heads, model.shape.head_dim)]
     k, k_const, v, v_const = parts
     sigma = sigma[:, 0] * _embedding_scale(model)
-    return token_layer.TokenTables(k, v, k_const, v_const, sigma, norm.eps, bool(model.net.token_dropout))
+    return TokenTables(k, v, k_const, v_const, sigma, norm.eps, bool(model.net.token_dropout))
 
 
 def _widened(x: Tensor) -> Tensor:

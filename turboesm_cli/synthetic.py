@@ -6,8 +6,8 @@ import math
 from dataclasses import dataclass
 
 import torch
-from turboesm_kernels.dispatch import Held, PreparedLayer
 from turboesm_kernels.layout import bytes_for
+from turboesm_kernels.operands import Held, PreparedLayer
 from turboesm_kernels.reference import Packed, Rope, Side, SideSpec, table_size, table_slice
 
 from turboesm_cli.allocation import waterfill

@@ -1,12 +1,20 @@
-"""Whether Triton is there, which nothing imports before it is needed."""
+"""What this machine has: Triton, which nothing imports before it is needed, and whose GPU a tensor is on."""
 
 from __future__ import annotations
 
 from functools import cache
 from importlib.util import find_spec
 
+import torch
+from torch import Tensor
+
 
 @cache
 def has_triton() -> bool:
     """Whether Triton is installed."""
     return find_spec("triton") is not None
+
+
+def on_nvidia(x: Tensor) -> bool:
+    """Whether `x` is on an NVIDIA GPU: AMD's are "cuda" to torch, too, with compute capabilities of their own."""
+    return x.is_cuda and torch.version.hip is None

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import cache
 from typing import Literal
 
@@ -18,8 +17,8 @@ import torch
 from torch import Tensor
 
 from turboesm_kernels import cpu_lookup, reference
-from turboesm_kernels.available import has_triton
-from turboesm_kernels.prepared import PreparedSide
+from turboesm_kernels.available import has_triton, on_nvidia
+from turboesm_kernels.operands import Held, PreparedLayer
 from turboesm_kernels.reference import Packed, Rope, SideSpec
 
 Backend = Literal["ptx", "triton", "lookup", "torch"]
@@ -29,49 +28,6 @@ HEAD_DIMS = range(8, 257)
 
 class BackendError(RuntimeError):
     """A backend was asked for that cannot run here, or not on these inputs."""
-
-
-@dataclass(frozen=True)
-class PreparedLayer:
-    """One layer's codec, ready for the kernels. Make it once per layer, with `of`, before decoding."""
-
-    k: PreparedSide
-    v: PreparedSide
-
-    @classmethod
-    def of(cls, k: SideSpec, v: SideSpec) -> PreparedLayer:
-        """Prepare the two sides of a layer, on their device."""
-        return cls(PreparedSide.of(k), PreparedSide.of(v))
-
-
-@dataclass(frozen=True)
-class Held:
-    """What a layer's cache holds of B sequences: s sinks, then up to T packed tokens each.
-
-    k, v      packed tokens; codes and scales may be strided views of larger buffers
-    rope      angles of the packed tokens' positions: cos and sin float32 [T' >= T, d], the same for all sequences
-              (packed token 0 is position s); needed where the keys' centre is not 0
-    lengths   int32 [B]: tokens of each sequence, sinks counted; None: all s + T
-    sink_k    float [B, H, s, d]: the first tokens' keys after RoPE, whole (float16 as a rule), or None
-    sink_v    float [B, H, s, d]: their values, or None
-    """
-
-    k: Packed
-    v: Packed
-    rope: Rope | None = None
-    lengths: Tensor | None = None
-    sink_k: Tensor | None = None
-    sink_v: Tensor | None = None
-
-    @property
-    def tokens(self) -> int:
-        """Packed tokens a sequence has room for, T."""
-        return self.v.codes.shape[3]
-
-    @property
-    def sinks(self) -> int:
-        """Tokens kept whole, s."""
-        return 0 if self.sink_k is None else self.sink_k.shape[2]
 
 
 def attend(q: Tensor, held: Held, layer: PreparedLayer, backend: Backend | None = None) -> Tensor:
@@ -88,12 +44,14 @@ def attend(q: Tensor, held: Held, layer: PreparedLayer, backend: Backend | None 
 def choose(q: Tensor, held: Held, layer: PreparedLayer, backend: Backend | None = None) -> Backend:
     """The backend that `attend` runs on: the one asked for, or the first that can."""
     if backend is not None:
-        if backend not in _OBSTACLES:
-            raise BackendError(f"no backend {backend!r}; there are {', '.join(_OBSTACLES)}")
-        if reason := _OBSTACLES[backend](q, held, layer):
+        if backend not in _UNSUPPORTED:
+            raise BackendError(f"no backend {backend!r}; there are {', '.join(_UNSUPPORTED)}")
+        if reason := _UNSUPPORTED[backend](q, held, layer):
             raise BackendError(f"backend {backend!r} cannot run: {reason}")
         return backend
-    return next(name for name, obstacle in _OBSTACLES.items() if not obstacle(q, held, layer))
+    return next(
+        name for name, unsupported_reason in _UNSUPPORTED.items() if not unsupported_reason(q, held, layer)
+    )
 
 
 def append(
@@ -156,7 +114,7 @@ def _no_triton(q: Tensor, held: Held, layer: PreparedLayer) -> str | None:
         return "Triton is not installed (pip install 'turboesm[gpu]')"
     if not q.is_cuda and not _interpreted():
         return f"it needs a CUDA device, the query is on {q.device} (TRITON_INTERPRET=1 runs it on a CPU)"
-    if q.is_cuda and torch.cuda.get_device_capability(q.device) < (8, 0):
+    if on_nvidia(q) and torch.cuda.get_device_capability(q.device) < (8, 0):
         return "it needs compute capability 8.0 or later"
     return None
 
@@ -166,9 +124,11 @@ def _no_ptx(q: Tensor, held: Held, layer: PreparedLayer) -> str | None:
         return reason
     if not q.is_cuda:
         return "the interpreter cannot run inline PTX; use backend 'triton'"
+    if not on_nvidia(q):
+        return "inline PTX needs an NVIDIA GPU; use backend 'triton'"
     from turboesm_kernels import ptx_launch
 
-    return ptx_launch.obstacle(q, held, layer)
+    return ptx_launch.unsupported_reason(q, held, layer)
 
 
 def _no_lookup(q: Tensor, held: Held, layer: PreparedLayer) -> str | None:
@@ -183,7 +143,7 @@ def _no_torch(q: Tensor, held: Held, layer: PreparedLayer) -> str | None:
     return None
 
 
-_OBSTACLES: dict[Backend, Callable[[Tensor, Held, PreparedLayer], str | None]] = {
+_UNSUPPORTED: dict[Backend, Callable[[Tensor, Held, PreparedLayer], str | None]] = {
     "ptx": _no_ptx,
     "triton": _no_triton,
     "lookup": _no_lookup,

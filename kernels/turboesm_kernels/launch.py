@@ -13,6 +13,8 @@ import torch
 import triton
 from torch import Tensor
 
+from turboesm_kernels.available import on_nvidia
+
 ALIGNMENT = 16
 """What Triton compiles for apart: pointers (bytes) and integers that are multiples of it."""
 
@@ -44,3 +46,18 @@ def kind(x: object) -> Hashable:
     if isinstance(x, Tensor):
         return x.dtype, x.data_ptr() % ALIGNMENT == 0
     return type(x).__name__
+
+
+def processors(q: Tensor) -> int:
+    """Multiprocessors of the query's device."""
+    return torch.cuda.get_device_properties(q.device).multi_processor_count if q.is_cuda else 1
+
+
+def launches_early(q: Tensor) -> bool:
+    """Whether a kernel may be launched while the one before it still runs (Hopper's programmatic launch)."""
+    return on_nvidia(q) and torch.cuda.get_device_capability(q.device) >= (9, 0)
+
+
+def early_launch(early: bool) -> dict[str, bool]:
+    """The launch option that lets a kernel start while the one before it still runs."""
+    return {"launch_pdl": True} if early else {}

@@ -14,11 +14,10 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from turboesm_kernels.dispatch import Held, PreparedLayer
-from turboesm_kernels.launch import launch
+from turboesm_kernels.launch import early_launch, launch, launches_early
+from turboesm_kernels.operands import Held, PreparedLayer
 from turboesm_kernels.prepared import PreparedSide, padded
 from turboesm_kernels.reference import SCALE_STEPS_PER_OCTAVE, SCALE_ZERO, Packed
-from turboesm_kernels.triton_launch import early_launch, launches_early
 
 STEPS = tl.constexpr(SCALE_STEPS_PER_OCTAVE)
 ZERO = tl.constexpr(SCALE_ZERO)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from turboesm_kernels.cpu_lookup import Bits
+from turboesm_kernels.bits import Bits
 from turboesm_kernels.layout import BYTE, Profile
 from turboesm_kernels.reference import SideSpec, table_slice
 
@@ -125,7 +125,7 @@ class PreparedSide:
         steps = None if self.spec.residual_axes else grid_steps(self.spec)
         if steps is None:
             return None
-        bits = Bits.of(self, steps)  # not the cached one, whose maps a GPU has no use for
+        bits = Bits.of(self.spec, self.map, steps)  # not the cached one, whose maps a GPU has no use for
         return torch.cat((bits.per_step, bits.half, bits.top, bits.level, bits.zero, bits.deviation), 1)
 
     @cached_property
@@ -167,7 +167,7 @@ class PreparedSide:
     def bits(self) -> Bits | None:
         """The code bit by bit for `cpu_lookup`, or None where levels are not on a uniform grid."""
         steps = None if self.spec.residual_axes else grid_steps(self.spec)
-        return None if steps is None else Bits.of(self, steps)
+        return None if steps is None else Bits.of(self.spec, self.map, steps)
 
 
 def in_halves(matrix: Tensor) -> tuple[Tensor, Tensor]:

@@ -91,7 +91,7 @@ def _two_halves(x):
 
 
 @triton.jit(do_not_specialize=["batch", "words"])
-def fast_fold_kernel(
+def fast_project_query_kernel(
     query, q_b, q_h, q_d, key_map, factors, middle, descriptors, scalars, batch, words,
     HEADS: tl.constexpr, DIM: tl.constexpr, WORDS_PAD: tl.constexpr, DIM_PAD: tl.constexpr,
     FOLD_BLOCK: tl.constexpr, EARLY: tl.constexpr,
@@ -212,7 +212,7 @@ def _dithers(lane):
 
 
 @triton.jit(do_not_specialize=["angles", "sinks"])
-def fast_split_kernel(
+def fast_attend_split_kernel(
     query, q_b, q_h, q_d, centre, descriptors, scalars, turns, block_turn, cos, sin, rope_t, angles, lengths,
     k_codes, k_b, k_h, k_word, k_scales, ks_b, ks_h,
     v_codes, v_b, v_h, v_plane, v_scales, vs_b, vs_h, k_masks, v_masks,
@@ -235,10 +235,10 @@ def fast_split_kernel(
         part_sum = sum_j 2^(score_j - m)    part_weight = sum_j w_j    part_out[f, i] = sum_j w_j byte_jfi
 
     scores in units of log 2; query any float [B, H, 1, d], centre f32 [H, d]; descriptors and scalars as
-    `fast_fold_kernel` leaves them, turns and block_turn as in `Rope`, cos and sin f32 [angles, d], rows rope_t
-    apart, of packed token 0 on; codes and scales as in `Packed` with aligned strides, k_masks and v_masks as in
-    `Fields`; part_max, part_sum and part_weight f32 [B, H, S], part_out f32 [B, H, S, V_ROWS]. K_WORDS and V_WORDS
-    are words of a code, K_TABLE and V_TABLE fields padded to 4; QUERY to V_MASKS as in `ptx_text.Shared`.
+    `fast_project_query_kernel` leaves them, turns and block_turn as in `Rope`, cos and sin f32 [angles, d],
+    rows rope_t apart, of packed token 0 on; codes and scales as in `Packed` with aligned strides, k_masks and
+    v_masks as in `Fields`; part_max, part_sum and part_weight f32 [B, H, S], part_out f32 [B, H, S, V_ROWS].
+    K_WORDS and V_WORDS are words of a code, K_TABLE and V_TABLE fields padded to 4; QUERY to V_MASKS as in `ptx_text.Shared`.
     """
     pair_row = tl.program_id(0).to(tl.int64)
     split = tl.program_id(1)
@@ -254,8 +254,8 @@ def fast_split_kernel(
     k_own, v_own = lane * 4, g // 4 * 64 + t * 16  # a lane's first token in a block
     if EARLY:
         gdc_launch_dependents()
-    # The query was there before `fast_fold_kernel` began, and the codes do not wait for it either. They come last:
-    # loads return in order.
+    # The query was there before `fast_project_query_kernel` began, and the codes do not wait for it either.
+    # They come last: loads return in order.
     if HAS_BIAS:
         pair = t * (DIM // 8)
         phase = _phase(query + batch * q_b + head * q_h, q_d, centre + head * DIM, pair, DIM)

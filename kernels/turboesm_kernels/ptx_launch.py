@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from turboesm_kernels import ptx_kernels, ptx_text, triton_launch
-from turboesm_kernels.dispatch import Held, PreparedLayer
-from turboesm_kernels.launch import launch
+from turboesm_kernels.launch import early_launch, launch, launches_early, processors
+from turboesm_kernels.operands import Held, PreparedLayer
 from turboesm_kernels.prepared import FIELD_LANES, Fields, padded
 from turboesm_kernels.reference import TURN, Packed, Rope
 from turboesm_kernels.triton_launch import Partials
@@ -34,7 +34,7 @@ LARGEST_STRIDE = 1 << 29
 """Bytes between planes at most: offsets of four of them are 32-bit numbers."""
 
 
-def obstacle(q: Tensor, held: Held, layer: PreparedLayer) -> str | None:
+def unsupported_reason(q: Tensor, held: Held, layer: PreparedLayer) -> str | None:
     """Why the fast path cannot run on these inputs, or None."""
     if q.shape[2] != 1:
         return f"it serves one query token a sequence, not {q.shape[2]}"
@@ -90,32 +90,32 @@ def _angles(held: Held, layer: PreparedLayer) -> tuple[Tensor | int, ...]:
 
 @dataclass(frozen=True)
 class Folded:
-    """What `fast_fold_kernel` makes of the queries: descriptors int32 [B, H, 2, W], scalars f32 [B, H, 2]."""
+    """What `fast_project_query_kernel` makes of queries: descriptors int32 [B, H, 2, W], scalars f32 [B, H, 2]."""
 
     descriptors: Tensor
     scalars: Tensor
 
 
 def attend(q: Tensor, held: Held, layer: PreparedLayer, chunk: int | None = None) -> Tensor:
-    """`dispatch.attend` with the fast kernels; `obstacle` was None for these inputs.
+    """`dispatch.attend` with the fast kernels; `unsupported_reason` was None for these inputs.
 
     `chunk`: tokens that a warp goes over, a multiple of `TURN`, `LONGEST` of them at most; None: what suits the
     device.
     """
     assert layer.k.fields is not None and layer.v.fields is not None
-    early = triton_launch.launches_early(q)
-    _angles(held, layer)  # made now where they are missing: the kernels do not wait for what comes after `fold`
-    folded = fold(q, layer, layer.k.fields, early)
+    early = launches_early(q)
+    _angles(held, layer)  # made now where they are missing: kernels do not wait for what comes later
+    folded = project_query(q, layer, layer.k.fields, early)
     chunk = chunk or chunk_of(q, held.tokens)
     splits = -(-held.tokens // chunk)
     partials = Partials.empty(q, splits, layer.v.fields.map.shape[1], weighted=True)
     _split(q, held, layer, folded, partials, chunk, early)
-    return triton_launch.finish(q, held, layer, partials, splits, early)
+    return triton_launch.combine(q, held, layer, partials, splits, early)
 
 
 def chunk_of(q: Tensor, tokens: int) -> int:
     """Tokens a warp goes over, in whole blocks."""
-    return TURN * _blocks_each(q.shape[0] * q.shape[1], -(-tokens // TURN), WARPS * triton_launch.processors(q))
+    return TURN * _blocks_each(q.shape[0] * q.shape[1], -(-tokens // TURN), WARPS * processors(q))
 
 
 @lru_cache(maxsize=1024)
@@ -125,19 +125,19 @@ def _blocks_each(rows: int, blocks: int, slots: int) -> int:
     return min(lengths, key=lambda each: (-(-rows * -(-blocks // each) // slots) * (each + OPENING), each))
 
 
-def fold(q: Tensor, layer: PreparedLayer, fields: Fields, early: bool) -> Folded:
-    """Queries as integers; see `fast_fold_kernel`."""
+def project_query(q: Tensor, layer: PreparedLayer, fields: Fields, early: bool) -> Folded:
+    """Queries as integers; see `fast_project_query_kernel`."""
     batch, heads, _, dim = q.shape
     words = fields.map.shape[2] // FIELD_LANES
     descriptors = torch.empty((batch, heads, 2, words), dtype=torch.int32, device=q.device)
     scalars = torch.empty((batch, heads, 2), dtype=torch.float32, device=q.device)
-    fold_block = 1 if batch * heads <= triton_launch.FEW_ROWS else 16  # as in `finish`
+    fold_block = 1 if batch * heads <= triton_launch.FEW_ROWS else 16  # as in `combine`
     launch(
-        ptx_kernels.fast_fold_kernel, (heads, -(-batch // fold_block)),
+        ptx_kernels.fast_project_query_kernel, (heads, -(-batch // fold_block)),
         q, q.stride(0), q.stride(1), q.stride(3), *fields.halves, fields.middle,
         descriptors, scalars, batch, words,
         HEADS=heads, DIM=dim, WORDS_PAD=padded(words), DIM_PAD=padded(dim), FOLD_BLOCK=fold_block,
-        EARLY=early, num_warps=4 if dim <= 64 else 8, **triton_launch.early_launch(early),
+        EARLY=early, num_warps=4 if dim <= 64 else 8, **early_launch(early),
     )  # fmt: skip
     return Folded(descriptors, scalars)
 
@@ -149,7 +149,7 @@ def _split(
     k, v, k_fields, v_fields = held.k, held.v, layer.k.fields, layer.v.fields
     assert k.scales is not None and v.scales is not None and k_fields is not None and v_fields is not None
     launch(
-        ptx_kernels.fast_split_kernel, (batch * heads, partials.top.shape[3]),
+        ptx_kernels.fast_attend_split_kernel, (batch * heads, partials.top.shape[3]),
         q, q.stride(0), q.stride(1), q.stride(3), layer.k.centre,
         folded.descriptors, folded.scalars, *_angles(held, layer),
         q if held.lengths is None else held.lengths,
@@ -159,7 +159,7 @@ def _split(
         HEADS=heads, DIM=dim, K_WORDS=k.codes.shape[2], V_WORDS=v.codes.shape[2] // FIELD_LANES,
         HAS_BIAS=layer.k.centred, HAS_LENGTHS=held.lengths is not None, ONE_BLOCK=chunk == TURN,
         **_code(dim, k_fields.shape, v_fields.shape, layer.k.centred, chunk == TURN),
-        EARLY=early, num_warps=1, **triton_launch.early_launch(early),
+        EARLY=early, num_warps=1, **early_launch(early),
     )  # fmt: skip
 
 

@@ -63,7 +63,7 @@ class Shared:
 
         weights       of a block's tokens, a digit a row (see `sum_code`)
         turns         `Rope.turns`, where keys have a centre
-        query         the row's digits: `fast_fold_kernel`'s descriptors
+        query         the row's digits: `fast_project_query_kernel`'s descriptors
         k_masks, v_masks   of the head: `prepared.Fields.masks`
         sums          float32 [V fields padded to 2, 4]: what accumulators held when they were last emptied
         rotation      cosines, then sines, of RoPE's turn by a block: float32 [d]

@@ -8,11 +8,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from turboesm_kernels.launch import launch
+from turboesm_kernels.launch import launch, processors
 from turboesm_kernels.prepared import padded
 from turboesm_kernels.reference import Rope
-from turboesm_kernels.token_layer import TokenTables
-from turboesm_kernels.triton_launch import processors
+from turboesm_kernels.token_tables import TokenTables
 
 BLOCK = 64
 MANY = 16

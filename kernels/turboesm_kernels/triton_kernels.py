@@ -5,11 +5,11 @@ For a query q (scaled), keys k^_j = n_j T[code_j] (s D) + R_j c_k and values v^_
     score_j = n_j <q (s D)^T, T[code_j]> + <q, R_j c_k>        p = softmax(score)
     out     = (sum_j p_j n'_j T'[code'_j]) (s' D') + (sum_j p_j) c_v + sum over sinks of p_i v_i
 
-in three launches: `fold_kernel` makes q (s D)^T and the position term, `split_kernel` goes once over the codes of
-one sequence, head and range of tokens, and `finish_kernel` joins the ranges in order, adds the sinks and maps
-back. Every sum has one fixed order, so results are the same bits from run to run. Scores are in units of
-log 2 throughout: softmax is taken with exp2. Kernels that do little are kept short: code that runs once costs its
-own fetching.
+in three launches: `project_query_kernel` makes q (s D)^T and the position term, `attend_split_kernel` goes once
+over the codes of one sequence, head and range of tokens, and `combine_kernel` joins the ranges in order, adds
+the sinks and maps back. Every sum has one fixed order, so results are the same bits from run to run. Scores are in
+units of log 2 throughout: softmax is taken with exp2. Kernels that do little are kept short: code that runs once
+costs its own fetching.
 """
 
 # mypy: disable-error-code="no-untyped-def,untyped-decorator,assignment,var-annotated"
@@ -28,7 +28,7 @@ NEGATIVE = tl.constexpr(-1e30)  # below every score, yet finite: its differences
 
 
 @triton.jit
-def fold_kernel(
+def project_query_kernel(
     query, q_b, q_h, q_q, q_d, key_map, centre, cos, sin, rope_t, rope_d, folded, bias, rows, tokens,
     HEADS: tl.constexpr, QUERIES: tl.constexpr, DIM: tl.constexpr, AXES: tl.constexpr,
     DIM_PAD: tl.constexpr, AXES_PAD: tl.constexpr, HALF_PAD: tl.constexpr,
@@ -109,7 +109,7 @@ def _scales(scales, s_token, token, valid):
 
 
 @triton.jit
-def split_kernel(
+def attend_split_kernel(
     folded, bias, lengths,
     k_codes, k_b, k_h, k_word, k_token, k_lane, k_scales, ks_b, ks_h, ks_t, k_pieces, k_start, k_table,
     v_codes, v_b, v_h, v_word, v_token, v_scales, vs_b, vs_h, vs_t, v_pieces, v_start, v_table,
@@ -188,7 +188,7 @@ def split_kernel(
 
 
 @triton.jit(do_not_specialize=["rows", "splits", "axes"])
-def finish_kernel(
+def combine_kernel(
     part_max, part_sum, part_weight, part_out, query, q_b, q_h, q_q, q_d, lengths,
     sink_k, sk_b, sk_h, sk_t, sk_d, sink_v, sv_b, sv_h, sv_t, sv_d,
     value_map, offset, centre, out, rows, splits, axes,
@@ -202,10 +202,10 @@ def finish_kernel(
         out = (sum_s w_s acc_s map + sum_s w_s l_s c + sum_i p_i v_i) / (sum_s w_s l_s + sum_i p_i)
 
     with w_s = 2^(m_s - m); where the codes were summed as they are stored, (sum_s w_s weight_s) offset is added to
-    the numerator: what levels are off by. offset f32 [H, d]. part_* as `split_kernel` leaves them, query any float
-    [B, H, Q, d], sinks any float [B, H, SINKS, d], value_map f32 [H, A, d], centre f32 [H, d], out any float
-    [B, H, Q, d], contiguous. A row without any token gets 0. Program (h, r) does the r-th block of rows: one row
-    where rows are few, by sums; else 16 or more, by matrix products. What needs no range, the sinks and, where
+    the numerator: what levels are off by. offset f32 [H, d]. part_* as `attend_split_kernel` leaves them, query
+    any float [B, H, Q, d], sinks any float [B, H, SINKS, d], value_map f32 [H, A, d], centre f32 [H, d], out any
+    float [B, H, Q, d], contiguous. A row without any token gets 0. Program (h, r) does the r-th block of rows: one
+    row where rows are few, by sums; else 16 or more, by matrix products. What needs no range, the sinks and, where
     MAP_EARLY, the map, comes before the wait for the ranges. Axes are taken AXES_BLOCK at a time; A is a multiple
     of AXES_STEP: that makes loads wide.
     """

@@ -8,22 +8,22 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from turboesm_kernels.dispatch import Held, PreparedLayer
-from turboesm_kernels.launch import launch
+from turboesm_kernels.launch import early_launch, launch, processors
+from turboesm_kernels.operands import Held, PreparedLayer
 from turboesm_kernels.prepared import padded
 from turboesm_kernels.reference import Packed
-from turboesm_kernels.triton_kernels import finish_kernel, fold_kernel, split_kernel
+from turboesm_kernels.triton_kernels import attend_split_kernel, combine_kernel, project_query_kernel
 
 ROW_BLOCK = 16
 FOLD_TOKENS = 64
 FEW_ROWS = 40
-"""Rows and heads up to which `finish` takes them one by one: latency counts, not what is read twice."""
+"""Rows and heads up to which `combine` takes them one by one: latency counts, not what is read twice."""
 
 FINISH_TILE, SPLIT_BLOCK = 8192, 64
-"""Partial results that a program of `finish` holds at once, and ranges that they are of, at most."""
+"""Partial results that a program of `combine` holds at once, and ranges that they are of, at most."""
 
 EARLY_MAP = 8192
-"""Numbers of a head's value map up to which `finish` reads it before it waits for the ranges."""
+"""Numbers of a head's value map up to which `combine` reads it before it waits for the ranges."""
 
 WAVES = 8
 """Programs a multiprocessor is given before ranges of tokens are made longer instead of more."""
@@ -31,7 +31,7 @@ WAVES = 8
 
 @dataclass(frozen=True)
 class Partials:
-    """What S ranges of tokens leave for `finish`: top and mass f32 [B, H, Q, S], out f32 [B, H, Q, S, A].
+    """What S ranges of tokens leave for `combine`: top and mass f32 [B, H, Q, S], out f32 [B, H, Q, S, A].
 
     weight f32 [B, H, Q, S], from the fast path alone: the mass of its rounded weights, the values' scales in them.
     """
@@ -52,7 +52,7 @@ class Partials:
 
 def attend(q: Tensor, held: Held, layer: PreparedLayer) -> Tensor:
     """`dispatch.attend` with the portable kernels; the inputs are validated already."""
-    folded, bias = fold(q, held, layer)
+    folded, bias = project_query(q, held, layer)
     # The interpreter pays by the operation, a GPU by the register.
     block = max(16, 1024 // padded(layer.k.axes)) if q.is_cuda else 256
     chunk = chunk_of(q, held.tokens, block)
@@ -62,7 +62,7 @@ def attend(q: Tensor, held: Held, layer: PreparedLayer) -> Tensor:
         _split(q, held, layer, folded, bias, partials, chunk, block)
     else:
         splits = 0
-    return finish(q, held, layer, partials, splits)
+    return combine(q, held, layer, partials, splits)
 
 
 def chunk_of(q: Tensor, tokens: int, block: int) -> int:
@@ -72,13 +72,8 @@ def chunk_of(q: Tensor, tokens: int, block: int) -> int:
     return -(-blocks // min(wanted, blocks)) * block
 
 
-def processors(q: Tensor) -> int:
-    """Multiprocessors of the query's device."""
-    return torch.cuda.get_device_properties(q.device).multi_processor_count if q.is_cuda else 1
-
-
-def fold(q: Tensor, held: Held, layer: PreparedLayer) -> tuple[Tensor, Tensor | None]:
-    """Folded queries f32 [B, H, Q, A], and the centre's scores f32 [B, H, Q, T] or None; see `fold_kernel`."""
+def project_query(q: Tensor, held: Held, layer: PreparedLayer) -> tuple[Tensor, Tensor | None]:
+    """Queries f32 [B, H, Q, A] and the centre's scores f32 [B, H, Q, T] or None; see `project_query_kernel`."""
     batch, heads, queries, dim = q.shape
     folded = torch.empty((batch, heads, queries, layer.k.axes), dtype=torch.float32, device=q.device)
     bias, rope = None, held.rope
@@ -88,7 +83,7 @@ def fold(q: Tensor, held: Held, layer: PreparedLayer) -> tuple[Tensor, Tensor | 
     rows = batch * queries
     blocks = -(-held.tokens // FOLD_TOKENS) if bias is not None else 0
     launch(
-        fold_kernel, (heads, -(-rows // ROW_BLOCK), 1 + blocks),
+        project_query_kernel, (heads, -(-rows // ROW_BLOCK), 1 + blocks),
         q, *q.stride(), layer.k.map, layer.k.centre, cos, sin, cos.stride(-2), cos.stride(-1),
         folded, folded if bias is None else bias, rows, held.tokens,
         HEADS=heads, QUERIES=queries, DIM=dim, AXES=layer.k.axes,
@@ -111,7 +106,7 @@ def _split(
     batch, heads, queries, _ = q.shape
     k, v = layer.k, layer.v
     launch(
-        split_kernel, (batch * heads, partials.top.shape[3]),
+        attend_split_kernel, (batch * heads, partials.top.shape[3]),
         folded, folded if bias is None else bias, folded if held.lengths is None else held.lengths,
         held.k.codes, *held.k.codes.stride(), *_scales(held.k), k.pieces, k.start, k.table,
         held.v.codes, *held.v.codes.stride(), *_scales(held.v), v.pieces, v.start, v.table,
@@ -131,20 +126,10 @@ def _scales(packed: Packed) -> tuple[Tensor | int, ...]:
     return packed.scales, *packed.scales.stride()
 
 
-def launches_early(q: Tensor) -> bool:
-    """Whether a kernel may be launched while the one before it still runs (Hopper's programmatic launch)."""
-    return q.is_cuda and torch.cuda.get_device_capability(q.device) >= (9, 0)
-
-
-def early_launch(early: bool) -> dict[str, bool]:
-    """The launch option that lets a kernel start while the one before it still runs."""
-    return {"launch_pdl": True} if early else {}
-
-
-def finish(
+def combine(
     q: Tensor, held: Held, layer: PreparedLayer, partials: Partials, splits: int, early: bool = False
 ) -> Tensor:
-    """Attention [B, H, Q, d] of the partial results of `splits` ranges; see `finish_kernel`."""
+    """Attention [B, H, Q, d] of the partial results of `splits` ranges; see `combine_kernel`."""
     batch, heads, queries, dim = q.shape
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     sink_k, sink_v = (q, q) if held.sink_k is None or held.sink_v is None else (held.sink_k, held.sink_v)
@@ -160,7 +145,7 @@ def finish(
     held_at_once = FINISH_TILE // (row_block * padded(blocks * axes_block))
     split_block = max(1, min(padded(max(splits, 1), 1), held_at_once, SPLIT_BLOCK))
     launch(
-        finish_kernel, (heads, -(-rows // row_block)),
+        combine_kernel, (heads, -(-rows // row_block)),
         partials.top, partials.mass, partials.weight if weighted else partials.mass, partials.out,
         q, *q.stride(), q if held.lengths is None else held.lengths,
         sink_k, *sink_k.stride(), sink_v, *sink_v.stride(), value_map, offset, layer.v.centre, out,

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from turboesm_kernels import dispatch, reference
-from turboesm_kernels.dispatch import Held, PreparedLayer
+from turboesm_kernels.operands import Held, PreparedLayer
 from turboesm_kernels.prepared import PreparedSide
 from turboesm_kernels.reference import TURN, Packed, Rope, SideSpec
 

@@ -1,0 +1,53 @@
+"""What the kernels of attention and packing are given: a layer's codec made ready, and what its cache holds."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from turboesm_kernels.prepared import PreparedSide
+from turboesm_kernels.reference import Packed, Rope, SideSpec
+
+
+@dataclass(frozen=True)
+class PreparedLayer:
+    """One layer's codec, ready for the kernels. Make it once per layer, with `of`, before decoding."""
+
+    k: PreparedSide
+    v: PreparedSide
+
+    @classmethod
+    def of(cls, k: SideSpec, v: SideSpec) -> PreparedLayer:
+        """Prepare the two sides of a layer, on their device."""
+        return cls(PreparedSide.of(k), PreparedSide.of(v))
+
+
+@dataclass(frozen=True)
+class Held:
+    """What a layer's cache holds of B sequences: s sinks, then up to T packed tokens each.
+
+    k, v      packed tokens; codes and scales may be strided views of larger buffers
+    rope      angles of the packed tokens' positions: cos and sin float32 [T' >= T, d], the same for all sequences
+              (packed token 0 is position s); needed where the keys' centre is not 0
+    lengths   int32 [B]: tokens of each sequence, sinks counted; None: all s + T
+    sink_k    float [B, H, s, d]: the first tokens' keys after RoPE, whole (float16 as a rule), or None
+    sink_v    float [B, H, s, d]: their values, or None
+    """
+
+    k: Packed
+    v: Packed
+    rope: Rope | None = None
+    lengths: Tensor | None = None
+    sink_k: Tensor | None = None
+    sink_v: Tensor | None = None
+
+    @property
+    def tokens(self) -> int:
+        """Packed tokens a sequence has room for, T."""
+        return self.v.codes.shape[3]
+
+    @property
+    def sinks(self) -> int:
+        """Tokens kept whole, s."""
+        return 0 if self.sink_k is None else self.sink_k.shape[2]

@@ -238,7 +238,8 @@ def fast_attend_split_kernel(
     `fast_project_query_kernel` leaves them, turns and block_turn as in `Rope`, cos and sin f32 [angles, d],
     rows rope_t apart, of packed token 0 on; codes and scales as in `Packed` with aligned strides, k_masks and
     v_masks as in `Fields`; part_max, part_sum and part_weight f32 [B, H, S], part_out f32 [B, H, S, V_ROWS].
-    K_WORDS and V_WORDS are words of a code, K_TABLE and V_TABLE fields padded to 4; QUERY to V_MASKS as in `ptx_text.Shared`.
+    K_WORDS and V_WORDS are words of a code, K_TABLE and V_TABLE fields padded to 4; QUERY to V_MASKS as in
+    `ptx_text.Shared`.
     """
     pair_row = tl.program_id(0).to(tl.int64)
     split = tl.program_id(1)

@@ -25,8 +25,10 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
-out = Console(highlight=False, soft_wrap=True)
+from turboesm_cli.streams import results
+
 SECONDS_BETWEEN_LOG_LINES = 10
+
 
 err = Console(stderr=True, highlight=False, soft_wrap=True)
 
@@ -85,10 +87,17 @@ def fail(message: str) -> None:
     err.print(line, markup=False, emoji=False)
 
 
+def print_line(text: str) -> None:
+    """Print a line of results on stdout."""
+    with results():
+        Console(highlight=False, soft_wrap=True).print(text, markup=False, emoji=False)
+
+
 def print_json(value: Any) -> None:
     """Print `value` as JSON on stdout."""
-    json.dump(value, sys.stdout, indent=2, allow_nan=False)
-    sys.stdout.write("\n")
+    with results():
+        json.dump(value, sys.stdout, indent=2, allow_nan=False)
+        sys.stdout.write("\n")
 
 
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
@@ -98,7 +107,8 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]
         table.add_column(column, justify="left" if index == 0 else "right", overflow="fold")
     for row in rows:
         table.add_row(*(Text(_shown(cell)) for cell in row))  # a cell is text, whatever brackets it holds
-    Console(highlight=False, width=None if sys.stdout.isatty() else 160).print(table)
+    with results():
+        Console(highlight=False, width=None if sys.stdout.isatty() else 160).print(table)
 
 
 @contextmanager

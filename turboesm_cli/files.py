@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import errno
 import fcntl
 import os
 import socket
@@ -134,13 +135,34 @@ def _who() -> str:
 
 def _publish(partial: Path, path: Path) -> None:
     with partial.open("rb") as stream:
-        os.fsync(stream.fileno())
+        sync(stream.fileno())
     umask = os.umask(0)
     os.umask(umask)
-    partial.chmod(0o666 & ~umask)
+    with _where_there_is_such():  # a file's mode
+        partial.chmod(0o666 & ~umask)
     partial.replace(path)
-    folder = os.open(path.parent, os.O_RDONLY)
+    with _where_there_is_such():
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+def sync(handle: int) -> None:
+    """Have an open file on the disk, where its file system can tell. Raises OSError where that fails."""
+    with _where_there_is_such():
+        os.fsync(handle)
+
+
+_NO_SUCH = {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EPERM, errno.EACCES}
+
+
+@contextmanager
+def _where_there_is_such() -> Iterator[None]:
+    """For what some file systems do not know (network shares, exFAT, FUSE), and outputs are whole without."""
     try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+        yield
+    except OSError as error:
+        if error.errno not in _NO_SUCH:
+            raise

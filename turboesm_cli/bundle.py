@@ -21,7 +21,7 @@ from torch import Tensor
 from turboesm_kernels.layout import Profile
 from turboesm_kernels.reference import Side, SideSpec, table_size, table_slice
 
-from turboesm_cli.archive import Archive, printable, write_archive
+from turboesm_cli.archive import Archive, new_archive, printable, to_bytes
 from turboesm_cli.codec import CodecSpec, LayerSpec, Recipe
 from turboesm_cli.errors import BundleError, ModelError
 from turboesm_cli.model import EsmModel
@@ -29,6 +29,7 @@ from turboesm_cli.sequences import Protein
 from turboesm_cli.shapes import Shape, check_shape
 
 KIND = "turboesm-bundle"
+VERSION = 1
 PART = "codec.safetensors"
 SIDES: tuple[Side, Side] = ("k", "v")
 
@@ -75,7 +76,7 @@ def seen(bundle: Bundle, proteins: Iterable[Protein]) -> list[Protein]:
 def write_bundle(path: Path, bundle: Bundle) -> None:
     """Write a bundle, whole or not at all. Raises OutputError."""
     calibration = asdict(bundle.calibration) | {"sequences": sorted(bundle.calibration.sequences)}
-    manifest = {
+    described = {
         "model": {"name": bundle.model_name, "fingerprint": bundle.fingerprint, **asdict(bundle.shape)},
         "recipe": bundle.spec.recipe.as_dict(),
         "calibration": calibration,
@@ -89,12 +90,14 @@ def write_bundle(path: Path, bundle: Bundle) -> None:
         for side in SIDES
         for name, tensor in getattr(layer, side).tensors.items()
     }
-    write_archive(path, KIND, manifest, [(PART, tensors)])
+    with new_archive(path, KIND, VERSION) as archive:
+        archive.manifest = described
+        archive.add(PART, [to_bytes(tensors)])
 
 
 def read_bundle(path: Path) -> Bundle:
     """Read a bundle, with everything in it checked first. Raises BundleError."""
-    with Archive(path, KIND) as archive:
+    with Archive(path, KIND, VERSION) as archive:
         manifest, tensors = archive.manifest, archive.read(PART) if PART in archive.parts else {}
     try:
         return _bundle(path, manifest, tensors)

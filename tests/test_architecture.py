@@ -18,7 +18,7 @@ DATA = ROOT / "data"
 # Each module may import those before it, its own line included, and the leaves.
 LEAVES = {"__init__", "errors", "files", "metrics", "running", "timing", "console", "datasets", "identity"}
 STAGES = [
-    {"journal", "rejects", "seen", "tokens"},
+    {"journal", "json_list", "rejects", "seen", "tokens"},
     {"sources"},
     {"records"},
     {"archive", "quantizer", "results", "sequences", "work"},
@@ -52,6 +52,7 @@ WITHOUT_TORCH = {
     "console",
     "identity",
     "journal",
+    "json_list",
     "sequences",
     "results",
     "figures",

@@ -216,21 +216,21 @@ class _Run:
 
 
 def _compare(run: _Run, output: Path | None, as_json: bool) -> None:
-    from turboesm_cli.results import to_records, write_csv
+    from turboesm_cli.results import read_rows, to_record, write_csv
     from turboesm_cli.summaries import Context, Summary
 
     recipe = run.bundle.spec.recipe
     summary = Summary(Context(run.model), recipe if run.kv == "packed" else run.kv)
     rows = _compared(run, summary)
-    kept = list(rows) if as_json else None
     if output is not None:
-        write_csv(output, rows if kept is None else kept)
+        write_csv(output, rows)
         console.say(f"figures of {summary.count} proteins in {output}")
-    for _ in rows:  # where nothing has asked for them yet
-        pass
-    if kept is not None:
-        console.print_json(to_records(kept))
+        rows = read_rows(output) if as_json else rows
+    if as_json:
+        console.print_json_rows(map(to_record, rows))
     else:
+        for _ in rows:  # where nothing has asked for them yet
+            pass
         title = f"{run.model.name}, recipe {recipe.name}, {run.kv} cache"
         console.print_table(title, *summary.table(run.kv))
 

@@ -22,9 +22,9 @@ from typing import IO, Any
 
 from torch import Tensor
 
-from turboesm_cli.archive import CHUNK, Archive, new_archive, parsed, printable, to_bytes
+from turboesm_cli.archive import CHUNK, PART_LIMIT, Archive, new_archive, parsed, printable, to_bytes
 from turboesm_cli.bundle import Bundle
-from turboesm_cli.cache import check_tensors
+from turboesm_cli.cache import bytes_per_sequence, check_tensors
 from turboesm_cli.errors import BundleError, InputError
 from turboesm_cli.sequences import RECORD_CAP, Protein, tokenize
 from turboesm_cli.tokens import MASK_TEXT, count
@@ -36,6 +36,8 @@ PROTEINS = "proteins.jsonl"
 LETTERS_LIMIT = RECORD_CAP * len(MASK_TEXT)
 LINE_LIMIT = 8 << 20
 """Bytes of a line about one protein: its sequence, if need be of masks alone, and what else is said of it."""
+HEADER_ROOM = 1 << 20
+"""Bytes that safetensors' header of a cache may take at most."""
 
 Tensors = dict[str, Tensor]
 
@@ -88,6 +90,15 @@ def check_storable(accession: object, sequence: object) -> None:
     printable(accession)
     if not isinstance(sequence, str) or len(sequence) > LETTERS_LIMIT or count(sequence) > RECORD_CAP:
         raise ValueError(f"no text, or a sequence of over {RECORD_CAP:,} residues")
+
+
+def check_longest(bundle: Bundle, tokens: int) -> None:
+    """Raise InputError where the cache of so many tokens would be more than readers hold at once."""
+    size = bytes_per_sequence(bundle.spec, tokens)
+    if size + HEADER_ROOM > PART_LIMIT:
+        raise InputError(
+            f"a cache of {tokens:,} tokens takes {size:,} bytes, over {PART_LIMIT:,}: cut it"
+        )
 
 
 def storable(rule: Callable[[Protein], int]) -> Callable[[Protein], int]:

@@ -61,11 +61,15 @@ REQUIRED = tuple(field.name for field in fields(ResultRow) if field.default is M
 SPREAD = ("p20", "p80")
 FLOATS = ("bits_k", "bits_v", "value", *SPREAD)
 WHOLE = ("n", "seed", "tokens")
+Reader = Callable[[Path], Iterator[tuple[str, Mapping[str, Any]]]]
+"""A file -> (where, record) for each of its records."""
 
 
 def write_csv(path: Path, rows: Iterable[ResultRow]) -> None:
     """Write `rows` to `path`, whole or not at all; the same rows always give the same bytes."""
-    with atomic_output(path) as partial, partial.open("w", encoding="utf-8", newline="") as stream:
+    # A file's name that is no UTF-8 may be a family's: no reason to lose the work at its end.
+    how = "backslashreplace"
+    with atomic_output(path) as partial, partial.open("w", encoding="utf-8", errors=how, newline="") as stream:
         writer = csv.writer(stream, lineterminator="\n")
         writer.writerow(COLUMNS)
         writer.writerows([_to_text(value) for value in _plain(row).values()] for row in rows)
@@ -103,10 +107,19 @@ def read_csv(paths: Sequence[Path]) -> pd.DataFrame:
 
 
 def read_rows(path: Path) -> Iterator[ResultRow]:
-    """The rows of one file, as they are read. Raises InputError as `read_csv` does."""
+    """The rows of one file, one by one. Raises InputError as `read_csv` does."""
     reader = _READERS.get(path.suffix.lower())
     if reader is None:
         raise InputError(f"cannot read {path}: expected a .csv file, or .json that --json printed")
+    return _rows_of(path, reader)
+
+
+def csv_rows(path: Path) -> Iterator[ResultRow]:
+    """The rows of a file that `write_csv` wrote, whatever its name."""
+    return _rows_of(path, _csv_records)
+
+
+def _rows_of(path: Path, reader: Reader) -> Iterator[ResultRow]:
     _check_file(path)
     empty = True
     try:
@@ -231,7 +244,7 @@ def _json_values(path: Path) -> Iterator[Any]:
 
 
 # A further kind of input is a further suffix here.
-_READERS: Mapping[str, Callable[[Path], Iterator[tuple[str, Mapping[str, Any]]]]] = {
+_READERS: Mapping[str, Reader] = {
     ".csv": _csv_records,
     ".json": _json_records,
 }

@@ -57,6 +57,7 @@ def open_model(name: str | None, device: str, bundle: Bundle | None = None, dtyp
 
     default = bundle.model_name if bundle and official_name(bundle.model_name) else EMBEDDED
     model = load_model(name or os.environ.get("TURBOESM_MODEL") or default, device, FORMATS[dtype].dtype)
+    _check_name(model.name)
     shape = model.shape
     console.say(
         f"model: {model.name} ({shape.layers} layers, {shape.heads} heads of {shape.head_dim}) on {model.device}"
@@ -64,6 +65,19 @@ def open_model(name: str | None, device: str, bundle: Bundle | None = None, dtyp
     if model.note:
         console.say(f"       {model.note}")
     return model
+
+
+def _check_name(name: str) -> None:
+    """Raise ModelError for a name that no reader of bundles, caches or results takes."""
+    from turboesm_cli.archive import printable
+    from turboesm_cli.errors import ModelError
+
+    try:
+        if printable(name).strip():
+            return
+    except ValueError:
+        pass
+    raise ModelError(f"the model's file or folder is named {name!r}, which cannot be told; rename it")
 
 
 @contextmanager

@@ -49,7 +49,7 @@ def quantize(
     from turboesm_cli.bundle import read_bundle
     from turboesm_cli.cache import codec_nbytes
     from turboesm_cli.memory import Tally, memory_of
-    from turboesm_cli.packfile import CachedProtein, file_sha256, storable, write_packfile
+    from turboesm_cli.packfile import CachedProtein, check_longest, file_sha256, storable, write_packfile
     from turboesm_cli.prefill import cache_proteins
     from turboesm_cli.prompts import parse_prompt
     from turboesm_cli.workload import of_proteins
@@ -59,6 +59,7 @@ def quantize(
     rule = storable(parse_prompt(prompt))
     codec = read_bundle(bundle)
     todo = of_proteins(Reading(strict, long, max_proteins, rejects).stream(fasta), rule, codec)
+    check_longest(codec, todo.longest)
     loaded = options.open_model(model, device, codec)
     codec.check_model(loaded, bundle)
     tally = Tally()

@@ -96,9 +96,7 @@ def check_longest(bundle: Bundle, tokens: int) -> None:
     """Raise InputError where the cache of so many tokens would be more than readers hold at once."""
     size = bytes_per_sequence(bundle.spec, tokens)
     if size + HEADER_ROOM > PART_LIMIT:
-        raise InputError(
-            f"a cache of {tokens:,} tokens takes {size:,} bytes, over {PART_LIMIT:,}: cut it"
-        )
+        raise InputError(f"a cache of {tokens:,} tokens takes {size:,} bytes, over {PART_LIMIT:,}: cut it")
 
 
 def storable(rule: Callable[[Protein], int]) -> Callable[[Protein], int]:

@@ -19,7 +19,7 @@ DATA = ROOT / "data"
 LEAVES = {"__init__", "errors", "files", "metrics", "running", "timing", "console", "datasets", "identity"}
 LEAVES |= {"streams", "threads"}
 STAGES = [
-    {"journal", "rejects", "seen", "tokens"},
+    {"journal", "json_list", "rejects", "seen", "tokens"},
     {"sources"},
     {"records"},
     {"archive", "quantizer", "results", "sequences", "work"},
@@ -53,6 +53,7 @@ WITHOUT_TORCH = {
     "console",
     "identity",
     "journal",
+    "json_list",
     "sequences",
     "results",
     "figures",

@@ -13,8 +13,8 @@ import pytest
 import safetensors.torch
 import torch
 
-from turboesm_cli.archive import MANIFEST, write_archive
-from turboesm_cli.bundle import KIND, PART, Bundle, read_bundle, seen, write_bundle
+from turboesm_cli.archive import MANIFEST, new_archive
+from turboesm_cli.bundle import KIND, PART, VERSION, Bundle, read_bundle, seen, write_bundle
 from turboesm_cli.cache import PackedCodec
 from turboesm_cli.calibration import calibrate
 from turboesm_cli.codec import RECIPES
@@ -82,7 +82,9 @@ def rewrite(path: Path, change: Callable[[dict[str, Any], dict[str, torch.Tensor
         tensors = safetensors.torch.load(archive.read(PART))
     change(manifest, tensors)
     kept = {k: v for k, v in manifest.items() if k not in ("format", "format_version", "tool_version", "parts")}
-    write_archive(path, KIND, kept, [(PART, tensors)])
+    with new_archive(path, KIND, VERSION) as archive:
+        archive.manifest = kept
+        archive.add(PART, [safetensors.torch.save(tensors)])
 
 
 def set_tensor(name: str, value: Callable[[torch.Tensor], torch.Tensor]) -> Callable[..., None]:

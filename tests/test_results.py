@@ -170,6 +170,13 @@ def test_a_long_wrong_cell_is_cut(written: Path) -> None:
         ("[1]", "record 1: expected an object"),
         ('[{"model": "a"}]', "record 1: no column recipe"),
         ("[]", "holds no results"),
+        ("", "is empty"),
+        (" ", "not JSON"),
+        ("[1,]", "record 1: expected an object"),
+        ("[{},]", "no column"),
+        ("[] []", "not JSON"),
+        ("[" + " " * 100_000, "not JSON"),
+        ('["' + "x" * (2 << 20) + '"]', "not JSON"),
     ],
 )
 def test_json_that_is_no_result(tmp_path: Path, text: str, said: str) -> None:
@@ -210,13 +217,6 @@ def test_a_missing_file_and_a_folder(tmp_path: Path) -> None:
     assert "No such file" in refusal(tmp_path / "none.csv")
     (tmp_path / "folder.csv").mkdir()
     assert "not a file" in refusal(tmp_path / "folder.csv")
-
-
-def test_a_file_above_the_limit_is_refused_unread(tmp_path: Path) -> None:
-    path = tmp_path / "large.csv"
-    with path.open("wb") as stream:
-        stream.truncate(results.MAX_BYTES + 1)  # sparse: takes no disk
-    assert "more than 256 MiB" in refusal(path)
 
 
 def test_a_failed_write_leaves_what_was_there(written: Path, tmp_path: Path) -> None:

@@ -21,16 +21,19 @@ from torch import Tensor
 from turboesm_kernels.layout import Profile
 from turboesm_kernels.reference import Side, SideSpec, table_size, table_slice
 
-from turboesm_cli.archive import Archive, printable, write_archive
+from turboesm_cli.archive import Archive, new_archive, printable, to_bytes
 from turboesm_cli.codec import CodecSpec, LayerSpec, Recipe
-from turboesm_cli.errors import BundleError, ModelError
+from turboesm_cli.errors import BundleError, InputError, ModelError
 from turboesm_cli.model import EsmModel
 from turboesm_cli.sequences import Protein
 from turboesm_cli.shapes import Shape, check_shape
 
 KIND = "turboesm-bundle"
+VERSION = 1
 PART = "codec.safetensors"
 SIDES: tuple[Side, Side] = ("k", "v")
+PROTEINS_LIMIT = 2_000_000
+"""Calibration proteins: each takes 23 bytes of a manifest, which has to stay below `archive.MANIFEST_LIMIT`."""
 
 
 @dataclass(frozen=True)
@@ -72,10 +75,21 @@ def seen(bundle: Bundle, proteins: Iterable[Protein]) -> list[Protein]:
     return [protein for protein in proteins if sequence_key(protein) in bundle.calibration.sequences]
 
 
+def check_storable(model_name: str, proteins: int, recipe: Recipe) -> None:
+    """Raise InputError where a bundle could not be read back; to be asked before the work that a codec takes."""
+    if proteins > PROTEINS_LIMIT:
+        raise InputError(f"{proteins:,} calibration proteins, over {PROTEINS_LIMIT:,}; give --max-proteins")
+    try:
+        printable(model_name)
+        _check_recipe(recipe)
+    except ValueError as error:
+        raise InputError(f"no bundle can hold this: {error}; rename the model, or change the recipe") from error
+
+
 def write_bundle(path: Path, bundle: Bundle) -> None:
     """Write a bundle, whole or not at all. Raises OutputError."""
     calibration = asdict(bundle.calibration) | {"sequences": sorted(bundle.calibration.sequences)}
-    manifest = {
+    described = {
         "model": {"name": bundle.model_name, "fingerprint": bundle.fingerprint, **asdict(bundle.shape)},
         "recipe": bundle.spec.recipe.as_dict(),
         "calibration": calibration,
@@ -89,12 +103,14 @@ def write_bundle(path: Path, bundle: Bundle) -> None:
         for side in SIDES
         for name, tensor in getattr(layer, side).tensors.items()
     }
-    write_archive(path, KIND, manifest, [(PART, tensors)])
+    with new_archive(path, KIND, VERSION) as archive:
+        archive.manifest = described
+        archive.add(PART, [to_bytes(tensors)])
 
 
 def read_bundle(path: Path) -> Bundle:
     """Read a bundle, with everything in it checked first. Raises BundleError."""
-    with Archive(path, KIND) as archive:
+    with Archive(path, KIND, VERSION) as archive:
         manifest, tensors = archive.manifest, archive.read(PART) if PART in archive.parts else {}
     try:
         return _bundle(path, manifest, tensors)
@@ -150,9 +166,13 @@ def _recipe(described: dict[str, Any]) -> Recipe:
             printable(value)
         elif type(value) is not type(like) and not (name in ("bits_k", "bits_v") and type(value) is float):
             raise ValueError(f"{name} of the recipe is {value!r}")
+    _check_recipe(recipe)
+    return recipe
+
+
+def _check_recipe(recipe: Recipe) -> None:
     if not 0 <= recipe.sinks <= 16 or not (0 < recipe.bits_k <= 16 and 0 < recipe.bits_v <= 16):
         raise ValueError(f"{recipe.sinks} sinks, {recipe.bits_k} and {recipe.bits_v} bits")
-    return recipe
 
 
 def _choice(described: dict[str, Any]) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from turboesm_cli.bundle import Bundle, Calibration, sequence_key
+from turboesm_cli.bundle import Bundle, Calibration, check_storable, sequence_key
 from turboesm_cli.codec import Recipe, fit
 from turboesm_cli.model import EsmModel
 from turboesm_cli.sequences import Protein, digest
@@ -19,7 +19,8 @@ def calibrate(
     tick: Callable[[int], None] | None = None,
     work: Work = NOTHING_KEPT,
 ) -> Bundle:
-    """Statistics of `proteins` and the codec that `recipe` makes of them. Raises InputError for too few."""
+    """Statistics of `proteins` and the codec that `recipe` makes of them. Raises InputError: too few, too many."""
+    check_storable(model.name, len(proteins), recipe)
     return bundle_of(model, proteins, collect(model, proteins, tick=tick, work=work), recipe)
 
 

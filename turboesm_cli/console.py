@@ -8,7 +8,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol, TextIO
@@ -98,6 +98,22 @@ def print_json(value: Any) -> None:
     with results():
         json.dump(value, sys.stdout, indent=2, allow_nan=False)
         sys.stdout.write("\n")
+
+
+def print_json_rows(rows: Iterable[Any], name: str = "", rest: Mapping[str, Any] | None = None) -> None:
+    """As `print_json` of a list, or of an object with `rest` beside a list called `name`; a row as it comes."""
+    _put(f'{{"{name}": [' if name else "[")
+    separator = "\n"
+    for row in rows:
+        _put(separator + json.dumps(row, allow_nan=False))
+        separator = ",\n"
+    ends = "".join(f', "{key}": {json.dumps(value, allow_nan=False)}' for key, value in (rest or {}).items())
+    _put(f"\n]{ends}}}\n" if name else "\n]\n")
+
+
+def _put(text: str) -> None:
+    with results():
+        sys.stdout.write(text)
 
 
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

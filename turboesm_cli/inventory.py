@@ -7,13 +7,12 @@ from typing import Any
 
 from turboesm_cli.archive import Archive, kind_of, printable
 from turboesm_cli.bundle import KIND as BUNDLE
-from turboesm_cli.bundle import SIDES, Bundle, read_bundle
+from turboesm_cli.bundle import SIDES, VERSION, Bundle, read_bundle
 from turboesm_cli.cache import bytes_per_sequence, codec_nbytes
 from turboesm_cli.codec import CodecSpec
-from turboesm_cli.errors import BundleError
 from turboesm_cli.memory import memory_of
 from turboesm_cli.packfile import KIND as CACHES
-from turboesm_cli.packfile import described_proteins, file_sha256
+from turboesm_cli.packfile import Packfile, file_sha256
 
 TOKENS = 1024
 """Length of the sequence whose bits a value are told."""
@@ -27,7 +26,7 @@ def facts_of(path: Path) -> Facts:
     if kind_of(path) == CACHES:
         return _of_caches(path)
     bundle = read_bundle(path)
-    with Archive(path, BUNDLE) as archive:
+    with Archive(path, BUNDLE, VERSION) as archive:
         return _of_file(path, archive) | _of_bundle(bundle)
 
 
@@ -125,22 +124,25 @@ def _codec_row(row: Facts) -> list[str]:
 
 
 def _of_caches(path: Path) -> Facts:
-    with Archive(path, CACHES) as archive:
-        for name in archive.parts:
-            archive.read(name)
-        proteins = described_proteins(archive.manifest, path)
+    with Packfile(path) as file:
         try:
-            model = {name: printable(archive.manifest["model"][name]) for name in ("name", "fingerprint")}
-            bundle = printable(archive.manifest["bundle_sha256"])
+            model = {name: printable(file.archive.manifest["model"][name]) for name in ("name", "fingerprint")}
+            bundle = printable(file.archive.manifest["bundle_sha256"])
         except (LookupError, TypeError, ValueError) as error:
-            raise BundleError(f"{path} is damaged: {error!r}; quantize again") from error
-        return _of_file(path, archive) | {
-            "bundle_sha256": bundle,
-            "model": model,
-            "proteins": len(proteins),
-            "tokens": sum(described.cached for described in proteins),
-            "bytes_of_caches": sum(described.nbytes for described in proteins),
-        }
+            raise file.archive.broken(repr(error)) from error
+        for name in file.archive.parts:
+            for _ in file.archive.checked(name):
+                pass
+        return _of_file(path, file.archive) | {"bundle_sha256": bundle, "model": model} | _sums(file)
+
+
+def _sums(file: Packfile) -> Facts:
+    """Of all caches, each one read and checked."""
+    proteins = tokens = nbytes = 0
+    for stored in file:
+        stored.read()
+        proteins, tokens, nbytes = proteins + 1, tokens + stored.cached, nbytes + stored.nbytes
+    return {"proteins": proteins, "tokens": tokens, "bytes_of_caches": nbytes}
 
 
 def _flat(facts: Facts, prefix: str = "") -> list[list[str]]:

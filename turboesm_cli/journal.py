@@ -14,54 +14,88 @@ import hashlib
 import os
 import struct
 import time
+from array import array
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
+
+from turboesm_cli.files import sync
 
 SYNC_SECONDS = 1.0
 
 _HEAD = struct.Struct("<4sHQ32s")
 _MAGIC = b"TQJ1"
 _CHUNK = 1 << 20
+_GAP = 1 << 16
+"""How far a number may be beyond those before it: batches end out of order, a damaged name may be anything."""
 
 
-@dataclass(frozen=True)
-class _Place:
-    """Where a record's data are: offset and length in bytes."""
+class _Places:
+    """Where each record starts, by its name; 8 bytes for each of the names "0", "1", ..., which most have."""
 
-    name: str
-    offset: int
-    length: int
+    def __init__(self) -> None:
+        self._numbered = array("Q")  # 1 + the start of the record of that number, or 0
+        self._named: dict[str, int] = {}
+        self._count = 0
 
-    @property
-    def end(self) -> int:
-        return self.offset + self.length
+    def __len__(self) -> int:
+        return self._count
+
+    def get(self, name: str) -> int | None:
+        """Where the record starts, or None where there is none."""
+        number = _number(name)
+        if number is not None and number < len(self._numbered) and self._numbered[number]:
+            return self._numbered[number] - 1
+        return self._named.get(name)
+
+    def put(self, name: str, start: int) -> None:
+        """Note a record; it takes the place of an earlier one of its name."""
+        self._count += self.get(name) is None
+        number = _number(name)
+        if number is None or number > len(self._numbered) + _GAP:
+            self._named[name] = start
+            return
+        self._numbered.extend([0] * (number + 1 - len(self._numbered)))
+        self._numbered[number] = start + 1
+
+
+def _number(name: str) -> int | None:
+    """The number that `name` is, written as `str` writes it."""
+    short = len(name) < 19 and name.isascii() and name.isdigit()
+    return int(name) if short and str(int(name)) == name else None
 
 
 class Journal:
-    """The records of a file, which is made where there is none. One process at a time; raises OSError."""
+    """The records of a file, which is made where there is none. One process at a time; raises OSError.
+
+    Memory holds where they are, not what they are.
+    """
 
     def __init__(self, path: Path) -> None:
         self._stream = path.open("r+b" if path.exists() else "x+b", buffering=0)
         self._synced = 0.0
-        self._places: dict[str, _Place] = {}
+        self._places = _Places()
         self._end = 0
         size = self._stream.seek(0, os.SEEK_END)
-        while place := self._record_at(self._end, size):
-            self._places[place.name] = place
-            self._end = place.end
+        while found := self._record_at(self._end, size):
+            name, end = found
+            self._places.put(name, self._end)
+            self._end = end
         self._stream.truncate(self._end)
 
     def __contains__(self, name: str) -> bool:
-        return name in self._places
+        return self._places.get(name) is not None
 
     def __len__(self) -> int:
         return len(self._places)
 
     def read(self, name: str) -> bytes:
         """A record's data. Raises KeyError where there is none of that name."""
-        place = self._places[name]
-        return b"".join(self._chunks(place.offset, place.end))
+        start = self._places.get(name)
+        if start is None:
+            raise KeyError(name)
+        _, name_length, length, _ = _HEAD.unpack(b"".join(self._chunks(start, start + _HEAD.size)))
+        offset = start + _HEAD.size + name_length
+        return b"".join(self._chunks(offset, offset + length))
 
     def append(self, name: str, data: bytes) -> None:
         """Add a record. Where that fails, on a full disk, the file is cut back to its last whole record."""
@@ -73,20 +107,20 @@ class Journal:
         except BaseException:
             self._stream.truncate(self._end)
             raise
-        self._places[name] = place = _Place(name, self._end + len(head) + len(key), len(data))
-        self._end = place.end
+        self._places.put(name, self._end)
+        self._end += len(head) + len(key) + len(data)
         if time.monotonic() - self._synced >= SYNC_SECONDS:
             self.sync()
 
     def clear(self) -> None:
         """Drop all records."""
-        self._places.clear()
+        self._places = _Places()
         self._end = 0
         self._stream.truncate(0)
 
     def sync(self) -> None:
         """Have all records on the disk."""
-        os.fsync(self._stream.fileno())
+        sync(self._stream.fileno())
         self._synced = time.monotonic()
 
     def close(self) -> None:
@@ -100,8 +134,8 @@ class Journal:
         while rest:
             rest = rest[self._stream.write(rest) :]
 
-    def _record_at(self, start: int, size: int) -> _Place | None:
-        """The record at `start` of a file of `size` bytes, if it is whole."""
+    def _record_at(self, start: int, size: int) -> tuple[str, int] | None:
+        """Name and end of the record at `start` of a file of `size` bytes, if it is whole."""
         head = b"".join(self._chunks(start, min(start + _HEAD.size, size)))
         if len(head) < _HEAD.size:
             return None
@@ -112,7 +146,7 @@ class Journal:
         if _digest(self._chunks(start + _HEAD.size, offset + length)) != digest:
             return None
         key = b"".join(self._chunks(start + _HEAD.size, offset))
-        return _Place(key.decode(errors="replace"), offset, length)
+        return key.decode(errors="replace"), int(offset + length)
 
     def _chunks(self, start: int, stop: int) -> Iterable[bytes]:
         while start < stop:

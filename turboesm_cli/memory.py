@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -59,7 +58,27 @@ def memory_of(spec: CodecSpec, name: str, tokens: int, nbytes: int) -> MemoryLin
     return MemoryLine(name, tokens, nbytes, dense_bytes_per_sequence(spec, tokens, torch.float32))
 
 
-def total(lines: Sequence[MemoryLine]) -> MemoryLine:
-    """All lines together."""
-    sums = [sum(getattr(line, name) for line in lines) for name in ("tokens", "nbytes", "fp32_nbytes")]
-    return MemoryLine(f"total of {len(lines)}", *sums)
+@dataclass
+class Tally:
+    """Lines summed up as they come; the first `shown` are kept."""
+
+    shown: int = 20
+    first: list[MemoryLine] = field(default_factory=list)
+    count: int = 0
+    tokens: int = 0
+    nbytes: int = 0
+    fp32_nbytes: int = 0
+
+    def add(self, line: MemoryLine) -> None:
+        """Count a line."""
+        self.count += 1
+        self.tokens += line.tokens
+        self.nbytes += line.nbytes
+        self.fp32_nbytes += line.fp32_nbytes
+        if self.count <= self.shown:
+            self.first.append(line)
+
+    @property
+    def total(self) -> MemoryLine:
+        """All lines together."""
+        return MemoryLine(f"total of {self.count}", self.tokens, self.nbytes, self.fp32_nbytes)

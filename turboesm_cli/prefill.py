@@ -19,11 +19,11 @@ from turboesm_cli.work import Tensors, Work
 
 
 @torch.no_grad()
-def cache_protein(model: EsmModel, spec: CodecSpec, protein: Protein, cached: int, room: int = 0) -> CachedProtein:
-    """Prefill the first `cached` tokens of a protein into a new cache with room for `room` more."""
+def cache_protein(model: EsmModel, spec: CodecSpec, protein: Protein, cached: int, room: int = 0) -> PackedCache:
+    """The first `cached` tokens of a protein, prefilled into a new cache with room for `room` more."""
     cache = PackedCache(model, spec, 1, cached + room)
     decode.prefill(model, to_tokens([protein], model.device)[:, :cached], cache)
-    return CachedProtein(protein, cached, cache)
+    return cache
 
 
 def cache_proteins(
@@ -32,10 +32,8 @@ def cache_proteins(
     """Each protein's prompt in a cache of its own, from `work` where it is saved there."""
     for index, prompt in enumerate(prompts):
         tensors = work.unit(str(index), partial(_packed, model, spec, prompt.protein, prompt.cached))
-        cache = PackedCache(model, spec, 1, prompt.cached)
-        cache.load(tensors, prompt.cached)
-        yield CachedProtein(prompt.protein, prompt.cached, cache)
+        yield CachedProtein(prompt.protein, prompt.cached, tensors)
 
 
 def _packed(model: EsmModel, spec: CodecSpec, protein: Protein, cached: int) -> Tensors:
-    return cache_protein(model, spec, protein, cached).cache.tensors
+    return cache_protein(model, spec, protein, cached).tensors

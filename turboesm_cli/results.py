@@ -1,17 +1,18 @@
 """Measurements as a tidy table: one row a figure, with its unit, spread, device, version and commit.
 
 `write_csv` and `to_records` put rows out; `read_csv` reads CSV files, and the JSON that `--json` prints, back
-into one checked data frame. Nothing is computed here.
+into one checked data frame, row by row: files may be of any size, since what writes them knows no limit. Nothing
+is computed here.
 """
 
 from __future__ import annotations
 
 import csv
-import json
 import math
 import os
 import subprocess
 import sys
+from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, fields
 from functools import cache
@@ -20,11 +21,11 @@ from typing import TYPE_CHECKING, Any
 
 from turboesm_cli.errors import InputError
 from turboesm_cli.files import atomic_output
+from turboesm_cli.json_list import list_values
 
 if TYPE_CHECKING:
     import pandas as pd
 
-MAX_BYTES = 256 * 2**20
 GIT_SECONDS = 2.0
 
 
@@ -59,11 +60,16 @@ COLUMNS = tuple(field.name for field in fields(ResultRow))
 REQUIRED = tuple(field.name for field in fields(ResultRow) if field.default is MISSING)
 SPREAD = ("p20", "p80")
 FLOATS = ("bits_k", "bits_v", "value", *SPREAD)
+WHOLE = ("n", "seed", "tokens")
+Reader = Callable[[Path], Iterator[tuple[str, Mapping[str, Any]]]]
+"""A file -> (where, record) for each of its records."""
 
 
 def write_csv(path: Path, rows: Iterable[ResultRow]) -> None:
     """Write `rows` to `path`, whole or not at all; the same rows always give the same bytes."""
-    with atomic_output(path) as partial, partial.open("w", encoding="utf-8", newline="") as stream:
+    # A file's name that is no UTF-8 may be a family's: no reason to lose the work at its end.
+    how = "backslashreplace"
+    with atomic_output(path) as partial, partial.open("w", encoding="utf-8", errors=how, newline="") as stream:
         writer = csv.writer(stream, lineterminator="\n")
         writer.writerow(COLUMNS)
         writer.writerows([_to_text(value) for value in _plain(row).values()] for row in rows)
@@ -71,20 +77,61 @@ def write_csv(path: Path, rows: Iterable[ResultRow]) -> None:
 
 def to_records(rows: Iterable[ResultRow]) -> list[dict[str, Any]]:
     """Rows as JSON-safe dictionaries: JSON has no NaN or infinity, so these become None."""
-    return [{name: _to_json(value) for name, value in _plain(row).items()} for row in rows]
+    return list(map(to_record, rows))
+
+
+def to_record(row: ResultRow) -> dict[str, Any]:
+    """One row, as in `to_records`."""
+    return {name: _to_json(value) for name, value in _plain(row).items()}
 
 
 def read_csv(paths: Sequence[Path]) -> pd.DataFrame:
     """Read result files (`.csv`, or `.json` from `--json`) into one frame, in the order given.
 
     Its columns are COLUMNS: others in the files are ignored, missing optional ones get their defaults.
-    Raises InputError for a file that is missing, too large, of another kind, or holds what it should not.
+    Raises InputError for a file that is missing, of another kind, or holds what it should not.
     """
+    import numpy as np
     import pandas as pd
 
-    rows = [row for path in paths for row in _rows_of_file(Path(path))]
-    frame = pd.DataFrame({name: [getattr(row, name) for row in rows] for name in COLUMNS}, columns=list(COLUMNS))
-    return frame.astype(dict.fromkeys(FLOATS, "float64"))
+    columns = {name: _empty_column(name) for name in COLUMNS}
+    for path in paths:
+        for row in read_rows(Path(path)):
+            for name, column in columns.items():
+                value = getattr(row, name)
+                column.append(math.nan if value is None else value)
+    values = {
+        name: np.asarray(column) if isinstance(column, array) else column for name, column in columns.items()
+    }
+    return pd.DataFrame(values, columns=list(COLUMNS))
+
+
+def read_rows(path: Path) -> Iterator[ResultRow]:
+    """The rows of one file, one by one. Raises InputError as `read_csv` does."""
+    reader = _READERS.get(path.suffix.lower())
+    if reader is None:
+        raise InputError(f"cannot read {path}: expected a .csv file, or .json that --json printed")
+    return _rows_of(path, reader)
+
+
+def csv_rows(path: Path) -> Iterator[ResultRow]:
+    """The rows of a file that `write_csv` wrote, whatever its name."""
+    return _rows_of(path, _csv_records)
+
+
+def _rows_of(path: Path, reader: Reader) -> Iterator[ResultRow]:
+    _check_file(path)
+    empty = True
+    try:
+        for where, record in reader(path):
+            empty = False
+            yield _row(record, where)
+    except UnicodeDecodeError as error:
+        raise InputError(f"cannot read {path}: not UTF-8 text; give a CSV or JSON file of results") from error
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror}; check the path") from error
+    if empty:
+        raise InputError(f"{path} holds no results; run the measurement again")
 
 
 def rows_of_frame(frame: pd.DataFrame) -> list[ResultRow]:
@@ -135,32 +182,20 @@ def _to_json(value: object) -> object:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _rows_of_file(path: Path) -> list[ResultRow]:
-    reader = _READERS.get(path.suffix.lower())
-    if reader is None:
-        raise InputError(f"cannot read {path}: expected a .csv file, or .json that --json printed")
-    _check_size(path)
-    try:
-        rows = [_row(record, where) for where, record in reader(path)]
-    except UnicodeDecodeError as error:
-        raise InputError(f"cannot read {path}: not UTF-8 text; give a CSV or JSON file of results") from error
-    except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror}; check the path") from error
-    if not rows:
-        raise InputError(f"{path} holds no results; run the measurement again")
-    return rows
+def _empty_column(name: str) -> list[Any] | array[Any]:
+    """Where a column's values go: a number takes 8 bytes, a text as much for each time that it occurs."""
+    if name in FLOATS:
+        return array("d")
+    return array("q") if name in WHOLE else []
 
 
-def _check_size(path: Path) -> None:
+def _check_file(path: Path) -> None:
     try:
         size = path.stat().st_size
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror}; check the path") from error
     if not path.is_file():
         raise InputError(f"cannot read {path}: not a file; give a CSV or JSON file of results")
-    if size > MAX_BYTES:
-        limit = MAX_BYTES // 2**20
-        raise InputError(f"{path} has {size:,} bytes, more than {limit} MiB; split it into several files")
     if size == 0:
         raise InputError(f"{path} is empty; run the measurement again")
 
@@ -188,15 +223,7 @@ def _csv_record(header: Sequence[str], cells: Sequence[str], where: str) -> dict
 
 
 def _json_records(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    try:
-        records = json.loads(path.read_text(encoding="utf-8-sig"))
-    except UnicodeDecodeError:
-        raise
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{path}: not JSON ({error}); give what --json printed") from error
-    if not isinstance(records, list):
-        raise InputError(f"{path}: expected a list of records; give what --json printed")
-    for index, record in enumerate(records, start=1):
+    for index, record in enumerate(_json_values(path), start=1):
         where = f"{path} record {index}"
         if not isinstance(record, dict):
             raise InputError(f"{where}: expected an object with the columns of a result; remove it")
@@ -204,8 +231,20 @@ def _json_records(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
         yield where, {name: _json_cell(name, value) for name, value in record.items()}
 
 
+def _json_values(path: Path) -> Iterator[Any]:
+    with path.open(encoding="utf-8-sig") as stream:
+        try:
+            yield from list_values(stream)
+        except UnicodeDecodeError:
+            raise
+        except (ValueError, RecursionError) as error:
+            raise InputError(f"{path}: not JSON ({error}); give what --json printed") from error
+        except TypeError as error:
+            raise InputError(f"{path}: expected a list of records; give what --json printed") from error
+
+
 # A further kind of input is a further suffix here.
-_READERS: Mapping[str, Callable[[Path], Iterator[tuple[str, Mapping[str, Any]]]]] = {
+_READERS: Mapping[str, Reader] = {
     ".csv": _csv_records,
     ".json": _json_records,
 }
@@ -270,5 +309,5 @@ _NAME: tuple[str, Callable[[str], Any]] = ("a name", _name)
 _KINDS = dict.fromkeys(COLUMNS, _TEXT)
 _KINDS |= dict.fromkeys(("model", "protocol", "metric"), _NAME)
 _KINDS |= dict.fromkeys(FLOATS, _NUMBER)
-_KINDS |= dict.fromkeys(("n", "seed", "tokens"), _WHOLE)
+_KINDS |= dict.fromkeys(WHOLE, _WHOLE)
 _KINDS |= dict.fromkeys(SPREAD, _SPREAD_CELL)

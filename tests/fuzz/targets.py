@@ -28,12 +28,14 @@ from turboesm_cli.sequences import LongPolicy, ReadPolicy, ReadReport, read_fast
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden"
 NAMES = ("flat-v1.tqz", "auto-v1.tqz", "flat-v1.tqkv", "auto-v1.tqkv")
+LATER = ("flat-v2.tqkv", "auto-v2.tqkv")
 POLICIES = [
     ReadPolicy(strict=strict, long=long, max_residues=limit)
     for strict in (False, True)
     for long in LongPolicy
     for limit in (1022, 3)
 ]
+LINES = "proteins.jsonl"
 VALUES: tuple[Any, ...] = (
     None, True, 0, -1, 1, 2, 3, 2**31, 2**63, 10**30, 0.5, float("nan"), float("inf"), "", "flat", "k", "../x",
     "\0", "x" * 1000, [], [1], [None], {}, {"a": 1}, [[]], "0" * 64,
@@ -76,7 +78,7 @@ def _use(path: Path) -> None:
         bundle = read_bundle(path)
         PackedCodec(bundle.spec, _CPU)
     else:
-        golden = GOLDEN / f"{path.stem}.tqz"
+        golden = GOLDEN / f"{path.stem.split('-')[0]}-v1.tqz"
         with Packfile(path, read_bundle(golden), file_sha256(golden)) as stored:
             for protein in stored:
                 protein.read()
@@ -88,7 +90,7 @@ def _use(path: Path) -> None:
 def _archive_of(data: bytes) -> tuple[str, bytes]:
     """A file's name and bytes: byte 0 chooses the golden file and whether it is edited or replaced."""
     choice = data[0] if data else 0
-    name = NAMES[choice % len(NAMES)]
+    name = LATER[choice % 2] if choice & 0x40 else NAMES[choice % len(NAMES)]
     if choice & 0x80:
         return name, data[1:]
     return name, _edited((GOLDEN / name).read_bytes(), iter(data[1:]))
@@ -99,7 +101,9 @@ def _edited(golden: bytes, numbers: Iterator[int]) -> bytes:
         members = {name: bytearray(found.read(name)) for name in found.namelist()}
     manifest = json.loads(members.pop("manifest.json"))
     for kind in numbers:
-        if kind % 4 == 0 and members:
+        if kind % 4 == 1 and LINES in members:
+            members[LINES] = _edited_lines(members[LINES], numbers)
+        elif kind % 4 == 0 and members:
             part = members[sorted(members)[next(numbers, 0) % len(members)]]
             at = (next(numbers, 0) << 8 | next(numbers, 0)) % max(1, len(part))
             part[at : at + 1] = bytes([next(numbers, 0)])
@@ -115,6 +119,22 @@ def _edited(golden: bytes, numbers: Iterator[int]) -> bytes:
             made.writestr(name, bytes(part))
         made.writestr("manifest.json", json.dumps(manifest))
     return out.getvalue()
+
+
+def _edited_lines(text: bytearray, numbers: Iterator[int]) -> bytearray:
+    """Lines of JSON with one of them edited, doubled or dropped."""
+    try:
+        lines = [json.loads(line) for line in text.splitlines()]
+    except ValueError:  # bytes of it were edited before
+        return text
+    what = next(numbers, 0)
+    if lines and what % 8 == 0:
+        lines.append(lines[what // 8 % len(lines)])
+    elif lines and what % 8 == 1:
+        del lines[what // 8 % len(lines)]
+    else:
+        _edit(lines, numbers)
+    return bytearray(b"".join(json.dumps(line).encode() + b"\n" for line in lines))
 
 
 def _edit(value: Any, numbers: Iterator[int]) -> None:

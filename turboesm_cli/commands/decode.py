@@ -15,7 +15,7 @@ from turboesm_cli.commands import options
 from turboesm_cli.commands.reading import Reading
 from turboesm_cli.errors import InputError
 from turboesm_cli.files import check_output
-from turboesm_cli.sequences import LongPolicy, Protein
+from turboesm_cli.sequences import MAX_RESIDUES, RECORD_CAP, LongPolicy, Protein
 
 if TYPE_CHECKING:
     from turboesm_cli.bundle import Bundle
@@ -106,6 +106,7 @@ def decode(
     with ExitStack() as stack:
         reading = Reading(strict, long, max_proteins, rejects)
         work = _workload(stack, bundle, codec, source, prompt, kv, reading)
+        _check_generated(work, generate)
         plans = _plans(codec, work, generate, device, dtype)
         if plan:
             _show_plans(plans, json)
@@ -151,6 +152,18 @@ def _workload(
     if work.known:
         console.warn(f"{work.known} of {work.count} proteins were in the bundle's calibration set")
     return work
+
+
+def _check_generated(work: Workload, generate: int) -> None:
+    """What is sampled has to be readable as FASTA. Raises InputError where it would be too long."""
+    longest = work.longest - 2 + generate
+    if generate and longest > RECORD_CAP:
+        raise InputError(f"--generate {generate}: up to {longest:,} residues, over {RECORD_CAP:,}; sample fewer")
+    if generate and longest > MAX_RESIDUES:
+        console.warn(
+            f"up to {longest:,} residues in a sequence: ESM-2 was trained on {MAX_RESIDUES:,}, and commands read "
+            "more only with --long"
+        )
 
 
 def _plans(bundle: Bundle, work: Workload, generate: int, device: str, dtype: options.DtypeName) -> list[Plan]:
@@ -222,21 +235,21 @@ class _Run:
 
 
 def _compare(run: _Run, output: Path | None, as_json: bool) -> None:
-    from turboesm_cli.results import to_records, write_csv
+    from turboesm_cli.results import csv_rows, to_record, write_csv
     from turboesm_cli.summaries import Context, Summary
 
     recipe = run.bundle.spec.recipe
     summary = Summary(Context(run.model), recipe if run.kv == "packed" else run.kv)
     rows = _compared(run, summary)
-    kept = list(rows) if as_json else None
     if output is not None:
-        write_csv(output, rows if kept is None else kept)
+        write_csv(output, rows)
         console.say(f"figures of {summary.count} proteins in {output}")
-    for _ in rows:  # where nothing has asked for them yet
-        pass
-    if kept is not None:
-        console.print_json(to_records(kept))
+        rows = csv_rows(output) if as_json else rows
+    if as_json:
+        console.print_json_rows(map(to_record, rows))
     else:
+        for _ in rows:  # where nothing has asked for them yet
+            pass
         title = f"{run.model.name}, recipe {recipe.name}, {run.kv} cache"
         console.print_table(title, *summary.table(run.kv))
 

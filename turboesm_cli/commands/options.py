@@ -71,6 +71,7 @@ def open_model(name: str | None, device: str, bundle: Bundle | None = None, dtyp
 
     default = bundle.model_name if bundle and official_name(bundle.model_name) else EMBEDDED
     model = load_model(name or os.environ.get("TURBOESM_MODEL") or default, device, FORMATS[dtype].dtype)
+    _check_name(model.name)
     shape = model.shape
     console.say(
         f"model: {model.name} ({shape.layers} layers, {shape.heads} heads of {shape.head_dim}) on {_where(model)}"
@@ -84,9 +85,21 @@ def _where(model: EsmModel) -> str:
     """The device, and of a CPU the number of threads."""
     import torch
 
-    return (
-        f"{model.device}, {torch.get_num_threads()} threads" if model.device.type == "cpu" else str(model.device)
-    )
+    on_cpu = model.device.type == "cpu"
+    return f"{model.device}, {torch.get_num_threads()} threads" if on_cpu else str(model.device)
+
+
+def _check_name(name: str) -> None:
+    """Raise ModelError for a name that no reader of bundles, caches or results takes."""
+    from turboesm_cli.archive import printable
+    from turboesm_cli.errors import ModelError
+
+    try:
+        if printable(name).strip():
+            return
+    except ValueError:
+        pass
+    raise ModelError(f"the model's file or folder is named {name!r}, which cannot be told; rename it")
 
 
 @contextmanager

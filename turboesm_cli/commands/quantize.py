@@ -15,7 +15,8 @@ from turboesm_cli.files import check_output
 from turboesm_cli.sequences import LongPolicy
 
 if TYPE_CHECKING:
-    from turboesm_cli.memory import MemoryLine
+    from turboesm_cli.codec import CodecSpec
+    from turboesm_cli.memory import Tally
     from turboesm_cli.work import Work
 
 
@@ -47,44 +48,54 @@ def quantize(
     """
     from turboesm_cli.bundle import read_bundle
     from turboesm_cli.cache import codec_nbytes
-    from turboesm_cli.memory import memory_of
-    from turboesm_cli.packfile import CachedProtein, file_sha256, write_packfile
+    from turboesm_cli.memory import Tally, memory_of
+    from turboesm_cli.packfile import CachedProtein, check_longest, file_sha256, storable, write_packfile
     from turboesm_cli.prefill import cache_proteins
     from turboesm_cli.prompts import parse_prompt
     from turboesm_cli.workload import of_proteins
 
     path = output or options.default_output(fasta, ".tqkv")
     check_output(path, force)
-    rule = parse_prompt(prompt)
+    rule = storable(parse_prompt(prompt))
     codec = read_bundle(bundle)
     todo = of_proteins(Reading(strict, long, max_proteins, rejects).stream(fasta), rule, codec)
+    check_longest(codec, todo.longest)
     loaded = options.open_model(model, device, codec)
     codec.check_model(loaded, bundle)
-    lines: list[MemoryLine] = []
+    tally = Tally()
 
     def caches(work: Work) -> Iterator[CachedProtein]:
         with console.progress("packing", todo.count) as tick:
             for item in cache_proteins(loaded, codec.spec, todo.prompts(), work):
-                lines.append(memory_of(codec.spec, item.protein.accession, item.cached, item.cache.nbytes))
+                tally.add(memory_of(codec.spec, item.protein.accession, item.cached, item.nbytes))
                 yield item
                 tick()
 
     source = file_sha256(bundle)
     with options.unfinished_work(path, force, "quantize", loaded, todo.sha256, bundle=source[:16]) as work:
         write_packfile(path, codec, source, caches(work))
-    _show(lines, codec.spec.recipe.name, codec_nbytes(codec.spec), json)
-    console.say(f"caches of {len(lines)} proteins in {path} ({path.stat().st_size:,} bytes, headers included)")
+    if json:
+        _print_json(path, codec.spec)
+    else:
+        _show(tally, codec.spec.recipe.name, codec_nbytes(codec.spec))
+    console.say(f"caches of {tally.count} proteins in {path} ({path.stat().st_size:,} bytes, headers included)")
 
 
-def _show(lines: list[MemoryLine], recipe: str, codec_tables: int, as_json: bool) -> None:
-    from turboesm_cli.memory import total
+def _print_json(path: Path, spec: CodecSpec) -> None:
+    """What the finished file says of its proteins, one by one: they may be too many to hold."""
+    from turboesm_cli.cache import codec_nbytes
+    from turboesm_cli.memory import memory_of
+    from turboesm_cli.packfile import Packfile
 
-    if as_json:
-        console.print_json({"proteins": [line.as_dict() for line in lines], "bytes_model_tables": codec_tables})
-        return
-    rows = [line.cells() for line in [*lines[:20], total(lines)]]
+    with Packfile(path) as file:
+        lines = (memory_of(spec, item.protein.accession, item.cached, item.nbytes).as_dict() for item in file)
+        console.print_json_rows(lines, "proteins", {"bytes_model_tables": codec_nbytes(spec)})
+
+
+def _show(tally: Tally, recipe: str, codec_tables: int) -> None:
+    rows = [line.cells() for line in [*tally.first, tally.total]]
     columns = ["protein", "tokens", "bytes", "bits a value", "fp32 bytes", "x fp32", "x fp16"]
     console.print_table(f"Packed caches, recipe {recipe}", columns, rows)
-    if len(lines) > 20:
-        console.say(f"the first 20 of {len(lines)} proteins are shown; --json prints all")
+    if tally.count > len(tally.first):
+        console.say(f"the first {len(tally.first)} of {tally.count} proteins are shown; --json prints all")
     console.say(f"tables and rotations that all caches of the model share: {codec_tables:,} bytes")

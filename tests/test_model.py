@@ -125,6 +125,7 @@ def to_hugging_face(path: Path, folder: Path, trunk_only: bool = False) -> Path:
     config = {
         "model_type": "esm", "num_hidden_layers": 2, "hidden_size": 32, "num_attention_heads": 2,
         "token_dropout": True, "position_embedding_type": "rotary", "emb_layer_norm_before": False,
+        "layer_norm_eps": 1e-5,
     }  # fmt: skip
     (folder / "config.json").write_text(json.dumps(config))
     return folder
@@ -171,7 +172,7 @@ def test_an_official_model_loads_from_the_hub_cache(
 ) -> None:
     folder = tmp_path / "hub" / "checkpoints"
     folder.mkdir(parents=True)
-    save_tiny_model(folder / "esm2_t6_8M_UR50D.pt", layers=6, width=40, heads=20)
+    save_tiny_model(folder / "esm2_t6_8M_UR50D.pt", layers=6, width=160, heads=20)
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     assert load_model("t6_8M", "cpu").name == "esm2_t6_8M_UR50D"
 

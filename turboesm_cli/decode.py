@@ -14,12 +14,12 @@ from typing import Protocol
 
 import torch
 import torch.nn.functional as F
-from esm.modules import gelu
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from turboesm_kernels import kinds, reference
 from turboesm_kernels.reference import Rope
 
+from turboesm_cli.fair_esm import gelu
 from turboesm_cli.model import EsmModel
 from turboesm_cli.sequences import MASK, PAD
 

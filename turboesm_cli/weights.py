@@ -78,10 +78,15 @@ def renamed(weights: Iterable[tuple[str, Tensor]], rename: Callable[[str], str],
     found: dict[str, Tensor] = {}
     for name, tensor in weights:
         new = rename(unwrapped(name))
-        if new in found and not torch.equal(found[new], tensor):
+        if new in found and not same(found[new], tensor):
             raise ModelError(f"{where} holds two different weights for {new}, one of them {name}; save it again")
         found[new] = tensor
     return found
+
+
+def same(a: Tensor, b: Tensor) -> bool:
+    """Whether two weights are equal, in whatever dtypes they are stored."""
+    return torch.equal(a.float(), b.float())
 
 
 def unwrapped(name: str) -> str:
@@ -111,7 +116,7 @@ SIGNS = (
 
 
 def sign_of(path: Path) -> str | None:
-    """What a file that is no checkpoint is, told by its first bytes, and how to mend it; None where they do not."""
+    """What a file that is no checkpoint is by its first bytes, and how to mend it; None where they do not tell."""
     try:
         with path.open("rb") as file:
             head = file.read(64).lstrip().lower()

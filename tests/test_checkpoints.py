@@ -37,7 +37,7 @@ def run(*arguments: str) -> Result:
 
 
 def calibrate(model: object, *more: str) -> Result:
-    return run("calibrate", str(model), CALIBRATION, "--max-proteins", "8", "--recipe", "flat", *more)
+    return run("calibrate", str(model), CALIBRATION, "--max-proteins", "4", "--recipe", "flat", *more)
 
 
 def assert_refused(done: Result, *words: str, code: int = 4) -> None:
@@ -394,7 +394,7 @@ def test_a_file_for_torch_home_is_told(tmp_path: Path, monkeypatch: pytest.Monke
     assert "put it at" not in done.stderr
 
 
-@pytest.mark.parametrize("proxy", ["http://proxy:port", "http://[::1", "http://proxy:999999"])
+@pytest.mark.parametrize("proxy", ["http://proxy:port", "http://[::1"])
 def test_a_malformed_proxy_is_told(proxy: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("https_proxy", proxy)
     monkeypatch.setenv("no_proxy", "")

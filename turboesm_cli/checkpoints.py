@@ -143,7 +143,7 @@ def _read_fair_esm(path: Path) -> Checkpoint:
 def _check_settings(settings: dict[str, Any], path: Path) -> None:
     """Raise ModelError where a setting says that this is more than fair-esm's ESM2, or another model."""
     for name, value in settings.items():
-        is_of_adapter = bool(re.search("lora|adapter", name)) and value not in (None, False, 0)
+        is_of_adapter = bool(re.search("(^|_)(lora|adapter)", name)) and value not in (None, False, 0)
         if is_of_adapter or (name in _FIXED_SETTINGS and value not in _FIXED_SETTINGS[name]):
             raise ModelError(f"{path}: its setting {name!r} is {value!r:.60}; turboesm reads plain ESM-2 only")
     if type(settings.get("token_dropout", True)) is not bool:

@@ -32,6 +32,8 @@ NOT_READ = re.compile(
 )
 """Files with the endings of weights that hold the same model once more, or a trainer's state."""
 
+ADAPTER = re.compile(r"(.*[^a-z])?(adapters?|lora|loha|lokr|ia3)([^a-z].*)?\.(json|safetensors|bin|pt|pth)", re.I)
+
 
 def read_folder(folder: Path, name: str = "", note: str = "") -> Checkpoint:
     """The checkpoint in a Hugging Face ESM folder. Raises ModelError where it is not ESM-2, or more than that."""
@@ -99,7 +101,7 @@ def _snapshot(repository: Path) -> Path:
 
 def _refuse_adapters(folder: Path) -> None:
     for path in sorted(folder.iterdir()):
-        if re.search(r"adapter|lora|loha|lokr|ia3", path.name, re.IGNORECASE):
+        if ADAPTER.match(path.name):
             what = "an adapter beside the base" if (folder / "config.json").exists() else "an adapter, not a model"
             raise ModelError(
                 f"{path} is {what}: merge it into its base (peft: merge_and_unload(), save_pretrained), and name "

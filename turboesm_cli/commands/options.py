@@ -23,7 +23,7 @@ Model = Annotated[
     str | None,
     typer.Option(
         "--model",
-        help="Official name (esm2_t33_650M), fair-esm .pt file, Hugging Face folder or OWNER/MODEL, or 'embedded'. "
+        help="Official name (esm2_t33_650M), fair-esm .pt file, Hugging Face folder, OWNER/MODEL or 'embedded'. "
         "Default: $TURBOESM_MODEL, else the embedded ESM-2 8M trunk.",
         show_default=False,
     ),

@@ -10,8 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import safetensors.torch
 import torch
+from folders import to_hugging_face
 
 from turboesm_cli import decode
 from turboesm_cli.errors import DeviceError, ModelError
@@ -103,33 +103,6 @@ def test_the_engines_queries_keys_and_values_are_those_of_fair_esms_hooks(
             assert torch.allclose(a, b, atol=1e-5)
 
 
-def to_hugging_face(path: Path, folder: Path, trunk_only: bool = False) -> Path:
-    """A Hugging Face folder with the weights of a tiny fair-esm checkpoint, names mapped by hand."""
-    model = load_model(str(path), "cpu")
-    names = [
-        ("self_attn.q_proj", "attention.self.query"), ("self_attn.k_proj", "attention.self.key"),
-        ("self_attn.v_proj", "attention.self.value"), ("self_attn.out_proj", "attention.output.dense"),
-        ("self_attn.rot_emb", "attention.self.rotary_embeddings"), ("self_attn_layer_norm", "attention.LayerNorm"),
-        ("fc1", "intermediate.dense"), ("fc2", "output.dense"), ("final_layer_norm", "LayerNorm"),
-        ("layers.", "esm.encoder.layer."), ("embed_tokens", "esm.embeddings.word_embeddings"),
-        ("emb_layer_norm_after", "esm.encoder.emb_layer_norm_after"), ("contact_head", "esm.contact_head"),
-    ]  # fmt: skip
-    weights = {}
-    for key, tensor in model.net.state_dict().items():
-        for old, new in names:
-            key = key.replace(old, new)
-        if key != "lm_head.weight" and not (trunk_only and key.startswith("lm_head")):
-            weights[key] = tensor.clone()
-    folder.mkdir()
-    safetensors.torch.save_file(weights, folder / "model.safetensors")
-    config = {
-        "model_type": "esm", "num_hidden_layers": 2, "hidden_size": 32, "num_attention_heads": 2,
-        "token_dropout": True, "position_embedding_type": "rotary", "emb_layer_norm_before": False,
-    }  # fmt: skip
-    (folder / "config.json").write_text(json.dumps(config))
-    return folder
-
-
 def test_both_formats_load_the_same_model(tiny_path: Path, tiny: EsmModel, tmp_path: Path) -> None:
     other = load_model(str(to_hugging_face(tiny_path, tmp_path / "hf")), "cpu")
     assert other.fingerprint == tiny.fingerprint
@@ -171,7 +144,7 @@ def test_an_official_model_loads_from_the_hub_cache(
 ) -> None:
     folder = tmp_path / "hub" / "checkpoints"
     folder.mkdir(parents=True)
-    save_tiny_model(folder / "esm2_t6_8M_UR50D.pt", layers=6, width=40, heads=20)
+    save_tiny_model(folder / "esm2_t6_8M_UR50D.pt", layers=6, width=160, heads=20)
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     assert load_model("t6_8M", "cpu").name == "esm2_t6_8M_UR50D"
 

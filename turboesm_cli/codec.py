@@ -113,6 +113,8 @@ def _sizes(model: EsmModel, statistics: Statistics, recipe: Recipe) -> list[tupl
     for index in coded:
         moments = layer_moments(model, statistics, index, recipe)
         errors += [_errors_by_size(side, moments[side], recipe) for side in SIDES]
+    if not errors:  # one layer, and it keeps tokens
+        return []
     lanes = lanes_for(head_dim)
     budget = model.shape.layers * head_dim * (recipe.bits_k + recipe.bits_v) / BYTE
     sizes = [lanes * steps for steps in allocation.share_out(errors, int(budget / lanes))]

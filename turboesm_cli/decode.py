@@ -14,13 +14,13 @@ from typing import Protocol
 
 import torch
 import torch.nn.functional as F
-from esm.modules import gelu
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from turboesm_kernels import reference
 from turboesm_kernels.reference import Rope
 from turboesm_kernels.token_tables import TokenTables
 
+from turboesm_cli.fair_esm import gelu
 from turboesm_cli.model import EsmModel
 from turboesm_cli.sequences import MASK, PAD
 

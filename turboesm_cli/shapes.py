@@ -22,6 +22,9 @@ class Shape:
         return self.width // self.heads
 
 
+SMALLEST_HEAD, LARGEST_HEAD = 8, 256
+"""Channels of an attention head that the kernels serve."""
+
 OFFICIAL = {
     "esm2_t6_8M_UR50D": Shape(6, 320, 20),
     "esm2_t12_35M_UR50D": Shape(12, 480, 20),
@@ -46,5 +49,10 @@ def check_shape(shape: Shape, where: Path) -> None:
         raise ModelError(f"{where}: layers, width and heads must be whole numbers, not {sizes}")
     if not (0 < shape.layers <= 256 and 0 < shape.width <= 32768 and 0 < shape.heads <= 512):
         raise ModelError(f"{where}: {shape.layers} layers, {shape.width} wide, {shape.heads} heads is no ESM-2")
-    if shape.width % shape.heads or shape.head_dim % 2 or shape.head_dim > 256:
+    if shape.width % shape.heads or shape.head_dim % 2:
         raise ModelError(f"{where}: width {shape.width} does not split into {shape.heads} heads of even size")
+    if not SMALLEST_HEAD <= shape.head_dim <= LARGEST_HEAD:
+        raise ModelError(
+            f"{where}: {shape.width} wide in {shape.heads} heads makes a head_dim of {shape.head_dim}; turboesm "
+            f"serves {SMALLEST_HEAD} to {LARGEST_HEAD}"
+        )

@@ -18,7 +18,8 @@ def calibrate(
     model: Annotated[
         str,
         typer.Argument(
-            help="Official name (esm2_t33_650M), fair-esm .pt file, Hugging Face folder or 'embedded'.",
+            help="Official name (esm2_t33_650M), fair-esm .pt file, Hugging Face folder, OWNER/MODEL "
+            "or 'embedded'.",
             show_default=False,
         ),
     ],

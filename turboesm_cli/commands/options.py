@@ -24,7 +24,7 @@ Model = Annotated[
     str | None,
     typer.Option(
         "--model",
-        help="Official name (esm2_t33_650M), fair-esm .pt file, Hugging Face folder or 'embedded'. "
+        help="Official name (esm2_t33_650M), fair-esm .pt file, Hugging Face folder, OWNER/MODEL or 'embedded'. "
         "Default: $TURBOESM_MODEL, else the embedded ESM-2 8M trunk.",
         show_default=False,
     ),
@@ -70,8 +70,8 @@ def open_model(name: str | None, device: str, bundle: Bundle | None = None, dtyp
     from turboesm_cli.shapes import official_name
 
     default = bundle.model_name if bundle and official_name(bundle.model_name) else EMBEDDED
-    model = load_model(name or os.environ.get("TURBOESM_MODEL") or default, device, FORMATS[dtype].dtype)
-    _check_name(model.name)
+    chosen = (os.environ.get("TURBOESM_MODEL") or default) if name is None else name
+    model = load_model(chosen, device, FORMATS[dtype].dtype)
     shape = model.shape
     console.say(
         f"model: {model.name} ({shape.layers} layers, {shape.heads} heads of {shape.head_dim}) on {_where(model)}"
@@ -87,19 +87,6 @@ def _where(model: EsmModel) -> str:
 
     on_cpu = model.device.type == "cpu"
     return f"{model.device}, {torch.get_num_threads()} threads" if on_cpu else str(model.device)
-
-
-def _check_name(name: str) -> None:
-    """Raise ModelError for a name that no reader of bundles, caches or results takes."""
-    from turboesm_cli.archive import printable
-    from turboesm_cli.errors import ModelError
-
-    try:
-        if printable(name).strip():
-            return
-    except ValueError:
-        pass
-    raise ModelError(f"the model's file or folder is named {name!r}, which cannot be told; rename it")
 
 
 @contextmanager

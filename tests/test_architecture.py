@@ -18,8 +18,9 @@ DATA = ROOT / "data"
 # Each module may import those before it, its own line included, and the leaves.
 LEAVES = {"__init__", "errors", "files", "metrics", "running", "timing", "console", "datasets", "identity"}
 STAGES = [
-    {"journal", "rejects", "seen", "tokens"},
+    {"inputs", "journal", "lookalikes", "rejects", "seen", "tokens"},
     {"sources"},
+    {"lines"},
     {"records"},
     {"archive", "quantizer", "results", "sequences", "work"},
     {"formats", "lengths", "outcomes", "prompts", "variants"},

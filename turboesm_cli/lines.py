@@ -1,4 +1,4 @@
-"""A line of sequence, as people write it → its residues, or why it cannot be sequence; see the table in `sequences`.
+"""A line of sequence, as people write it → its residues, or why it is none; see the table in `sequences`.
 
 Cleaning has limits, for prose is made of the letters of proteins: blanks only between groups of 10 letters, as
 GenBank and UniProt write them, in all lines of a record alike; numbers only at a line's edges, and only those that
@@ -56,17 +56,20 @@ _DIGIT = re.compile("[0-9]").search
 _INNER = re.compile(r"\d|\S\s+\S").search
 _NUMBERED = re.compile(r"\s*(?:(\d{1,9})\s+)?([^\d\s](?:.*[^\d\s])?)(?:\s+(\d{1,9}))?\s*", re.ASCII).fullmatch
 
-_CODES = "Ala Arg Asn Asp Asx Cys Gln Glu Glx Gly His Ile Leu Lys Met Phe Pro Pyl Sec Ser Thr Trp Tyr Val Xaa".split()
-_CODE = "(?:" + "|".join(_CODES) + ")"
+_CODES = """
+    Ala Arg Asn Asp Asx Cys Gln Glu Glx Gly His Ile Leu Lys Met Phe Pro Pyl Sec Ser Thr Trp Tyr Val Xaa
+"""
+_CODE = "(?:" + "|".join(_CODES.split()) + ")"
 _THREE_LETTERS = re.compile(rf"(?:H-)?{_CODE}(?:[-\s]+{_CODE})+(?:-OH)?|{_CODE}{{4,}}", re.IGNORECASE).fullmatch
 _MODIFIED = re.compile(
     r"(?:[A-Z]?[a-z]{1,6}|H)-[A-Z]+-(?:OH|NH|[A-Z]?[a-z]{1,6})|[A-Z]?[a-z]{1,6}-[A-Z]+|[A-Z]+-(?:OH|[A-Z]?[a-z]{1,6})"
 ).fullmatch
-_WORDS = frozenset(
-    "aborted denied done empty end eof error errors exception expired failed failure false fasta forbidden invalid "
-    "killed missing nan nil none null ok refused retry sequence terminated timeout true unauthorized unavailable "
-    "undefined unknown warning".split()
-)
+_WORDS = """
+    aborted denied done empty end eof error errors exception expired failed failure false fasta forbidden invalid
+    killed missing nan nil none null ok refused retry sequence terminated timeout true unauthorized unavailable
+    undefined unknown warning
+"""
+_KNOWN_WORDS = frozenset(_WORDS.split())
 _LONGEST_WORD = 20
 _UNUSUAL = frozenset("BJOUXZ")  # letters that hardly any protein has
 _TITLE = re.compile("[A-Z][a-z]+").fullmatch
@@ -117,14 +120,14 @@ class Lines:
         if len(text) > 5 and _THREE_LETTERS(text):
             raise NotSequence(f"three-letter codes at {place(piece, 0)}; write one letter a residue")
         if len(text) <= 60 and "-" in text and _MODIFIED(text):
-            raise NotSequence(f"line {piece.line} looks like a peptide with modified ends; write its residues alone")
+            raise NotSequence(f"line {piece.line} looks like a peptide with modified ends; write residues alone")
 
     def _is_word(self, text: str) -> bool:
         """Whether a line is no residues but a word; in upper case only where it does not go on from full lines."""
         if len(text) > _LONGEST_WORD:
             return False
         word = text.rstrip(".")
-        if word.lower() not in _WORDS:
+        if word.lower() not in _KNOWN_WORDS:
             return bool(self.widths) and self._upper and _TITLE(word) is not None
         wrapped = len(self.widths) > 0 and len(set(self.widths)) == 1 and len(text) < self.widths[0]
         return not (wrapped and text.isupper() and _UNUSUAL.isdisjoint(text))
@@ -173,7 +176,7 @@ class Lines:
         letters = "".join(groups).replace(MASK_TEXT, "")
         alike = letters.isupper() or letters.islower()
         if not even or not alike or self._ended or (self.widths and len(groups) > self._groups):
-            raise NotSequence(f"blanks in line {piece.line} that do not part groups of {GROUP}, as in all its lines")
+            raise NotSequence(f"blanks in line {piece.line} that do not part groups of {GROUP} in all lines")
         self._groups = self._groups or len(groups)
         self._ended = len(groups) < self._groups or sizes[-1] < GROUP
 

@@ -37,14 +37,15 @@ def no_residues(lines: list[str], widths: list[int]) -> str:
     sequence = "".join(lines)
     if _PYRROLYSINES(sequence):
         return "OOOOO, which no protein has: a line of topology or disorder in place of residues"
-    if _HELIX_STRAND(sequence) and len(set(sequence)) > 1 or _is_dssp(sequence):
+    several = len(set(sequence)) > 1  # a tag of histidines is none
+    if (several and _HELIX_STRAND(sequence)) or _is_dssp(sequence):
         return "looks like secondary structure in place of residues"
-    if _TOPOLOGY(sequence):
+    if several and _TOPOLOGY(sequence):
         return "looks like topology in place of residues"
     half = len(lines) // 2
-    if len(widths) == len(lines) and half and widths[:half] == widths[half:]:
-        if _annotates("".join(lines[half:]), "".join(lines[:half])):
-            return "its latter lines, as long as the former, look like structure or topology in place of residues"
+    doubled = half > 0 and len(widths) == len(lines) and widths[:half] == widths[half:]
+    if doubled and _annotates("".join(lines[half:]), "".join(lines[:half])):
+        return "its latter lines, as long as the former, look like structure or topology in place of residues"
     return ""
 
 

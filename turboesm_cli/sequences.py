@@ -47,8 +47,8 @@ identifiers (24 bytes each at most) and the report. What it meets, and what it t
 | written to while it is read (see `inputs`)               | stop                                          |
 
 A `.` may be a gap, a stop codon (gffread) or mean "as in the first record". It is taken for a gap where the first
-records (20, or as many as there are, and at least two) have the same length, gaps counted, the first one has a `.`,
-and not all have it in the same columns; then in each record of that length.
+records (20, or as many as there are, and at least two) have the same length, gaps counted, the first one has a
+`.`, and not all have it in the same columns; then in each record of that length.
 
 A mend is counted in the report, a reject skips the record and leaves a row there, a stop raises
 InputError. With `strict` the first mend or reject is a stop, truncation included. Records before a stop
@@ -145,7 +145,7 @@ class ReadReport:
 def read_fasta(
     source: str | Path | Input, policy: ReadPolicy = ReadPolicy(), report: ReadReport | None = None
 ) -> Iterator[Protein]:
-    """Yield the proteins of a FASTA file, compressed or not, of standard input where it is `-`, or of an open input.
+    """Yield the proteins of a FASTA file, compressed or not, of standard input (`-`), or of an open input.
 
     The table above says what is accepted, mended, rejected and refused; `report` is filled along the way.
     Raises InputError while iterating, also where the file cannot be opened.

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from itertools import islice
 
 from turboesm_cli.bundle import Bundle, seen
+from turboesm_cli.errors import InputError
 from turboesm_cli.packfile import Packfile
 from turboesm_cli.replay import Prompt
 from turboesm_cli.sequences import Protein
@@ -23,7 +24,7 @@ class Workload:
     longest   tokens of the longest protein, `<cls>` and `<eos>` counted
     known     proteins that were in the bundle's calibration set
     sha256    of names, sequences and lengths of prompts, in their order
-    prompts   the proteins, from the first one at each call
+    prompts   the proteins, from the first one at each call; InputError at the end where they are not the same
     """
 
     count: int
@@ -62,6 +63,21 @@ def _counted(prompts: Callable[[], Iterator[Prompt]], bundle: Bundle) -> Workloa
         tokens = prompt.protein.residues + 2
         count, longest = count + 1, max(longest, tokens)
         decoded += tokens - prompt.cached
-        identity.update(f"{prompt.protein.accession}\0{prompt.protein.sequence}\0{prompt.cached}\0".encode())
+        identity.update(_described(prompt))
         known += len(seen(bundle, [prompt.protein]))
-    return Workload(count, decoded, longest, known, identity.hexdigest(), prompts)
+    sha256 = identity.hexdigest()
+    return Workload(count, decoded, longest, known, sha256, lambda: _same(prompts(), sha256))
+
+
+def _same(prompts: Iterable[Prompt], sha256: str) -> Iterator[Prompt]:
+    """The prompts. Raises InputError after the last one where they are not those that were counted."""
+    identity = hashlib.sha256()
+    for prompt in prompts:
+        identity.update(_described(prompt))
+        yield prompt
+    if identity.hexdigest() != sha256:
+        raise InputError("the proteins changed while they were read; run the command again")
+
+
+def _described(prompt: Prompt) -> bytes:
+    return f"{prompt.protein.accession}\0{prompt.protein.sequence}\0{prompt.cached}\0".encode()

@@ -15,6 +15,7 @@ from turboesm_cli.sources import PIECE, Piece
 from turboesm_cli.tokens import MASK_TEXT, count
 
 GROUP = 10  # letters between blanks
+SHOWN = 40  # letters of a line that a message shows
 MARKS = "\ufeff\x1a"  # a byte-order mark, and the end of a file of DOS: what files that are joined leave at a seam
 
 
@@ -62,11 +63,11 @@ _CODES = """
 _CODE = "(?:" + "|".join(_CODES.split()) + ")"
 _THREE_LETTERS = re.compile(rf"(?:H-)?{_CODE}(?:[-\s]+{_CODE})+(?:-OH)?|{_CODE}{{4,}}", re.IGNORECASE).fullmatch
 _MODIFIED = re.compile(
-    r"(?:[A-Z]?[a-z]{1,6}|H)-[A-Z]+-(?:OH|NH|[A-Z]?[a-z]{1,6})|[A-Z]?[a-z]{1,6}-[A-Z]+|[A-Z]+-(?:OH|[A-Z]?[a-z]{1,6})"
+    r"(?:[a-z]?[A-Z]?[a-z]{1,6}|H)-[A-Z]+(?:-(?:OH|NH2?|[A-Z]?[a-z]{1,6}))?|[A-Z]+-(?:OH|NH2|[A-Z]?[a-z]{1,6})"
 ).fullmatch
 _WORDS = """
     aborted denied done empty end eof error errors exception expired failed failure false fasta forbidden invalid
-    killed missing nan nil none null ok refused retry sequence terminated timeout true unauthorized unavailable
+    killed missing nan nil none null refused retry sequence terminated timeout true unauthorized unavailable
     undefined unknown warning
 """
 _KNOWN_WORDS = frozenset(_WORDS.split())
@@ -91,10 +92,10 @@ class Lines:
     def read(self, piece: Piece) -> str:
         """Return a line's residues, stops and dots. Raises NotSequence."""
         text = piece.text if piece.text[-1:] not in MARKS else self._unmarked(piece)
+        if not text.strip():
+            self._blank_end = bool(text) and piece.column > 1
+            return ""
         if not (plain := _ONLY_RESIDUES(text)):
-            if not text.strip():
-                self._blank_end = bool(text) and piece.column > 1
-                return ""
             self._require_known(piece, text)
         self._require_no_text(piece, text.strip())
         self._lay_out(piece, text)
@@ -129,7 +130,7 @@ class Lines:
         word = text.rstrip(".")
         if word.lower() not in _KNOWN_WORDS:
             return bool(self.widths) and self._upper and _TITLE(word) is not None
-        wrapped = len(self.widths) > 0 and len(set(self.widths)) == 1 and len(text) < self.widths[0]
+        wrapped = len(self.widths) > 0 and len(set(self.widths)) == 1 and len(text) <= self.widths[0]
         return not (wrapped and text.isupper() and _UNUSUAL.isdisjoint(text))
 
     def _lay_out(self, piece: Piece, text: str) -> None:
@@ -176,7 +177,10 @@ class Lines:
         letters = "".join(groups).replace(MASK_TEXT, "")
         alike = letters.isupper() or letters.islower()
         if not even or not alike or self._ended or (self.widths and len(groups) > self._groups):
-            raise NotSequence(f"blanks in line {piece.line} that do not part groups of {GROUP} in all lines")
+            shown = f"{' '.join(groups)[:SHOWN]!r}"
+            raise NotSequence(
+                f"line {piece.line} is {shown}: blanks that do not part groups of {GROUP} in all lines"
+            )
         self._groups = self._groups or len(groups)
         self._ended = len(groups) < self._groups or sizes[-1] < GROUP
 

@@ -47,8 +47,9 @@ identifiers (24 bytes each at most) and the report. What it meets, and what it t
 | written to while it is read (see `inputs`)               | stop                                          |
 
 A `.` may be a gap, a stop codon (gffread) or mean "as in the first record". It is taken for a gap where the first
-records (20, or as many as there are, and at least two) have the same length, gaps counted, the first one has a
-`.`, and not all have it in the same columns; then in each record of that length.
+records (20, or as many as there are) have the same length, gaps counted, at least two have a `.`, the others
+lower-case letters (inserts of A2M), not all in the same columns, and not all end in one; then in each record of
+that length.
 
 A mend is counted in the report, a reject skips the record and leaves a row there, a stop raises
 InputError. With `strict` the first mend or reject is a stop, truncation included. Records before a stop
@@ -201,6 +202,16 @@ def write_fasta(path: Path, proteins: Iterable[Protein], width: int = 80) -> Non
             stream.writelines(line + "\n" for line in slices(protein.sequence, width))
 
 
+def _are_aligned_by_dots(first: list[Record]) -> bool:
+    """Whether the first records are the rows of an alignment, with dots for gaps; see the table."""
+    dotted = [record.dots for record in first if record.dots.count]
+    alike = {record.width for record in first} == {first[0].width}
+    has_gaps = len(dotted) > 1 and len({record.dots.columns for record in first}) > 1
+    # A row of upper-case letters alone is what dots of other rows stand for; where all end in one, they are stops.
+    of_gaps = all(record.dots.count or Mend.LOWER_CASE in record.mends for record in first)
+    return alike and has_gaps and of_gaps and not all(dots.last for dots in dotted)
+
+
 class _Sieve:
     """Turns the records of one source into proteins, by the policy, and reports on them."""
 
@@ -222,8 +233,7 @@ class _Sieve:
         if not first:
             return
         self._first_width = first[0].width if not first[0].dots.count else 0
-        alike = {record.width for record in first} == {first[0].width}
-        if len(first) > 1 and alike and first[0].dots.count and len({record.dots.columns for record in first}) > 1:
+        if _are_aligned_by_dots(first):
             self._aligned_width = first[0].width
         sequences = [sequence for record in first if (sequence := "".join(record.parts)) and not record.reason]
         bases = [sequence[:SAMPLE] for sequence in sequences if nearly_bases(sequence)]

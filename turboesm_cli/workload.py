@@ -24,7 +24,8 @@ class Workload:
     longest   tokens of the longest protein, `<cls>` and `<eos>` counted
     known     proteins that were in the bundle's calibration set
     sha256    of names, sequences and lengths of prompts, in their order
-    prompts   the proteins, from the first one at each call; InputError at the end where they are not the same
+    prompts   the proteins, from the first one at each call; InputError, before the last one is given, where they
+              are not the same
     """
 
     count: int
@@ -38,7 +39,7 @@ class Workload:
 def of_proteins(
     proteins: Callable[[], Iterable[Protein]], rule: Callable[[Protein], int], bundle: Bundle
 ) -> Workload:
-    """Proteins, which are gone through twice; `rule` says how many of a protein's tokens are prompt."""
+    """Proteins, which are gone through more than once; `rule` says how many of a protein's tokens are prompt."""
 
     def prompts() -> Iterator[Prompt]:
         return (Prompt(protein, rule(protein)) for protein in proteins())
@@ -66,17 +67,26 @@ def _counted(prompts: Callable[[], Iterator[Prompt]], bundle: Bundle) -> Workloa
         identity.update(_described(prompt))
         known += len(seen(bundle, [prompt.protein]))
     sha256 = identity.hexdigest()
-    return Workload(count, decoded, longest, known, sha256, lambda: _same(prompts(), sha256))
+    return Workload(count, decoded, longest, known, sha256, lambda: _same(prompts(), count, sha256))
 
 
-def _same(prompts: Iterable[Prompt], sha256: str) -> Iterator[Prompt]:
-    """The prompts. Raises InputError after the last one where they are not those that were counted."""
-    identity = hashlib.sha256()
-    for prompt in prompts:
+def _same(prompts: Iterable[Prompt], count: int, sha256: str) -> Iterator[Prompt]:
+    """The prompts. Raises InputError where they are not those that were counted.
+
+    That is before the last one is given, since who has as many as were counted may not ask for another.
+    """
+    identity, given = hashlib.sha256(), 0
+    for given, prompt in enumerate(prompts, 1):
         identity.update(_described(prompt))
+        if given > count or (given == count and identity.hexdigest() != sha256):
+            raise _changed()
         yield prompt
-    if identity.hexdigest() != sha256:
-        raise InputError("the proteins changed while they were read; run the command again")
+    if given < count:
+        raise _changed()
+
+
+def _changed() -> InputError:
+    return InputError("the proteins changed while they were read; run the command again")
 
 
 def _described(prompt: Prompt) -> bytes:

@@ -26,6 +26,7 @@ from hypothesis import strategies as st
 
 from turboesm_cli import sequences, sources
 from turboesm_cli.errors import InputError
+from turboesm_cli.lookalikes import is_nucleotides, no_residues
 from turboesm_cli.seen import Seen
 from turboesm_cli.sequences import (
     LongPolicy,
@@ -92,9 +93,7 @@ ACCEPTED = [
     Accepted("short nucleotides", ">a\n" + "ACGT" * 7 + "A\n", [("a", "ACGT" * 7 + "A")]),
     Accepted("lower case", ">a\nMkw\nvtf\n", [("a", "MKWVTF")], [Mend.LOWER_CASE]),
     Accepted("lower case by a mask", ">a\nmk<mask>w\n", [("a", "MK<mask>W")], [Mend.LOWER_CASE]),
-    Accepted(
-        "numbered", f">a\n  1 {TEN} {TEN}\n 21 {TEN} SLL\n", [("a", TEN * 3 + "SLL")], [Mend.BLANKS]
-    ),
+    Accepted("numbered", f">a\n  1 {TEN} {TEN}\n 21 {TEN} SLL\n", [("a", TEN * 3 + "SLL")], [Mend.BLANKS]),
     Accepted("gaps", ">a\nMK--W-\n", [("a", "MKW")], [Mend.GAPS]),
     Accepted("final stop", ">a\nMKW*\n\n", [("a", "MKW")], [Mend.STOP]),
     Accepted("final stop on its own line", ">a\nMKW\n*\n--\n", [("a", "MKW")], [Mend.STOP, Mend.GAPS]),
@@ -425,7 +424,15 @@ def drain(proteins: Iterator[Protein]) -> str:
     return ""
 
 
-residue_texts = st.lists(st.sampled_from([*RESIDUES, "<mask>"]), min_size=1, max_size=200).map("".join)
+def looks_like_protein(sequence: str) -> bool:
+    return not is_nucleotides(sequence) and not no_residues([sequence], [len(sequence)])
+
+
+residue_texts = (
+    st.lists(st.sampled_from([*RESIDUES, "<mask>"]), min_size=1, max_size=200)
+    .map("".join)
+    .filter(looks_like_protein)
+)
 words = st.text(
     st.characters(min_codepoint=33, max_codepoint=126, exclude_characters=">"), min_size=1, max_size=12
 )
@@ -434,7 +441,7 @@ proteins_lists = st.lists(
     min_size=1,
     max_size=8,
     unique_by=lambda protein: protein.accession,
-).filter(lambda proteins: not any(set(protein.sequence) <= set("ACGTUN") for protein in proteins))
+).filter(lambda proteins: not is_nucleotides("".join(protein.sequence for protein in proteins)))
 
 
 line_ends = st.sampled_from([b"\n", b"\r\n", b"\r"])

@@ -34,7 +34,7 @@ BINARY = (
     (
         0,
         b"PK\x03\x04",
-        f"a zip file: {_UNPACK} (`unzip`); caches of quantize are for `decode`, as a file and not through a pipe",
+        f"a zip file (as are PyTorch's): {_UNPACK} (`unzip`); caches of quantize are for `decode`, never piped",
     ),
     (0, b"7z\xbc\xaf\x27\x1c", f"a 7z file: {_UNPACK} (`7z x`)"),
     (0, b"Rar!", f"a RAR file: {_UNPACK} (`unrar x`)"),

@@ -7,9 +7,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import count, islice
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from turboesm_cli import console
-from turboesm_cli.errors import InputError
+from turboesm_cli.errors import BundleError, InputError
 from turboesm_cli.inputs import Input
 from turboesm_cli.rejects import Reject, check_rejects, write_rejects
 from turboesm_cli.sequences import (
@@ -20,6 +21,9 @@ from turboesm_cli.sequences import (
     ReadReport,
     read_fasta,
 )
+
+if TYPE_CHECKING:
+    from turboesm_cli.bundle import Bundle
 
 SHOWN = 20
 
@@ -106,3 +110,18 @@ def _say(source: str, found: ReadReport) -> None:
         )
     if len(found.rejects) > SHOWN:
         console.warn(f"{source}: skipped {len(found.rejects) - SHOWN} more records; --rejects FILE lists all")
+
+
+def hashed_bundle(path: Path) -> tuple[Bundle, str]:
+    """A bundle, and the sha256 of the bytes that it was read from. Raises BundleError."""
+    from turboesm_cli.bundle import read_bundle
+    from turboesm_cli.packfile import file_sha256
+
+    try:
+        before = file_sha256(path)
+    except OSError:  # which reading it tells of
+        before = ""
+    bundle = read_bundle(path)
+    if file_sha256(path) != before:
+        raise BundleError(f"{path} changed while it was read; run the command again")
+    return bundle, before

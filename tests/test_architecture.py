@@ -19,8 +19,9 @@ DATA = ROOT / "data"
 LEAVES = {"__init__", "errors", "files", "metrics", "running", "timing", "console", "datasets", "identity"}
 LEAVES |= {"streams", "threads"}
 STAGES = [
-    {"journal", "json_list", "rejects", "seen", "tokens"},
+    {"inputs", "journal", "json_list", "lookalikes", "rejects", "seen", "tokens"},
     {"sources"},
+    {"lines"},
     {"records"},
     {"archive", "quantizer", "results", "sequences", "work"},
     {"formats", "lengths", "outcomes", "prompts", "variants"},

@@ -75,8 +75,10 @@ CASES = [
     Case("U, Z, B, X and O", f">a\n{SEQUENCE}UZBXO\n", 1),
     Case("lower case", f">a\n{SEQUENCE.lower()}\n", 1, "lower-case letters upper-cased: 1 records"),
     Case("final stop", f">a\n{SEQUENCE}*\n", 1, "final stop '*' dropped: 1 records"),
-    Case("numbered", f">a\n  1 {SEQUENCE[:10]} {SEQUENCE[10:]}\n", 1, "blanks or digits dropped"),
-    Case("gaps", f">a\n{SEQUENCE}--..\n", 1, "gaps dropped: 1 records"),
+    Case(
+        "numbered", f">a\n  1 {SEQUENCE[:10]} {SEQUENCE[10:20]} {SEQUENCE[20:]}\n", 1, "blanks or digits dropped"
+    ),
+    Case("gaps", f">a\n{SEQUENCE}----\n", 1, "gaps dropped: 1 records"),
     Case("duplicate identifiers", GOOD * 3, 3, "duplicate identifier renamed: 2 records"),
     Case("header of a megabyte", f">a {'x' * 1_000_000}\n{SEQUENCE}\n", 1, "long header shortened"),
     Case(

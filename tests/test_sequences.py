@@ -26,6 +26,7 @@ from hypothesis import strategies as st
 
 from turboesm_cli import sequences, sources
 from turboesm_cli.errors import InputError
+from turboesm_cli.lookalikes import is_nucleotides, no_residues
 from turboesm_cli.seen import Seen
 from turboesm_cli.sequences import (
     LongPolicy,
@@ -43,6 +44,7 @@ from turboesm_cli.sequences import (
 DATA = Path(__file__).parents[1] / "data"
 RESIDUES = "ACDEFGHIKLMNPQRSTVWYUZBXO"
 GOOD = ">ok fine\nMKWVTFISLL\n"
+TEN = "MKWVTFISLL"
 
 
 def read(data: bytes | str, **policy: Any) -> tuple[list[Protein], ReadReport]:
@@ -88,12 +90,11 @@ ACCEPTED = [
     Accepted("mask", ">a\n<mask>MK<mask>\n", [("a", "<mask>MK<mask>")]),
     Accepted("blank after >", "> a b\nMKW\n", [("a", "MKW")]),
     Accepted("non-ASCII description", ">a Prot\u00e9ine\nMKW\n", [("a", "MKW")]),
-    Accepted("short nucleotides", ">a\n" + "ACGT" * 14 + "ACG\n", [("a", "ACGT" * 14 + "ACG")]),
-    Accepted("long nucleotides but one", ">a\n" + "ACGT" * 20 + "K\n", [("a", "ACGT" * 20 + "K")]),
+    Accepted("short nucleotides", ">a\n" + "ACGT" * 7 + "A\n", [("a", "ACGT" * 7 + "A")]),
     Accepted("lower case", ">a\nMkw\nvtf\n", [("a", "MKWVTF")], [Mend.LOWER_CASE]),
     Accepted("lower case by a mask", ">a\nmk<mask>w\n", [("a", "MK<mask>W")], [Mend.LOWER_CASE]),
-    Accepted("numbered", ">a\n  1 MKW VTF\n  7 SLL\n", [("a", "MKWVTFSLL")], [Mend.BLANKS]),
-    Accepted("gaps", ">a\nMK--W.\n", [("a", "MKW")], [Mend.GAPS]),
+    Accepted("numbered", f">a\n  1 {TEN} {TEN}\n 21 {TEN} SLL\n", [("a", TEN * 3 + "SLL")], [Mend.BLANKS]),
+    Accepted("gaps", ">a\nMK--W-\n", [("a", "MKW")], [Mend.GAPS]),
     Accepted("final stop", ">a\nMKW*\n\n", [("a", "MKW")], [Mend.STOP]),
     Accepted("final stop on its own line", ">a\nMKW\n*\n--\n", [("a", "MKW")], [Mend.STOP, Mend.GAPS]),
     Accepted("J", ">a\nMJW\n", [("a", "MXW")], [Mend.J]),
@@ -162,7 +163,7 @@ REJECTED = {
     "symbol": (">bad\nMKW\nMK!W\n", "unknown letter '!' at line 5, column 3"),
     "two symbols": (">bad\nMKW\nMK!W\nM?\n", "unknown letter '!' at line 5, column 3"),
     "symbol after a mask": (">bad\n<mask>K\u00e9\n", "unknown letter '\u00e9' at line 4, column 8"),
-    "header within a line": (">bad\nMKW>next\n", "unknown letter '>' at line 4, column 4"),
+    "arrow within a line": (">bad\nMKW> next\n", "unknown letter '>' at line 4, column 4"),
     "upper-case mask": (">bad\nM<MASK>\n", "unknown letter '<' at line 4, column 2"),
     "far column": (">bad\n" + "M" * 200_000 + "!\n", "unknown letter '!' at line 4, column 200001"),
     "stop inside a line": (">bad\nMK*W\n", "stop '*' inside the sequence at line 4, column 3"),
@@ -203,7 +204,7 @@ STOPPED = {
     "too long by policy": (">a\nMKW", {"max_residues": 2}, "--long truncate or --long window"),
     "a million and one": (">a\n" + "M" * 1_000_001, {"long": LongPolicy.TRUNCATE}, "over 1,000,000 residues"),
     "a chromosome": (">a\n" + "ACGT" * 250_001, {"long": LongPolicy.WINDOW}, "looks like nucleotides"),
-    "reads": (">r\nACGTACGTAC\n" * 20, {}, "first 20 records hold only"),
+    "reads": (">r\nACGTACGTAC\n" * 20, {}, "looks like nucleotides (20 of its first 20 records)"),
     "genes": (">r\n" + "ACGT" * 20 + "\n", {}, "looks like nucleotides"),
     "none good": (">a\nM!\n>b\n\n", {}, "record 1 (a), line 1: unknown letter '!' at line 2, column 2"),
 }
@@ -214,10 +215,12 @@ def test_stops(data: bytes | str, policy: dict[str, Any], text: str) -> None:
     assert text in message(data, **policy)
 
 
-def test_nineteen_short_nucleotide_records_are_peptides() -> None:
-    assert len(read(">r\nACGTACGTAC\n" * 19)[0]) == 19
-    assert len(read(">r\nGA\n" * 20)[0]) == 20, "under 60 residues together"
-    assert len(read(GOOD + ">r\nACGTACGTAC\n" * 40)[0]) == 41
+def test_nucleotides_are_told_by_a_vote() -> None:
+    assert len(read(">r\nACGTACG\n" * 4)[0]) == 4, "under 30 residues together"
+    assert len(read(">r\nGA\n" * 40)[0]) == 40, "no C, no T"
+    assert len(read((GOOD + ">r\nACGTACGTAC\n") * 20)[0]) == 40, "as many proteins"
+    assert "(15 of its first 20 records)" in message(GOOD * 5 + ">r\nACGTACGTAC\n" * 40)
+    assert "(21 of its 41 records)" in message(GOOD * 20 + ">r\nACGTACGTAC\n" * 21), "told at the end"
 
 
 def test_a_limit_below_one_is_refused() -> None:
@@ -421,7 +424,15 @@ def drain(proteins: Iterator[Protein]) -> str:
     return ""
 
 
-residue_texts = st.lists(st.sampled_from([*RESIDUES, "<mask>"]), min_size=1, max_size=200).map("".join)
+def looks_like_protein(sequence: str) -> bool:
+    return not is_nucleotides(sequence) and not no_residues([sequence], [len(sequence)])
+
+
+residue_texts = (
+    st.lists(st.sampled_from([*RESIDUES, "<mask>"]), min_size=1, max_size=200)
+    .map("".join)
+    .filter(looks_like_protein)
+)
 words = st.text(
     st.characters(min_codepoint=33, max_codepoint=126, exclude_characters=">"), min_size=1, max_size=12
 )
@@ -430,7 +441,7 @@ proteins_lists = st.lists(
     min_size=1,
     max_size=8,
     unique_by=lambda protein: protein.accession,
-).filter(lambda proteins: not any(set(protein.sequence) <= set("ACGTUN") for protein in proteins))
+).filter(lambda proteins: not is_nucleotides("".join(protein.sequence for protein in proteins)))
 
 
 line_ends = st.sampled_from([b"\n", b"\r\n", b"\r"])

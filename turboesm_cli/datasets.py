@@ -9,6 +9,8 @@ from turboesm_cli.errors import InputError
 
 FAMILIES = ("tm", "idr", "enzyme", "globular", "peptide")
 HELDOUT = "heldout"
+SUFFIXES = {".fasta", ".fa", ".faa", ".fas", ".fsa", ".pep", ".seq", ".txt", ".gz", ".bz2", ".xz", ".zst"}
+"""Endings that say how a file is written, and no part of its name."""
 
 
 def calibration_path() -> Path:
@@ -17,7 +19,7 @@ def calibration_path() -> Path:
 
 
 def family_path(name: str) -> Path:
-    """The FASTA file of a bundled family or of the held-out set, or `name` itself if it is a file.
+    """The FASTA file of a bundled family or of the held-out set, or `name` itself if it is a file or a pipe.
 
     Raises InputError.
     """
@@ -26,14 +28,17 @@ def family_path(name: str) -> Path:
     if name == HELDOUT:
         return _folder() / "heldout" / "bacteria.fasta"
     path = Path(name)
-    if not path.is_file():
+    if not path.exists() or path.is_dir():
         raise InputError(f"no family {name!r}: choose from {', '.join(FAMILIES)}, {HELDOUT}, or name a FASTA file")
     return path
 
 
 def family_label(name: str) -> str:
-    """What results call a family: its name, or a file's name without its suffixes."""
-    return name if name in (*FAMILIES, HELDOUT) else Path(name).name.split(".")[0]
+    """What results call a family: its name, or a file's name without the suffixes of FASTA and of compression."""
+    path = Path(name)
+    while path.suffix.lower() in SUFFIXES:
+        path = path.with_suffix("")
+    return path.name
 
 
 def _folder() -> Path:

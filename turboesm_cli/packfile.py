@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 import tempfile
+import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -22,7 +23,7 @@ from typing import IO, Any
 
 from torch import Tensor
 
-from turboesm_cli.archive import CHUNK, PART_LIMIT, Archive, new_archive, parsed, printable, to_bytes
+from turboesm_cli.archive import CHUNK, MANIFEST, PART_LIMIT, Archive, new_archive, parsed, printable, to_bytes
 from turboesm_cli.bundle import Bundle
 from turboesm_cli.cache import bytes_per_sequence, check_tensors
 from turboesm_cli.errors import BundleError, InputError
@@ -77,11 +78,18 @@ def file_sha256(path: Path) -> str:
 
 
 def is_packfile(path: Path) -> bool:
-    """Whether `path` starts like an archive; FASTA never does, compressed or not."""
+    """Whether `path` is a file of caches, or is a zip file that is too damaged to tell; pipes are left alone."""
     try:
+        if not Path(path).is_file():
+            return False
         with Path(path).open("rb") as stream:
-            return stream.read(4) == b"PK\x03\x04"
-    except OSError:
+            if stream.read(4) != b"PK\x03\x04":
+                return False
+            with zipfile.ZipFile(stream) as found:
+                return any(name == MANIFEST for name in found.namelist())
+    except zipfile.BadZipFile:
+        return True
+    except (OSError, ValueError, NotImplementedError):
         return False
 
 

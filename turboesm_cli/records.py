@@ -2,49 +2,43 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
-import string
+import unicodedata
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from enum import StrEnum
 
 from turboesm_cli.errors import InputError
-from turboesm_cli.sources import Piece
+from turboesm_cli.lines import MARKS, Lines, Mend, NotSequence, place
+from turboesm_cli.lookalikes import is_nucleotides, no_protein
+from turboesm_cli.sources import FOREIGN, Piece
 from turboesm_cli.tokens import MASK_TEXT, count
 
 RECORD_CAP = 1_000_000  # the longest known protein has some 45,000 residues; beyond this, memory is at stake
 MAX_ACCESSION = 200
 MAX_DESCRIPTION = 2000
-NUCLEOTIDES = "ACGTUN"
 
-_ONLY_RESIDUES = re.compile("[A-IK-Z]*").fullmatch  # every letter but J is a token of ESM-2
-
-
-class Mend(StrEnum):
-    """What was mended in a record; the keys of `ReadReport.mended`."""
-
-    LOWER_CASE = "lower-case letters upper-cased"
-    BLANKS = "blanks or digits dropped"
-    GAPS = "gaps dropped"
-    STOP = "final stop '*' dropped"
-    J = "J read as X"
-    UNNAMED = "empty header named by its record number"
-    CONTROL = "control characters in the header replaced by spaces"
-    LONG_HEADER = "long header shortened"
-    DUPLICATE = "duplicate identifier renamed"
-    TRUNCATED = "long sequence truncated"
+_SEAM = re.compile(rf"[{MARKS}]*(?<!<mask)>(?=\S)").search
 
 
-_MENDABLE = {
-    Mend.LOWER_CASE: frozenset(string.ascii_lowercase),
-    Mend.BLANKS: frozenset(" \t\v\f" + string.digits),
-    Mend.GAPS: frozenset("-."),
-    Mend.J: frozenset("Jj"),
-}
-_KNOWN = frozenset(string.ascii_uppercase + "*").union(*_MENDABLE.values())
-_MENDED = str.maketrans(
-    string.ascii_lowercase + "J", string.ascii_uppercase.replace("J", "X") + "X", " \t\v\f-." + string.digits
-)
+@dataclass
+class Dots:
+    """The dots of a record: stops, gaps, or "as in the first record", which only other records can tell."""
+
+    count: int = 0
+    first: str = ""  # where the first one is
+    last: bool = False  # nothing but gaps follows the last one
+    columns: str = ""  # a hash of which columns they are in
+
+    def add(self, piece: Piece, text: str, column: int) -> None:
+        """Take a line, cleaned, whose first letter is in a column of the record."""
+        self.last = text.endswith(".") or (self.last and not text)
+        if "." not in text:
+            return
+        self.first = self.first or place(piece, piece.text.index("."))
+        self.count += text.count(".")
+        held = f"{self.columns}{column}:{''.join('.' if letter == '.' else ' ' for letter in text).rstrip()}"
+        self.columns = hashlib.blake2b(held.encode(), digest_size=8).hexdigest()
 
 
 @dataclass
@@ -56,21 +50,35 @@ class Record:
     line: int
     accession: str = ""
     description: str = ""
-    parts: list[str] = field(default_factory=list)
+    parts: list[str] = field(default_factory=list)  # of residues, line by line
     residues: int = 0
     stop: str = ""  # where a "*" ended the sequence
+    dots: Dots = field(default_factory=Dots)
     reason: str = ""  # why the record is to be rejected
-    mends: dict[Mend, int] = field(default_factory=dict)  # → the line where each was needed first
+    lines: Lines = field(default_factory=Lines)
 
     @property
     def where(self) -> str:
         return f"{self.label}: record {self.record} ({self.accession}), line {self.line}"
 
+    @property
+    def mends(self) -> dict[Mend, int]:
+        """What was mended → the line where it was needed first."""
+        return self.lines.mends
+
+    @property
+    def width(self) -> int:
+        """Letters, gaps counted."""
+        return self.lines.width
+
     def name(self, header: str) -> None:
         """Take accession and description from `header`, the line after its `>`."""
-        if not header.replace("\t", " ").isprintable():
+        shown = header if header.isascii() else "".join(filter(_is_visible, header))
+        if len(shown) < len(header):
+            self.mends[Mend.INVISIBLE] = self.line
+        if not shown.replace("\t", " ").isprintable():
             self.mends[Mend.CONTROL] = self.line
-        accession, _, description = _printable(header).strip().partition(" ")
+        accession, _, description = _printable(shown).strip().partition(" ")
         description = description.strip()
         if len(accession) > MAX_ACCESSION or len(description) > MAX_DESCRIPTION:
             self.mends[Mend.LONG_HEADER] = self.line
@@ -78,6 +86,7 @@ class Record:
             self.mends[Mend.UNNAMED] = self.line
         self.accession = accession[:MAX_ACCESSION] or f"record-{self.record}"
         self.description = description[:MAX_DESCRIPTION].rstrip()
+        self.reason = no_protein(self.accession)
 
     def lengthen_header(self, piece: Piece) -> None:
         """Drop the further pieces of a header: its first one is longer than what is kept."""
@@ -88,43 +97,40 @@ class Record:
         """Append a line of sequence, cleaned."""
         if self.reason:
             return
-        text = piece.text if _ONLY_RESIDUES(piece.text) else self._cleaned(piece)
+        column = self.width
+        try:
+            text = self.lines.read(piece)
+        except NotSequence as error:
+            self.reason = str(error)
+            return
         if not text:
             return
-        if self.stop or "*" in text[:-1]:
-            stop = self.stop or _place(piece, piece.text.index("*"))
+        self.dots.add(piece, text, column)
+        self._append(piece, text.replace(".", ""))
+
+    def _append(self, piece: Piece, text: str) -> None:
+        if (self.stop and text) or "*" in text[:-1]:
+            stop = self.stop or place(piece, piece.text.index("*"))
             self.reason = f"stop '*' inside the sequence at {stop}"
-        elif text.endswith("*"):
-            self.stop = _place(piece, piece.text.index("*"))
-            self.mends.setdefault(Mend.STOP, piece.line)
-            self._append(text[:-1])
-        else:
-            self._append(text)
-
-    def _cleaned(self, piece: Piece) -> str:
-        """Return the residues and stops of `piece`, or "" where it is blank or holds an unknown letter."""
-        if not piece.text.strip():
-            return ""
-        # A <mask> counts as residues of the same length here, so that columns stay true.
-        probe = piece.text.replace(MASK_TEXT, "X" * len(MASK_TEXT))
-        letters = set(probe)
-        if letters - _KNOWN:
-            index = next(index for index, letter in enumerate(probe) if letter not in _KNOWN)
-            self.reason = f"unknown letter {probe[index]!r} at {_place(piece, index)}"
-            return ""
-        for mend, mendable in _MENDABLE.items():
-            if not letters.isdisjoint(mendable):
-                self.mends.setdefault(mend, piece.line)
-        return MASK_TEXT.join(part.translate(_MENDED) for part in piece.text.split(MASK_TEXT))
-
-    def _append(self, text: str) -> None:
-        self.parts.append(text)
-        self.residues += count(text)
-        if self.residues <= RECORD_CAP:
             return
-        if only_nucleotides("".join(self.parts)):
+        if text.endswith("*"):
+            self.stop = place(piece, piece.text.index("*"))
+            self.mends.setdefault(Mend.STOP, piece.line)
+        self.parts.append(text.removesuffix("*"))
+        self.residues += count(self.parts[-1])
+        self.lines.residues = self.residues
+        if self.residues > RECORD_CAP:
+            self._stop_at_cap()
+
+    def _stop_at_cap(self) -> None:
+        if is_nucleotides("".join(self.parts)):
             raise InputError(f"{self.where}: looks like nucleotides; translate it to protein first")
         raise InputError(f"{self.where}: over {RECORD_CAP:,} residues, too many for a protein; remove it")
+
+
+def _is_visible(letter: str) -> bool:
+    """Whether a letter takes room: soft hyphens, zero-width spaces and byte-order marks do not."""
+    return unicodedata.category(letter) != "Cf"
 
 
 def _printable(header: str) -> str:
@@ -133,40 +139,52 @@ def _printable(header: str) -> str:
     return "".join(letter if letter.isprintable() else " " for letter in header)
 
 
-def _place(piece: Piece, index: int) -> str:
-    return f"line {piece.line}, column {piece.column + index}"
-
-
-def only_nucleotides(sequence: str) -> bool:
-    """Whether a sequence holds nothing but letters that nucleotides are written with."""
-    return bool(sequence) and not sequence.strip(NUCLEOTIDES)
-
-
 def records(pieces: Iterable[Piece], label: str) -> Iterator[Record]:
     """The records of a file, one in memory at a time. Raises InputError for text before the first header."""
     record: Record | None = None
     in_header = False
     for piece in pieces:
-        if piece.column == 1:
-            in_header = piece.text.startswith(">")
-        if in_header and piece.column == 1:
-            if record is not None:
-                yield record
-            record = Record(label, 1 if record is None else record.record + 1, piece.line)
-            record.name(piece.text[1:])
-        elif record is None:
-            _require_blank(piece, label)
-        elif in_header:
+        if in_header and piece.column > 1 and record is not None:
             record.lengthen_header(piece)
+            continue
+        line, header, mends = _parted(piece)
+        in_header = header is not None
+        if record is not None:
+            record.add(line)
         else:
-            record.add(piece)
+            _require_blank(line, label)
+        if header is None:
+            continue
+        if record is not None:
+            record.mends.update(dict.fromkeys(mends & {Mend.SEAM}, piece.line))
+            yield record
+        record = Record(label, 1 if record is None else record.record + 1, piece.line)
+        record.name(header)
+        record.mends.update(dict.fromkeys(mends, piece.line))
     if record is not None:
         yield record
 
 
+def _parted(piece: Piece) -> tuple[Piece, str | None, set[Mend]]:
+    """A line's sequence; the header that begins in it, or None; and what had to be mended to tell them apart."""
+    if piece.column == 1 and piece.text.startswith(">"):
+        return piece._replace(text=""), piece.text[1:], set()
+    found = _SEAM(piece.text) if ">" in piece.text else None
+    before = piece.text[: found.start()] if found else ""
+    if found is None or "<" in before.replace(MASK_TEXT, ""):  # markup
+        return piece, None, set()
+    mends = {Mend.SEAM} if before.strip() or piece.column > 1 else set()
+    if len(found[0]) > 1:
+        mends.add(Mend.MARK)
+    return piece._replace(text=before), piece.text[found.end() :], mends
+
+
 def _require_blank(piece: Piece, label: str) -> None:
-    if piece.text.strip():
-        raise InputError(
-            f"{label}: does not look like FASTA: line {piece.line} is {piece.text.strip()[:30]!r}, "
-            "before any '>' header; convert it to FASTA"
-        )
+    text = piece.text.strip().strip(MARKS)
+    if not text:
+        return
+    what = next((f", {name}" for start, name in FOREIGN.items() if text.startswith(start)), "")
+    raise InputError(
+        f"{label}: does not look like FASTA{what}: line {piece.line} is {text[:30]!r}, "
+        "before any '>' header; convert it to FASTA"
+    )

@@ -7,36 +7,57 @@ identifiers (24 bytes each at most) and the report. What it meets, and what it t
 |----------------------------------------------------------|-----------------------------------------------|
 | gzip, bzip2, xz (told by content, not by name)           | accept                                        |
 | zstd                                                     | accept with Python 3.14 or `backports.zstd`   |
-| `-`                                                      | accept: standard input                        |
+| `-`, a pipe, `/dev/stdin`, `<(command)`                  | accept: read once                             |
 | CRLF or CR line ends, UTF-8 byte-order mark, blank lines | accept                                        |
 | U Z B X O, and the literal `<mask>` on one line          | accept: tokens of ESM-2                       |
 | lower case (soft-masking)                                | mend: upper-cased                             |
-| blanks and digits in sequence lines                      | mend: dropped                                 |
-| gaps `-` and `.`                                         | mend: dropped, for they are no residues       |
-| one `*` at the end                                       | mend: dropped                                 |
+| blanks around groups of 10 letters (the last may be      | mend: dropped, if all lines of the record are |
+| shorter), numbers at a line's edge that count residues   | such, else reject                             |
+| gaps `-`                                                 | mend: dropped, for they are no residues       |
+| `.` in a file that is plainly aligned (see below)        | mend: dropped, a gap                          |
+| one `*`, or else one `.`, at the end                     | mend: dropped, a stop                         |
 | J (leucine or isoleucine)                                | mend: read as X, for ESM-2 has no J           |
+| `>` inside a line, before a letter                       | mend: both records are read, and told         |
+| byte-order mark before `>` or at a line's end            | mend: dropped                                 |
+| end-of-file mark of DOS (^Z), likewise                   | mend: dropped                                 |
 | empty header                                             | mend: named `record-N`                        |
-| control characters in a header                           | mend: replaced by spaces                      |
+| control characters, tabs and other blanks in a header    | mend: replaced by spaces, which part words    |
+| characters without width in a header (soft hyphen, BOM)  | mend: dropped; they part no identifier        |
 | accession over 200 or description over 2,000 characters  | mend: shortened                               |
 | identifier seen before                                   | mend: renamed `ID.2`, `ID.3`, ...             |
 | over `max_residues`, policy `truncate`                   | mend: cut to the first `max_residues`         |
 | over `max_residues`, policy `window`                     | accept: windows `ID/1-1022`, `ID/1023-2044`.. |
-| `*` elsewhere, any other letter or symbol                | reject                                        |
+| `*` or `.` elsewhere, any other letter or symbol         | reject                                        |
+| other blanks or digits; prose; words such as `null`      | reject: cannot be sequence                    |
+| `MetLysTrp`, `ac-MKWV-NH2`                               | reject: write one letter a residue, no more   |
+| PIR (`>P1;`), `>ss_pred`, `>ID:secstr`                   | reject by name                                |
+| structure or topology in place of residues, or in the    | reject: such strings are made of H, E, C, of  |
+| latter half of a record's lines (SignalP's third line)   | S, I, M, O, in runs                           |
 | no residues after the header                             | reject                                        |
-| 60 residues or more, all of ACGTUN                       | reject: looks like nucleotides                |
-| first 20 records all of ACGTUN, 60 residues or more      | stop: looks like nucleotides                  |
+| 60 residues, nine of ten of them ACGTUN, the others of   | reject: looks like nucleotides; of 30, where  |
+| IUPAC's codes, each base among them                      | there are ACGTUN only                         |
+| more than half of the records, or of the first 20, such, | stop: looks like nucleotides                  |
+| short ones counted                                       |                                               |
 | over `max_residues`, policy `error`                      | stop                                          |
 | over 1,000,000 residues in a record                      | stop, whatever the policy                     |
 | no file, a folder, no permission, damaged compression    | stop                                          |
+| compressed twice, an archive, a pickle, HDF5, PDF ..     | stop: what it is, and how to unpack it        |
 | NUL bytes, bytes that are not UTF-8                      | stop: no text                                 |
 | text before the first `>`, no record, no good record     | stop                                          |
+| written to while it is read (see `inputs`)               | stop                                          |
+
+A `.` may be a gap, a stop codon (gffread) or mean "as in the first record". It is taken for a gap where the first
+records (20, or as many as there are) have the same length, gaps counted, at least two have a `.`, the others
+lower-case letters (inserts of A2M), not all in the same columns, and not all end in one; then in each record of
+that length.
 
 A mend is counted in the report, a reject skips the record and leaves a row there, a stop raises
 InputError. With `strict` the first mend or reject is a stop, truncation included. Records before a stop
 have been yielded by then: what is made of them should be published only once the iterator is exhausted.
 
-Not done: other formats, such as FASTQ; `;` comments; compression within compression; a `<mask>` that is
-folded over two lines, which is rejected.
+Not done: other formats, such as FASTQ and PIR; `;` comments; a `<mask>` that is folded over two lines, which is
+rejected. Prose of one word in upper case that no list knows, and oligonucleotides of under 30 letters in a file of
+their own, pass for peptides.
 """
 
 from __future__ import annotations
@@ -46,13 +67,16 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from enum import StrEnum
+from itertools import chain
 from pathlib import Path
 
 from turboesm_cli.errors import InputError
 from turboesm_cli.files import atomic_output
-from turboesm_cli.records import NUCLEOTIDES, Record, only_nucleotides, records
+from turboesm_cli.inputs import Input
+from turboesm_cli.lines import Mend as Mend
+from turboesm_cli.lookalikes import is_nucleotides, nearly_bases, no_residues
 from turboesm_cli.records import RECORD_CAP as RECORD_CAP
-from turboesm_cli.records import Mend as Mend
+from turboesm_cli.records import Record, records
 from turboesm_cli.rejects import Reject as Reject
 from turboesm_cli.seen import Seen
 from turboesm_cli.sources import opened, pieces
@@ -67,8 +91,9 @@ from turboesm_cli.tokens import detokenize as detokenize
 from turboesm_cli.tokens import tokenize as tokenize
 
 MAX_RESIDUES = 1022  # ESM-2 was trained with crops of 1024 tokens, <cls> and <eos> included
-NUCLEOTIDE_RESIDUES = 60  # a peptide may by chance hold only ACGTUN; a protein of this length does not
-NUCLEOTIDE_RECORDS = 20
+OPENING = 20  # records that tell what a file holds, fewer where they are long
+OPENING_RESIDUES = 100_000
+SAMPLE = 200  # residues of a record, and records, that tell whether short ones together are nucleotides
 
 
 class LongPolicy(StrEnum):
@@ -119,18 +144,37 @@ class ReadReport:
 
 
 def read_fasta(
-    source: str | Path, policy: ReadPolicy = ReadPolicy(), report: ReadReport | None = None
+    source: str | Path | Input, policy: ReadPolicy = ReadPolicy(), report: ReadReport | None = None
 ) -> Iterator[Protein]:
-    """Yield the proteins of a FASTA file, compressed or not, or of standard input where `source` is `-`.
+    """Yield the proteins of a FASTA file, compressed or not, of standard input (`-`), or of an open input.
 
     The table above says what is accepted, mended, rejected and refused; `report` is filled along the way.
     Raises InputError while iterating, also where the file cannot be opened.
     """
     with opened(source) as text:
-        sieve = _Sieve(text.label, Path(source).name, policy, ReadReport() if report is None else report)
-        for record in records(pieces(text), text.label):
+        name = Path(source.source if isinstance(source, Input) else source).name
+        sieve = _Sieve(text.label, name, policy, ReadReport() if report is None else report)
+        found = records(pieces(text), text.label)
+        first, stop = _opening(found)
+        sieve.weigh(first, whole=stop is None)
+        for record in chain(first, found):
             yield from sieve.sift(record)
+        if stop is not None:
+            raise stop
         sieve.finish()
+
+
+def _opening(found: Iterator[Record]) -> tuple[list[Record], InputError | None]:
+    """The first records, which are weighed together, and what stopped reading among them."""
+    first: list[Record] = []
+    try:
+        for record in found:
+            first.append(record)
+            if len(first) == OPENING or sum(each.residues for each in first) > OPENING_RESIDUES:
+                break
+    except InputError as error:
+        return first, error
+    return first, None
 
 
 def digest(proteins: Iterable[Protein]) -> str:
@@ -158,6 +202,16 @@ def write_fasta(path: Path, proteins: Iterable[Protein], width: int = 80) -> Non
             stream.writelines(line + "\n" for line in slices(protein.sequence, width))
 
 
+def _are_aligned_by_dots(first: list[Record]) -> bool:
+    """Whether the first records are the rows of an alignment, with dots for gaps; see the table."""
+    dotted = [record.dots for record in first if record.dots.count]
+    alike = {record.width for record in first} == {first[0].width}
+    has_gaps = len(dotted) > 1 and len({record.dots.columns for record in first}) > 1
+    # A row of upper-case letters alone is what dots of other rows stand for; where all end in one, they are stops.
+    of_gaps = all(record.dots.count or Mend.LOWER_CASE in record.mends for record in first)
+    return alike and has_gaps and of_gaps and not all(dots.last for dots in dotted)
+
+
 class _Sieve:
     """Turns the records of one source into proteins, by the policy, and reports on them."""
 
@@ -168,14 +222,28 @@ class _Sieve:
         self._report = report
         self._given = Seen()  # identifiers
         self._suffixes: dict[str, int] = {}  # identifiers met more than once → the last suffix given to it
-        self._nucleotide_records = 0  # with which the source began
-        self._nucleotide_residues = 0
+        self._records = self._bases = 0  # all, and those of which nearly all letters are bases
+        self._sample: list[str] = []  # of the latter
+        self._first_width = self._aligned_width = 0  # letters, gaps counted; 0 where `.` is no gap
         self._accepted = False
         self._first_reject = ""
+
+    def weigh(self, first: list[Record], whole: bool) -> None:
+        """Tell from the first records what the source holds. Raises InputError for nucleotides."""
+        if not first:
+            return
+        self._first_width = first[0].width if not first[0].dots.count else 0
+        if _are_aligned_by_dots(first):
+            self._aligned_width = first[0].width
+        sequences = [sequence for record in first if (sequence := "".join(record.parts)) and not record.reason]
+        bases = [sequence[:SAMPLE] for sequence in sequences if nearly_bases(sequence)]
+        if whole:
+            self._require_protein(len(bases), len(first), bases, f"{len(bases)} of its first {len(first)} records")
 
     def sift(self, record: Record) -> Iterator[Protein]:
         """Yield what the policy makes of `record`: nothing, a protein, or its windows."""
         sequence = "".join(record.parts)
+        self._count_bases(sequence)
         reason = record.reason or self._objection(record, sequence)
         if reason:
             self._reject(record, reason)
@@ -185,33 +253,43 @@ class _Sieve:
         yield from proteins
 
     def finish(self) -> None:
-        """Raise InputError where no record was accepted."""
+        """Raise InputError where no record was accepted, or most were nucleotides."""
+        found = f"{self._bases:,} of its {self._records:,} records"
+        self._require_protein(self._bases, self._records, self._sample, found)
         if self._first_reject and not self._accepted:
             raise InputError(f"{self._first_reject}; every other record was rejected, too: mend the file")
         if not self._accepted:
             raise InputError(f"{self._label}: holds no record; FASTA starts with a '>' header")
 
+    def _count_bases(self, sequence: str) -> None:
+        self._records += 1
+        if nearly_bases(sequence):
+            self._bases += 1
+            if len(self._sample) < SAMPLE:
+                self._sample.append(sequence[:SAMPLE])
+
+    def _require_protein(self, bases: int, records: int, sample: list[str], found: str) -> None:
+        if 2 * bases > records and is_nucleotides("".join(sample)):
+            raise InputError(f"{self._label}: looks like nucleotides ({found}); translate it to protein first")
+
     def _objection(self, record: Record, sequence: str) -> str:
+        if record.dots.count and not self._mends_dots(record):
+            return f"'.' inside the sequence at {record.dots.first}: a stop, or a gap of records that do not align"
         if not sequence:
             return "no residues after the header"
-        if not only_nucleotides(sequence):
-            return ""
-        self._count_nucleotides(record)
-        if record.residues < NUCLEOTIDE_RESIDUES:
-            return ""
-        return f"looks like nucleotides (all of {NUCLEOTIDES}); translate it to protein first"
+        if is_nucleotides(sequence):
+            return "looks like nucleotides; translate it to protein first"
+        return no_residues(record.parts, record.lines.widths)
 
-    def _count_nucleotides(self, record: Record) -> None:
-        if record.record != self._nucleotide_records + 1:
-            return
-        self._nucleotide_records += 1
-        self._nucleotide_residues += record.residues
-        enough = self._nucleotide_residues >= NUCLEOTIDE_RESIDUES
-        if enough and self._nucleotide_records == NUCLEOTIDE_RECORDS:
-            raise InputError(
-                f"{self._label}: looks like nucleotides: its first {NUCLEOTIDE_RECORDS} records hold only "
-                f"{NUCLEOTIDES}; translate it to protein first"
-            )
+    def _mends_dots(self, record: Record) -> bool:
+        """Whether the dots of a record are gaps of an alignment, or the one at its end a stop."""
+        if record.width == self._aligned_width:
+            record.mends.setdefault(Mend.GAPS, record.line)
+            return True
+        if record.dots.count == 1 and record.dots.last and record.width != self._first_width and not record.stop:
+            record.mends.setdefault(Mend.DOT, record.line)
+            return True
+        return False
 
     def _reject(self, record: Record, reason: str) -> None:
         if self._policy.strict:

@@ -8,18 +8,66 @@ import importlib
 import io
 import lzma
 import re
-import sys
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, TextIO, cast
 
 from turboesm_cli.errors import InputError
+from turboesm_cli.inputs import Input
 from turboesm_cli.tokens import MASK_TEXT
 
 PIECE = 1 << 16  # characters of a line held at once
+_HEAD = 512  # bytes that tell what a file is
+_COMPRESSED = {
+    "gzip": re.compile(rb"\x1f\x8b").match,
+    "bzip2": re.compile(rb"BZh[1-9][1\x17]").match,
+    "xz": re.compile(rb"\xfd7zXZ\0").match,
+    "zstd": re.compile(rb"\x28\xb5\x2f\xfd").match,
+}
+_UNPACK = "an archive, not FASTA; unpack it and name the FASTA file in it"
+_EXPORT = "not FASTA; write its sequences to a FASTA file"
+BINARY = (
+    (257, b"ustar", f"a tar file: {_UNPACK} (`tar -xf`)"),
+    (
+        0,
+        b"PK\x03\x04",
+        f"a zip file (as are PyTorch's): {_UNPACK} (`unzip`); caches of quantize are for `decode`, never piped",
+    ),
+    (0, b"7z\xbc\xaf\x27\x1c", f"a 7z file: {_UNPACK} (`7z x`)"),
+    (0, b"Rar!", f"a RAR file: {_UNPACK} (`unrar x`)"),
+    (0, b"\x1f\x9d", "compressed by `compress`; decompress it (`uncompress`), then name that file"),
+    (0, b"\x04\x22\x4d\x18", "compressed by lz4; decompress it (`unlz4`), then name that file"),
+    *((0, bytes([0x80, protocol]), f"a pickled Python object, {_EXPORT}") for protocol in range(2, 6)),
+    (0, b"\x89HDF", f"an HDF5 file, {_EXPORT}"),
+    (0, b"\x93NUMPY", f"a NumPy array, {_EXPORT}"),
+    (0, b"PAR1", f"a Parquet table, {_EXPORT}"),
+    (0, b"SQLite format 3", f"an SQLite database, {_EXPORT}"),
+    (0, b"\xd0\xcf\x11\xe0", f"a file of Microsoft Office, {_EXPORT}"),
+    (0, b"%PDF-", f"a PDF document, {_EXPORT}"),
+)
+"""Where in a file what bytes tell what it is."""
+
+FOREIGN = {
+    "@": "but like FASTQ or SAM",
+    "##gff": "but like GFF",
+    "# STOCKHOLM": "but like a Stockholm alignment",
+    "CLUSTAL": "but like a CLUSTAL alignment",
+    "#NEXUS": "but like NEXUS",
+    "LOCUS ": "but like GenBank's format",
+    "ID   ": "but like UniProt's or EMBL's format",
+    "HEADER ": "but like PDB",
+    "ATOM ": "but like PDB",
+    "data_": "but like mmCIF",
+    "<": "but like HTML or XML",
+    "{": "but like JSON",
+    "[": "but like JSON",
+    "version https://git-lfs": "but like a Git LFS pointer; fetch the file itself (`git lfs pull`)",
+}
+"""How texts of other formats begin."""
+
 _MASK_BEGUN = re.compile(r"<(m(a(sk?)?)?)?\Z").search
 _UNDECODED = re.compile("[\udc80-\udcff]").search  # what `surrogateescape` makes of bytes that are not UTF-8
 
@@ -42,14 +90,15 @@ class Text:
             # A <mask> must not be cut in two, or neither half would be known.
             return piece + self.stream.readline(len(MASK_TEXT) - len(begun[0]))
         except self.damage as error:
-            raise InputError(self._unreadable(line, error)) from error
+            raise InputError(_unreadable(self.label, self.compression, line, error)) from error
 
-    def _unreadable(self, line: int, error: Exception) -> str:
-        what = str(error) or type(error).__name__
-        if self.compression:
-            what = f"{self.compression} data damaged or cut off: {what}"
-            return f"{self.label}: cannot be read beyond line {line}: {what}; fetch the file again"
-        return f"{self.label}: cannot be read beyond line {line}: {what}; check the disk or the pipe"
+
+def _unreadable(label: str, compression: str, line: int, error: Exception) -> str:
+    what = str(error) or type(error).__name__
+    if compression:
+        what = f"{compression} data damaged or cut off: {what}"
+        return f"{label}: cannot be read beyond line {line}: {what}; fetch the file again"
+    return f"{label}: cannot be read beyond line {line}: {what}; check the disk or the pipe"
 
 
 class Piece(NamedTuple):
@@ -79,61 +128,62 @@ class _Rejoined(io.RawIOBase):
 
 
 @contextmanager
-def opened(source: str | Path) -> Iterator[Text]:
-    """The text of a file, or of standard input where `source` is `-`. Raises InputError."""
-    label = "standard input" if str(source) == "-" else str(source)
-    with _binary(source, label) as stream:
-        try:
-            head = stream.read(6)
-        except OSError as error:
-            raise InputError(f"{label}: cannot be read: {error.strerror or error}") from error
-        yield _decoded(head, io.BufferedReader(_Rejoined(head, stream), 1 << 17), label)
+def opened(source: str | Path | Input) -> Iterator[Text]:
+    """Open a file or, as `-`, standard input, or take an input that is open. Raises InputError."""
+    with ExitStack() as stack:
+        found = source if isinstance(source, Input) else stack.enter_context(Input(source))
+        head, stream = _headed(found.stream(), (OSError,), found.label, "")
+        yield _decoded(head, stream, found.label)
 
 
-@contextmanager
-def _binary(source: str | Path, label: str) -> Iterator[BinaryIO]:
-    if str(source) == "-":
-        if sys.stdin is None:
-            raise InputError("standard input is closed; name a FASTA file")
-        yield sys.stdin.buffer
-        return
-    with _open_file(Path(source), label) as stream:
-        yield stream
-
-
-def _open_file(path: Path, label: str) -> BinaryIO:
+def _headed(
+    stream: BinaryIO, damage: tuple[type[Exception], ...], label: str, compression: str
+) -> tuple[bytes, io.BufferedReader]:
+    """The first bytes of a stream, and the whole stream."""
     try:
-        return path.open("rb")
-    except FileNotFoundError as error:
-        raise InputError(f"{label}: no such file; check the path") from error
-    except IsADirectoryError as error:
-        raise InputError(f"{label}: is a folder; name a FASTA file in it") from error
-    except PermissionError as error:
-        raise InputError(f"{label}: no permission to read it; try `chmod u+r`") from error
-    except OSError as error:
-        raise InputError(f"{label}: cannot be opened: {error.strerror}") from error
+        head = stream.read(_HEAD)
+    except damage as error:
+        raise InputError(_unreadable(label, compression, 1, error)) from error
+    return head, io.BufferedReader(_Rejoined(head, stream), 1 << 17)
 
 
 def _decoded(head: bytes, stream: io.BufferedReader, label: str) -> Text:
     name, data, damage = _decompressed(head, stream, label)
+    if name:
+        head, data = _headed(data, damage, label, name)
+    _require_text(head, label, name)
     # Bytes that are not UTF-8 pass as lone surrogates, so that the line that holds them can be named.
     text = io.TextIOWrapper(data, encoding="utf-8-sig", errors="surrogateescape", newline=None)
     return Text(text, label, name, damage)
 
 
+def _require_text(head: bytes, label: str, compression: str) -> None:
+    """Raise InputError, saying what it is, for a well-known kind of file that is no text."""
+    if compression and (inner := _compression(head)):
+        raise InputError(f"{label}: is {inner} within {compression}; decompress it once, then name that file")
+    for at, start, what in BINARY:
+        if head.startswith(start, at):
+            raise InputError(f"{label}: is {what}")
+
+
+def _compression(head: bytes) -> str:
+    return next((name for name, matches in _COMPRESSED.items() if matches(head)), "")
+
+
 def _decompressed(
     head: bytes, stream: io.BufferedReader, label: str
 ) -> tuple[str, BinaryIO, tuple[type[Exception], ...]]:
-    if head.startswith(b"\x1f\x8b"):
-        return "gzip", cast(BinaryIO, gzip.GzipFile(fileobj=stream)), (OSError, EOFError, zlib.error)
-    if re.match(rb"BZh[1-9][1\x17]", head):
-        return "bzip2", cast(BinaryIO, bz2.BZ2File(stream)), (OSError, EOFError)
-    if head.startswith(b"\xfd7zXZ\0"):
-        return "xz", cast(BinaryIO, lzma.LZMAFile(stream)), (OSError, EOFError, MemoryError, lzma.LZMAError)
-    if head.startswith(b"\x28\xb5\x2f\xfd"):
+    name = _compression(head)
+    if name == "gzip":
+        return name, cast(BinaryIO, gzip.GzipFile(fileobj=stream)), (OSError, EOFError, zlib.error)
+    if name == "bzip2":
+        return name, cast(BinaryIO, bz2.BZ2File(stream)), (OSError, EOFError)
+    if name == "xz":
+        return name, cast(BinaryIO, lzma.LZMAFile(stream)), (OSError, EOFError, MemoryError, lzma.LZMAError)
+    if name == "zstd":
         zstd = _zstd(label)
-        return "zstd", zstd.ZstdFile(stream), (OSError, EOFError, zstd.ZstdError)
-    return "", stream, (OSError,)
+        return name, zstd.ZstdFile(stream), (OSError, EOFError, zstd.ZstdError)
+    return "", cast(BinaryIO, stream), (OSError,)
 
 
 def _zstd(label: str) -> Any:

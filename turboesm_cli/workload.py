@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from itertools import islice
 
 from turboesm_cli.bundle import Bundle, seen
+from turboesm_cli.errors import InputError
 from turboesm_cli.packfile import Packfile
 from turboesm_cli.replay import Prompt
 from turboesm_cli.sequences import Protein
@@ -23,7 +24,8 @@ class Workload:
     longest   tokens of the longest protein, `<cls>` and `<eos>` counted
     known     proteins that were in the bundle's calibration set
     sha256    of names, sequences and lengths of prompts, in their order
-    prompts   the proteins, from the first one at each call
+    prompts   the proteins, from the first one at each call; InputError, before the last one is given, where they
+              are not the same
     """
 
     count: int
@@ -37,7 +39,7 @@ class Workload:
 def of_proteins(
     proteins: Callable[[], Iterable[Protein]], rule: Callable[[Protein], int], bundle: Bundle
 ) -> Workload:
-    """Proteins, which are gone through twice; `rule` says how many of a protein's tokens are prompt."""
+    """Proteins, which are gone through more than once; `rule` says how many of a protein's tokens are prompt."""
 
     def prompts() -> Iterator[Prompt]:
         return (Prompt(protein, rule(protein)) for protein in proteins())
@@ -62,6 +64,30 @@ def _counted(prompts: Callable[[], Iterator[Prompt]], bundle: Bundle) -> Workloa
         tokens = prompt.protein.residues + 2
         count, longest = count + 1, max(longest, tokens)
         decoded += tokens - prompt.cached
-        identity.update(f"{prompt.protein.accession}\0{prompt.protein.sequence}\0{prompt.cached}\0".encode())
+        identity.update(_described(prompt))
         known += len(seen(bundle, [prompt.protein]))
-    return Workload(count, decoded, longest, known, identity.hexdigest(), prompts)
+    sha256 = identity.hexdigest()
+    return Workload(count, decoded, longest, known, sha256, lambda: _same(prompts(), count, sha256))
+
+
+def _same(prompts: Iterable[Prompt], count: int, sha256: str) -> Iterator[Prompt]:
+    """The prompts. Raises InputError where they are not those that were counted.
+
+    That is before the last one is given, since who has as many as were counted may not ask for another.
+    """
+    identity, given = hashlib.sha256(), 0
+    for given, prompt in enumerate(prompts, 1):
+        identity.update(_described(prompt))
+        if given > count or (given == count and identity.hexdigest() != sha256):
+            raise _changed()
+        yield prompt
+    if given < count:
+        raise _changed()
+
+
+def _changed() -> InputError:
+    return InputError("the proteins changed while they were read; run the command again")
+
+
+def _described(prompt: Prompt) -> bytes:
+    return f"{prompt.protein.accession}\0{prompt.protein.sequence}\0{prompt.cached}\0".encode()

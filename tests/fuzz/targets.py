@@ -23,6 +23,7 @@ from turboesm_cli.bundle import read_bundle
 from turboesm_cli.cache import PackedCodec
 from turboesm_cli.errors import TurboESMError
 from turboesm_cli.inventory import facts_of, tables_of
+from turboesm_cli.lookalikes import is_nucleotides, no_protein, no_residues
 from turboesm_cli.packfile import Packfile, file_sha256
 from turboesm_cli.sequences import LongPolicy, ReadPolicy, ReadReport, read_fasta, tokenize
 
@@ -43,7 +44,7 @@ VALUES: tuple[Any, ...] = (
 
 
 def fasta(data: bytes) -> None:
-    """Read bytes as FASTA; what passes is of ESM-2's alphabet, within the limit, with names of its own."""
+    """Read bytes as FASTA; what passes is of ESM-2's alphabet, within the limit, with names of its own, and no look-alike."""
     policy = POLICIES[(data[0] if data else 0) % len(POLICIES)]
     report = ReadReport()
     with mock.patch.object(sys, "stdin", SimpleNamespace(buffer=io.BytesIO(data[1:]))):
@@ -58,6 +59,9 @@ def fasta(data: bytes) -> None:
     for protein in proteins:
         assert 1 <= protein.residues == len(tokenize(protein.sequence)) - 2 <= policy.max_residues
         assert f"{protein.accession}{protein.description}".isprintable()
+        assert not no_protein(protein.accession) and "." not in protein.sequence
+        if protein.residues < policy.max_residues:  # not a part
+            assert not is_nucleotides(protein.sequence) and not no_residues([protein.sequence], [])
 
 
 def archive(data: bytes) -> None:

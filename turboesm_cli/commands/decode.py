@@ -12,7 +12,7 @@ import typer
 
 from turboesm_cli import console
 from turboesm_cli.commands import options
-from turboesm_cli.commands.reading import Reading
+from turboesm_cli.commands.reading import Reading, hashed_bundle
 from turboesm_cli.errors import InputError
 from turboesm_cli.files import check_output
 from turboesm_cli.sequences import MAX_RESIDUES, RECORD_CAP, LongPolicy, Protein
@@ -96,16 +96,14 @@ def decode(
 
     Example: turboesm decode 650M.tqz proteins.fasta --prompt all --generate 50 --seed 1 -o longer.fasta
     """
-    from turboesm_cli.bundle import read_bundle
-    from turboesm_cli.packfile import file_sha256
     from turboesm_cli.work import NOTHING_KEPT
 
     if output is not None and not plan:
         check_output(output, force)
-    codec = read_bundle(bundle)
+    codec, sha256 = hashed_bundle(bundle)
     with ExitStack() as stack:
         reading = Reading(strict, long, max_proteins, rejects)
-        work = _workload(stack, bundle, codec, source, prompt, kv, reading)
+        work = _workload(stack, sha256, codec, source, prompt, kv, reading)
         _check_generated(work, generate)
         plans = _plans(codec, work, generate, device, dtype)
         if plan:
@@ -117,7 +115,7 @@ def decode(
         saved = NOTHING_KEPT
         if output is not None:
             sampling = f"{generate} residues, {temperature:g}, {top_p:g}, seed {seed}" if generate else "none"
-            described = {"bundle": file_sha256(bundle)[:16], "cache": kv, "dtype": dtype, "sampling": sampling}
+            described = {"bundle": sha256[:16], "cache": kv, "dtype": dtype, "sampling": sampling}
             kept = options.unfinished_work(output, force, "decode", loaded, work.sha256, **described)
             saved = stack.enter_context(kept)
         run = _Run(codec, loaded, work, saved, kv, _slots(batch, own, work, loaded), own.context)
@@ -129,14 +127,14 @@ def decode(
 
 def _workload(
     stack: ExitStack,
-    path: Path,
+    sha256: str,
     bundle: Bundle,
     source: str,
     prompt: str | None,
     kv: KV,
     reading: Reading,
 ) -> Workload:
-    from turboesm_cli.packfile import Packfile, file_sha256, is_packfile
+    from turboesm_cli.packfile import Packfile, is_packfile
     from turboesm_cli.prompts import parse_prompt
     from turboesm_cli.workload import of_packfile, of_proteins
 
@@ -147,7 +145,7 @@ def _workload(
     if packed and kv != "packed":
         raise InputError(f"{source} holds packed caches; --kv {kv} needs the proteins' FASTA file")
     if packed:
-        return of_packfile(stack, Packfile(Path(source), bundle, file_sha256(path)), reading.limit, bundle)
+        return of_packfile(stack, Packfile(Path(source), bundle, sha256), reading.limit, bundle)
     work = of_proteins(reading.stream(source), rule, bundle)
     if work.known:
         console.warn(f"{work.known} of {work.count} proteins were in the bundle's calibration set")

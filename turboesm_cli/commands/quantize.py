@@ -10,7 +10,7 @@ import typer
 
 from turboesm_cli import console
 from turboesm_cli.commands import options
-from turboesm_cli.commands.reading import Reading
+from turboesm_cli.commands.reading import Reading, hashed_bundle
 from turboesm_cli.files import check_output
 from turboesm_cli.sequences import LongPolicy
 
@@ -46,10 +46,9 @@ def quantize(
 
     Example: turboesm quantize 650M.tqz proteins.fasta -o proteins.tqkv
     """
-    from turboesm_cli.bundle import read_bundle
     from turboesm_cli.cache import codec_nbytes
     from turboesm_cli.memory import Tally, memory_of
-    from turboesm_cli.packfile import CachedProtein, check_longest, file_sha256, storable, write_packfile
+    from turboesm_cli.packfile import CachedProtein, check_longest, storable, write_packfile
     from turboesm_cli.prefill import cache_proteins
     from turboesm_cli.prompts import parse_prompt
     from turboesm_cli.workload import of_proteins
@@ -57,7 +56,7 @@ def quantize(
     path = output or options.default_output(fasta, ".tqkv")
     check_output(path, force)
     rule = storable(parse_prompt(prompt))
-    codec = read_bundle(bundle)
+    codec, source = hashed_bundle(bundle)
     todo = of_proteins(Reading(strict, long, max_proteins, rejects).stream(fasta), rule, codec)
     check_longest(codec, todo.longest)
     loaded = options.open_model(model, device, codec)
@@ -71,7 +70,6 @@ def quantize(
                 yield item
                 tick()
 
-    source = file_sha256(bundle)
     with options.unfinished_work(path, force, "quantize", loaded, todo.sha256, bundle=source[:16]) as work:
         write_packfile(path, codec, source, caches(work))
     if json:

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from itertools import islice
+from itertools import count, islice
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from turboesm_cli import console
-from turboesm_cli.errors import InputError
+from turboesm_cli.errors import BundleError, InputError
+from turboesm_cli.inputs import Input
 from turboesm_cli.rejects import Reject, check_rejects, write_rejects
 from turboesm_cli.sequences import (
     MAX_RESIDUES,
@@ -19,6 +21,9 @@ from turboesm_cli.sequences import (
     ReadReport,
     read_fasta,
 )
+
+if TYPE_CHECKING:
+    from turboesm_cli.bundle import Bundle
 
 SHOWN = 20
 
@@ -43,33 +48,45 @@ class Reading:
             check_rejects(self.rejects)
 
     def proteins(self, source: str) -> list[Protein]:
-        """All proteins of a file, or the first `limit`. Raises InputError."""
-        with self._told(source) as found:
-            return list(self._read(source, found))
+        """All proteins of a file, or the first `limit`. Raises InputError, also where it changes meanwhile."""
+        with self._told(source) as found, Input(source) as opened:
+            return list(self._watched(opened, found, links=True))
 
     def stream(self, source: str) -> Callable[[], Iterator[Protein]]:
-        """As `proteins`, but read anew at each call; what cannot be read twice is held in memory."""
-        path = Path(source)
-        if source == "-" or not path.is_file():
-            proteins = self.proteins(source)
-            return lambda: iter(proteins)
-        stamps: list[tuple[int, int]] = []
+        """As `proteins`, but read anew at each call; what cannot be read twice is held in memory.
+
+        What was mended and skipped is told by the first one.
+        """
+        with self._told(source) as found:
+            opened = Input(source)
+            if not opened.rereadable:
+                proteins = list(self._watched(opened, found))
+                return lambda: iter(proteins)
+        calls = count()
 
         def read() -> Iterator[Protein]:
-            stamps.append(_stamp(path))
-            if stamps[0] != stamps[-1]:
-                raise InputError(f"{source} changed while it was read; run the command again")
-            if len(stamps) > 1:
-                yield from self._read(source, ReadReport())
+            if next(calls):
+                yield from self._watched(opened, ReadReport())
             else:
                 with self._told(source) as found:
-                    yield from self._read(source, found)
+                    yield from self._watched(opened, found, links=True)
 
         return read
 
-    def _read(self, source: str, found: ReadReport) -> Iterator[Protein]:
+    def _watched(self, opened: Input, found: ReadReport, links: bool = False) -> Iterator[Protein]:
+        """Proteins as long as what they are read from does not change; see `Input.require_unchanged`."""
+        try:
+            for protein in self._read(opened, found):
+                opened.require_unchanged()
+                yield protein
+        except InputError:
+            opened.require_unchanged(links)  # else what is wrong is not what the user's file holds
+            raise
+        opened.require_unchanged(links)
+
+    def _read(self, opened: Input, found: ReadReport) -> Iterator[Protein]:
         policy = ReadPolicy(strict=self.strict, long=self.long, max_residues=self.max_residues)
-        return islice(read_fasta(source, policy, found), self.limit)
+        return islice(read_fasta(opened, policy, found), self.limit)
 
     @contextmanager
     def _told(self, source: str) -> Iterator[ReadReport]:
@@ -85,8 +102,8 @@ class Reading:
 
 
 def _say(source: str, found: ReadReport) -> None:
-    for what, count in sorted(found.mended.items()):
-        console.warn(f"{source}: {what}: {count} records")
+    for what, times in sorted(found.mended.items()):
+        console.warn(f"{source}: {what}: {times} records")
     for reject in found.rejects[:SHOWN]:
         console.warn(
             f"{source}: skipped record {reject.record} ({reject.accession}), line {reject.line}: {reject.reason}"
@@ -95,9 +112,16 @@ def _say(source: str, found: ReadReport) -> None:
         console.warn(f"{source}: skipped {len(found.rejects) - SHOWN} more records; --rejects FILE lists all")
 
 
-def _stamp(path: Path) -> tuple[int, int]:
+def hashed_bundle(path: Path) -> tuple[Bundle, str]:
+    """A bundle, and the sha256 of the bytes that it was read from. Raises BundleError."""
+    from turboesm_cli.bundle import read_bundle
+    from turboesm_cli.packfile import file_sha256
+
     try:
-        found = path.stat()
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror}; check the path") from error
-    return found.st_size, found.st_mtime_ns
+        before = file_sha256(path)
+    except OSError:  # which reading it tells of
+        before = ""
+    bundle = read_bundle(path)
+    if file_sha256(path) != before:
+        raise BundleError(f"{path} changed while it was read; run the command again")
+    return bundle, before

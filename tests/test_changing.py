@@ -1,6 +1,7 @@
 """Inputs that change while they are read, and inputs that can be read only once, through the real commands.
 
-An input is changed when the reader has come to a given record, so that a test says at which moment, and can repeat it.
+An input is changed when the reader has come to a given record, so that a test says at which moment, and can repeat
+it.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import io
 import os
-import re
 import shlex
 import signal
 import sys
@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 import typer
 import typer.core
 
-from turboesm_cli import __version__, console, streams, threads
+from turboesm_cli import __version__, console
 from turboesm_cli.commands.bench import bench
 from turboesm_cli.commands.calibrate import calibrate
 from turboesm_cli.commands.decode import decode
@@ -24,8 +24,6 @@ from turboesm_cli.commands.report import report
 from turboesm_cli.errors import DeviceError, OutputError, TurboESMError
 
 INTERRUPTED, TERMINATED = 130, 143
-TERMINATING = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU)
-"""What schedulers send before they kill: Slurm what --signal says, Grid Engine SIGUSR1, SIGUSR2 and SIGXCPU."""
 
 EPILOG = (
     "Exit codes: 0 success, 1 a defect of turboesm, 2 wrong command line, 3 unusable input file, 4 model, "
@@ -36,17 +34,13 @@ EPILOG = (
 class _Commands(typer.core.TyperGroup):
     """Commands whose errors end in one line on stderr; --debug (or TURBOESM_DEBUG=1) shows the traceback."""
 
-    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Read the command line of every command, with `~` for home wherever a path may begin."""
-        return super().parse_args(ctx, [_at_home(text) for text in args])
-
     def invoke(self, ctx: Any) -> Any:
         try:
             found = super().invoke(ctx)
             console.log("finished: exit code 0")
             return found
         except BrokenPipeError:  # whoever read our output has enough
-            console.log("finished: exit code 0, whoever read the results had enough")
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             raise typer.Exit(0) from None
         except BaseException as error:
             known = _known(error)
@@ -64,40 +58,19 @@ def _known(error: BaseException) -> tuple[str, int] | None:
     """The message and the exit code of an error that is no defect of turboesm."""
     if isinstance(error, TurboESMError):
         return str(error), error.exit_code
-    if _ran_out_of_memory(error):
-        mending = "use shorter or fewer proteins at a time, another --device, or a higher `ulimit -v`"
-        return f"out of memory; {mending}", DeviceError.exit_code
+    if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and _ran_out_of_memory(error)):
+        return "out of memory; use shorter or fewer proteins at a time, or another --device", DeviceError.exit_code
     if isinstance(error, OSError):
         return f"{error.strerror or error}; check the output and its disk", OutputError.exit_code
     if isinstance(error, _Terminated):
-        return f"terminated by {error.name}; no output was written", TERMINATED
+        return "terminated; no output was written", TERMINATED
     if isinstance(error, KeyboardInterrupt):
         return "interrupted; no output was written", INTERRUPTED
     return None
 
 
-_AT_HOME = re.compile(r"~[\w.-]*(/.*)?", re.DOTALL).fullmatch
-
-
-def _at_home(argument: str) -> str:
-    """An argument, with `~` and `~user` before its paths expanded, which no shell does in `--output=~/x`."""
-    option, equals, value = argument.partition("=") if argument.startswith("--") else ("", "", argument)
-    return option + equals + ",".join(_expanded(part) if _AT_HOME(part) else part for part in value.split(","))
-
-
-def _expanded(path: str) -> str:
-    found = os.path.expanduser(path)  # noqa: PTH111 - which leaves alone what it does not know
-    if found == path:
-        raise typer.BadParameter(f"{path}: no user of that name; write the path without ~")
-    return found
-
-
 class _Terminated(SystemExit):
-    """A signal of TERMINATING, and its name."""
-
-    def __init__(self, code: int, name: str) -> None:
-        super().__init__(code)
-        self.name = name
+    """SIGTERM, which a scheduler sends, or SIGHUP."""
 
 
 app = typer.Typer(
@@ -112,13 +85,9 @@ for command in (calibrate, quantize, decode, bench, report):
     app.command()(command)
 
 
-_told: list[str] = []
-"""What the log says of how the process was set up."""
-
-
 def _print_version(wanted: bool) -> None:
     if wanted:
-        console.print_line(f"turboesm {__version__}")
+        console.out.print(f"turboesm {__version__}")
         raise typer.Exit
 
 
@@ -149,44 +118,27 @@ def _start_log(path: Path) -> None:
         console.log_to(path)
     except OSError as error:
         raise OutputError(f"cannot write the log {path}: {error.strerror}; choose another file") from error
-    console.log("; ".join([f"started: turboesm {__version__}: {shlex.join(sys.argv[1:])}", *_told]))
+    console.log(f"started: turboesm {__version__}: {shlex.join(sys.argv[1:])}")
 
 
 def main() -> None:
     """Entry point of `turboesm`."""
-    streams.prepare()
-    _told.append(f"threads by {threads.prepare()}")
+    for stream in (sys.stdout, sys.stderr):  # a name that the terminal's encoding lacks is no reason to stop
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     warnings.showwarning = lambda message, *_where, **_more: console.warn(" ".join(str(message).split()))
-    for number in TERMINATING:
-        if signal.getsignal(number) is not signal.SIG_IGN:  # nohup ignores SIGHUP, and what it starts is to go on
-            signal.signal(number, _terminate)
-    try:
-        with streams.results():
-            app()
-    except BrokenPipeError:  # of --help, which is printed before any command runs
-        sys.exit(0)
-    except OutputError as error:
-        console.fail(str(error))
-        sys.exit(error.exit_code)
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, _terminate)
+    app()
 
 
-def _terminate(number: int, _frame: object) -> NoReturn:
-    raise _Terminated(TERMINATED, signal.Signals(number).name)
+def _terminate(_signal: int, _frame: object) -> NoReturn:
+    raise _Terminated(TERMINATED)
 
 
-NO_MEMORY = re.compile(
-    "DefaultCPUAllocator|[Cc]annot allocate memory|failed to map segment|can't start new thread"
-    "|error return without exception set"
-)
-"""What torch, the dynamic linker and Python say where memory is short, under `ulimit -v` for one."""
-
-
-def _ran_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says so; torch and Rust's libraries, whose own errors these are, are not imported here."""
-    if isinstance(error, MemoryError) or type(error).__name__ in ("OutOfMemoryError", "PanicException"):
-        return True
-    kinds = RuntimeError | ImportError | OSError | SystemError
-    return isinstance(error, kinds) and bool(NO_MEMORY.search(str(error)))
+def _ran_out_of_memory(error: RuntimeError) -> bool:
+    """Whether torch says so, which is not imported here."""
+    return type(error).__name__ == "OutOfMemoryError" or "DefaultCPUAllocator" in str(error)
 
 
 def _debugging(ctx: Any) -> bool:

@@ -25,10 +25,8 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
-from turboesm_cli.streams import results
-
+out = Console(highlight=False, soft_wrap=True)
 SECONDS_BETWEEN_LOG_LINES = 10
-
 
 err = Console(stderr=True, highlight=False, soft_wrap=True)
 
@@ -87,33 +85,21 @@ def fail(message: str) -> None:
     err.print(line, markup=False, emoji=False)
 
 
-def print_line(text: str) -> None:
-    """Print a line of results on stdout."""
-    with results():
-        Console(highlight=False, soft_wrap=True).print(text, markup=False, emoji=False)
-
-
 def print_json(value: Any) -> None:
     """Print `value` as JSON on stdout."""
-    with results():
-        json.dump(value, sys.stdout, indent=2, allow_nan=False)
-        sys.stdout.write("\n")
+    json.dump(value, sys.stdout, indent=2, allow_nan=False)
+    sys.stdout.write("\n")
 
 
 def print_json_rows(rows: Iterable[Any], name: str = "", rest: Mapping[str, Any] | None = None) -> None:
     """As `print_json` of a list, or of an object with `rest` beside a list called `name`; a row as it comes."""
-    _put(f'{{"{name}": [' if name else "[")
+    sys.stdout.write(f'{{"{name}": [' if name else "[")
     separator = "\n"
     for row in rows:
-        _put(separator + json.dumps(row, allow_nan=False))
+        sys.stdout.write(separator + json.dumps(row, allow_nan=False))
         separator = ",\n"
     ends = "".join(f', "{key}": {json.dumps(value, allow_nan=False)}' for key, value in (rest or {}).items())
-    _put(f"\n]{ends}}}\n" if name else "\n]\n")
-
-
-def _put(text: str) -> None:
-    with results():
-        sys.stdout.write(text)
+    sys.stdout.write(f"\n]{ends}}}\n" if name else "\n]\n")
 
 
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
@@ -123,8 +109,7 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]
         table.add_column(column, justify="left" if index == 0 else "right", overflow="fold")
     for row in rows:
         table.add_row(*(Text(_shown(cell)) for cell in row))  # a cell is text, whatever brackets it holds
-    with results():
-        Console(highlight=False, width=None if sys.stdout.isatty() else 160).print(table)
+    Console(highlight=False, width=None if sys.stdout.isatty() else 160).print(table)
 
 
 @contextmanager

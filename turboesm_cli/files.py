@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import errno
 import fcntl
 import os
 import socket
@@ -135,34 +134,13 @@ def _who() -> str:
 
 def _publish(partial: Path, path: Path) -> None:
     with partial.open("rb") as stream:
-        sync(stream.fileno())
+        os.fsync(stream.fileno())
     umask = os.umask(0)
     os.umask(umask)
-    with _where_there_is_such():  # a file's mode
-        partial.chmod(0o666 & ~umask)
+    partial.chmod(0o666 & ~umask)
     partial.replace(path)
-    with _where_there_is_such():
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
-
-
-def sync(handle: int) -> None:
-    """Have an open file on the disk, where its file system can tell. Raises OSError where that fails."""
-    with _where_there_is_such():
-        os.fsync(handle)
-
-
-_NO_SUCH = {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EPERM, errno.EACCES}
-
-
-@contextmanager
-def _where_there_is_such() -> Iterator[None]:
-    """For what some file systems do not know (network shares, exFAT, FUSE), and outputs are whole without."""
+    folder = os.open(path.parent, os.O_RDONLY)
     try:
-        yield
-    except OSError as error:
-        if error.errno not in _NO_SUCH:
-            raise
+        os.fsync(folder)
+    finally:
+        os.close(folder)

@@ -18,8 +18,6 @@ from array import array
 from collections.abc import Iterable
 from pathlib import Path
 
-from turboesm_cli.files import sync
-
 SYNC_SECONDS = 1.0
 
 _HEAD = struct.Struct("<4sHQ32s")
@@ -120,7 +118,7 @@ class Journal:
 
     def sync(self) -> None:
         """Have all records on the disk."""
-        sync(self._stream.fileno())
+        os.fsync(self._stream.fileno())
         self._synced = time.monotonic()
 
     def close(self) -> None:

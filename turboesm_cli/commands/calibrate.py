@@ -32,8 +32,7 @@ def calibrate(
         str, typer.Option(help="How to code: paper, flat, waterfill or auto; NAME@BITS sets the budget.")
     ] = "auto",
     bits: Annotated[
-        float | None,
-        typer.Option(help="Bits a value, of keys and values.", show_default=False, callback=options.finite),
+        float | None, typer.Option(help="Bits a value, of keys and values.", show_default=False)
     ] = None,
     bits_k: options.BitsK = None,
     bits_v: options.BitsV = None,
@@ -69,4 +68,4 @@ def calibrate(
             bundle = learn(loaded, proteins, chosen, tick, work)
         write_bundle(path, bundle)
     console.say(f"{len(proteins)} proteins, {bundle.calibration.tokens:,} tokens, recipe {chosen.name}")
-    console.print_line(str(path))
+    console.out.print(str(path), markup=False, emoji=False)

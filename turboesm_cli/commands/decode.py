@@ -48,13 +48,8 @@ def decode(
     ] = None,
     kv: Annotated[KV, typer.Option(help="What the cache holds.")] = "packed",
     generate: Annotated[int, typer.Option(min=0, help="Sample N residues after the prompt; FASTA on stdout.")] = 0,
-    temperature: Annotated[
-        float, typer.Option(min=0, help="Of sampling; 0 takes the likeliest.", callback=options.finite)
-    ] = 1.0,
-    top_p: Annotated[
-        float,
-        typer.Option(min=0, max=1, help="Sample from the likeliest that make up this.", callback=options.finite),
-    ] = 1.0,
+    temperature: Annotated[float, typer.Option(min=0, help="Of sampling; 0 takes the likeliest.")] = 1.0,
+    top_p: Annotated[float, typer.Option(min=0, max=1, help="Sample from the likeliest that make up this.")] = 1.0,
     seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Of sampling.")] = 0,
     output: Annotated[
         Path | None,
@@ -283,7 +278,7 @@ def _generate(run: _Run, count: int, temperature: float, top_p: float, seed: int
         console.say(f"{run.work.count} sequences in {output}")
         return
     for protein in sampled:
-        console.print_line(f">{protein.accession} {protein.description}\n{protein.sequence}")
+        console.out.print(f">{protein.accession} {protein.description}\n{protein.sequence}", markup=False)
 
 
 def _sampled(run: _Run, count: int, sampling: Sampling, seed: int) -> Iterator[Protein]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -41,21 +40,8 @@ Rejects = Annotated[
 MaxProteins = Annotated[
     int | None, typer.Option("--max-proteins", min=1, help="Use the first N proteins.", show_default=False)
 ]
-
-
-def finite(value: float | None) -> float | None:
-    """Callback of every option that is a number: `inf` and `nan` are numbers to the command line, not to us."""
-    if value is not None and not math.isfinite(value):
-        raise typer.BadParameter(f"{value} is no finite number")
-    return value
-
-
-BitsK = Annotated[
-    float | None, typer.Option("--bits-k", help="Bits a key value.", show_default=False, callback=finite)
-]
-BitsV = Annotated[
-    float | None, typer.Option("--bits-v", help="Bits a value's value.", show_default=False, callback=finite)
-]
+BitsK = Annotated[float | None, typer.Option("--bits-k", help="Bits a key value.", show_default=False)]
+BitsV = Annotated[float | None, typer.Option("--bits-v", help="Bits a value's value.", show_default=False)]
 
 
 DtypeName = Literal["fp32", "bf16", "fp16"]
@@ -74,19 +60,11 @@ def open_model(name: str | None, device: str, bundle: Bundle | None = None, dtyp
     model = load_model(chosen, device, FORMATS[dtype].dtype)
     shape = model.shape
     console.say(
-        f"model: {model.name} ({shape.layers} layers, {shape.heads} heads of {shape.head_dim}) on {_where(model)}"
+        f"model: {model.name} ({shape.layers} layers, {shape.heads} heads of {shape.head_dim}) on {model.device}"
     )
     if model.note:
         console.say(f"       {model.note}")
     return model
-
-
-def _where(model: EsmModel) -> str:
-    """The device, and of a CPU the number of threads."""
-    import torch
-
-    on_cpu = model.device.type == "cpu"
-    return f"{model.device}, {torch.get_num_threads()} threads" if on_cpu else str(model.device)
 
 
 @contextmanager

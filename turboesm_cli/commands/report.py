@@ -61,7 +61,7 @@ def report(
         write_text(output.parent / name, text)
     # The page comes last: where it exists, all that it shows exists.
     write_text(output, page.text)
-    console.print_line(str(output))
+    console.out.print(str(output), markup=False, emoji=False)
 
 
 def _inventory(paths: list[Path], as_json: bool) -> None:

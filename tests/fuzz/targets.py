@@ -44,7 +44,7 @@ VALUES: tuple[Any, ...] = (
 
 
 def fasta(data: bytes) -> None:
-    """Read bytes as FASTA; what passes is of ESM-2's alphabet, within the limit, named by itself, and no look-alike."""
+    """Read bytes as FASTA; what passes is of ESM-2's alphabet, within the limit, named apart, no look-alike."""
     policy = POLICIES[(data[0] if data else 0) % len(POLICIES)]
     report = ReadReport()
     with mock.patch.object(sys, "stdin", SimpleNamespace(buffer=io.BytesIO(data[1:]))):

@@ -286,6 +286,36 @@ def test_another_epsilon_is_computed_with(folder: Path, tiny: EsmModel) -> None:
         assert not torch.allclose(hidden, decode.encode(tiny, tokens), atol=1e-3)
 
 
+def test_an_output_matrix_that_is_meant_to_differ_is_read(folder: Path, bundle: Path) -> None:
+    change(folder, untie)
+    configure(folder, tie_word_embeddings=False)
+    net = load_model(str(folder), "cpu").net
+    assert torch.equal(net.lm_head.weight, net.embed_tokens.weight + 1)
+    done = run("decode", str(bundle), PEPTIDES, "--max-proteins", "1", "--model", str(folder))
+    assert done.exit_code == 0, done.stderr
+
+
+def test_an_output_matrix_that_is_missing_is_told(folder: Path) -> None:
+    configure(folder, tie_word_embeddings=False)
+    assert_refused(calibrate(folder), "lm_head.decoder.weight is missing")
+
+
+def test_shards_are_read_and_must_agree(folder: Path, bundle: Path) -> None:
+    weights = safetensors.torch.load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    names = [f"model-0000{number}-of-00002.safetensors" for number in (1, 2)]
+    index = {"weight_map": {key: names[number % 2] for number, key in enumerate(weights)}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    shards = [{key: weights[key] for key in weights if index["weight_map"][key] == name} for name in names]
+    for name, shard in zip(names, shards, strict=True):
+        safetensors.torch.save_file(shard, folder / name)
+    done = run("decode", str(bundle), PEPTIDES, "--max-proteins", "1", "--model", str(folder))
+    assert done.exit_code == 0, done.stderr
+    other = {key: value + 1 for key, value in list(shards[0].items())[:1]}
+    safetensors.torch.save_file(shards[1] | other, folder / names[1])
+    assert_refused(calibrate(folder), "two different weights")
+
+
 def fair_esm_file(tiny_path: Path) -> dict[str, Any]:
     with torch.serialization.safe_globals([argparse.Namespace]):
         found: dict[str, Any] = torch.load(tiny_path, weights_only=True)

@@ -83,7 +83,7 @@ def _hub_cache() -> Path:
     cache = os.environ.get("HF_HUB_CACHE") or os.environ.get("HUGGINGFACE_HUB_CACHE")
     base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     home = os.environ.get("HF_HOME") or f"{base}/huggingface"
-    return Path(cache or f"{home}/hub").expanduser()
+    return Path(os.path.expanduser(cache or f"{home}/hub"))  # noqa: PTH111 (Path's raises for unknown users)
 
 
 def _snapshot(repository: Path) -> Path:

@@ -126,7 +126,8 @@ def growth(work: Callable[[int], object], few: int, many: int) -> float:
 
 
 def test_memory_does_not_grow_with_the_proteins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(archive, "CHUNK", 4096)  # what is held of the lines, at most
+    for module in (archive, packfile):
+        monkeypatch.setattr(module, "CHUNK", 4096)  # what is held of the lines, at most
     codec = read_bundle(BUNDLE)
 
     def there_and_back(count: int) -> None:

@@ -111,11 +111,12 @@ def accuracy(
         for name, result in compare_decoding(model, proteins, codecs, work=work.under(family)):
             own[name].append(result)
             tick(1)
-        yield from _accuracy_rows(context, recipes, family, own)
+        yield from _accuracy_rows(context.of_inputs(proteins), recipes, family, own)
         for name, results in own.items():
             by_name[name] += results
     if len(families) > 1:
-        for row in _accuracy_rows(context, recipes, "all", by_name):
+        everything = [protein for proteins in families.values() for protein in proteins]
+        for row in _accuracy_rows(context.of_inputs(everything), recipes, "all", by_name):
             if not row.accession:
                 yield row
 
@@ -132,12 +133,14 @@ def first_layer(
         }
         if len(families) > 1:
             found["all"] = [part for parts in found.values() for part in parts]
+        everything = [protein for few in families.values() for protein in few]
         for family, parts in found.items():
+            own = context.of_inputs(families.get(family, everything))
             joined, heads = (
                 metrics.agreement([getattr(part, name) for part in parts]) for name in ("joined", "heads")
             )
-            yield from context.accuracy(entry.spec.recipe, family, "paper", joined)
-            yield from context.accuracy(entry.spec.recipe, family, "paper_heads", heads)
+            yield from own.accuracy(entry.spec.recipe, family, "paper", joined)
+            yield from own.accuracy(entry.spec.recipe, family, "paper_heads", heads)
 
 
 def memory(model: EsmModel, entries: Sequence[Entry], formats: Sequence[str] = ()) -> Iterator[ResultRow]:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from turboesm_cli.plots import Plot, plots
 from turboesm_cli.results import ResultRow, rows_of_frame
 from turboesm_cli.tables import Table, tables
-from turboesm_cli.variants import Rows, latest
+from turboesm_cli.variants import Gathered, Rows, gathered
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -37,11 +37,11 @@ def sections(frame: pd.DataFrame) -> list[Section]:
 
 
 def _section(model: str, rows: Sequence[ResultRow]) -> Section:
-    kept = latest(rows)
-    return Section(model, _facts(rows, kept), tuple(tables(kept)), tuple(plots(kept)))
+    found = gathered(rows)
+    return Section(model, _facts(rows, found), tuple(tables(found.rows)), tuple(plots(found.rows)))
 
 
-def _facts(rows: Rows, kept: Rows) -> tuple[tuple[str, str], ...]:
+def _facts(rows: Rows, found: Gathered) -> tuple[tuple[str, str], ...]:
     named = {
         "Device": "device",
         "Arithmetic": "dtype",
@@ -52,15 +52,14 @@ def _facts(rows: Rows, kept: Rows) -> tuple[tuple[str, str], ...]:
         "Date": "date",
     }
     facts = [(name, _distinct(rows, field)) for name, field in named.items()]
-    # Per-layer rows share their other columns, so they do not measure one another again.
-    again = _count(rows) - _count(kept)
-    if again:
-        facts.append(("Measured again", f"{again:,} of {_count(rows):,} figures; the last of each is shown"))
+    if found.again:
+        facts.append(("Measured again", f"{found.again:,} of {len(rows):,} figures; the last of each is shown"))
+    if found.combined:
+        facts.append(("Combined", f"{found.combined:,} figures are of the proteins of several measurements"))
+    if found.left_out:
+        reason = "no such figure of several measurements together, or of residues that the model had seen"
+        facts.append(("Left out", f"{', '.join(found.left_out)}: {reason}"))
     return tuple((name, text) for name, text in facts if text)
-
-
-def _count(rows: Rows) -> int:
-    return sum(row.protocol != "layer" for row in rows)
 
 
 def _distinct(rows: Rows, field: str) -> str:

@@ -54,6 +54,8 @@ class ResultRow:
     p80: float | None = None
     torch: str = ""
     date: str = ""  # ISO date
+    inputs: str = ""  # start of a sha256 of the proteins that the figure is of, where it is of proteins
+    prompt: str = ""  # what of a protein was prompt, in protocol prompted: all, 0.5, 40, stored
 
 
 COLUMNS = tuple(field.name for field in fields(ResultRow))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import datetime
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -15,14 +15,21 @@ from turboesm_cli.formats import FORMATS
 from turboesm_cli.model import EsmModel
 from turboesm_cli.results import ResultRow, commit_of_source
 from turboesm_cli.running import RunningAgreement, RunningDivergence
+from turboesm_cli.sequences import Protein, digest
 
 
 @dataclass(frozen=True)
 class Context:
-    """What every row of a measurement says of its circumstances."""
+    """What every row of a measurement says of its circumstances; `inputs` and `prompt` as in `ResultRow`."""
 
     model: EsmModel
     seed: int = 0
+    inputs: str = ""
+    prompt: str = ""
+
+    def of_inputs(self, proteins: Sequence[Protein]) -> Context:
+        """The same, for figures of these proteins, whatever their order."""
+        return replace(self, inputs=digest(proteins)[:16])
 
     def row(
         self, recipe: Recipe | str, family: str, protocol: str, metric: str, value: float, unit: str, n: int,
@@ -34,7 +41,7 @@ class Context:
             self.model.name, name, bits_k, bits_v, family, protocol, metric, value, unit, n,
             device_name(self.model.device), self.model.dtype_name, self.seed, __version__, commit_of_source(),
             accession=accession, tokens=tokens, p20=p20, p80=p80, torch=torch.__version__,
-            date=datetime.date.today().isoformat(),
+            date=datetime.date.today().isoformat(), inputs=self.inputs, prompt=self.prompt,
         )  # fmt: skip
 
     def accuracy(

@@ -1,6 +1,6 @@
 """Result rows → tables of text, ready to show. A table whose rows were not measured is left out.
 
-Each function takes the rows of one model, no figure twice (`variants.latest`).
+Each function takes the rows of one model, no figure twice (`variants.gathered`).
 """
 
 from __future__ import annotations

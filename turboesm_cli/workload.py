@@ -24,6 +24,7 @@ class Workload:
     longest   tokens of the longest protein, `<cls>` and `<eos>` counted
     known     proteins that were in the bundle's calibration set
     sha256    of names, sequences and lengths of prompts, in their order
+    prompt    what of a protein is prompt, in words
     prompts   the proteins, from the first one at each call; InputError, before the last one is given, where they
               are not the same
     """
@@ -33,18 +34,19 @@ class Workload:
     longest: int
     known: int
     sha256: str
+    prompt: str
     prompts: Callable[[], Iterator[Prompt]]
 
 
 def of_proteins(
-    proteins: Callable[[], Iterable[Protein]], rule: Callable[[Protein], int], bundle: Bundle
+    proteins: Callable[[], Iterable[Protein]], rule: Callable[[Protein], int], bundle: Bundle, prompt: str = ""
 ) -> Workload:
     """Proteins, which are gone through more than once; `rule` says how many of a protein's tokens are prompt."""
 
     def prompts() -> Iterator[Prompt]:
         return (Prompt(protein, rule(protein)) for protein in proteins())
 
-    return _counted(prompts, bundle)
+    return _counted(prompts, bundle, prompt)
 
 
 def of_packfile(stack: ExitStack, file: Packfile, limit: int | None, bundle: Bundle) -> Workload:
@@ -54,10 +56,10 @@ def of_packfile(stack: ExitStack, file: Packfile, limit: int | None, bundle: Bun
     def prompts() -> Iterator[Prompt]:
         return (Prompt(stored.protein, stored.cached, stored.read) for stored in islice(file, limit))
 
-    return _counted(prompts, bundle)
+    return _counted(prompts, bundle, "stored")
 
 
-def _counted(prompts: Callable[[], Iterator[Prompt]], bundle: Bundle) -> Workload:
+def _counted(prompts: Callable[[], Iterator[Prompt]], bundle: Bundle, words: str) -> Workload:
     count = decoded = longest = known = 0
     identity = hashlib.sha256()
     for prompt in prompts():
@@ -67,7 +69,7 @@ def _counted(prompts: Callable[[], Iterator[Prompt]], bundle: Bundle) -> Workloa
         identity.update(_described(prompt))
         known += len(seen(bundle, [prompt.protein]))
     sha256 = identity.hexdigest()
-    return Workload(count, decoded, longest, known, sha256, lambda: _same(prompts(), count, sha256))
+    return Workload(count, decoded, longest, known, sha256, words, lambda: _same(prompts(), count, sha256))
 
 
 def _same(prompts: Iterable[Prompt], count: int, sha256: str) -> Iterator[Prompt]:

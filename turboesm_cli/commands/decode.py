@@ -141,7 +141,7 @@ def _workload(
         raise InputError(f"{source} holds packed caches; --kv {kv} needs the proteins' FASTA file")
     if packed:
         return of_packfile(stack, Packfile(Path(source), bundle, sha256), reading.limit, bundle)
-    work = of_proteins(reading.stream(source), rule, bundle)
+    work = of_proteins(reading.stream(source), rule, bundle, prompt or "0.5")
     if work.known:
         console.warn(f"{work.known} of {work.count} proteins were in the bundle's calibration set")
     return work
@@ -232,7 +232,8 @@ def _compare(run: _Run, output: Path | None, as_json: bool) -> None:
     from turboesm_cli.summaries import Context, Summary
 
     recipe = run.bundle.spec.recipe
-    summary = Summary(Context(run.model), recipe if run.kv == "packed" else run.kv)
+    context = Context(run.model, inputs=run.work.sha256[:16], prompt=run.work.prompt)
+    summary = Summary(context, recipe if run.kv == "packed" else run.kv)
     rows = _compared(run, summary)
     if output is not None:
         write_csv(output, rows)

@@ -150,6 +150,12 @@ def test_figures_by_hand() -> None:
     assert of("residue_kl_mean", (1.0, 1), (4.0, 2)) == pytest.approx(3.0)
 
 
+@pytest.mark.parametrize("metric, value, n", [("error", 0.1, 0), ("residue_perplexity", 0.0, 5)])
+def test_numbers_that_cannot_be_combined_are_refused(metric: str, value: float, n: int) -> None:
+    with pytest.raises(InputError, match="cannot be combined"):
+        gathered([replace(ROW, metric=metric, value=value, n=n, inputs=name) for name in "ab"])
+
+
 def test_a_family_in_several_files_counts_once_in_all() -> None:
     def family(name: str, value: float, n: int, inputs: str) -> ResultRow:
         return replace(ROW, family=name, value=value, n=n, inputs=inputs)

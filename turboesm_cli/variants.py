@@ -74,7 +74,10 @@ def gathered(rows: Rows) -> Gathered:
             continue
         if len(different) > 1 and join is not None:
             combined += 1
-            different = [join(different)]
+            try:
+                different = [join(different)]
+            except (ValueError, ArithmeticError):  # no tokens, or a perplexity of 0
+                raise _refused(group, "with numbers that cannot be combined; mend the files") from None
         kept.append(different[0])
     return Gathered(_with_all_families(kept, groups), again, combined, seen(left_out))
 

@@ -45,7 +45,7 @@ def read_checkpoint(name: str) -> Checkpoint:
         if not printable(found.name).strip():
             raise ValueError("blank")
     except ValueError as error:
-        raise ModelError(f"a model's name must be printable and short: rename {name!r}") from error
+        raise ModelError(f"a model's name must be printable and short: {name!r}; rename it") from error
     return found
 
 

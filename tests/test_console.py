@@ -12,7 +12,7 @@ def told(monkeypatch: pytest.MonkeyPatch, total: int, ticks: list[tuple[float, i
     lines: list[str] = []
     now = 100.0
     monkeypatch.setattr(console.time, "monotonic", lambda: now)
-    tick = console._ticker("decoding", total, lines.append)
+    tick = console.Pace("decoding", total, lines.append)
     for at, done in ticks:
         now = 100.0 + at
         tick(done)
@@ -32,3 +32,27 @@ def test_what_comes_before_the_first_step_is_not_part_of_the_pace(monkeypatch: p
 def test_work_that_is_lost_gives_no_estimate(monkeypatch: pytest.MonkeyPatch) -> None:
     lines = told(monkeypatch, 100, [(20, 10), (40, -10)])
     assert lines[-1] == "decoding: 0 of 100, 40 s, no estimate yet"
+
+
+def test_what_an_earlier_run_did_is_not_left_and_says_nothing_of_the_pace(monkeypatch: pytest.MonkeyPatch) -> None:
+    lines: list[str] = []
+    now = 100.0
+    monkeypatch.setattr(console.time, "monotonic", lambda: now)
+    tick = console.Pace("decoding", 1000, lines.append)
+    for _ in range(9):
+        tick(100, again=True)
+    for at, done in ((10.0, 10), (20.5, 10), (30, 80)):
+        now = 100.0 + at
+        tick(done)
+    assert lines == [
+        "decoding: 10 of 100 left by an earlier run, which did 900, 10 s, no estimate yet",
+        "decoding: 20 of 100 left by an earlier run, which did 900, 20 s, about 84 s left",
+        "decoding: 100 of 100 left by an earlier run, which did 900, 30 s, done",
+    ]
+
+
+def test_work_that_an_earlier_run_finished_ends_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    lines: list[str] = []
+    tick = console.Pace("decoding", 2, lines.append)
+    tick(2, again=True)
+    assert lines == ["decoding: 0 of 0 left by an earlier run, which did 2, 0 s, done"]

@@ -124,9 +124,9 @@ def test_a_folder_in_place_of_the_file(tmp_path: Path) -> None:
 
 def test_what_cannot_be_written_is_found_before_the_work(tmp_path: Path) -> None:
     (tmp_path / "there").write_text("old")
-    check_output(tmp_path / "new", force=False)
-    check_output(tmp_path / "there", force=True)
-    check_output(tmp_path / "not" / "yet" / "made", force=False)
+    check_output(tmp_path / "new", may_exist=False)
+    check_output(tmp_path / "there", may_exist=True)
+    check_output(tmp_path / "not" / "yet" / "made", may_exist=False)
     for path, reason in (
         (tmp_path / "there", "--force"),
         (tmp_path, "folder"),
@@ -136,4 +136,4 @@ def test_what_cannot_be_written_is_found_before_the_work(tmp_path: Path) -> None
         (tmp_path / ("x" * 300), "File name too long"),
     ):
         with pytest.raises(OutputError, match=reason):
-            check_output(path, force=path == Path("/dev/null"))
+            check_output(path, may_exist=path == Path("/dev/null"))

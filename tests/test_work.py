@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,11 +17,14 @@ import pytest
 import torch
 
 from turboesm_cli.errors import InputError, OutputError
-from turboesm_cli.files import work_folder
+from turboesm_cli.files import atomic_output, work_folder
 from turboesm_cli.journal import Journal
-from turboesm_cli.work import NOTHING_KEPT, SavedWork, Tensors, saved_work
+from turboesm_cli.work import NOTHING_KEPT, Policy, SavedWork, Tensors, done_record, is_done, saved_work
 
-RUN = {"command": "test", "seed": "1"}
+RUN = {"command": "test", "seed": "1", "device": "a CPU"}
+FORCE = Policy(force=True)
+SKIP = Policy(skip=True)
+ANYWHERE = Policy(anywhere=True)
 
 
 def number(value: float) -> Tensors:
@@ -165,20 +169,88 @@ def test_another_run_is_refused_or_forced(tmp_path: Path) -> None:
         raise_later = work.units
     assert raise_later == 2
     stop_after(path, 2)
-    with saved_work(path, RUN | {"seed": "2"}, force=True) as work:
+    with saved_work(path, RUN | {"seed": "2"}, FORCE) as work:
         assert work.units == 0
 
 
-def test_force_goes_on_with_its_own_run(tmp_path: Path) -> None:
+def test_force_starts_anew_and_what_it_began_goes_on_without_it(tmp_path: Path) -> None:
     path = tmp_path / "out"
+    stop_after(path, 2)
     path.write_text("old")
-    with pytest.raises(KeyboardInterrupt), saved_work(path, RUN, force=True) as work:
+    with pytest.raises(KeyboardInterrupt), saved_work(path, RUN, FORCE) as work:
+        assert work.units == 0, "not what was begun before"
         work.unit("0", lambda: number(1))
         raise KeyboardInterrupt
-    with pytest.raises(OutputError, match="--force"), saved_work(path, RUN):
+    with saved_work(path, RUN) as work:
+        assert work.units == 1 and work.resumed("0") and not work.resumed("1")
+        work.unit("1", lambda: number(1))
+        assert not work.resumed("1")
+    assert list(tmp_path.iterdir()) == [path]
+    with pytest.raises(OutputError, match="exists; pass --force"), saved_work(path, RUN):
         pass
-    with saved_work(path, RUN, force=True) as work:
-        assert work.units == 1
+
+
+def test_leave_to_overwrite_is_of_one_run_alone(tmp_path: Path) -> None:
+    path = tmp_path / "out"
+    path.write_text("old")
+    with pytest.raises(KeyboardInterrupt), saved_work(path, RUN, FORCE) as work:
+        work.unit("0", lambda: number(1))
+        raise KeyboardInterrupt
+    with pytest.raises(OutputError, match="exists; pass --force"), saved_work(path, RUN | {"seed": "2"}):
+        pass
+
+
+def test_work_of_another_device_goes_on_where_that_is_asked_for_and_is_recorded(tmp_path: Path) -> None:
+    path = tmp_path / "out"
+    stop_after(path, 2)
+    elsewhere = RUN | {"device": "a GPU"}
+    with (
+        pytest.raises(OutputError, match=r"a CPU, not a GPU.*--resume-anywhere to go on"),
+        saved_work(path, elsewhere),
+    ):
+        pass
+    with pytest.raises(OutputError, match="seed: 1, not 2"), saved_work(path, elsewhere | {"seed": "2"}, ANYWHERE):
+        pass
+    for _ in range(2):  # once more on the same device adds nothing
+        with pytest.raises(KeyboardInterrupt), saved_work(path, elsewhere, ANYWHERE) as work:
+            assert work.units == 2 and work.devices == work.under("x").devices == "a CPU, then a GPU"
+            raise KeyboardInterrupt
+    with saved_work(path, RUN, ANYWHERE) as work:
+        assert work.units == 2 and work.devices == "a CPU, then a GPU"
+    with saved_work(path, RUN, ANYWHERE) as work:
+        assert work.devices == ""
+
+
+def test_a_finished_output_is_told_from_all_others(tmp_path: Path) -> None:
+    path = tmp_path / "out"
+    assert not is_done(path, RUN)
+    with saved_work(path, RUN, SKIP) as work:
+        work.unit("0", lambda: number(1))
+        path.write_text("new")
+    assert is_done(path, RUN)
+    with pytest.raises(OutputError, match=r"of another run \(seed: 1, not 2\)"):
+        is_done(path, RUN | {"seed": "2"})
+    path.write_text("edited")
+    with pytest.raises(OutputError, match="was changed since"):
+        is_done(path, RUN)
+    for text in ("", "[]", "{}", '{"run": 3, "sha256": 4}'):
+        done_record(path).write_text(text)
+        with pytest.raises(OutputError, match=r"no out\.done says of which run"):
+            is_done(path, RUN)
+    with saved_work(path, RUN, FORCE):
+        path.write_text("newer")
+    assert list(tmp_path.iterdir()) == [path], "a record that is not true is not left"
+
+
+def test_a_run_that_is_killed_between_publishing_and_clearing_up_ends_with_skip(tmp_path: Path) -> None:
+    path = tmp_path / "out"
+    stop_after(path, 1)
+    path.write_text("published")
+    assert not is_done(path, RUN)
+    with saved_work(path, RUN, SKIP) as work:
+        work.unit("0", never)
+        path.write_text("published")
+    assert is_done(path, RUN)
 
 
 def test_a_strange_journal_is_refused_not_trusted(tmp_path: Path) -> None:
@@ -203,7 +275,7 @@ def test_two_at_once_are_refused_by_name(tmp_path: Path) -> None:
     with saved_work(path, RUN) as work:
         with (
             pytest.raises(OutputError, match=rf"worked on by process {os.getpid()} on .*since"),
-            saved_work(path, RUN, force=True),
+            saved_work(path, RUN, FORCE),
         ):
             pass
         work.unit("0", lambda: number(1))  # the refusal has left the folder alone
@@ -239,6 +311,62 @@ def test_where_there_are_no_locks_work_goes_on(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(fcntl, "flock", no_locks)
     with saved_work(tmp_path / "out", RUN) as work:
         work.unit("0", lambda: number(1))
+    lock = work_folder(tmp_path / "out") / "lock"
+    lock.parent.mkdir()
+    lock.write_text("process 1 on another host, since yesterday")
+    with saved_work(tmp_path / "out", RUN):
+        pass
+
+
+def test_where_there_are_no_locks_a_live_process_of_this_host_holds_its_output(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "out"
+    process = subprocess.Popen([sys.executable, "-c", HOLD, str(path)], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None and process.stdout.readline() == "held\n"
+
+    def no_locks(_handle: int, _how: int) -> None:
+        raise OSError(37, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    with pytest.raises(OutputError, match=f"process {process.pid} "), saved_work(path, RUN):
+        pass
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    with saved_work(path, RUN):
+        pass
+
+
+@pytest.mark.parametrize("finished", [False, True])
+def test_who_loses_a_race_is_told_so_and_harms_nothing(tmp_path: Path, finished: bool) -> None:
+    path = tmp_path / "out"
+    with (
+        pytest.raises(OutputError, match=r"taken over by .* wrote nothing there") as caught,
+        saved_work(path, RUN),
+        atomic_output(path) as partial,
+    ):
+        partial.write_text("ours")
+        if finished:
+            shutil.rmtree(work_folder(path))
+            path.write_text("theirs")
+        else:
+            (work_folder(path) / "lock").write_text("process 1 on another host, since now")
+    assert "another process, now done" in str(caught.value) or "process 1 on another host" in str(caught.value)
+    assert finished == path.exists() and (not finished or path.read_text() == "theirs")
+    assert finished or (work_folder(path) / "lock").exists()
+
+
+def test_records_that_another_process_wrote_over_are_no_results(tmp_path: Path) -> None:
+    with (
+        pytest.raises(OutputError, match="is another process writing there"),
+        saved_work(tmp_path / "out", RUN) as work,
+    ):
+        work.unit("0", lambda: number(1))
+        journal = work_folder(tmp_path / "out") / "journal"
+        data = bytearray(journal.read_bytes())
+        data[-1] ^= 1
+        journal.write_bytes(data)
+        work.unit("0", never)
 
 
 @contextmanager

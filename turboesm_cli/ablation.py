@@ -7,7 +7,7 @@ use it (at head_dim 16 half a bit a value), and the table shows the bits that ea
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -16,6 +16,7 @@ from turboesm_cli import metrics
 from turboesm_cli.bundle import sequence_key
 from turboesm_cli.cache import PackedCodec, bytes_per_sequence, dense_bytes_per_sequence
 from turboesm_cli.codec import RECIPES, CodecSpec, Recipe, fit
+from turboesm_cli.console import Tick
 from turboesm_cli.evaluation import ProteinResult, compare_decoding
 from turboesm_cli.model import EsmModel
 from turboesm_cli.recipes import Rotation
@@ -97,7 +98,7 @@ def ablate(
     model: EsmModel,
     calibration: Sequence[Protein],
     families: Mapping[str, Sequence[Protein]],
-    tick: Callable[[int], None],
+    tick: Tick,
     work: Work = NOTHING_KEPT,
 ) -> Iterator[ResultRow]:
     """Rows of the protocol ablation: each variant's error in each family; `seed` is the calibration subset."""
@@ -106,7 +107,7 @@ def ablate(
         own = work.under(f"subset{subset}")
         statistics = collect(model, part, tick=tick, work=own)
         distinct = {variant.recipe: fit(model, statistics, variant.recipe) for variant in table}
-        context = Context(model, seed=subset)
+        context = Context(model, subset, devices=work.devices)
         everything: dict[Recipe, list[ProteinResult]] = {recipe: [] for recipe in distinct}
         for family, proteins in families.items():
             found = _decode(model, proteins, distinct, tick, own.under(family))
@@ -123,16 +124,15 @@ def _decode(
     model: EsmModel,
     proteins: Sequence[Protein],
     specs: Mapping[Recipe, CodecSpec],
-    tick: Callable[[int], None],
+    tick: Tick,
     work: Work,
 ) -> dict[Recipe, list[ProteinResult]]:
     names = {str(index): recipe for index, recipe in enumerate(specs)}
     codecs = {name: PackedCodec(specs[recipe], model.device) for name, recipe in names.items()}
     found: dict[Recipe, list[ProteinResult]] = {recipe: [] for recipe in specs}
-    for name, result in compare_decoding(model, proteins, codecs, work=work):
+    for name, result in compare_decoding(model, proteins, codecs, work=work, tick=tick):
         if name in names:
             found[names[name]].append(result)
-        tick(1)
     return found
 
 

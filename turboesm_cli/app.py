@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import io
+import errno
 import os
+import re
 import shlex
 import signal
 import sys
@@ -15,15 +16,19 @@ from typing import Any, NoReturn
 import typer
 import typer.core
 
-from turboesm_cli import __version__, console
+from turboesm_cli import __version__, console, streams, threads
 from turboesm_cli.commands.bench import bench
 from turboesm_cli.commands.calibrate import calibrate
 from turboesm_cli.commands.decode import decode
+from turboesm_cli.commands.options import check_values
 from turboesm_cli.commands.quantize import quantize
 from turboesm_cli.commands.report import report
 from turboesm_cli.errors import DeviceError, OutputError, TurboESMError
+from turboesm_cli.streams import NoResultsWanted, ReaderGone, ResultsLost
 
 INTERRUPTED, TERMINATED = 130, 143
+TERMINATING = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU)
+"""What schedulers send before they kill: Slurm what --signal names, Grid Engine SIGUSR1, SIGUSR2 and SIGXCPU."""
 
 EPILOG = (
     "Exit codes: 0 success, 1 a defect of turboesm, 2 wrong command line, 3 unusable input file, 4 model, "
@@ -34,15 +39,25 @@ EPILOG = (
 class _Commands(typer.core.TyperGroup):
     """Commands whose errors end in one line on stderr; --debug (or TURBOESM_DEBUG=1) shows the traceback."""
 
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        rest = super().parse_args(ctx, args)
+        check_values(ctx, self.params)
+        return rest
+
     def invoke(self, ctx: Any) -> Any:
         try:
             found = super().invoke(ctx)
+            sys.stdout.flush()
             console.log("finished: exit code 0")
             return found
-        except BrokenPipeError:  # whoever read our output has enough
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        except ReaderGone:
+            console.log("finished: exit code 0; whoever read the results had enough")
             raise typer.Exit(0) from None
         except BaseException as error:
+            if isinstance(error, NoResultsWanted) and console.files:
+                console.warn(f"standard output is closed; {', '.join(map(str, console.files))} is complete")
+                console.log("finished: exit code 0")
+                raise typer.Exit(0) from error
             known = _known(error)
             if known is None or (_debugging(ctx) and isinstance(error, Exception)):
                 is_of_typer = hasattr(error, "exit_code")  # a wrong command line, --help
@@ -54,23 +69,37 @@ class _Commands(typer.core.TyperGroup):
             raise typer.Exit(code) from error
 
 
+class _Command(typer.core.TyperCommand):
+    """A command whose options are checked as one."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        rest = super().parse_args(ctx, args)
+        check_values(ctx, self.params)
+        return rest
+
+
 def _known(error: BaseException) -> tuple[str, int] | None:
     """The message and the exit code of an error that is no defect of turboesm."""
     if isinstance(error, TurboESMError):
         return str(error), error.exit_code
-    if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and _ran_out_of_memory(error)):
-        return "out of memory; use shorter or fewer proteins at a time, or another --device", DeviceError.exit_code
+    if _ran_out_of_memory(error):
+        mending = "use shorter or fewer proteins at a time, another --device, or a higher limit (ulimit -v)"
+        return f"out of memory; {mending}", DeviceError.exit_code
     if isinstance(error, OSError):
         return f"{error.strerror or error}; check the output and its disk", OutputError.exit_code
     if isinstance(error, _Terminated):
-        return "terminated; no output was written", TERMINATED
+        return f"terminated by {error.name}; no output was written", TERMINATED
     if isinstance(error, KeyboardInterrupt):
         return "interrupted; no output was written", INTERRUPTED
     return None
 
 
 class _Terminated(SystemExit):
-    """SIGTERM, which a scheduler sends, or SIGHUP."""
+    """One of the signals TERMINATING, and its name."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(TERMINATED)
+        self.name = name
 
 
 app = typer.Typer(
@@ -82,12 +111,12 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 for command in (calibrate, quantize, decode, bench, report):
-    app.command()(command)
+    app.command(cls=_Command)(command)
 
 
 def _print_version(wanted: bool) -> None:
     if wanted:
-        console.out.print(f"turboesm {__version__}")
+        console.print_line(f"turboesm {__version__}")
         raise typer.Exit
 
 
@@ -118,27 +147,53 @@ def _start_log(path: Path) -> None:
         console.log_to(path)
     except OSError as error:
         raise OutputError(f"cannot write the log {path}: {error.strerror}; choose another file") from error
-    console.log(f"started: turboesm {__version__}: {shlex.join(sys.argv[1:])}")
+    console.log(f"started: turboesm {__version__}: {shlex.join(sys.argv[1:])}; {threads.described()}")
 
 
 def main() -> None:
     """Entry point of `turboesm`."""
-    for stream in (sys.stdout, sys.stderr):  # a name that the terminal's encoding lacks is no reason to stop
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")
+    streams.prepare()
+    threads.settle()
     warnings.showwarning = lambda message, *_where, **_more: console.warn(" ".join(str(message).split()))
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, _terminate)
-    app()
+    for number in TERMINATING:
+        if signal.getsignal(number) is not signal.SIG_IGN:  # nohup has SIGHUP ignored, for what it starts to go on
+            signal.signal(number, _terminate)
+    code: Any = 0
+    try:
+        try:
+            app()
+        except SystemExit as ended:
+            code = ended.code
+        sys.stdout.flush()
+    except ReaderGone:  # of --help, too, which is printed before any command runs
+        pass
+    except ResultsLost as error:
+        console.fail(str(error))
+        code = error.exit_code
+    sys.exit(code)
 
 
-def _terminate(_signal: int, _frame: object) -> NoReturn:
-    raise _Terminated(TERMINATED)
+def _terminate(number: int, _frame: object) -> NoReturn:
+    for further in TERMINATING:  # schedulers send one after another, and saving what is done takes its time
+        signal.signal(further, lambda *_: None)
+    raise _Terminated(signal.Signals(number).name)
 
 
-def _ran_out_of_memory(error: RuntimeError) -> bool:
-    """Whether torch says so, which is not imported here."""
-    return type(error).__name__ == "OutOfMemoryError" or "DefaultCPUAllocator" in str(error)
+_NO_MEMORY = re.compile(
+    "DefaultCPUAllocator|[Cc]annot allocate memory|failed to map segment|can't start new thread"
+    "|error return without exception set"
+)
+"""What torch, the dynamic linker and Python say where memory is short, under `ulimit -v` for one."""
+
+
+def _ran_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says so; torch and libraries in Rust, which have errors of their own, are not imported."""
+    if isinstance(error, MemoryError) or type(error).__name__ in ("OutOfMemoryError", "PanicException"):
+        return True
+    if isinstance(error, OSError) and error.errno == errno.ENOMEM:
+        return True
+    kinds = RuntimeError | ImportError | OSError | SystemError
+    return isinstance(error, kinds) and bool(_NO_MEMORY.search(str(error)))
 
 
 def _debugging(ctx: Any) -> bool:

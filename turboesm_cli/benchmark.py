@@ -24,6 +24,7 @@ from turboesm_cli.bundle import Bundle, read_bundle, seen, write_bundle
 from turboesm_cli.cache import PackedCodec, bytes_per_sequence, codec_nbytes, dense_bytes_per_sequence
 from turboesm_cli.calibration import bundle_of
 from turboesm_cli.codec import CodecSpec, Recipe
+from turboesm_cli.console import Tick
 from turboesm_cli.decode import Codec, prefill, step
 from turboesm_cli.dense import DenseCodec
 from turboesm_cli.errors import BundleError, InputError, OutputError
@@ -41,7 +42,6 @@ from turboesm_cli.work import NOTHING_KEPT, Tensors, Work
 MEMORY_LENGTHS = (128, 256, 512, 1024)
 TIMED_CONTEXT = 256
 Families = Mapping[str, Sequence[Protein]]
-Tick = Callable[[int], None]
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ def accuracy(
     work: Work = NOTHING_KEPT,
 ) -> Iterator[ResultRow]:
     """Rows of the protocols decode and drift: families, proteins, all; `formats` of dense caches."""
-    context = Context(model)
+    context = Context(model, devices=work.devices)
     codecs: dict[str, Codec] = {entry.name: PackedCodec(entry.spec, model.device) for entry in entries}
     codecs |= {name: DenseCodec(FORMATS[name]) for name in formats}
     recipes: dict[str, Recipe | str] = {entry.name: entry.spec.recipe for entry in entries}
@@ -108,9 +108,8 @@ def accuracy(
     by_name: dict[str, list[ProteinResult]] = {name: [] for name in (DRIFT, *codecs)}
     for family, proteins in families.items():
         own: dict[str, list[ProteinResult]] = {name: [] for name in by_name}
-        for name, result in compare_decoding(model, proteins, codecs, work=work.under(family)):
+        for name, result in compare_decoding(model, proteins, codecs, work=work.under(family), tick=tick):
             own[name].append(result)
-            tick(1)
         yield from _accuracy_rows(context.of_inputs(proteins), recipes, family, own)
         for name, results in own.items():
             by_name[name] += results
@@ -125,7 +124,7 @@ def first_layer(
     model: EsmModel, entries: Sequence[Entry], families: Families, work: Work = NOTHING_KEPT
 ) -> Iterator[ResultRow]:
     """Rows of the protocols paper (heads joined) and paper_heads (each head on its own)."""
-    context = Context(model)
+    context = Context(model, devices=work.devices)
     for index, entry in enumerate(entries):
         found = {
             family: list(first_layer_cosines(model, few, entry.spec, work.under(f"{index}-{family}")))
@@ -173,7 +172,7 @@ def times(
     model: EsmModel, entries: Sequence[Entry], repeats: int = 20, work: Work = NOTHING_KEPT
 ) -> Iterator[ResultRow]:
     """Rows of the protocol time: microseconds to decode one token of one sequence after 256 cached ones."""
-    context = Context(model)
+    context = Context(model, devices=work.devices)
     tokens = torch.randint(4, 24, (1, TIMED_CONTEXT), generator=torch.Generator().manual_seed(0)).to(model.device)
     variants: list[tuple[Recipe | str, CodecSpec, str]] = [(kv, entries[0].spec, kv) for kv in ("fp32", "fp16")]
     variants += [(entry.spec.recipe, entry.spec, "packed") for entry in entries]

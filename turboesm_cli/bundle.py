@@ -86,8 +86,11 @@ def check_storable(model_name: str, proteins: int, recipe: Recipe) -> None:
         raise InputError(f"no bundle can hold this: {error}; rename the model, or change the recipe") from error
 
 
-def write_bundle(path: Path, bundle: Bundle) -> None:
-    """Write a bundle, whole or not at all. Raises OutputError."""
+def write_bundle(path: Path, bundle: Bundle, devices: str = "") -> None:
+    """Write a bundle, whole or not at all. Raises OutputError.
+
+    devices  those that it was learned on, where they are more than one: the manifest names them
+    """
     calibration = asdict(bundle.calibration) | {"sequences": sorted(bundle.calibration.sequences)}
     described = {
         "model": {"name": bundle.model_name, "fingerprint": bundle.fingerprint, **asdict(bundle.shape)},
@@ -104,7 +107,7 @@ def write_bundle(path: Path, bundle: Bundle) -> None:
         for name, tensor in getattr(layer, side).tensors.items()
     }
     with new_archive(path, KIND, VERSION) as archive:
-        archive.manifest = described
+        archive.manifest = described | ({"devices": devices} if devices else {})
         archive.add(PART, [to_bytes(tensors)])
 
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from turboesm_cli.bundle import Bundle, Calibration, check_storable, sequence_key
 from turboesm_cli.codec import Recipe, fit
+from turboesm_cli.console import Tick
 from turboesm_cli.model import EsmModel
 from turboesm_cli.sequences import Protein, digest
 from turboesm_cli.stats import Statistics, collect
@@ -16,7 +17,7 @@ def calibrate(
     model: EsmModel,
     proteins: Sequence[Protein],
     recipe: Recipe,
-    tick: Callable[[int], None] | None = None,
+    tick: Tick | None = None,
     work: Work = NOTHING_KEPT,
 ) -> Bundle:
     """Statistics of `proteins` and the codec that `recipe` makes of them. Raises InputError: too few, too many."""

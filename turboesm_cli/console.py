@@ -25,18 +25,22 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
-out = Console(highlight=False, soft_wrap=True)
 SECONDS_BETWEEN_LOG_LINES = 10
 
 err = Console(stderr=True, highlight=False, soft_wrap=True)
 
 
 class Tick(Protocol):
-    """Progress callback: `tick(done)` reports that `done` more units of work are finished."""
+    """Progress callback: `tick(done)` reports that `done` more units of work are finished.
 
-    def __call__(self, done: int = 1) -> None: ...
+    With `again` they were finished by an earlier run, and are no part of what is left for this one.
+    """
+
+    def __call__(self, done: int = 1, again: bool = False) -> None: ...
 
 
+files: list[Path] = []
+"""Files that hold the results of this command, whole."""
 _logs: list[TextIO] = []
 
 
@@ -85,6 +89,11 @@ def fail(message: str) -> None:
     err.print(line, markup=False, emoji=False)
 
 
+def print_line(text: str) -> None:
+    """Print a line of results on stdout, as it is."""
+    sys.stdout.write(f"{text}\n")
+
+
 def print_json(value: Any) -> None:
     """Print `value` as JSON on stdout."""
     json.dump(value, sys.stdout, indent=2, allow_nan=False)
@@ -118,7 +127,7 @@ def progress(label: str, total: int) -> Iterator[Tick]:
 
     Yields the callback that advances it.
     """
-    told = _ticker(label, total, log if err.is_terminal else say)
+    told = Pace(label, total, log if err.is_terminal else say)
     if not err.is_terminal:
         yield told
         return
@@ -133,33 +142,44 @@ def progress(label: str, total: int) -> Iterator[Tick]:
     with Progress(*columns, console=err) as bar:
         task = bar.add_task(label, total=total)
 
-        def tick(done: int = 1) -> None:
-            bar.advance(task, done)
-            told(done)
+        def tick(done: int = 1, again: bool = False) -> None:
+            told(done, again)
+            bar.update(task, total=told.total, advance=0 if again else done)
 
         yield tick
 
 
-def _ticker(label: str, total: int, tell: Callable[[str], None]) -> Tick:
+class Pace:
     """Tells now and then how far work is, and how long it will take at the pace since its first step.
 
-    What comes before that, such as compiling kernels, says nothing of the pace.
+    What comes before that, such as compiling kernels, says nothing of the pace; nor does what an earlier run did,
+    which is taken off the total.
     """
-    start = last = time.monotonic()
-    finished = 0
-    first: tuple[float, int] | None = None
 
-    def tick(done: int = 1) -> None:
-        nonlocal finished, last, first
-        finished += done
+    def __init__(self, label: str, total: int, tell: Callable[[str], None]) -> None:
+        self.total = total
+        self._label, self._tell = label, tell
+        self._start = self._last = time.monotonic()
+        self._finished = self._earlier = 0
+        self._first: tuple[float, int] | None = None
+
+    def __call__(self, done: int = 1, again: bool = False) -> None:
         now = time.monotonic()
-        if done > 0:
-            first = first or (now, finished)
-        if now - last >= SECONDS_BETWEEN_LOG_LINES or finished >= total:
-            last = now
-            since, count = (now - first[0], finished - first[1]) if first else (0.0, 0)
-            left = f"about {since / count * (total - finished):.0f} s left" if count > 0 else "no estimate yet"
-            said = left if finished < total else "done"
-            tell(f"{label}: {finished} of {total}, {now - start:.0f} s, {said}")
+        if again:
+            self.total -= done
+            self._earlier += done
+        else:
+            self._finished += done
+            if done > 0:
+                self._first = self._first or (now, self._finished)
+        if now - self._last >= SECONDS_BETWEEN_LOG_LINES or self._finished >= self.total:
+            self._last = now
+            self._tell(self._line(now))
 
-    return tick
+    def _line(self, now: float) -> str:
+        since, count = (now - self._first[0], self._finished - self._first[1]) if self._first else (0.0, 0)
+        rest = self.total - self._finished
+        left = f"about {since / count * rest:.0f} s left" if count > 0 else "no estimate yet"
+        earlier = f" left by an earlier run, which did {self._earlier}" if self._earlier else ""
+        took = f"{now - self._start:.0f} s, {left if rest > 0 else 'done'}"
+        return f"{self._label}: {self._finished} of {self.total}{earlier}, {took}"

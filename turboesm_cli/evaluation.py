@@ -13,6 +13,7 @@ from turboesm_kernels import reference
 from turboesm_cli import decode, metrics
 from turboesm_cli.cache import on_device
 from turboesm_cli.codec import CodecSpec, without_residual
+from turboesm_cli.console import Tick
 from turboesm_cli.generation import residue_indices, residue_logits
 from turboesm_cli.model import EsmModel
 from turboesm_cli.outcomes import ProteinResult as ProteinResult
@@ -41,21 +42,26 @@ def compare_decoding(
     prompt: Prompt = empty_cache,
     tokens_per_batch: int = 4096,
     work: Work = NOTHING_KEPT,
+    tick: Tick | None = None,
 ) -> Iterator[tuple[str, ProteinResult]]:
     """Each protein decoded with each codec against the same decode with an fp32 cache, teacher-forced.
 
     Yields (codec's name, result), batch after batch, and under DRIFT the fp32 decode against encoding the
     whole protein with ESM-2, of which hidden states alone are compared: ESM-2's own distribution over a residue,
-    which must not see it, would take a pass per residue. `work` keeps each batch's results of each codec.
+    which must not see it, would take a pass per residue. `work` keeps each batch's results of each codec; `tick`
+    hears of each result.
     """
     for number, proteins_of_batch in enumerate(batches(proteins, tokens_per_batch)):
         batch = _Batch(model, proteins_of_batch, prompt)
         units: dict[str, Callable[[], list[ProteinResult]]] = {DRIFT: batch.drift}
         units |= {name: partial(batch.quantized, codec) for name, codec in codecs.items()}
         for index, (name, compute) in enumerate(units.items()):
-            saved = work.unit(f"{number}-{index}", partial(_tensors_of, compute))
+            unit = f"{number}-{index}"
+            saved = work.unit(unit, partial(_tensors_of, compute))
             for result in from_tensors(saved, proteins_of_batch):
                 yield name, result
+                if tick:
+                    tick(again=work.resumed(unit))
 
 
 def _tensors_of(compute: Callable[[], list[ProteinResult]]) -> Tensors:

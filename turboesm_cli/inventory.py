@@ -59,9 +59,14 @@ def _of_file(path: Path, archive: Archive) -> Facts:
         "sha256": file_sha256(path),
         "format": manifest["format"],
         "format_version": manifest["format_version"],
-        "tool_version": "".join(filter(str.isprintable, str(manifest.get("tool_version", ""))))[:40],
+        "tool_version": _said(manifest, "tool_version")[:40],
+        **({"devices": _said(manifest, "devices")[:400]} if "devices" in manifest else {}),
         "parts": parts,
     }
+
+
+def _said(manifest: dict[str, Any], key: str) -> str:
+    return "".join(filter(str.isprintable, str(manifest.get(key, ""))))
 
 
 def _of_bundle(bundle: Bundle) -> Facts:

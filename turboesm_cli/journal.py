@@ -10,6 +10,7 @@ append SYNC_SECONDS later, or `close`, which outlives a power cut.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import struct
@@ -17,6 +18,8 @@ import time
 from array import array
 from collections.abc import Iterable
 from pathlib import Path
+
+from turboesm_cli.files import sync
 
 SYNC_SECONDS = 1.0
 
@@ -78,6 +81,7 @@ class Journal:
             name, end = found
             self._places.put(name, self._end)
             self._end = end
+        self._found = self._end
         self._stream.truncate(self._end)
 
     def __contains__(self, name: str) -> bool:
@@ -86,20 +90,34 @@ class Journal:
     def __len__(self) -> int:
         return len(self._places)
 
+    def found(self, name: str) -> bool:
+        """Whether the record was there when the file was opened."""
+        start = self._places.get(name)
+        return start is not None and start < self._found
+
     def read(self, name: str) -> bytes:
-        """A record's data. Raises KeyError where there is none of that name."""
+        """A record's data. Raises KeyError where there is none of that name, OSError where it was changed."""
         start = self._places.get(name)
         if start is None:
             raise KeyError(name)
-        _, name_length, length, _ = _HEAD.unpack(b"".join(self._chunks(start, start + _HEAD.size)))
-        offset = start + _HEAD.size + name_length
-        return b"".join(self._chunks(offset, offset + length))
+        head = b"".join(self._chunks(start, start + _HEAD.size))
+        if len(head) == _HEAD.size:
+            _, name_length, length, digest = _HEAD.unpack(head)
+            offset = start + _HEAD.size + name_length
+            key, data = (
+                b"".join(self._chunks(start + _HEAD.size, offset)),
+                b"".join(self._chunks(offset, offset + length)),
+            )
+            if key == name.encode() and _digest((key, data)) == digest:
+                return data
+        raise OSError(errno.EIO, f"the record {name!r} changed; is another process writing there?")
 
     def append(self, name: str, data: bytes) -> None:
         """Add a record. Where that fails, on a full disk, the file is cut back to its last whole record."""
         key = name.encode()
         head = _HEAD.pack(_MAGIC, len(key), len(data), _digest((key, data)))
         try:
+            self._stream.seek(self._end)
             self._write(head + key)
             self._write(data)
         except BaseException:
@@ -113,12 +131,12 @@ class Journal:
     def clear(self) -> None:
         """Drop all records."""
         self._places = _Places()
-        self._end = 0
+        self._end = self._found = 0
         self._stream.truncate(0)
 
     def sync(self) -> None:
         """Have all records on the disk."""
-        os.fsync(self._stream.fileno())
+        sync(self._stream.fileno())
         self._synced = time.monotonic()
 
     def close(self) -> None:
@@ -128,7 +146,6 @@ class Journal:
 
     def _write(self, data: bytes) -> None:
         rest = memoryview(data)
-        self._stream.seek(0, os.SEEK_END)
         while rest:
             rest = rest[self._stream.write(rest) :]
 

@@ -120,14 +120,19 @@ def storable(rule: Callable[[Protein], int]) -> Callable[[Protein], int]:
     return checked
 
 
-def write_packfile(path: Path, bundle: Bundle, bundle_sha256: str, caches: Iterable[CachedProtein]) -> None:
-    """Write caches as they come, one in memory at a time. Raises OutputError; InputError where there is none."""
+def write_packfile(
+    path: Path, bundle: Bundle, bundle_sha256: str, caches: Iterable[CachedProtein], devices: str = ""
+) -> None:
+    """Write caches as they come, one in memory at a time. Raises OutputError; InputError where there is none.
+
+    devices  those that the caches were made on, where they are more than one: the manifest names them
+    """
     with new_archive(path, KIND, VERSION) as archive, tempfile.TemporaryFile(dir=archive.folder) as lines:
         archive.manifest = {
             "bundle_sha256": bundle_sha256,
             "model": {"name": bundle.model_name, "fingerprint": bundle.fingerprint},
             "proteins": 0,
-        }
+        } | ({"devices": devices} if devices else {})
         archive.add(CACHES, _stored(caches, lines, archive.manifest))
         if not archive.manifest["proteins"]:
             raise InputError(f"no proteins to write to {path}; check the input")

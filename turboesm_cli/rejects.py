@@ -25,7 +25,7 @@ class Reject:
 
 def check_rejects(path: Path) -> None:
     """Raise OutputError where `path` is something else than a table of rejects, which may be replaced."""
-    check_output(path, force=True)
+    check_output(path, may_exist=True)
     try:
         start = b""
         if path.exists():

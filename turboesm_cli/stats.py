@@ -23,6 +23,7 @@ from turboesm_kernels.reference import Rope
 from turboesm_cli.batching import batches as batches
 from turboesm_cli.batching import digest, hold_back, prompt_lengths, visible_keys
 from turboesm_cli.batching import to_tokens as to_tokens
+from turboesm_cli.console import Tick
 from turboesm_cli.decode import encode, rope_at
 from turboesm_cli.errors import InputError
 from turboesm_cli.model import EsmModel
@@ -45,12 +46,12 @@ def collect(
     model: EsmModel,
     proteins: Sequence[Protein],
     tokens_per_batch: int = 4096,
-    tick: Callable[[int], None] | None = None,
+    tick: Tick | None = None,
     work: Work = NOTHING_KEPT,
 ) -> Statistics:
     """Run the model over `proteins`, prompts as in `prompt_lengths`, and sum up what its attention works with.
 
-    `tick` is called with the number of proteins of each finished batch. `work` keeps what is done, batch by
+    `tick` hears the number of proteins of each finished batch. `work` keeps what is done, batch by
     batch. Raises InputError for no proteins.
     """
     if not proteins:
@@ -81,7 +82,7 @@ def _added_up(
     todo: Sequence[Sequence[Protein]],
     keeper: _Keeper,
     work: Work,
-    tick: Callable[[int], None] | None,
+    tick: Tick | None,
 ) -> Tensors:
     """The sums that `measure` gives, over all batches in their order; the keeper takes in their tokens.
 
@@ -102,7 +103,7 @@ def _added_up(
             so_far = total | {"batches": torch.tensor(number + 1)}
             work.save_total("sums", so_far, last=number + 1 == len(todo))
         if tick:
-            tick(len(batch))
+            tick(len(batch), again=number < done)
     return total
 
 

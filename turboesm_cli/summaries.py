@@ -20,12 +20,16 @@ from turboesm_cli.sequences import Protein, digest
 
 @dataclass(frozen=True)
 class Context:
-    """What every row of a measurement says of its circumstances; `inputs` and `prompt` as in `ResultRow`."""
+    """What every row of a measurement says of its circumstances; `inputs` and `prompt` as in `ResultRow`.
+
+    devices  those that it was done on, where they are more than the model's
+    """
 
     model: EsmModel
     seed: int = 0
     inputs: str = ""
     prompt: str = ""
+    devices: str = ""
 
     def of_inputs(self, proteins: Sequence[Protein]) -> Context:
         """The same, for figures of these proteins, whatever their order."""
@@ -39,7 +43,8 @@ class Context:
         name, bits_k, bits_v = _identity(recipe)
         return ResultRow(
             self.model.name, name, bits_k, bits_v, family, protocol, metric, value, unit, n,
-            device_name(self.model.device), self.model.dtype_name, self.seed, __version__, commit_of_source(),
+            self.devices or device_name(self.model.device), self.model.dtype_name, self.seed, __version__,
+            commit_of_source(),
             accession=accession, tokens=tokens, p20=p20, p80=p80, torch=torch.__version__,
             date=datetime.date.today().isoformat(), inputs=self.inputs, prompt=self.prompt,
         )  # fmt: skip

@@ -3,19 +3,24 @@
     OUT.partial/lock        held by the one process that works on OUT; the kernel frees it when the process ends
     OUT.partial/journal     the units of work that are done (see `journal`); the first record says of which run
     OUT.partial/NAME.total  a running total, replaced as a whole
+    OUT.partial/overwrites  says that the work was begun with leave to overwrite OUT
     OUT.partial/*.part      what is being written; worthless once its process is gone
 
 A unit is computed once, under a name, from nothing but what the first record lists; so a run that goes on ends
 with the bytes of one that was never stopped. No pickle: units and totals are safetensors, the first record JSON.
+
+    OUT.done                beside a finished OUT, where that was asked for: JSON of its run and its sha256
 """
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import safetensors
@@ -23,7 +28,16 @@ import safetensors.torch
 from torch import Tensor
 
 from turboesm_cli.errors import BundleError, InputError, ModelError, OutputError
-from turboesm_cli.files import atomic_output, check_output, locked, work_folder
+from turboesm_cli.files import (
+    OVERWRITES,
+    atomic_output,
+    check_output,
+    is_held,
+    locked,
+    overwrites,
+    work_folder,
+    write_text,
+)
 from turboesm_cli.journal import Journal
 
 Tensors = dict[str, Tensor]
@@ -31,7 +45,12 @@ Tensors = dict[str, Tensor]
 TOTALS_SHARE = 0.2
 """About how much of the time may go into saving totals: where they are large, not every unit saves them."""
 
+Run = Mapping[str, str]
+"""All that an output follows from, by name, in words."""
 RUN = "run"
+DEVICE = "device"
+"""The one part of a run that its work may go on without."""
+THEN = ", then "
 _PARTS = ".turboesm-*.part"
 
 
@@ -49,6 +68,15 @@ class Work:
     def __contains__(self, name: str) -> bool:
         """Whether there are tensors saved as `name`."""
         return False
+
+    def resumed(self, name: str) -> bool:
+        """Whether the tensors saved as `name` are of an earlier run."""
+        return False
+
+    @property
+    def devices(self) -> str:
+        """The devices that the work was done on, where they are more than one, else ""."""
+        return ""
 
     def total(self, name: str) -> Tensors:
         """The running total saved as `name`; empty where there is none."""
@@ -80,7 +108,9 @@ class SavedWork(Work):
 
     def unit(self, name: str, compute: Callable[[], Tensors]) -> Tensors:
         if name in self._journal:
-            return _load(self._journal.read(name))
+            with _disk(self._folder):
+                data = self._journal.read(name)
+            return _load(data)
         tensors = compute()
         with _disk(self._folder):
             self._journal.append(name, safetensors.torch.save(_plain(tensors)))
@@ -88,6 +118,14 @@ class SavedWork(Work):
 
     def __contains__(self, name: str) -> bool:
         return name in self._journal
+
+    def resumed(self, name: str) -> bool:
+        return self._journal.found(name)
+
+    @property
+    def devices(self) -> str:
+        found = self._run().get(DEVICE, "")
+        return found if THEN in found else ""
 
     def total(self, name: str) -> Tensors:
         path = self._folder / f"{name}.total"
@@ -107,21 +145,35 @@ class SavedWork(Work):
     def under(self, prefix: str) -> Work:
         return _Under(self, prefix)
 
-    def other_run(self, run: Mapping[str, str]) -> str:
-        """What of `run` differs from the run that these units belong to; "" where nothing does."""
-        try:
-            found = dict(json.loads(self._journal.read(RUN)))
-        except (KeyError, ValueError, TypeError, RecursionError):
-            return "its kind" if len(self._journal) else ""
-        names = sorted({name for name in {*found, *run} if found.get(name) != run.get(name)})
-        return "; ".join(f"{name}: {_short(found.get(name))}, not {_short(run.get(name))}" for name in names)
+    def other_run(self, run: Run) -> dict[str, str]:
+        """What of `run` differs from the run that these units belong to, as in `differences`."""
+        found = self._run()
+        if not found and len(self._journal):
+            return {"kind": "its kind"}
+        return differences(found, run)
 
-    def begin(self, run: Mapping[str, str]) -> None:
+    def begin(self, run: Run, overwrites: bool = False) -> None:
         """Forget everything, and start on `run`."""
         self._journal.clear()
-        for path in self._folder.glob("*.total"):
-            path.unlink()
+        for path in (*self._folder.glob("*.total"), self._folder / OVERWRITES):
+            path.unlink(missing_ok=True)
+        if overwrites:
+            (self._folder / OVERWRITES).touch()
         self._journal.append(RUN, json.dumps(dict(run), sort_keys=True).encode())
+
+    def go_on_at(self, device: str) -> None:
+        """Record that the work, which other devices began, goes on with `device`."""
+        run = self._run()
+        if device not in run[DEVICE].split(THEN):
+            self._journal.append(
+                RUN, json.dumps(run | {DEVICE: run[DEVICE] + THEN + device}, sort_keys=True).encode()
+            )
+
+    def _run(self) -> dict[str, str]:
+        try:
+            return {str(name): str(value) for name, value in json.loads(self._journal.read(RUN)).items()}
+        except (KeyError, ValueError, AttributeError, RecursionError):
+            return {}
 
     def close(self) -> None:
         """Close the journal, its last units synced."""
@@ -140,6 +192,13 @@ class _Under(Work):
     def __contains__(self, name: str) -> bool:
         return f"{self._prefix}-{name}" in self._whole
 
+    def resumed(self, name: str) -> bool:
+        return self._whole.resumed(f"{self._prefix}-{name}")
+
+    @property
+    def devices(self) -> str:
+        return self._whole.devices
+
     def total(self, name: str) -> Tensors:
         return self._whole.total(f"{self._prefix}-{name}")
 
@@ -150,23 +209,86 @@ class _Under(Work):
         return _Under(self._whole, f"{self._prefix}-{prefix}")
 
 
+@dataclass(frozen=True)
+class Policy:
+    """What becomes of an output that is there already, and of unfinished work on it.
+
+    force     overwrite the output, and start anew
+    skip      leave an output alone that is of the same run, and record of which run a new one is
+    anywhere  go on with work that was begun on another device
+    """
+
+    force: bool = False
+    skip: bool = False
+    anywhere: bool = False
+
+
+NO_LEAVE = Policy()
+
+
+def differences(found: Run, run: Run) -> dict[str, str]:
+    """What of two runs differs, by name, in words."""
+    names = sorted(name for name in {*found, *run} if found.get(name) != run.get(name))
+    return {name: f"{name}: {_short(found.get(name))}, not {_short(run.get(name))}" for name in names}
+
+
+def is_done(path: Path, run: Run) -> bool:
+    """Whether output `path` is there, finished by this very `run`, and is as that left it.
+
+    False where there is none, or where unfinished work would go on to it. Raises OutputError where it is another
+    run's, or nothing says whose it is.
+    """
+    if not path.exists() or work_folder(path).exists():
+        return False
+    try:
+        done = json.loads(done_record(path).read_bytes())
+        other = differences(done["run"], run)
+        same = done["sha256"] == _sha256(path)
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        raise OutputError(
+            f"{path} exists, and no {done_record(path).name} says of which run it is; {_INSTEAD}"
+        ) from None
+    if other:
+        raise OutputError(f"{path} exists, of another run ({'; '.join(other.values())}); {_INSTEAD}")
+    if not same:
+        raise OutputError(f"{path} was changed since the run that wrote it; {_INSTEAD}")
+    return True
+
+
+_INSTEAD = "pass --force to overwrite it, or choose another output path"
+
+
+def done_record(path: Path) -> Path:
+    """The file that says of which run a finished output is."""
+    return path.with_name(f"{path.name}.done")
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
 @contextmanager
-def saved_work(path: Path, run: Mapping[str, str], force: bool = False) -> Iterator[SavedWork]:
+def saved_work(path: Path, run: Run, policy: Policy = NO_LEAVE) -> Iterator[SavedWork]:
     """The work on output `path`, locked; `run` is all that the output follows from, in words.
 
     Left without an exception (the output is published by then) the folder goes. Left with one, it stays if a
     unit is saved, and the exception gets a note that says how to go on; except where the same command would only
-    fail again. Raises OutputError where `path` may not
-    be written, where another process works on it, or where another run's work is there and `force` is not set.
+    fail again. Raises OutputError where `path` may not be written, where another process works on it, or where
+    another run's work is there and `policy` does not say what to do.
     """
     folder = work_folder(path)
     with locked(folder / "lock", path):
-        check_output(path, force)  # another process may have finished it since the last look
         with _disk(folder):
-            work = _opened(folder, run, force)
+            work = _opened(folder, path, run, policy)
         kept = False
         try:
             yield work
+            if policy.skip:
+                done = {"run": dict(run), "sha256": _sha256(path)}
+                write_text(done_record(path), json.dumps(done, indent=1, sort_keys=True) + "\n")
+            else:
+                done_record(path).unlink(missing_ok=True)  # of an earlier output
         except BaseException as error:
             kept = work.units > 0 and not isinstance(error, _HOPELESS)
             if kept:
@@ -175,31 +297,46 @@ def saved_work(path: Path, run: Mapping[str, str], force: bool = False) -> Itera
         finally:
             with contextlib.suppress(OSError):
                 work.close()
-            if not kept:
+            if not kept and is_held(path):
                 _clear(folder)
 
 
 def _clear(folder: Path) -> None:
     """Remove what is ours, and the folder unless something else is in it."""
+    ours = (
+        folder / "journal",
+        folder / OVERWRITES,
+        *folder.glob("*.total"),
+        *folder.glob(_PARTS),
+        folder / "lock",
+    )
     with contextlib.suppress(OSError):
-        for path in (folder / "journal", *folder.glob("*.total"), *folder.glob(_PARTS), folder / "lock"):
+        for path in ours:
             path.unlink(missing_ok=True)
         folder.rmdir()
 
 
-def _opened(folder: Path, run: Mapping[str, str], force: bool) -> SavedWork:
+def _opened(folder: Path, path: Path, run: Run, policy: Policy) -> SavedWork:
     for stale in folder.glob(_PARTS):
         stale.unlink()
     work = SavedWork(folder)
     try:
-        difference = work.other_run(run)
-        if difference and work.units and not force:
+        other = work.other_run(run) if work.units else {}
+        going_on = work.units > 0 and not policy.force
+        # another process may have finished the output since the last look; a run that was killed between that and
+        # clearing up goes on, and writes it again
+        own = going_on and not other and (policy.skip or overwrites(path))
+        check_output(path, policy.force or own)
+        if going_on and policy.anywhere and {*other} == {DEVICE}:
+            work.go_on_at(run[DEVICE])
+        elif going_on and other:
+            mending = "--resume-anywhere to go on all the same, " if {*other} == {DEVICE} else ""
             raise OutputError(
-                f"{folder} holds unfinished work of another run ({difference}); give the same options to go on, "
-                "--force to start anew, or another output path"
+                f"{folder} holds unfinished work of another run ({'; '.join(other.values())}); give the same "
+                f"options to go on, {mending}--force to start anew, or another output path"
             )
-        if difference or not work.units:
-            work.begin(run)
+        elif not going_on:
+            work.begin(run, overwrites=policy.force and path.exists())
     except BaseException:
         work.close()
         raise

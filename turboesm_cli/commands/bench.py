@@ -12,7 +12,6 @@ from turboesm_cli import console
 from turboesm_cli.commands import options
 from turboesm_cli.commands.reading import Reading
 from turboesm_cli.errors import InputError
-from turboesm_cli.files import check_output
 from turboesm_cli.sequences import MAX_RESIDUES, RECORD_CAP
 
 if TYPE_CHECKING:
@@ -87,6 +86,8 @@ def bench(
     device: options.Device = "auto",
     json: options.Json = False,
     force: options.Force = False,
+    if_done: options.IfDone = "refuse",
+    resume_anywhere: options.ResumeAnywhere = False,
 ) -> None:
     """Measure what recipes cost in accuracy and save in memory, on proteins that took no part in calibration.
 
@@ -99,8 +100,12 @@ def bench(
     """
     from turboesm_cli.results import to_records, write_csv
 
-    if not (throughput and plan):
-        check_output(output, force)
+    kept = options.Kept(output, force, if_done, resume_anywhere, writes=not (throughput and plan))
+    if (throughput or kernels) and (if_done == "skip" or resume_anywhere):
+        raise typer.BadParameter(
+            "timings are not resumed: leave out --if-done and --resume-anywhere",
+            param_hint="--throughput, --kernels",
+        )
     if throughput:
         from turboesm_cli.commands.throughput import Wanted, bench_throughput
 
@@ -126,7 +131,10 @@ def bench(
         "measured": "ablation" if ablate else ", ".join(_sources(chosen, bundle)),
     }
     inputs = _digest([learned, *sets.values()])
-    with options.unfinished_work(output, force, "bench", loaded, inputs, **described) as work:
+    run = options.run_of("bench", loaded, inputs, **described)
+    if kept.is_done(run):
+        return
+    with kept.work(run) as work:
         if ablate:
             rows, tables = _ablate(loaded, learned, sets, work)
         else:
@@ -159,6 +167,7 @@ def _bench_kernels(output: Path) -> None:
         rows.append(row)
         console.say(f"{row.model} {row.tokens} {row.recipe} {row.metric} {row.value:.4g} {row.unit}")
     write_csv(output, rows)
+    console.files.append(output)
     cells = [[row.model, str(row.tokens), row.recipe, row.metric, f"{row.value:.4g} {row.unit}"] for row in rows]
     console.print_table("Kernels", ["shape", "tokens", "what", "figure", "value"], cells)
     title = "Fastest fp16 attention's time over ours, 3 bits: above 1, packed is faster"

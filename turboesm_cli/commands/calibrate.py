@@ -10,7 +10,6 @@ import typer
 from turboesm_cli import console
 from turboesm_cli.commands import options
 from turboesm_cli.commands.reading import Reading
-from turboesm_cli.files import check_output
 from turboesm_cli.sequences import LongPolicy, digest
 
 
@@ -42,6 +41,8 @@ def calibrate(
     rejects: options.Rejects = None,
     device: options.Device = "auto",
     force: options.Force = False,
+    if_done: options.IfDone = "refuse",
+    resume_anywhere: options.ResumeAnywhere = False,
 ) -> None:
     """Learn a codec for a model's keys and values from real proteins; write it as a .tqz bundle.
 
@@ -56,16 +57,16 @@ def calibrate(
 
     chosen = with_bits(with_bits(parse_recipe(recipe), bits, bits), bits_k, bits_v)
     if output is not None:
-        check_output(output, force)
+        options.Kept(output, force, if_done, resume_anywhere)
     proteins = Reading(strict, long, max_proteins, rejects).proteins(fasta)
     loaded = options.open_model(model, device)
     path = output or Path(f"{loaded.name}-{chosen.name}.tqz")
-    check_output(path, force)
-    with options.unfinished_work(
-        path, force, "calibrate", loaded, digest(proteins), recipe=chosen.as_dict()
-    ) as work:
-        with console.progress("calibrating", len(proteins)) as tick:
-            bundle = learn(loaded, proteins, chosen, tick, work)
-        write_bundle(path, bundle)
-    console.say(f"{len(proteins)} proteins, {bundle.calibration.tokens:,} tokens, recipe {chosen.name}")
-    console.out.print(str(path), markup=False, emoji=False)
+    kept = options.Kept(path, force, if_done, resume_anywhere)
+    run = options.run_of("calibrate", loaded, digest(proteins), recipe=chosen.as_dict())
+    if not kept.is_done(run):
+        with kept.work(run) as work:
+            with console.progress("calibrating", len(proteins)) as tick:
+                bundle = learn(loaded, proteins, chosen, tick, work)
+            write_bundle(path, bundle, work.devices)
+        console.say(f"{len(proteins)} proteins, {bundle.calibration.tokens:,} tokens, recipe {chosen.name}")
+    console.print_line(str(path))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -14,7 +14,6 @@ from turboesm_cli import console
 from turboesm_cli.commands import options
 from turboesm_cli.commands.reading import Reading, hashed_bundle
 from turboesm_cli.errors import InputError
-from turboesm_cli.files import check_output
 from turboesm_cli.sequences import MAX_RESIDUES, RECORD_CAP, LongPolicy, Protein
 
 if TYPE_CHECKING:
@@ -30,6 +29,7 @@ if TYPE_CHECKING:
     from turboesm_cli.workload import Workload
 
 KV = Literal["packed", "fp32", "fp16", "bf16", "int8", "fp8"]
+_OF_OUTPUTS = ["--if-done", "--resume-anywhere"]
 LARGEST_BATCH = 256
 """Sequences at once that a GPU is given where --batch does not say."""
 
@@ -75,6 +75,8 @@ def decode(
     device: options.Device = "auto",
     json: options.Json = False,
     force: options.Force = False,
+    if_done: options.IfDone = "refuse",
+    resume_anywhere: options.ResumeAnywhere = False,
 ) -> None:
     """Prefill each protein's prompt, then decode token by token from the cache, all layers quantized.
 
@@ -93,8 +95,13 @@ def decode(
     """
     from turboesm_cli.work import NOTHING_KEPT
 
+    kept = None
     if output is not None and not plan:
-        check_output(output, force)
+        kept = options.Kept(output, force, if_done, resume_anywhere)
+    elif output is None and (if_done == "skip" or resume_anywhere):
+        raise typer.BadParameter(
+            "go with an output that work is kept for: name one with -o", param_hint=_OF_OUTPUTS
+        )
     codec, sha256 = hashed_bundle(bundle)
     with ExitStack() as stack:
         reading = Reading(strict, long, max_proteins, rejects)
@@ -107,17 +114,18 @@ def decode(
         loaded = options.open_model(model, device, codec, dtype)
         codec.check_model(loaded, bundle)
         own = next(item for item in plans if item.kind == kv)
-        saved = NOTHING_KEPT
-        if output is not None:
-            sampling = f"{generate} residues, {temperature:g}, {top_p:g}, seed {seed}" if generate else "none"
-            described = {"bundle": sha256[:16], "cache": kv, "dtype": dtype, "sampling": sampling}
-            kept = options.unfinished_work(output, force, "decode", loaded, work.sha256, **described)
-            saved = stack.enter_context(kept)
-        run = _Run(codec, loaded, work, saved, kv, _slots(batch, own, work, loaded), own.context)
-        if generate:
-            _generate(run, generate, temperature, top_p, seed, output)
-        else:
-            _compare(run, output, json)
+        sampling = f"{generate} residues, {temperature:g}, {top_p:g}, seed {seed}" if generate else "none"
+        described = {"bundle": sha256[:16], "cache": kv, "dtype": dtype, "sampling": sampling}
+        whole = options.run_of("decode", loaded, work.sha256, **described)
+        if kept is not None and kept.is_done(whole):
+            return
+        with kept.work(whole) if kept is not None else nullcontext(NOTHING_KEPT) as saved:
+            run = _Run(codec, loaded, work, saved, kv, _slots(batch, own, work, loaded), own.context)
+            if generate:
+                show = _generate(run, generate, temperature, top_p, seed, output)
+            else:
+                show = _compare(run, output, json)
+        show()
 
 
 def _workload(
@@ -227,25 +235,29 @@ class _Run:
         )
 
 
-def _compare(run: _Run, output: Path | None, as_json: bool) -> None:
+def _compare(run: _Run, output: Path | None, as_json: bool) -> Callable[[], None]:
+    """Figures, in a file if there is `output`; what prints them is given back."""
     from turboesm_cli.results import csv_rows, to_record, write_csv
     from turboesm_cli.summaries import Context, Summary
 
     recipe = run.bundle.spec.recipe
-    context = Context(run.model, inputs=run.work.sha256[:16], prompt=run.work.prompt)
+    context = Context(run.model, 0, run.work.sha256[:16], run.work.prompt, run.saved.devices)
     summary = Summary(context, recipe if run.kv == "packed" else run.kv)
     rows = _compared(run, summary)
     if output is not None:
         write_csv(output, rows)
         console.say(f"figures of {summary.count} proteins in {output}")
-        rows = csv_rows(output) if as_json else rows
-    if as_json:
-        console.print_json_rows(map(to_record, rows))
-    else:
+
+    def show() -> None:
+        if as_json:
+            console.print_json_rows(map(to_record, csv_rows(output) if output is not None else rows))
+            return
         for _ in rows:  # where nothing has asked for them yet
             pass
         title = f"{run.model.name}, recipe {recipe.name}, {run.kv} cache"
         console.print_table(title, *summary.table(run.kv))
+
+    return show
 
 
 def _compared(run: _Run, summary: Summary) -> Iterator[ResultRow]:
@@ -262,13 +274,18 @@ def _compared(run: _Run, summary: Summary) -> Iterator[ResultRow]:
 
     with console.progress("decoding tokens", run.work.decoded) as tick:
         batch = run.batch(lambda slots: Forced.of(run.model, slots, run.work.longest, predict), tick)
-        for prompt, held in decoded(batch, run.work.prompts, finish, run.saved):
+        for index, (prompt, held) in enumerate(decoded(batch, run.work.prompts, finish, run.saved)):
+            if run.saved.resumed(str(index)):
+                tick(prompt.protein.residues + 2 - prompt.cached, again=True)
             result, drift = from_tensors(held, [prompt.protein] * 2)
             yield from summary.add(result, drift)
     yield from summary.rows()
 
 
-def _generate(run: _Run, count: int, temperature: float, top_p: float, seed: int, output: Path | None) -> None:
+def _generate(
+    run: _Run, count: int, temperature: float, top_p: float, seed: int, output: Path | None
+) -> Callable[[], None]:
+    """As `_compare`, of sampled sequences: printed where there is no `output`."""
     from turboesm_cli.generation import Sampling
     from turboesm_cli.sequences import write_fasta
 
@@ -277,9 +294,12 @@ def _generate(run: _Run, count: int, temperature: float, top_p: float, seed: int
     if output is not None:
         write_fasta(output, sampled)
         console.say(f"{run.work.count} sequences in {output}")
-        return
-    for protein in sampled:
-        console.out.print(f">{protein.accession} {protein.description}\n{protein.sequence}", markup=False)
+
+    def show() -> None:
+        for protein in sampled:
+            console.print_line(f">{protein.accession} {protein.description}\n{protein.sequence}")
+
+    return show
 
 
 def _sampled(run: _Run, count: int, sampling: Sampling, seed: int) -> Iterator[Protein]:
@@ -295,6 +315,8 @@ def _sampled(run: _Run, count: int, sampling: Sampling, seed: int) -> Iterator[P
         batch = run.batch(lambda slots: Sampled.of(run.model, slots, count, sampling, seed), tick)
         results = decoded(batch, run.work.prompts, finish, run.saved, count)
         for index, (prompt, held) in enumerate(results):
+            if run.saved.resumed(str(index)):
+                tick(count, again=True)
             residues = detokenize(held["ids"].tolist())
             note = f"prompt={prompt.cached - 1} sampled={count} seed={seed + index} kv={run.kv}"
             yield Protein(prompt.protein.accession, note, prompt.text + residues)

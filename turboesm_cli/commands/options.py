@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from turboesm_cli import console
-from turboesm_cli.files import work_folder
+from turboesm_cli.files import check_output, overwrites, work_folder
 from turboesm_cli.sequences import LongPolicy
 
 if TYPE_CHECKING:
@@ -29,7 +30,24 @@ Model = Annotated[
     ),
 ]
 Device = Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:1 or auto (CUDA where there is one).")]
-Force = Annotated[bool, typer.Option("--force", "-f", help="Overwrite the output, and unfinished work on it.")]
+Force = Annotated[
+    bool, typer.Option("--force", "-f", help="Overwrite the output, and start anew on unfinished work.")
+]
+IfDone = Annotated[
+    Literal["refuse", "skip"],
+    typer.Option(
+        "--if-done",
+        help="What to do where this very run has written the output before: skip ends with exit code 0. "
+        "With skip, OUTPUT.done says of which run an output is.",
+    ),
+]
+ResumeAnywhere = Annotated[
+    bool,
+    typer.Option(
+        "--resume-anywhere",
+        help="Go on with work that was begun on another device, or with other threads; results name both.",
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print results as JSON on stdout instead of tables.")]
 Strict = Annotated[bool, typer.Option("--strict", help="Stop at the first record to mend or to skip.")]
 Long = Annotated[LongPolicy, typer.Option("--long", help="Proteins of more than 1022 residues.")]
@@ -50,49 +68,116 @@ Dtype = Annotated[DtypeName, typer.Option("--dtype", help="Of the model's weight
 
 def open_model(name: str | None, device: str, bundle: Bundle | None = None, dtype: DtypeName = "fp32") -> EsmModel:
     """Load the model of --model or $TURBOESM_MODEL, else the bundle's if it is official, else the embedded one."""
+    import torch
+
     from turboesm_cli.checkpoints import EMBEDDED
     from turboesm_cli.formats import FORMATS
     from turboesm_cli.model import load_model
     from turboesm_cli.shapes import official_name
 
     default = bundle.model_name if bundle and official_name(bundle.model_name) else EMBEDDED
-    chosen = (os.environ.get("TURBOESM_MODEL") or default) if name is None else name
+    chosen = (_at_home(os.environ.get("TURBOESM_MODEL", "")) or default) if name is None else name
     model = load_model(chosen, device, FORMATS[dtype].dtype)
     shape = model.shape
-    console.say(
-        f"model: {model.name} ({shape.layers} layers, {shape.heads} heads of {shape.head_dim}) on {model.device}"
-    )
+    where = f"{model.device}, {torch.get_num_threads()} threads" if model.device.type == "cpu" else model.device
+    console.say(f"model: {model.name} ({shape.layers} layers, {shape.heads} heads of {shape.head_dim}) on {where}")
     if model.note:
         console.say(f"       {model.note}")
     return model
 
 
-@contextmanager
-def unfinished_work(
-    path: Path, force: bool, command: str, model: EsmModel, proteins: str, **options: object
-) -> Iterator[SavedWork]:
-    """The work on output `path`, locked and gone on with where it was stopped.
+class Kept:
+    """What --force, --if-done and --resume-anywhere say of an output `path` that is there, or was begun."""
 
-    What the output follows from: the command, the model, the device, `proteins` (a digest), and `options`.
-    """
+    def __init__(self, path: Path, force: bool, if_done: str, anywhere: bool, writes: bool = True) -> None:
+        if force and (if_done == "skip" or anywhere):
+            other = "--if-done skip" if if_done == "skip" else "--resume-anywhere"
+            raise typer.BadParameter(f"starts anew, which {other} is not to; leave one out", param_hint="--force")
+        self._path, self._force, self._skip, self._anywhere = path, force, if_done == "skip", anywhere
+        if writes:
+            check_output(path, force or self._skip or overwrites(path))
+
+    def is_done(self, run: Mapping[str, str]) -> bool:
+        """Whether the output is there, of this very `run` (see `run_of`), and is to be left alone.
+
+        Raises OutputError where it is of another.
+        """
+        from turboesm_cli.work import is_done
+
+        done = self._skip and is_done(self._path, run)
+        if done:
+            console.files.append(self._path)
+            console.say(f"{self._path} is there from this very run; nothing to do")
+        return done
+
+    @contextmanager
+    def work(self, run: Mapping[str, str]) -> Iterator[SavedWork]:
+        """The work on the output, locked and gone on with where it was stopped."""
+        from turboesm_cli.work import Policy, saved_work
+
+        policy = Policy(self._force, self._skip, self._anywhere)
+        with saved_work(self._path, run, policy) as work:
+            if work.units:
+                devices = f", done on {work.devices}" if work.devices else ""
+                console.say(
+                    f"going on with the unfinished work in {work_folder(self._path)}: "
+                    f"{work.units} units are done{devices}"
+                )
+            yield work
+        console.files.append(self._path)
+
+
+def run_of(command: str, model: EsmModel, proteins: str, **options: object) -> dict[str, str]:
+    """All that an output follows from, by name: command, model, device, a digest of proteins, and `options`."""
     import torch
 
     from turboesm_cli import __version__
     from turboesm_cli.identity import code_digest
     from turboesm_cli.summaries import device_name
-    from turboesm_cli.work import saved_work
 
-    run = {name.replace("_", " "): str(value) for name, value in options.items()} | {
+    return {name.replace("_", " "): str(value) for name, value in options.items()} | {
         "command": command,
         "model": f"{model.name} {model.fingerprint[:16]}",
         "device": device_name(model.device),
         "proteins": proteins[:16],
         "version": f"turboesm {__version__} ({code_digest()[:8]}), torch {torch.__version__}",
     }
-    with saved_work(path, run, force) as work:
-        if work.units:
-            console.say(f"going on with the unfinished work in {work_folder(path)}: {work.units} units are done")
-        yield work
+
+
+def check_values(ctx: Any, parameters: Sequence[Any]) -> None:
+    """What holds for the options and arguments of every command, once they are read.
+
+    `~` and `~user` mean a home folder wherever a path may begin, which shells leave alone in `--output=~/x`.
+    `inf` and `nan` are numbers to the command line, but not to what is done with them. Raises BadParameter.
+    """
+    for parameter in parameters:
+        if parameter.name in ctx.params and parameter.name not in _PLAIN_TEXT:
+            try:
+                ctx.params[parameter.name] = _checked(ctx.params[parameter.name])
+            except ValueError as error:
+                raise typer.BadParameter(str(error), ctx=ctx, param=parameter) from error
+
+
+_PLAIN_TEXT = {"title"}
+
+
+def _checked(value: Any) -> Any:
+    if isinstance(value, list | tuple):
+        return type(value)(_checked(item) for item in value)
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"{value} is no finite number")
+    if isinstance(value, Path):
+        return Path(_at_home(str(value)))
+    if type(value) is str and "~" in value:
+        return ",".join(_at_home(part) for part in value.split(","))
+    return value
+
+
+def _at_home(path: str) -> str:
+    found = os.path.expanduser(path)  # noqa: PTH111 - which leaves alone what it does not know
+    if found == path and path.startswith("~"):
+        raise ValueError(f"{path}: there is no user of that name; write ./{path} for a file of that name")
+    return found
 
 
 def default_output(source: str, suffix: str) -> Path:

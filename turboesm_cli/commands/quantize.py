@@ -11,7 +11,6 @@ import typer
 from turboesm_cli import console
 from turboesm_cli.commands import options
 from turboesm_cli.commands.reading import Reading, hashed_bundle
-from turboesm_cli.files import check_output
 from turboesm_cli.sequences import LongPolicy
 
 if TYPE_CHECKING:
@@ -38,6 +37,8 @@ def quantize(
     device: options.Device = "auto",
     json: options.Json = False,
     force: options.Force = False,
+    if_done: options.IfDone = "refuse",
+    resume_anywhere: options.ResumeAnywhere = False,
 ) -> None:
     """Encode proteins with ESM-2 (exactly), pack their keys and values, and say what the caches hold.
 
@@ -54,24 +55,27 @@ def quantize(
     from turboesm_cli.workload import of_proteins
 
     path = output or options.default_output(fasta, ".tqkv")
-    check_output(path, force)
+    kept = options.Kept(path, force, if_done, resume_anywhere)
     rule = storable(parse_prompt(prompt))
     codec, source = hashed_bundle(bundle)
     todo = of_proteins(Reading(strict, long, max_proteins, rejects).stream(fasta), rule, codec)
     check_longest(codec, todo.longest)
     loaded = options.open_model(model, device, codec)
     codec.check_model(loaded, bundle)
+    run = options.run_of("quantize", loaded, todo.sha256, bundle=source[:16])
+    if kept.is_done(run):
+        return
     tally = Tally()
 
     def caches(work: Work) -> Iterator[CachedProtein]:
         with console.progress("packing", todo.count) as tick:
-            for item in cache_proteins(loaded, codec.spec, todo.prompts(), work):
+            for index, item in enumerate(cache_proteins(loaded, codec.spec, todo.prompts(), work)):
                 tally.add(memory_of(codec.spec, item.protein.accession, item.cached, item.nbytes))
                 yield item
-                tick()
+                tick(again=work.resumed(str(index)))
 
-    with options.unfinished_work(path, force, "quantize", loaded, todo.sha256, bundle=source[:16]) as work:
-        write_packfile(path, codec, source, caches(work))
+    with kept.work(run) as work:
+        write_packfile(path, codec, source, caches(work), work.devices)
     if json:
         _print_json(path, codec.spec)
     else:

@@ -61,7 +61,8 @@ def report(
         write_text(output.parent / name, text)
     # The page comes last: where it exists, all that it shows exists.
     write_text(output, page.text)
-    console.out.print(str(output), markup=False, emoji=False)
+    console.files.append(output)
+    console.print_line(str(output))
 
 
 def _inventory(paths: list[Path], as_json: bool) -> None:

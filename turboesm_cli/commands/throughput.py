@@ -64,6 +64,7 @@ def bench_throughput(wanted: Wanted) -> None:
     made = rows(model, found, largest)
     if made:
         write_csv(wanted.output, made)
+        console.files.append(wanted.output)
     if wanted.json:
         console.print_json(to_records(made))
     else:

@@ -206,7 +206,7 @@ def test_network_shares_know_less(share: str, decode: list[str], tmp_path: Path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out.csv", "share"]
 
 
-@pytest.mark.parametrize("mebibytes", [300, 1500, 2500])
+@pytest.mark.parametrize("mebibytes", [300, 720, 1500])
 def test_too_little_memory_is_one_line(mebibytes: int, decode: list[str], tmp_path: Path) -> None:
     limit = mebibytes << 20
     done = run(*decode, cwd=tmp_path, before=lambda: resource.setrlimit(resource.RLIMIT_AS, (limit, limit)))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import re
+import resource
 import shlex
 import signal
 import sys
@@ -29,6 +30,9 @@ from turboesm_cli.streams import NoResultsWanted, ReaderGone, ResultsLost
 INTERRUPTED, TERMINATED = 130, 143
 TERMINATING = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU)
 """What schedulers send before they kill: Slurm what --signal names, Grid Engine SIGUSR1, SIGUSR2 and SIGXCPU."""
+
+LEAST_ADDRESS_SPACE = 700 << 20
+"""Bytes. With less, libraries that torch loads end the process, each in its own words."""
 
 EPILOG = (
     "Exit codes: 0 success, 1 a defect of turboesm, 2 wrong command line, 3 unusable input file, 4 model, "
@@ -70,7 +74,16 @@ class _Commands(typer.core.TyperGroup):
 
 
 class _Command(typer.core.TyperCommand):
-    """A command whose options are checked as one."""
+    """A command whose options are checked as one, and that has the room to run at all."""
+
+    def invoke(self, ctx: Any) -> Any:
+        limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+        if 0 <= limit < LEAST_ADDRESS_SPACE:
+            raise DeviceError(
+                f"this shell allows {limit >> 20:,} MiB of memory, and torch alone takes about "
+                f"{LEAST_ADDRESS_SPACE >> 20:,}: raise the limit (ulimit -v, or the job's memory)"
+            )
+        return super().invoke(ctx)
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         rest = super().parse_args(ctx, args)

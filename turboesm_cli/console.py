@@ -85,8 +85,11 @@ def fail(message: str) -> None:
     """Print an error to stderr, on one line."""
     line = _shown(" ".join(message.split()))
     log(f"error: {line}")
-    err.print("[red]error:[/red]", end=" ")
-    err.print(line, markup=False, emoji=False)
+    try:
+        err.print("[red]error:[/red]", end=" ", emoji=False)
+        err.print(line, markup=False, emoji=False)
+    except MemoryError:  # which may be what there is to tell
+        sys.stderr.write(f"error: {line}\n")
 
 
 def print_line(text: str) -> None:

@@ -147,10 +147,10 @@ class SavedWork(Work):
 
     def other_run(self, run: Run) -> dict[str, str]:
         """What of `run` differs from the run that these units belong to, as in `differences`."""
-        found = self._run()
-        if not found and len(self._journal):
+        try:
+            return differences(self._run(), run)
+        except OutputError:
             return {"kind": "its kind"}
-        return differences(found, run)
 
     def begin(self, run: Run, overwrites: bool = False) -> None:
         """Forget everything, and start on `run`."""
@@ -172,8 +172,10 @@ class SavedWork(Work):
     def _run(self) -> dict[str, str]:
         try:
             return {str(name): str(value) for name, value in json.loads(self._journal.read(RUN)).items()}
-        except (KeyError, ValueError, AttributeError, RecursionError):
-            return {}
+        except (KeyError, ValueError, AttributeError, RecursionError) as error:
+            raise OutputError(
+                f"{self._folder} does not say of which run it is; start anew with --force"
+            ) from error
 
     def close(self) -> None:
         """Close the journal, its last units synced."""

@@ -76,7 +76,7 @@ def open_model(name: str | None, device: str, bundle: Bundle | None = None, dtyp
     from turboesm_cli.shapes import official_name
 
     default = bundle.model_name if bundle and official_name(bundle.model_name) else EMBEDDED
-    chosen = (_at_home(os.environ.get("TURBOESM_MODEL", "")) or default) if name is None else name
+    chosen = (os.environ.get("TURBOESM_MODEL") or default) if name is None else name
     model = load_model(chosen, device, FORMATS[dtype].dtype)
     shape = model.shape
     where = f"{model.device}, {torch.get_num_threads()} threads" if model.device.type == "cpu" else model.device

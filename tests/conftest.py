@@ -13,10 +13,10 @@ import pytest
 import torch
 from hypothesis import settings
 
-from turboesm_cli.codec import RECIPES, CodecSpec, LayerSpec, fit
-from turboesm_cli.model import EsmModel, load_model
-from turboesm_cli.sequences import Protein, read_fasta
-from turboesm_cli.stats import collect
+from turboesm_cli.codec.fit import RECIPES, CodecSpec, LayerSpec, fit
+from turboesm_cli.models.esm2 import EsmModel, load_model
+from turboesm_cli.sequences.fasta import Protein, read_fasta
+from turboesm_cli.statistics.collect import collect
 
 settings.register_profile("house", deadline=None)
 settings.register_profile("search", max_examples=20_000, deadline=None, print_blob=True)

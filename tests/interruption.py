@@ -91,9 +91,9 @@ _forks = multiprocessing.get_context("forkserver")
 _forks.set_forkserver_preload(
     [
         "turboesm_cli.app",
-        "turboesm_cli.calibration",
-        "turboesm_cli.benchmark",
-        "turboesm_cli.packfile",
+        "turboesm_cli.codec.calibration",
+        "turboesm_cli.evaluation.accuracy",
+        "turboesm_cli.cache.cache_file",
         "torch._dynamo",
     ]
 )

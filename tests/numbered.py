@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 from torch import Tensor
 
-from turboesm_cli.work import Tensors
+from turboesm_cli.outputs.work import Tensors
 
 
 def in_order(results: Iterable[tuple[int, Tensors]], name: str = "hidden") -> list[Tensor]:

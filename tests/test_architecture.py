@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import graphlib
 import subprocess
 import sys
 import time
@@ -15,56 +16,41 @@ ROOT = Path(__file__).resolve().parents[1]
 CLI = ROOT / "turboesm_cli"
 DATA = ROOT / "data"
 
-# Each module may import those before it, its own line included, and the leaves.
-LEAVES = {"__init__", "errors", "files", "metrics", "running", "timing", "console", "datasets", "identity"}
-LEAVES |= {"streams", "threads"}
-STAGES = [
-    {"inputs", "journal", "json_list", "lookalikes", "rejects", "seen", "tokens"},
-    {"sources"},
-    {"lines"},
-    {"records"},
-    {"archive", "quantizer", "results", "sequences", "work"},
-    {"formats", "lengths", "outcomes", "prompts", "variants"},
-    {"fair_esm", "shapes", "tables", "plots"},
-    {"weights"},
-    {"esm_config"},
-    {"hugging_face"},
-    {"checkpoints"},
-    {"model"},
-    {"decode", "dense", "figures", "pages"},
-    {"batching", "generation", "recipes"},
-    {"sensitivity", "axes", "allocation"},
-    {"sums"},
-    {"stats"},
-    {"moments"},
-    {"sides"},
-    {"codec"},
-    {"cache"},
-    {"bundle", "memory"},
-    {"calibration", "packfile"},
-    {"engine", "inventory"},
-    {"plan", "tasks"},
-    {"evaluation", "replay"},
-    {"prefill", "summaries", "workload"},
-    {"ablation", "benchmark", "throughput"},
-    {"crossover"},
-    {"paper_kernel", "synthetic"},
-    {"bench_kernels"},
-]
-WITHOUT_TORCH = {
-    "errors",
-    "files",
-    "console",
-    "identity",
-    "journal",
-    "json_list",
-    "sequences",
-    "results",
-    "figures",
-    "pages",
-    "tables",
-    "plots",
+FLOORS = (
     "app",
+    "commands",
+    "evaluation",
+    "engine",
+    "cache",
+    "codec",
+    "statistics",
+    "models",
+    "sequences",
+    "reporting",
+    "outputs",
+    "console",
+    "streams threads",
+    "errors",
+    "__init__",
+)
+"""Folders and modules of turboesm_cli from the top down, each importing from those below it and from itself; what
+shares a line imports nothing of each other. Imports inside functions and for type checkers count, too."""
+WITHOUT_TORCH = {
+    "app",
+    "console",
+    "errors",
+    "outputs.files",
+    "outputs.identity",
+    "outputs.journal",
+    "reporting.json_list",
+    "reporting.pages",
+    "reporting.plots",
+    "reporting.results",
+    "reporting.sections",
+    "reporting.tables",
+    "sequences.fasta",
+    "streams",
+    "threads",
 }
 
 
@@ -82,30 +68,49 @@ def imports(path: Path) -> set[str]:
     return found
 
 
-def stage_modules(path: Path) -> set[str]:
-    names = {name.split(".")[1] for name in imports(path) if name.startswith("turboesm_cli.")}
-    return {name for name in names if (CLI / f"{name}.py").exists()}
+CODE = sorted(CLI.rglob("*.py"))
 
 
-def rank(module: str) -> int:
-    return next((index for index, stage in enumerate(STAGES) if module in stage), -1)
+def module_of(path: Path) -> str:
+    """`cache.packed` of turboesm_cli/cache/packed.py."""
+    return ".".join(path.relative_to(CLI).with_suffix("").parts)
 
 
-@pytest.mark.parametrize("path", sorted(CLI.glob("*.py")), ids=lambda path: path.stem)
-def test_stages_import_leftward_only(path: Path) -> None:
-    if path.stem in {"app", "__init__"}:
-        return
-    assert path.stem in LEAVES or rank(path.stem) >= 0, f"name the stage of {path.stem} in STAGES"
-    for name in stage_modules(path):
-        assert name in LEAVES or (path.stem not in LEAVES and rank(name) <= rank(path.stem)), (
-            f"{path.stem} imports {name}"
+def own_imports(path: Path) -> set[str]:
+    """Modules of turboesm_cli that a file of it imports, as `module_of` names them."""
+    known = {module_of(other) for other in CODE}
+    names = {name.removeprefix("turboesm_cli.") for name in imports(path) if name.startswith("turboesm_cli.")}
+    return {name for name in names if name in known}
+
+
+def floor_of(module: str) -> int:
+    return next(index for index, names in enumerate(FLOORS) if module.split(".")[0] in names.split())
+
+
+@pytest.mark.parametrize("path", CODE, ids=module_of)
+def test_imports_go_down(path: Path) -> None:
+    here = module_of(path)
+    assert any(here.split(".")[0] in names.split() for names in FLOORS), f"name the floor of {here} in FLOORS"
+    for name in own_imports(path):
+        assert floor_of(name) > floor_of(here) or name.split(".")[0] == here.split(".")[0], (
+            f"{here} imports {name}"
         )
 
 
-@pytest.mark.parametrize("path", sorted(CLI.glob("*.py")), ids=lambda path: path.stem)
-def test_no_stage_imports_commands(path: Path) -> None:
-    if path.stem != "app":
-        assert not any(name.startswith(("turboesm_cli.commands", "turboesm_cli.app")) for name in imports(path))
+def test_nothing_imports_in_a_circle() -> None:
+    graphlib.TopologicalSorter({module_of(path): own_imports(path) for path in CODE}).prepare()  # or CycleError
+
+
+def test_the_house_is_no_tower() -> None:
+    """By what the code imports, and not by the list: the longest chain of folders that import each other."""
+    graph: dict[str, set[str]] = {}
+    for path in CODE:
+        here = module_of(path).split(".")[0]
+        graph.setdefault(here, set()).update({name.split(".")[0] for name in own_imports(path)} - {here})
+    height: dict[str, int] = {}
+    for folder in graphlib.TopologicalSorter(graph).static_order():
+        height[folder] = 1 + max((height[below] for below in graph.get(folder, ())), default=0)
+    assert max(height.values()) <= 12, height
 
 
 KERNEL_FILES = list((ROOT / "kernels" / "turboesm_kernels").glob("*.py"))

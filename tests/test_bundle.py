@@ -13,15 +13,15 @@ import pytest
 import safetensors.torch
 import torch
 
-from turboesm_cli.archive import MANIFEST, new_archive
-from turboesm_cli.bundle import KIND, PART, VERSION, Bundle, read_bundle, seen, write_bundle
-from turboesm_cli.cache import PackedCodec
-from turboesm_cli.calibration import calibrate
-from turboesm_cli.codec import RECIPES
-from turboesm_cli.decode import rope_at
+from turboesm_cli.cache.packed import PackedCodec
+from turboesm_cli.codec.bundle import KIND, PART, VERSION, Bundle, read_bundle, seen, write_bundle
+from turboesm_cli.codec.calibration import calibrate
+from turboesm_cli.codec.fit import RECIPES
 from turboesm_cli.errors import BundleError, TurboESMError
-from turboesm_cli.model import EsmModel, load_model
-from turboesm_cli.sequences import Protein
+from turboesm_cli.models.esm2 import EsmModel, load_model
+from turboesm_cli.models.forward import rope_at
+from turboesm_cli.outputs.archive import MANIFEST, new_archive
+from turboesm_cli.sequences.fasta import Protein
 
 
 @pytest.fixture(scope="module", params=list(RECIPES))

@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 import torch
 
-from turboesm_cli import decode
-from turboesm_cli.bundle import read_bundle, write_bundle
-from turboesm_cli.cache import (
+from turboesm_cli.cache.cache_file import CachedProtein, Packfile, StoredProtein, file_sha256, write_packfile
+from turboesm_cli.cache.dense import DenseCache
+from turboesm_cli.cache.formats import FORMATS
+from turboesm_cli.cache.packed import (
     PackedCache,
     PackedCodec,
     bytes_per_sequence,
@@ -20,16 +21,15 @@ from turboesm_cli.cache import (
     codec_nbytes,
     dense_bytes_per_sequence,
 )
-from turboesm_cli.calibration import calibrate
-from turboesm_cli.codec import RECIPES, CodecSpec, fit
-from turboesm_cli.dense import DenseCache
+from turboesm_cli.codec.bundle import read_bundle, write_bundle
+from turboesm_cli.codec.calibration import calibrate
+from turboesm_cli.codec.fit import RECIPES, CodecSpec, fit
+from turboesm_cli.engine.prefill import cache_protein
 from turboesm_cli.errors import BundleError
-from turboesm_cli.formats import FORMATS
-from turboesm_cli.model import EsmModel, load_model
-from turboesm_cli.packfile import CachedProtein, Packfile, StoredProtein, file_sha256, write_packfile
-from turboesm_cli.prefill import cache_protein
-from turboesm_cli.sequences import Protein
-from turboesm_cli.stats import collect, to_tokens
+from turboesm_cli.models import forward
+from turboesm_cli.models.esm2 import EsmModel, load_model
+from turboesm_cli.sequences.fasta import Protein
+from turboesm_cli.statistics.collect import collect, to_tokens
 
 BITS = [2, 3, 4]
 WIDTHS = [16, 24, 32, 64, 128]
@@ -77,7 +77,7 @@ def test_round_trip_is_exact_and_bytes_are_counted(
     spec = fit(model, statistics[head_dim], replace(RECIPES["flat"], bits_k=bits, bits_v=bits))  # type: ignore[arg-type]
     cache, (k, v) = filled(model, spec, 11, [1, 4, 1, 5])
     whole, _ = filled(model, spec, 11, [11])
-    expected = PackedCodec(spec, torch.device("cpu")).roundtrip(1, k, v, decode.rope_at(model, 0, 11))
+    expected = PackedCodec(spec, torch.device("cpu")).roundtrip(1, k, v, forward.rope_at(model, 0, 11))
     for found, again, wanted in zip(cache.keys_values(1), whole.keys_values(1), expected, strict=True):
         assert torch.equal(found, again)
         assert torch.equal(found, wanted)
@@ -149,8 +149,8 @@ def test_a_layer_may_keep_tokens_alone(tiny: EsmModel, calibration_proteins: lis
     tokens = to_tokens([Protein("a", "", "MKTAYIAKQR")], tiny.device)
     cache, dense = PackedCache(tiny, spec, 1, 12), DenseCache(tiny, 1, 12, FORMATS["fp32"])
     with torch.no_grad():
-        decode.prefill(tiny, tokens, cache)
-        decode.prefill(tiny, tokens, dense)
+        forward.prefill(tiny, tokens, cache)
+        forward.prefill(tiny, tokens, dense)
         q = random_keys_values(tiny, 1)[0]
         assert torch.allclose(cache.attend(0, q), dense.attend(0, q), atol=1e-5)
     assert cache.tensors["layers.0.tokens"].nbytes == 12
@@ -200,8 +200,8 @@ def test_decoding_goes_on_from_disk_as_from_memory(on_disk, tiny: EsmModel) -> N
     tokens = to_tokens([back.protein], tiny.device)
     live = cache_protein(tiny, bundle.spec, back.protein, 5, room=tokens.shape[1])
     with torch.no_grad():
-        expected = decode.replay(tiny, tokens[:, 5:], live)
-        found = decode.replay(tiny, tokens[:, 5:], stored)
+        expected = forward.replay(tiny, tokens[:, 5:], live)
+        found = forward.replay(tiny, tokens[:, 5:], stored)
     assert torch.equal(found, expected)
     assert items[0].cached == back.cached
 

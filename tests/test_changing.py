@@ -19,7 +19,7 @@ from pathlib import Path
 import pytest
 from test_inputs import CALIBRATION, Place, bundle, check_stopped, place  # noqa: F401  (fixtures)
 
-from turboesm_cli.seen import Seen
+from turboesm_cli.sequences.identifiers import Seen
 
 COUNT = 24
 """Proteins in a file of 190 kB, more than is read at once."""
@@ -294,7 +294,7 @@ def test_a_bundle_that_is_replaced_while_it_is_read(
     place: Place,  # noqa: F811
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from turboesm_cli import bundle as bundles
+    from turboesm_cli.codec import bundle as bundles
 
     (place.folder / "in.fasta").write_text(SMALL)
     path = place.folder.parent / "own.tqz"

@@ -17,15 +17,15 @@ import torch
 from folders import to_hugging_face
 from typer.testing import CliRunner, Result
 
-from turboesm_cli import decode
 from turboesm_cli.app import app
-from turboesm_cli.bundle import read_bundle
+from turboesm_cli.codec.bundle import read_bundle
 from turboesm_cli.errors import ModelError
-from turboesm_cli.fair_esm import ESM2
-from turboesm_cli.model import EsmModel, load_model
-from turboesm_cli.sequences import Protein
-from turboesm_cli.stats import to_tokens
-from turboesm_cli.tokens import VOCABULARY
+from turboesm_cli.models import forward
+from turboesm_cli.models.alphabet import VOCABULARY
+from turboesm_cli.models.esm2 import EsmModel, load_model
+from turboesm_cli.models.fair_esm import ESM2
+from turboesm_cli.sequences.fasta import Protein
+from turboesm_cli.statistics.collect import to_tokens
 
 ROOT = Path(__file__).resolve().parents[1]
 CALIBRATION = str(ROOT / "data" / "calibration" / "calibration.fasta")
@@ -280,11 +280,11 @@ def test_another_epsilon_is_computed_with(folder: Path, tiny: EsmModel) -> None:
         if isinstance(module, torch.nn.LayerNorm):
             module.eps = 1e-2
     with torch.no_grad():
-        hidden = decode.encode(model, tokens)
+        hidden = forward.encode(model, tokens)
         reference = expected.eval()(tokens, repr_layers=[2])
         assert torch.allclose(hidden, reference["representations"][2], atol=1e-5)
-        assert torch.allclose(decode.lm_logits(model, hidden), reference["logits"], atol=1e-4)
-        assert not torch.allclose(hidden, decode.encode(tiny, tokens), atol=1e-3)
+        assert torch.allclose(forward.lm_logits(model, hidden), reference["logits"], atol=1e-4)
+        assert not torch.allclose(hidden, forward.encode(tiny, tokens), atol=1e-3)
 
 
 def test_an_output_matrix_that_is_meant_to_differ_is_read(folder: Path, bundle: Path) -> None:

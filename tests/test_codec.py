@@ -15,15 +15,16 @@ from hypothesis import strategies as st
 from turboesm_kernels import reference
 from turboesm_kernels.reference import Rope
 
-from turboesm_cli import allocation, decode
-from turboesm_cli.axes import hadamard, random_orthogonal, square_roots
-from turboesm_cli.cache import PackedCodec
-from turboesm_cli.codec import RECIPES, CodecSpec, LayerSpec, Recipe, fit, parse_recipe
+from turboesm_cli.cache.packed import PackedCodec
+from turboesm_cli.codec import bit_allocation
+from turboesm_cli.codec.fit import RECIPES, CodecSpec, LayerSpec, Recipe, fit, parse_recipe
+from turboesm_cli.codec.moments import layer_moments
+from turboesm_cli.codec.rotations import hadamard, random_orthogonal, square_roots
 from turboesm_cli.errors import InputError
-from turboesm_cli.model import EsmModel
-from turboesm_cli.moments import layer_moments
-from turboesm_cli.sequences import PAD, Protein
-from turboesm_cli.stats import Statistics, collect, to_tokens
+from turboesm_cli.models import forward
+from turboesm_cli.models.esm2 import EsmModel
+from turboesm_cli.sequences.fasta import PAD, Protein
+from turboesm_cli.statistics.collect import Statistics, collect, to_tokens
 
 BUDGETS = [2, 2.5, 3, 3.5, 4]
 ABLATIONS: list[dict[str, Any]] = [
@@ -223,9 +224,9 @@ def test_recipes_nobody_knows_are_refused(text: str) -> None:
 @given(st.lists(st.floats(1e-6, 10), min_size=2, max_size=4), st.integers(1, 2))
 def test_waterfilling_is_the_best_of_all_widths(variances: list[float], nbytes: int) -> None:
     variances = sorted(variances, reverse=True)
-    found = allocation.expected_error(variances, allocation.waterfill(variances, nbytes))
+    found = bit_allocation.expected_error(variances, bit_allocation.waterfill(variances, nbytes))
     every = itertools.product(range(9), repeat=len(variances))
-    distortion = allocation.GAUSSIAN_DISTORTION
+    distortion = bit_allocation.GAUSSIAN_DISTORTION
     best = min(
         sum(v * distortion[w] for v, w in zip(variances, widths, strict=True))
         for widths in every
@@ -238,7 +239,7 @@ def test_waterfilling_is_the_best_of_all_widths(variances: list[float], nbytes: 
 @given(st.lists(st.lists(st.floats(0.01, 5), min_size=4, max_size=4), min_size=1, max_size=3), st.integers(3, 8))
 def test_sharing_out_is_the_best_of_all_shares(drops: list[list[float]], steps: int) -> None:
     errors = [[sum(sorted(row, reverse=True)[n:]) for n in range(5)] for row in drops]  # convex, falling
-    given_steps = allocation.share_out(errors, steps)
+    given_steps = bit_allocation.share_out(errors, steps)
     choices = [c for c in itertools.product(range(1, 5), repeat=len(errors)) if sum(c) <= steps]
     if choices:
         best = min(sum(row[n] for row, n in zip(errors, c, strict=True)) for c in choices)
@@ -265,9 +266,9 @@ def decoding_errors(model: EsmModel, proteins: list[Protein], specs: dict[str, C
     tokens = to_tokens(proteins, model.device)
     prompts = [0] * len(proteins)
     with torch.no_grad():
-        exact = decode.teacher_forced(model, tokens, prompts, None)
+        exact = forward.teacher_forced(model, tokens, prompts, None)
         hidden = {
-            name: decode.teacher_forced(model, tokens, prompts, PackedCodec(s, torch.device("cpu")))
+            name: forward.teacher_forced(model, tokens, prompts, PackedCodec(s, torch.device("cpu")))
             for name, s in specs.items()
         }
     cosines = {name: torch.cosine_similarity(exact, h, dim=-1)[tokens.ne(PAD)] for name, h in hidden.items()}

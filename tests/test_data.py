@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from turboesm_cli.bundle import sequence_key
-from turboesm_cli.datasets import FAMILIES, HELDOUT, calibration_path, family_label, family_path
+from turboesm_cli.codec.bundle import sequence_key
 from turboesm_cli.errors import InputError
-from turboesm_cli.sequences import Protein, ReadPolicy, ReadReport, read_fasta
+from turboesm_cli.sequences.datasets import FAMILIES, HELDOUT, calibration_path, family_label, family_path
+from turboesm_cli.sequences.fasta import Protein, ReadPolicy, ReadReport, read_fasta
 
 DATA = Path(__file__).resolve().parents[1] / "data"
 COUNTS = {"tm": 80, "idr": 80, "enzyme": 100, "globular": 100, "peptide": 56}

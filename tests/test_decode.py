@@ -5,22 +5,22 @@ from __future__ import annotations
 import pytest
 import torch
 
-from turboesm_cli import decode
-from turboesm_cli.cache import PackedCache, PackedCodec
-from turboesm_cli.codec import RECIPES, CodecSpec
-from turboesm_cli.dense import DenseCache, DenseCodec
-from turboesm_cli.formats import FORMATS
-from turboesm_cli.model import EsmModel
-from turboesm_cli.sequences import MASK, PAD, Protein
-from turboesm_cli.stats import to_tokens
+from turboesm_cli.cache.dense import DenseCache, DenseCodec
+from turboesm_cli.cache.formats import FORMATS
+from turboesm_cli.cache.packed import PackedCache, PackedCodec
+from turboesm_cli.codec.fit import RECIPES, CodecSpec
+from turboesm_cli.models import forward
+from turboesm_cli.models.esm2 import EsmModel
+from turboesm_cli.sequences.fasta import MASK, PAD, Protein
+from turboesm_cli.statistics.collect import to_tokens
 
 PROMPTS = [0, 1, 4, 9]
 
 
-def one_by_one(model: EsmModel, tokens: torch.Tensor, prompt: int, cache: decode.Cache) -> torch.Tensor:
+def one_by_one(model: EsmModel, tokens: torch.Tensor, prompt: int, cache: forward.Cache) -> torch.Tensor:
     with torch.no_grad():
-        parts = [decode.prefill(model, tokens[:, :prompt], cache)] if prompt else []
-        parts.append(decode.replay(model, tokens[:, prompt:], cache))
+        parts = [forward.prefill(model, tokens[:, :prompt], cache)] if prompt else []
+        parts.append(forward.replay(model, tokens[:, prompt:], cache))
     return torch.cat(parts, 1)
 
 
@@ -31,7 +31,7 @@ def test_one_causal_pass_equals_decoding_token_by_token_fp32(
     tokens = to_tokens(peptides[:1], tiny.device)
     stepped = one_by_one(tiny, tokens, prompt, DenseCache(tiny, 1, tokens.shape[1], FORMATS["fp32"]))
     with torch.no_grad():
-        passed = decode.teacher_forced(tiny, tokens, [prompt], None)
+        passed = forward.teacher_forced(tiny, tokens, [prompt], None)
     assert torch.allclose(stepped, passed, atol=2e-5)
 
 
@@ -45,23 +45,23 @@ def test_one_causal_pass_equals_decoding_token_by_token_packed(
     cache = PackedCache(precise, spec, 1, tokens.shape[1], backend="torch")
     stepped = one_by_one(precise, tokens, prompt, cache)
     with torch.no_grad():
-        passed = decode.teacher_forced(precise, tokens, [prompt], PackedCodec(spec, torch.device("cpu")))
-        exact = decode.teacher_forced(precise, tokens, [prompt], None)
+        passed = forward.teacher_forced(precise, tokens, [prompt], PackedCodec(spec, torch.device("cpu")))
+        exact = forward.teacher_forced(precise, tokens, [prompt], None)
     assert torch.allclose(stepped, passed, atol=1e-9)
     assert torch.allclose(passed[:, :prompt], exact[:, :prompt], rtol=0, atol=1e-13)  # prefill is exact
     assert not torch.allclose(passed[:, prompt:], exact[:, prompt:], atol=1e-9)  # and what follows is quantized
 
 
-def masks_one_by_one(model: EsmModel, tokens: torch.Tensor, prompt: int, cache: decode.Cache) -> torch.Tensor:
+def masks_one_by_one(model: EsmModel, tokens: torch.Tensor, prompt: int, cache: forward.Cache) -> torch.Tensor:
     """The definition: decode a mask in a token's place, forget it, decode the token."""
     found = []
     with torch.no_grad():
         if prompt:
-            decode.prefill(model, tokens[:, :prompt], cache)
+            forward.prefill(model, tokens[:, :prompt], cache)
         for column in tokens[:, prompt:].unbind(1):
-            found.append(decode.step(model, torch.full_like(column, MASK), cache))
+            found.append(forward.step(model, torch.full_like(column, MASK), cache))
             cache.rewind()
-            decode.step(model, column, cache)
+            forward.step(model, column, cache)
     return torch.stack(found, 1)
 
 
@@ -72,17 +72,17 @@ def test_a_second_stream_of_masks_equals_a_mask_at_each_step(
 ) -> None:
     tokens = to_tokens(peptides[:1], precise.device)
     tokens[0, 2] = MASK  # token dropout of the prompt, and a mask that is decoded
-    cache: decode.Cache
+    cache: forward.Cache
     if kind in FORMATS:
         cache = DenseCache(precise, 1, tokens.shape[1], FORMATS[kind])
-        codec: decode.Codec = DenseCodec(FORMATS[kind])
+        codec: forward.Codec = DenseCodec(FORMATS[kind])
     else:
         cache = PackedCache(precise, precise_specs[kind], 1, tokens.shape[1], backend="torch")
         codec = PackedCodec(precise_specs[kind], torch.device("cpu"))
     stepped = masks_one_by_one(precise, tokens, prompt, cache)
     with torch.no_grad():
-        passed, masks = decode.teacher_forced_with_masks(precise, tokens, [prompt], codec)
-        alone = decode.teacher_forced(precise, tokens, [prompt], codec)
+        passed, masks = forward.teacher_forced_with_masks(precise, tokens, [prompt], codec)
+        alone = forward.teacher_forced(precise, tokens, [prompt], codec)
     assert torch.allclose(stepped, masks[:, prompt:], atol=1e-6 if kind in FORMATS else 1e-9)
     assert torch.allclose(passed, alone, atol=1e-12)  # the tokens do not see the masks
     assert not torch.allclose(masks[:, prompt:], passed[:, prompt:], atol=1e-3)
@@ -97,7 +97,7 @@ def test_a_mask_does_not_see_the_token_in_its_place(
     other[0, 9] = 5 if int(tokens[0, 9]) != 5 else 6
     codec = PackedCodec(precise_specs["flat"], torch.device("cpu"))
     with torch.no_grad():
-        pair = [decode.teacher_forced_with_masks(precise, x, [3], codec)[1] for x in (tokens, other)]
+        pair = [forward.teacher_forced_with_masks(precise, x, [3], codec)[1] for x in (tokens, other)]
     assert torch.equal(pair[0][:, :10], pair[1][:, :10])
     assert not torch.allclose(pair[0][:, 10:], pair[1][:, 10:], atol=1e-6)
 
@@ -109,11 +109,11 @@ def test_masks_in_a_padded_batch_are_those_of_each_protein_alone(
     prompts = [0, 5, 2, 1]
     codec = PackedCodec(precise_specs["auto"], torch.device("cpu"))
     with torch.no_grad():
-        batch = decode.teacher_forced_with_masks(precise, tokens, prompts, codec)[1]
+        batch = forward.teacher_forced_with_masks(precise, tokens, prompts, codec)[1]
         for row, prompt in enumerate(prompts):
             length = int(tokens[row].ne(PAD).sum())
             one = tokens[row : row + 1, :length]
-            alone = decode.teacher_forced_with_masks(precise, one, [prompt], codec)[1]
+            alone = forward.teacher_forced_with_masks(precise, one, [prompt], codec)[1]
             assert torch.allclose(batch[row, prompt:length], alone[0, prompt:], atol=1e-9)
 
 
@@ -122,8 +122,8 @@ def test_dense_caches_round_as_their_codecs_say(precise: EsmModel, peptides: lis
     tokens = to_tokens(peptides[:1], precise.device)
     stepped = one_by_one(precise, tokens, 3, DenseCache(precise, 1, tokens.shape[1], FORMATS[form]))
     with torch.no_grad():
-        passed = decode.teacher_forced(precise, tokens, [3], DenseCodec(FORMATS[form]))
-        exact = decode.teacher_forced(precise, tokens, [3], None)
+        passed = forward.teacher_forced(precise, tokens, [3], DenseCodec(FORMATS[form]))
+        exact = forward.teacher_forced(precise, tokens, [3], None)
     assert torch.allclose(stepped, passed, atol=1e-6)
     assert not torch.allclose(stepped, exact, atol=1e-6)
 
@@ -135,10 +135,10 @@ def test_a_padded_batch_equals_each_protein_alone(
     tokens[1, 2] = MASK
     prompts = [0, 5, 2, 1]
     with torch.no_grad():
-        batch = decode.teacher_forced(tiny, tokens, prompts, PackedCodec(specs["flat"], torch.device("cpu")))
+        batch = forward.teacher_forced(tiny, tokens, prompts, PackedCodec(specs["flat"], torch.device("cpu")))
         for row, prompt in enumerate(prompts):
             length = int(tokens[row].ne(PAD).sum())
-            alone = decode.teacher_forced(
+            alone = forward.teacher_forced(
                 tiny, tokens[row : row + 1, :length], [prompt], PackedCodec(specs["flat"], torch.device("cpu"))
             )
             assert torch.allclose(batch[row, :length], alone[0], atol=2e-5)
@@ -155,7 +155,7 @@ def test_fp32_decode_from_an_empty_cache_is_fair_esm_under_a_causal_mask(
         for layer in tiny.net.layers:
             x, _ = layer(x, self_attn_mask=causal)
         expected = tiny.net.emb_layer_norm_after(x).transpose(0, 1)
-        found = decode.teacher_forced(tiny, tokens, [0], None)
+        found = forward.teacher_forced(tiny, tokens, [0], None)
     assert torch.allclose(found, expected, atol=1e-5)
 
 
@@ -163,7 +163,7 @@ def test_fp32_prefill_is_fair_esm_on_the_prompt(tiny: EsmModel, peptides: list[P
     tokens = to_tokens(peptides[:1], tiny.device)[:, :7]
     tokens[0, 3] = MASK
     with torch.no_grad():
-        found = decode.prefill(tiny, tokens, DenseCache(tiny, 1, 7, FORMATS["fp32"]))
+        found = forward.prefill(tiny, tokens, DenseCache(tiny, 1, 7, FORMATS["fp32"]))
         expected = tiny.net(tokens, repr_layers=[2])["representations"][2]
     assert torch.allclose(found, expected, atol=1e-5)
 
@@ -173,9 +173,9 @@ def test_the_prompts_mask_fraction_stays_in_force(tiny: EsmModel, peptides: list
     tokens[0, 2:4] = MASK
     stepped = one_by_one(tiny, tokens, 8, DenseCache(tiny, 1, tokens.shape[1], FORMATS["fp32"]))
     with torch.no_grad():
-        passed = decode.teacher_forced(tiny, tokens, [8], None)
+        passed = forward.teacher_forced(tiny, tokens, [8], None)
     assert torch.allclose(stepped, passed, atol=2e-5)
-    assert decode.unmasked_fraction(tokens[:, :8]).item() == pytest.approx(6 / 8)
+    assert forward.unmasked_fraction(tokens[:, :8]).item() == pytest.approx(6 / 8)
 
 
 def test_layer_0_follows_from_the_token(tiny: EsmModel, peptides: list[Protein]) -> None:
@@ -187,8 +187,8 @@ def test_layer_0_follows_from_the_token(tiny: EsmModel, peptides: list[Protein])
         return v
 
     with torch.no_grad():
-        decode.encode(tiny, tokens, observe)
-        keys, values = decode.token_keys_values(tiny, decode.unmasked_fraction(tokens))
-        rope = decode.rope_at(tiny, 0, tokens.shape[1])
+        forward.encode(tiny, tokens, observe)
+        keys, values = forward.token_keys_values(tiny, forward.unmasked_fraction(tokens))
+        rope = forward.rope_at(tiny, 0, tokens.shape[1])
     assert torch.allclose(rope.rotate(keys[:, :, tokens[0]]), seen[0][0], atol=1e-5)
     assert torch.allclose(values[:, :, tokens[0]], seen[0][1], atol=1e-5)

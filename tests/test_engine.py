@@ -11,24 +11,25 @@ import torch
 from numbered import in_order
 from torch import Tensor
 
-from turboesm_cli import decode, engine
-from turboesm_cli.bundle import Bundle
-from turboesm_cli.cache import PackedCache, PackedCodec
-from turboesm_cli.calibration import calibrate
-from turboesm_cli.codec import RECIPES, CodecSpec, parse_recipe
+from turboesm_cli.cache.dense import DenseCache
+from turboesm_cli.cache.formats import FORMATS
+from turboesm_cli.cache.packed import PackedCache, PackedCodec
+from turboesm_cli.codec.bundle import Bundle
+from turboesm_cli.codec.calibration import calibrate
+from turboesm_cli.codec.fit import RECIPES, CodecSpec, parse_recipe
 from turboesm_cli.commands.decode import _Run
-from turboesm_cli.dense import DenseCache
-from turboesm_cli.engine import Batch, Job, Stepper
-from turboesm_cli.formats import FORMATS
-from turboesm_cli.generation import AMINO_ACIDS, Sampling, draw, residue_indices, residue_logits, sample
-from turboesm_cli.model import EsmModel
-from turboesm_cli.outcomes import to_tensors
-from turboesm_cli.replay import Prompt, compare, run
-from turboesm_cli.sequences import MASK, VOCABULARY, Protein, tokenize
-from turboesm_cli.stats import to_tokens
-from turboesm_cli.tasks import Forced, Sampled
-from turboesm_cli.work import NOTHING_KEPT, Work, saved_work
-from turboesm_cli.workload import of_proteins
+from turboesm_cli.engine import batch as batches
+from turboesm_cli.engine.batch import Batch, Job, Stepper
+from turboesm_cli.engine.jobs import Prompt, compare, run
+from turboesm_cli.engine.tasks import Forced, Sampled
+from turboesm_cli.engine.workload import of_proteins
+from turboesm_cli.evaluation.protein_results import to_tensors
+from turboesm_cli.models import forward
+from turboesm_cli.models.esm2 import EsmModel
+from turboesm_cli.models.sampling import AMINO_ACIDS, Sampling, draw, residue_indices, residue_logits, sample
+from turboesm_cli.outputs.work import NOTHING_KEPT, Work, saved_work
+from turboesm_cli.sequences.fasta import MASK, VOCABULARY, Protein, tokenize
+from turboesm_cli.statistics.collect import to_tokens
 
 SLOTS = 3
 CAPACITY = 64
@@ -36,11 +37,11 @@ PROMPTS = [4, 1, 9, 2, 12, 3, 30, 5]
 ROUNDING = 2e-6
 """Angles and scales are float32, whose last bit depends on how many are computed at once."""
 KINDS = [*FORMATS, "packed flat", "packed auto", "packed paper"]
-NewCache = Callable[[int, int], engine.AnyCache]
+NewCache = Callable[[int, int], batches.AnyCache]
 
 
 def cache_maker(model: EsmModel, specs: dict[str, CodecSpec], kind: str) -> NewCache:
-    def new(slots: int, capacity: int) -> engine.AnyCache:
+    def new(slots: int, capacity: int) -> batches.AnyCache:
         if kind.startswith("packed"):
             return PackedCache(model, specs[kind.split()[1]], slots, capacity, backend="torch")
         return DenseCache(model, slots, capacity, FORMATS[kind])
@@ -60,23 +61,23 @@ def jobs(calibration_proteins: list[Protein]) -> list[Job]:
     return made
 
 
-def alone(model: EsmModel, job: Job, cache: engine.AnyCache) -> Tensor:
+def alone(model: EsmModel, job: Job, cache: batches.AnyCache) -> Tensor:
     assert job.rest is not None
     with torch.no_grad():
-        decode.prefill(model, job.prompt[None], cache)
-        return decode.replay(model, job.rest[None], cache)[0]
+        forward.prefill(model, job.prompt[None], cache)
+        return forward.replay(model, job.rest[None], cache)[0]
 
 
-def sampled_alone(model: EsmModel, job: Job, cache: engine.AnyCache, chances: Tensor) -> Tensor:
+def sampled_alone(model: EsmModel, job: Job, cache: batches.AnyCache, chances: Tensor) -> Tensor:
     """The definition: decode a mask, sample, forget the mask, decode the residue."""
     residues = []
     with torch.no_grad():
-        decode.prefill(model, job.prompt[None], cache)
+        forward.prefill(model, job.prompt[None], cache)
         for chance in chances:
-            logits = residue_logits(model, decode.step(model, torch.tensor([MASK]), cache))
+            logits = residue_logits(model, forward.step(model, torch.tensor([MASK]), cache))
             cache.rewind()
             residues.append(sample(logits, chance[None], Sampling(1.0, 0.9)))
-            decode.step(model, residues[-1], cache)
+            forward.step(model, residues[-1], cache)
     return torch.cat(residues)
 
 
@@ -137,7 +138,7 @@ def test_predictions_in_a_batch_are_those_of_a_stream_of_masks(
         assert job.rest is not None
         start = len(job.prompt)
         with torch.no_grad():
-            hidden, masks = decode.teacher_forced_with_masks(
+            hidden, masks = forward.teacher_forced_with_masks(
                 precise, torch.cat((job.prompt, job.rest))[None], [start], codec
             )
             logits = residue_logits(precise, masks[0, start:])
@@ -183,7 +184,7 @@ def test_prompts_of_like_length_are_encoded_together(
         return real(self, start, prompts)
 
     monkeypatch.setattr(Stepper, "prefill", prefill)
-    monkeypatch.setattr(engine, "PREFILL_TOKENS", 24)
+    monkeypatch.setattr(batches, "PREFILL_TOKENS", 24)
     new = cache_maker(precise, {}, "fp32")
     batch = Batch(precise, new, lambda slots: Forced.of(precise, slots, 32), 7, CAPACITY)
     for job, hidden in zip(jobs, in_order(batch.run(enumerate(jobs))), strict=True):
@@ -230,10 +231,10 @@ def test_out_of_memory_halves_the_batch_and_loses_nothing(
 
 def test_out_of_memory_in_a_prefill(precise: EsmModel, jobs: list[Job], monkeypatch: pytest.MonkeyPatch) -> None:
     calls = 0
-    real = decode.prefill
+    real = forward.prefill
 
     def prefill(
-        model: EsmModel, tokens: Tensor, cache: decode.Cache, joint: decode.JointProjection | None
+        model: EsmModel, tokens: Tensor, cache: forward.Cache, joint: forward.JointProjection | None
     ) -> Tensor:
         nonlocal calls
         calls += 1
@@ -241,7 +242,7 @@ def test_out_of_memory_in_a_prefill(precise: EsmModel, jobs: list[Job], monkeypa
             raise torch.OutOfMemoryError("injected")
         return real(model, tokens, cache, joint)
 
-    monkeypatch.setattr(decode, "prefill", prefill)
+    monkeypatch.setattr(forward, "prefill", prefill)
     shrunk: list[int] = []
     batch = Batch(
         precise, cache_maker(precise, {}, "fp32"), lambda slots: Forced.of(precise, slots, 32), 4, CAPACITY,
@@ -364,7 +365,7 @@ def test_a_prefill_holds_one_layers_keys_and_values(
     monkeypatch.setattr(PackedCache, "append", append)
     cache = PackedCache(tiny, specs["flat"], 2, 40)
     with torch.no_grad():
-        decode.prefill(tiny, to_tokens(peptides[:2], tiny.device)[:, :20], cache)
+        forward.prefill(tiny, to_tokens(peptides[:2], tiny.device)[:, :20], cache)
     assert alive == [0] * tiny.shape.layers
     assert all(reference() is None for reference in seen)
 
@@ -387,7 +388,7 @@ def test_sampling_follows_the_distribution() -> None:
 def test_residues_are_the_20_amino_acids(tiny: EsmModel) -> None:
     hidden = torch.randn(3, 32, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        whole = decode.lm_logits(tiny, hidden)
+        whole = forward.lm_logits(tiny, hidden)
         found = residue_logits(tiny, hidden)
     order = [VOCABULARY.index(letter) for letter in "ACDEFGHIKLMNPQRSTVWY"]
     assert torch.equal(found, whole[:, order])
@@ -413,7 +414,7 @@ def test_keys_and_values_packed_together_as_apart(
         assert (pair is not None) == all(uniform)
         if pair is None:
             continue
-        rope = decode.rope_at(tiny, 3, 1)
+        rope = forward.rope_at(tiny, 3, 1)
         together = pair.compress(k, v, rope)
         apart = cpu_lookup.compress(k, prepared[0], rope), cpu_lookup.compress(v, prepared[1])
         for a, b in zip(together, apart, strict=True):

@@ -7,17 +7,18 @@ from dataclasses import replace
 import pytest
 import torch
 
-from turboesm_cli import decode, metrics
-from turboesm_cli.benchmark import Entry, accuracy, first_layer, memory, refuse_seen, times
-from turboesm_cli.bundle import Bundle
-from turboesm_cli.cache import PackedCache, PackedCodec, bytes_per_sequence
-from turboesm_cli.calibration import bundle_of
-from turboesm_cli.codec import RECIPES, without_residual
+from turboesm_cli.cache.packed import PackedCache, PackedCodec, bytes_per_sequence
+from turboesm_cli.codec.bundle import Bundle
+from turboesm_cli.codec.calibration import bundle_of
+from turboesm_cli.codec.fit import RECIPES, without_residual
 from turboesm_cli.errors import InputError
-from turboesm_cli.evaluation import DRIFT, compare_decoding, first_layer_cosines
-from turboesm_cli.model import EsmModel
-from turboesm_cli.sequences import VOCABULARY, Protein
-from turboesm_cli.stats import collect, to_tokens
+from turboesm_cli.evaluation import metrics
+from turboesm_cli.evaluation.accuracy import Entry, accuracy, first_layer, memory, refuse_seen, times
+from turboesm_cli.evaluation.teacher_forced import DRIFT, compare_decoding, first_layer_cosines
+from turboesm_cli.models import forward
+from turboesm_cli.models.esm2 import EsmModel
+from turboesm_cli.sequences.fasta import VOCABULARY, Protein
+from turboesm_cli.statistics.collect import collect, to_tokens
 
 
 @pytest.fixture(scope="module")
@@ -42,8 +43,8 @@ def test_decode_protocol_is_decoding_from_an_empty_cache(
     for protein in peptides[:3]:
         tokens = to_tokens([protein], tiny.device)
         with torch.no_grad():
-            packed = decode.replay(tiny, tokens, PackedCache(tiny, spec, 1, tokens.shape[1]))
-            exact = decode.teacher_forced(tiny, tokens, [0], None)
+            packed = forward.replay(tiny, tokens, PackedCache(tiny, spec, 1, tokens.shape[1]))
+            exact = forward.teacher_forced(tiny, tokens, [0], None)
         expected = metrics.cosines(exact, packed)[0]
         assert torch.allclose(results[protein.accession].cosines, expected, atol=1e-5)
         predictions = results[protein.accession].predictions
@@ -68,8 +69,8 @@ def test_predictions_are_of_residues_that_were_not_seen(
     assert predictions is not None and len(predictions.kl) == amino_acids(protein) == protein.residues - 1
     tokens = to_tokens([protein], tiny.device)
     with torch.no_grad():
-        masks = decode.teacher_forced_with_masks(tiny, tokens, [0], None)[1][0]
-        logits = decode.lm_logits(tiny, masks)
+        masks = forward.teacher_forced_with_masks(tiny, tokens, [0], None)[1][0]
+        logits = forward.lm_logits(tiny, masks)
     places = [at for at, letter in enumerate(protein.sequence, 1) if letter != "X"]
     order = [VOCABULARY.index(letter) for letter in "ACDEFGHIKLMNPQRSTVWY"]
     expected = [float(logits[at, order].log_softmax(-1)[order.index(int(tokens[0, at]))]) for at in places]
@@ -84,8 +85,8 @@ def test_layer_errors_are_those_of_the_attention_output(
     tokens = to_tokens(peptides[:1], tiny.device)
     outputs: dict[str, list[torch.Tensor]] = {"exact": [], "packed": []}
     with torch.no_grad():
-        decode.teacher_forced(tiny, tokens, [0], None, outputs["exact"].append)
-        decode.teacher_forced(tiny, tokens, [0], codec, outputs["packed"].append)
+        forward.teacher_forced(tiny, tokens, [0], None, outputs["exact"].append)
+        forward.teacher_forced(tiny, tokens, [0], codec, outputs["packed"].append)
     assert result.layers is not None and len(result.layers) == 2
     for (error, norm), exact, packed in zip(result.layers, outputs["exact"], outputs["packed"], strict=True):
         assert float(error) == pytest.approx(float((exact - packed).square().sum()), rel=1e-4)

@@ -10,7 +10,7 @@ from unittest import mock
 import pytest
 
 from turboesm_cli.errors import OutputError
-from turboesm_cli.files import atomic_output, check_output, write_text
+from turboesm_cli.outputs.files import atomic_output, check_output, write_text
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ from targets import TARGETS
 from typer.testing import CliRunner
 
 from turboesm_cli.app import app
-from turboesm_cli.journal import Journal
+from turboesm_cli.outputs.journal import Journal
 
 HERE = Path(__file__).parent
 CORPUS = sorted(path for path in (HERE / "fuzz" / "corpus").glob("*/*"))

@@ -13,8 +13,8 @@ from typer.testing import CliRunner, Result
 
 from turboesm_cli.app import app
 from turboesm_cli.errors import InputError
-from turboesm_cli.results import ResultRow, csv_rows, read_csv, write_csv
-from turboesm_cli.variants import gathered
+from turboesm_cli.reporting.grouping import gathered
+from turboesm_cli.reporting.results import ResultRow, csv_rows, read_csv, write_csv
 
 ROOT = Path(__file__).resolve().parents[1]
 CALIBRATION = str(ROOT / "data" / "calibration" / "calibration.fasta")

@@ -11,19 +11,19 @@ import torch
 import torch.nn.functional as F
 from numbered import in_order
 
-from turboesm_cli import decode
-from turboesm_cli.cache import PackedCache, PackedCodec
-from turboesm_cli.calibration import calibrate
-from turboesm_cli.codec import RECIPES, CodecSpec
-from turboesm_cli.engine import Batch, Graph, Job
-from turboesm_cli.generation import Sampling, residue_logits
-from turboesm_cli.model import EsmModel, load_model
-from turboesm_cli.plan import sequence_bytes
-from turboesm_cli.replay import new_cache
-from turboesm_cli.sequences import PAD, Protein
-from turboesm_cli.stats import collect, to_tokens
-from turboesm_cli.tasks import Forced, Sampled
-from turboesm_cli.throughput import Kind, Load, measure
+from turboesm_cli.cache.packed import PackedCache, PackedCodec
+from turboesm_cli.codec.calibration import calibrate
+from turboesm_cli.codec.fit import RECIPES, CodecSpec
+from turboesm_cli.engine.batch import Batch, Graph, Job
+from turboesm_cli.engine.jobs import new_cache
+from turboesm_cli.engine.memory_plan import sequence_bytes
+from turboesm_cli.engine.tasks import Forced, Sampled
+from turboesm_cli.evaluation.throughput import Kind, Load, measure
+from turboesm_cli.models import forward
+from turboesm_cli.models.esm2 import EsmModel, load_model
+from turboesm_cli.models.sampling import Sampling, residue_logits
+from turboesm_cli.sequences.fasta import PAD, Protein
+from turboesm_cli.statistics.collect import collect, to_tokens
 
 pytestmark = [
     pytest.mark.gpu,
@@ -39,8 +39,8 @@ def on_gpu(tiny_path: Path) -> EsmModel:
 
 def test_hidden_states(tiny: EsmModel, on_gpu: EsmModel, peptides: list[Protein]) -> None:
     with torch.no_grad():
-        expected = decode.encode(tiny, to_tokens(peptides[:3], tiny.device))
-        found = decode.encode(on_gpu, to_tokens(peptides[:3], on_gpu.device)).cpu()
+        expected = forward.encode(tiny, to_tokens(peptides[:3], tiny.device))
+        found = forward.encode(on_gpu, to_tokens(peptides[:3], on_gpu.device)).cpu()
     assert torch.allclose(found, expected, atol=1e-4)
 
 
@@ -56,9 +56,9 @@ def test_packed_decode(tiny: EsmModel, on_gpu: EsmModel, calibration_proteins: l
     tokens = to_tokens(calibration_proteins[:1], on_gpu.device)[:, :40]
     with torch.no_grad():
         cache = PackedCache(on_gpu, spec, 1, 40)
-        decode.prefill(on_gpu, tokens[:, :20], cache)
-        stepped = decode.replay(on_gpu, tokens[:, 20:], cache)
-        passed = decode.teacher_forced(on_gpu, tokens, [20], PackedCodec(spec, on_gpu.device))[:, 20:]
+        forward.prefill(on_gpu, tokens[:, :20], cache)
+        stepped = forward.replay(on_gpu, tokens[:, 20:], cache)
+        passed = forward.teacher_forced(on_gpu, tokens, [20], PackedCodec(spec, on_gpu.device))[:, 20:]
     assert torch.nn.functional.cosine_similarity(stepped, passed, dim=-1).min() > 0.999
 
 
@@ -132,7 +132,7 @@ def test_a_batch_gives_what_one_causal_pass_gives(wide: EsmModel, wide_spec: Cod
         assert job.rest is not None
         tokens = torch.cat((job.prompt, job.rest))[None].to(wide.device)
         with torch.no_grad():
-            passed = decode.teacher_forced(wide, tokens, [len(job.prompt)], codec)[0, len(job.prompt) :]
+            passed = forward.teacher_forced(wide, tokens, [len(job.prompt)], codec)[0, len(job.prompt) :]
         assert_close([hidden], [passed])
 
 
@@ -152,7 +152,7 @@ def test_predictions_of_a_graph_are_those_of_a_stream_of_masks(
         start = len(job.prompt)
         tokens = torch.cat((job.prompt, job.rest))[None].to(wide.device)
         with torch.no_grad():
-            hidden, masks = decode.teacher_forced_with_masks(wide, tokens, [start], codec)
+            hidden, masks = forward.teacher_forced_with_masks(wide, tokens, [start], codec)
             logits = residue_logits(wide, masks[0, start:])
         assert_close([found["hidden"], found["logits"]], [hidden[0, start:], logits])
 
@@ -205,7 +205,7 @@ def test_sequences_of_new_lengths_make_no_plans_of_cudnn(monkeypatch: pytest.Mon
     monkeypatch.setattr(F, "scaled_dot_product_attention", seen)
     tokens = to_tokens(_random_proteins()[:2], model.device)
     for batch in (tokens, tokens.masked_fill(torch.arange(tokens.shape[1], device="cuda") > 40, PAD)):
-        decode.encode(model, batch)
+        forward.encode(model, batch)
     assert allowed == [False] * 2 * model.shape.layers
 
 

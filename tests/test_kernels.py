@@ -24,9 +24,9 @@ from turboesm_kernels.prepared import grid_steps
 from turboesm_kernels.reference import Packed, Rope, Side
 from turboesm_kernels.token_tables import TokenTables
 
-from turboesm_cli.model import load_model
-from turboesm_cli.sequences import PAD, Protein
-from turboesm_cli.stats import to_tokens
+from turboesm_cli.models.esm2 import load_model
+from turboesm_cli.sequences.fasta import PAD, Protein
+from turboesm_cli.statistics.collect import to_tokens
 
 sys.path.insert(0, str(Path(__file__).parent))
 from kernel_cases import Case, make, make_spec, relative_error
@@ -471,9 +471,9 @@ def test_selfcheck_says_nothing_of_kernels_where_memory_runs_out(monkeypatch: py
 
 def check_joint_prefill(path: Path, proteins: list[Protein], dtype: torch.dtype, device: str = "cpu") -> None:
     """Prefill of prompts of several lengths with the joint projection: what the layers' own projections give."""
-    from turboesm_cli import decode
-    from turboesm_cli.dense import DenseCache
-    from turboesm_cli.formats import FORMATS
+    from turboesm_cli.cache.dense import DenseCache
+    from turboesm_cli.cache.formats import FORMATS
+    from turboesm_cli.models import forward
 
     class Recorder(DenseCache):
         def append(self, layer: int, k: torch.Tensor, v: torch.Tensor, tokens: torch.Tensor) -> None:
@@ -488,8 +488,8 @@ def check_joint_prefill(path: Path, proteins: list[Protein], dtype: torch.dtype,
         seen: list[torch.Tensor] = []
         cache = Recorder(model, len(tokens), tokens.shape[1], FORMATS["fp32"])
         with torch.no_grad():
-            joint = decode.JointProjection(model, tokens.shape[1]) if joined else None
-            hidden = decode.prefill(model, tokens, cache, joint)
+            joint = forward.JointProjection(model, tokens.shape[1]) if joined else None
+            hidden = forward.prefill(model, tokens, cache, joint)
         real = tokens.ne(PAD)
         of_tokens = torch.stack(seen).permute(2, 4, 0, 1, 3, 5)  # [B, T, layers, keys and values, H, d]
         runs.append((hidden[real], of_tokens[real]))

@@ -9,8 +9,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from turboesm_cli import metrics
-from turboesm_cli.timing import measure
+from turboesm_cli.evaluation import metrics
+from turboesm_cli.evaluation.timing import measure
 
 
 def test_cosine_by_hand() -> None:

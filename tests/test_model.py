@@ -13,12 +13,12 @@ import pytest
 import torch
 from folders import to_hugging_face
 
-from turboesm_cli import decode
 from turboesm_cli.errors import DeviceError, ModelError
-from turboesm_cli.model import EsmModel, load_model, pick_device
-from turboesm_cli.sequences import MASK, PAD, Protein
-from turboesm_cli.shapes import OFFICIAL, official_name
-from turboesm_cli.stats import to_tokens
+from turboesm_cli.models import forward
+from turboesm_cli.models.esm2 import EsmModel, load_model, pick_device
+from turboesm_cli.models.shapes import OFFICIAL, official_name
+from turboesm_cli.sequences.fasta import MASK, PAD, Protein
+from turboesm_cli.statistics.collect import to_tokens
 
 TOLERANCE = 1e-5
 
@@ -36,7 +36,7 @@ def assert_parity(model: EsmModel, proteins: list[Protein], masked: bool) -> Non
         tokens[-1, 5] = MASK
     real = tokens.ne(PAD)
     with torch.no_grad():
-        found = decode.encode(model, tokens)
+        found = forward.encode(model, tokens)
     assert (found - fair_esm_hidden(model, tokens))[real].abs().max() <= TOLERANCE
 
 
@@ -57,14 +57,14 @@ def test_hidden_states_equal_fair_esm_on_other_checkpoints(
     assert_parity(model, calibration_proteins[:4], masked=True)
     with torch.no_grad():
         tokens = to_tokens(calibration_proteins[:1], model.device)
-        logits = decode.lm_logits(model, decode.encode(model, tokens))
+        logits = forward.lm_logits(model, forward.encode(model, tokens))
         assert torch.allclose(logits, model.net(tokens)["logits"], atol=1e-4)
 
 
 def test_padding_does_not_change_a_protein(embedded: EsmModel, calibration_proteins: list[Protein]) -> None:
     with torch.no_grad():
-        alone = decode.encode(embedded, to_tokens(calibration_proteins[:1], embedded.device))[0]
-        batch = decode.encode(embedded, to_tokens(calibration_proteins[:5], embedded.device))[0]
+        alone = forward.encode(embedded, to_tokens(calibration_proteins[:1], embedded.device))[0]
+        batch = forward.encode(embedded, to_tokens(calibration_proteins[:5], embedded.device))[0]
     assert torch.allclose(alone, batch[: len(alone)], atol=TOLERANCE)
 
 
@@ -86,7 +86,7 @@ def test_the_engines_queries_keys_and_values_are_those_of_fair_esms_hooks(
     tokens = to_tokens(peptides[:3], model.device)
     hooked: list[list[torch.Tensor]] = []
     own = []
-    exact = decode.bidirectional(tokens)
+    exact = forward.bidirectional(tokens)
 
     def observe(layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         own.append([q, k, v])
@@ -96,7 +96,7 @@ def test_the_engines_queries_keys_and_values_are_those_of_fair_esms_hooks(
         hook(layer, model.shape.heads, hooked)
     with torch.no_grad():
         model.net(tokens)
-        decode.encode(model, tokens, observe)
+        forward.encode(model, tokens, observe)
     assert len(hooked) == len(own) == model.shape.layers
     for found, expected in zip(hooked, own, strict=True):
         for a, b in zip(found, expected, strict=True):
@@ -117,7 +117,7 @@ def test_a_trunk_works_and_says_that_it_has_no_head(tiny_path: Path, tiny: EsmMo
     tokens = to_tokens([Protein("a", "", "MKTAYIAKQR")], tiny.device)
     assert torch.equal(fair_esm_hidden(trunk, tokens), fair_esm_hidden(tiny, tokens))
     with pytest.raises(ModelError, match="trunk without a language-model head"):
-        decode.lm_logits(trunk, fair_esm_hidden(trunk, tokens))
+        forward.lm_logits(trunk, fair_esm_hidden(trunk, tokens))
 
 
 def test_the_fingerprint_tells_models_apart(

@@ -20,7 +20,7 @@ import pytest
 from Bio.SeqIO.FastaIO import SimpleFastaParser
 from test_inputs import Place, bundle, check_stopped, place  # noqa: F401  (fixtures)
 
-from turboesm_cli.sequences import LongPolicy, ReadPolicy, ReadReport, read_fasta
+from turboesm_cli.sequences.fasta import LongPolicy, ReadPolicy, ReadReport, read_fasta
 
 DATA = Path(__file__).parents[1] / "data"
 ONE = "MKWVTFISLLFLFSSAYSRGVFRRDAHKSEVAHRFKDLGEENFKALVLIAFAQYLQQCPF"

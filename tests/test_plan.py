@@ -5,49 +5,52 @@ from __future__ import annotations
 import pytest
 import torch
 
-from turboesm_cli import metrics, plan
-from turboesm_cli.cache import PackedCache
-from turboesm_cli.codec import CodecSpec
-from turboesm_cli.dense import DenseCache
+from turboesm_cli.cache.dense import DenseCache
+from turboesm_cli.cache.formats import FORMATS
+from turboesm_cli.cache.packed import PackedCache
+from turboesm_cli.codec.fit import CodecSpec
+from turboesm_cli.engine import memory_plan
 from turboesm_cli.errors import InputError
-from turboesm_cli.formats import FORMATS
-from turboesm_cli.model import EsmModel, parameter_count
-from turboesm_cli.running import RunningAgreement, RunningDivergence, Spread
+from turboesm_cli.evaluation import metrics
+from turboesm_cli.evaluation.streaming import RunningAgreement, RunningDivergence, Spread
+from turboesm_cli.models.esm2 import EsmModel, parameter_count
 
 
-@pytest.mark.parametrize("kind", plan.KINDS)
+@pytest.mark.parametrize("kind", memory_plan.KINDS)
 def test_a_sequence_takes_what_is_planned(tiny: EsmModel, specs: dict[str, CodecSpec], kind: str) -> None:
     if kind == "packed":
         held = PackedCache(tiny, specs["auto"], 3, 50).nbytes
     else:
         held = DenseCache(tiny, 3, 50, FORMATS[kind]).nbytes
-    assert 3 * plan.sequence_bytes(specs["auto"], kind, 50) == held
+    assert 3 * memory_plan.sequence_bytes(specs["auto"], kind, 50) == held
 
 
 def test_the_largest_batch_is_what_is_left_over(tiny: EsmModel, specs: dict[str, CodecSpec]) -> None:
     weights = sum(weight.numel() for weight in tiny.net.state_dict().values())
     assert parameter_count(tiny.shape) == weights
-    found = {p.kind: p for p in plan.plans(tiny.shape, specs["auto"], torch.bfloat16, 100, 2**30, results=64)}
-    assert list(found) == list(plan.KINDS)
+    found = {
+        p.kind: p for p in memory_plan.plans(tiny.shape, specs["auto"], torch.bfloat16, 100, 2**30, results=64)
+    }
+    assert list(found) == list(memory_plan.KINDS)
     for own in found.values():
         assert own.weights == 2 * weights and own.beside >= 64
         used = own.weights + own.shared + own.workspace
         each = own.sequence + own.beside
-        assert used + own.batch * each <= 2**30 * (1 - plan.RESERVED) < used + (own.batch + 1) * each
+        assert used + own.batch * each <= 2**30 * (1 - memory_plan.RESERVED) < used + (own.batch + 1) * each
     assert found["packed"].batch > 3 * found["fp16"].batch > 5 * found["fp32"].batch
-    crowded = plan.plans(tiny.shape, specs["auto"], torch.float32, 100, 1000)
+    crowded = memory_plan.plans(tiny.shape, specs["auto"], torch.float32, 100, 1000)
     assert {own.batch for own in crowded} == {0}
 
 
 @pytest.mark.parametrize(("text", "size"), [("24GiB", 24 * 2**30), ("1.5 GB", 1_500_000_000), ("512MiB", 2**29)])
 def test_sizes_of_memory(text: str, size: int) -> None:
-    assert plan.parse_memory(text) == size
+    assert memory_plan.parse_memory(text) == size
 
 
 @pytest.mark.parametrize("text", ["24", "GiB", "-3GiB", "nanGiB", "1e9GiB", "5 B", "24gib"])
 def test_what_is_no_size_of_memory(text: str) -> None:
     with pytest.raises(InputError, match="--memory"):
-        plan.parse_memory(text)
+        memory_plan.parse_memory(text)
 
 
 @pytest.mark.parametrize("n", [1, 2, 19, 4000])

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from turboesm_cli import results
 from turboesm_cli.errors import InputError, OutputError
-from turboesm_cli.results import COLUMNS, ResultRow, read_csv, rows_of_frame, to_records, write_csv
+from turboesm_cli.reporting import results
+from turboesm_cli.reporting.results import COLUMNS, ResultRow, read_csv, rows_of_frame, to_records, write_csv
 
 ERROR = ResultRow(
     model="esm2_t6_8M_UR50D",

@@ -16,15 +16,19 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from turboesm_cli import archive, bundle, json_list, packfile, prefill, results
 from turboesm_cli.app import app
-from turboesm_cli.bundle import read_bundle
+from turboesm_cli.cache import cache_file
+from turboesm_cli.cache.cache_file import CachedProtein, Packfile, file_sha256, write_packfile
+from turboesm_cli.cache.inventory import facts_of
+from turboesm_cli.codec import bundle
+from turboesm_cli.codec.bundle import read_bundle
 from turboesm_cli.commands import decode as decode_command
+from turboesm_cli.engine import prefill
 from turboesm_cli.errors import BundleError
-from turboesm_cli.inventory import facts_of
-from turboesm_cli.journal import Journal
-from turboesm_cli.packfile import CachedProtein, Packfile, file_sha256, write_packfile
-from turboesm_cli.sequences import Protein
+from turboesm_cli.outputs import archive
+from turboesm_cli.outputs.journal import Journal
+from turboesm_cli.reporting import json_list, results
+from turboesm_cli.sequences.fasta import Protein
 
 GOLDEN = Path(__file__).parent / "golden"
 DATA = Path(__file__).resolve().parents[1] / "data"
@@ -126,7 +130,7 @@ def growth(work: Callable[[int], object], few: int, many: int) -> float:
 
 
 def test_memory_does_not_grow_with_the_proteins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (archive, packfile):
+    for module in (archive, cache_file):
         monkeypatch.setattr(module, "CHUNK", 4096)  # what is held of the lines, at most
     codec = read_bundle(BUNDLE)
 
@@ -232,10 +236,10 @@ def test_what_readers_refuse_is_refused_before_the_work(
     limit: str, quantized: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if limit == "TEXT_LIMIT":
-        monkeypatch.setattr(packfile, "printable", lambda value: 1 / 0 if value == "p2" else value)
-        monkeypatch.setattr(packfile, "check_storable", short_names)
+        monkeypatch.setattr(cache_file, "printable", lambda value: 1 / 0 if value == "p2" else value)
+        monkeypatch.setattr(cache_file, "check_storable", short_names)
     else:
-        monkeypatch.setattr(packfile, limit, 9)
+        monkeypatch.setattr(cache_file, limit, 9)
     monkeypatch.setattr(prefill, "_packed", lambda *_: pytest.fail("work was done"))
     message = refused(quantized(3), 3)
     assert {"TEXT_LIMIT": "p2", "RECORD_CAP": "over 9", "PART_LIMIT": "over 9"}[limit] in message
@@ -321,10 +325,10 @@ def forged(path: Path, change: Callable[[list[Any], dict[str, Any], dict[str, by
     with zipfile.ZipFile(CACHES) as file:
         parts = {name: file.read(name) for name in file.namelist()}
     manifest = json.loads(parts.pop(archive.MANIFEST))
-    lines = [json.loads(line) for line in parts[packfile.PROTEINS].splitlines()]
+    lines = [json.loads(line) for line in parts[cache_file.PROTEINS].splitlines()]
     raw = change(lines, manifest, parts)
     text = raw if isinstance(raw, bytes) else b"".join(json.dumps(line).encode() + b"\n" for line in lines)
-    parts[packfile.PROTEINS] = text
+    parts[cache_file.PROTEINS] = text
     manifest["parts"] = {
         name: {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()} for name, data in parts.items()
     }
@@ -337,7 +341,7 @@ FORGERIES: dict[str, Callable[[list[Any], dict[str, Any], dict[str, bytes]], obj
     "another-order": lambda lines, _m, _p: lines.reverse(),
     "one-too-few": lambda lines, _m, _p: lines.pop(),
     "one-too-many": lambda lines, manifest, _p: (lines.append(lines[0]), manifest.update(proteins=3)),
-    "more-bytes": lambda lines, _m, parts: parts.update({packfile.CACHES: parts[packfile.CACHES] + b"x"}),
+    "more-bytes": lambda lines, _m, parts: parts.update({cache_file.CACHES: parts[cache_file.CACHES] + b"x"}),
     "no-hash": lambda lines, _m, _p: lines[0].update(sha256=None),
     "terabytes": lambda lines, _m, _p: lines[0].update(stored=10**13),
     "less-than-nothing": lambda lines, _m, _p: lines[0].update(stored=-1),

@@ -24,11 +24,9 @@ from Bio.SeqIO.FastaIO import SimpleFastaParser
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from turboesm_cli import sequences, sources
 from turboesm_cli.errors import InputError
-from turboesm_cli.lookalikes import is_nucleotides, no_residues
-from turboesm_cli.seen import Seen
-from turboesm_cli.sequences import (
+from turboesm_cli.sequences import fasta, sources
+from turboesm_cli.sequences.fasta import (
     LongPolicy,
     Mend,
     Protein,
@@ -40,6 +38,8 @@ from turboesm_cli.sequences import (
     tokenize,
     write_fasta,
 )
+from turboesm_cli.sequences.identifiers import Seen
+from turboesm_cli.sequences.lookalikes import is_nucleotides, no_residues
 
 DATA = Path(__file__).parents[1] / "data"
 RESIDUES = "ACDEFGHIKLMNPQRSTVWYUZBXO"
@@ -504,7 +504,7 @@ def check_proteins(data: bytes, **policy: Any) -> None:
     for protein in proteins:
         assert not set(protein.sequence.replace("<mask>", "")) - set(RESIDUES)
         assert 1 <= protein.residues == len(tokenize(protein.sequence)) - 2
-        assert protein.residues <= policy.get("max_residues", sequences.MAX_RESIDUES)
+        assert protein.residues <= policy.get("max_residues", fasta.MAX_RESIDUES)
 
 
 @given(residue_texts, st.integers(1, 40))
@@ -520,9 +520,9 @@ def alphabet() -> Any:
 
 
 def test_vocabulary_is_that_of_fair_esm(alphabet: Any) -> None:
-    assert list(sequences.VOCABULARY) == alphabet.all_toks
+    assert list(fasta.VOCABULARY) == alphabet.all_toks
     ids = (alphabet.cls_idx, alphabet.padding_idx, alphabet.eos_idx, alphabet.unk_idx, alphabet.mask_idx)
-    assert ids == (sequences.CLS, sequences.PAD, sequences.EOS, sequences.UNK, sequences.MASK)
+    assert ids == (fasta.CLS, fasta.PAD, fasta.EOS, fasta.UNK, fasta.MASK)
 
 
 @given(sequence=st.lists(st.sampled_from([*RESIDUES, "-", ".", "<mask>"]), max_size=60).map("".join))

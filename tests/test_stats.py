@@ -8,13 +8,13 @@ import pytest
 import torch
 from turboesm_kernels.reference import Rope
 
-from turboesm_cli import decode
-from turboesm_cli.batching import batches, hold_back, in_prompt, prompt_lengths, to_tokens, visible_keys
 from turboesm_cli.errors import InputError
-from turboesm_cli.model import EsmModel
-from turboesm_cli.sensitivity import measure
-from turboesm_cli.sequences import PAD, Protein
-from turboesm_cli.stats import LayerSums, Statistics, collect, sample_size
+from turboesm_cli.models import forward
+from turboesm_cli.models.esm2 import EsmModel
+from turboesm_cli.sequences.fasta import PAD, Protein
+from turboesm_cli.statistics.batching import batches, hold_back, in_prompt, prompt_lengths, to_tokens, visible_keys
+from turboesm_cli.statistics.collect import LayerSums, Statistics, collect, sample_size
+from turboesm_cli.statistics.sensitivity import measure
 
 
 class Recorder:
@@ -106,7 +106,7 @@ def test_sums_are_those_of_decoding(tiny: EsmModel, calibration_proteins: list[P
     tokens = to_tokens([protein], tiny.device)
     recorder = Recorder()
     with torch.no_grad():
-        decode.teacher_forced(tiny, tokens, [0], recorder)
+        forward.teacher_forced(tiny, tokens, [0], recorder)
     found = collect(tiny, [protein])
     for (k, v), sums in zip(recorder.seen, found.layers, strict=True):
         k, v = k[0].double(), v[0].double()
@@ -130,9 +130,9 @@ def test_sensitivity_predicts_the_effect_of_noise(
     tokens = to_tokens(empty, tiny.device)
     errors = []
     with torch.no_grad():
-        exact = decode.teacher_forced(tiny, tokens, [0] * 3, None).double()
+        exact = forward.teacher_forced(tiny, tokens, [0] * 3, None).double()
         for seed in range(6):
-            noisy = decode.teacher_forced(tiny, tokens, [0] * 3, Noise(layer, side, size, seed)).double()
+            noisy = forward.teacher_forced(tiny, tokens, [0] * 3, Noise(layer, side, size, seed)).double()
             errors.append(1 - torch.cosine_similarity(exact, noisy, dim=-1)[tokens.ne(PAD)].mean())
     assert predicted == pytest.approx(float(torch.stack(errors).mean()), rel=0.35)
 

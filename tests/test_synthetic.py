@@ -7,8 +7,8 @@ import torch
 from turboesm_kernels import dispatch, reference
 from turboesm_kernels.reference import Rope
 
-from turboesm_cli.bench_kernels import SWEEP
-from turboesm_cli.synthetic import Shape, held_bytes, make_caches, make_layer, random_cache, rope_of
+from turboesm_cli.evaluation.kernel_speed import SWEEP
+from turboesm_cli.evaluation.synthetic import Shape, held_bytes, make_caches, make_layer, random_cache, rope_of
 
 CPU = torch.device("cpu")
 

@@ -13,18 +13,18 @@ from pathlib import Path
 import pytest
 import torch
 
-from turboesm_cli import crossover, throughput, timing
-from turboesm_cli.bundle import write_bundle
-from turboesm_cli.calibration import calibrate
-from turboesm_cli.codec import RECIPES, CodecSpec
-from turboesm_cli.crossover import Crossover, crossovers
-from turboesm_cli.dense import DenseCache
-from turboesm_cli.engine import Graph, Stepper
-from turboesm_cli.formats import FORMATS
-from turboesm_cli.model import EsmModel
-from turboesm_cli.plan import KINDS
-from turboesm_cli.sequences import Protein
-from turboesm_cli.throughput import Kind, Load, Throughput
+from turboesm_cli.cache.dense import DenseCache
+from turboesm_cli.cache.formats import FORMATS
+from turboesm_cli.codec.bundle import write_bundle
+from turboesm_cli.codec.calibration import calibrate
+from turboesm_cli.codec.fit import RECIPES, CodecSpec
+from turboesm_cli.engine.batch import Graph, Stepper
+from turboesm_cli.engine.memory_plan import KINDS
+from turboesm_cli.evaluation import crossover, throughput, timing
+from turboesm_cli.evaluation.crossover import Crossover, crossovers
+from turboesm_cli.evaluation.throughput import Kind, Load, Throughput
+from turboesm_cli.models.esm2 import EsmModel
+from turboesm_cli.sequences.fasta import Protein
 
 
 def made(kind: Kind, batch: int, context: int, us: float, first: float = 1.0) -> Throughput:

@@ -17,9 +17,9 @@ import pytest
 import torch
 
 from turboesm_cli.errors import InputError, OutputError
-from turboesm_cli.files import atomic_output, work_folder
-from turboesm_cli.journal import Journal
-from turboesm_cli.work import NOTHING_KEPT, Policy, SavedWork, Tensors, done_record, is_done, saved_work
+from turboesm_cli.outputs.files import atomic_output, work_folder
+from turboesm_cli.outputs.journal import Journal
+from turboesm_cli.outputs.work import NOTHING_KEPT, Policy, SavedWork, Tensors, done_record, is_done, saved_work
 
 RUN = {"command": "test", "seed": "1", "device": "a CPU"}
 FORCE = Policy(force=True)
@@ -115,7 +115,7 @@ def test_totals_are_replaced(tmp_path: Path) -> None:
 
 def test_dear_totals_are_not_saved_every_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     now = [1000.0]
-    monkeypatch.setattr("turboesm_cli.work.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("turboesm_cli.outputs.work.time.monotonic", lambda: now[0])
     save_file = __import__("safetensors.torch").torch.save_file
 
     def slow(*arguments: object) -> None:
@@ -285,7 +285,7 @@ def test_two_at_once_are_refused_by_name(tmp_path: Path) -> None:
 HOLD = """
 import sys, time
 from pathlib import Path
-from turboesm_cli.work import saved_work
+from turboesm_cli.outputs.work import saved_work
 with saved_work(Path(sys.argv[1]), {"command": "test", "seed": "1"}) as work:
     print("held", flush=True)
     time.sleep(60)

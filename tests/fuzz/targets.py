@@ -19,13 +19,13 @@ from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
-from turboesm_cli.bundle import read_bundle
-from turboesm_cli.cache import PackedCodec
+from turboesm_cli.cache.cache_file import Packfile, file_sha256
+from turboesm_cli.cache.inventory import facts_of, tables_of
+from turboesm_cli.cache.packed import PackedCodec
+from turboesm_cli.codec.bundle import read_bundle
 from turboesm_cli.errors import TurboESMError
-from turboesm_cli.inventory import facts_of, tables_of
-from turboesm_cli.lookalikes import is_nucleotides, no_protein, no_residues
-from turboesm_cli.packfile import Packfile, file_sha256
-from turboesm_cli.sequences import LongPolicy, ReadPolicy, ReadReport, read_fasta, tokenize
+from turboesm_cli.sequences.fasta import LongPolicy, ReadPolicy, ReadReport, read_fasta, tokenize
+from turboesm_cli.sequences.lookalikes import is_nucleotides, no_protein, no_residues
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden"
 NAMES = ("flat-v1.tqz", "auto-v1.tqz", "flat-v1.tqkv", "auto-v1.tqkv")

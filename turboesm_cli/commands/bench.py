@@ -12,15 +12,15 @@ from turboesm_cli import console
 from turboesm_cli.commands import options
 from turboesm_cli.commands.reading import Reading
 from turboesm_cli.errors import InputError
-from turboesm_cli.sequences import MAX_RESIDUES, RECORD_CAP
+from turboesm_cli.sequences.fasta import MAX_RESIDUES, RECORD_CAP
 
 if TYPE_CHECKING:
-    from turboesm_cli.benchmark import Entry
-    from turboesm_cli.codec import Recipe
-    from turboesm_cli.model import EsmModel
-    from turboesm_cli.results import ResultRow
-    from turboesm_cli.sequences import Protein
-    from turboesm_cli.work import Work
+    from turboesm_cli.codec.fit import Recipe
+    from turboesm_cli.evaluation.accuracy import Entry
+    from turboesm_cli.models.esm2 import EsmModel
+    from turboesm_cli.outputs.work import Work
+    from turboesm_cli.reporting.results import ResultRow
+    from turboesm_cli.sequences.fasta import Protein
 
 
 Shown = tuple[str, list[str], list[list[str]]]
@@ -98,7 +98,7 @@ def bench(
 
     Example: turboesm bench --throughput --model random:esm2_t33_650M --dtype bf16 --batch 1,64 --context 1024
     """
-    from turboesm_cli.results import to_records, write_csv
+    from turboesm_cli.reporting.results import to_records, write_csv
 
     kept = options.Kept(output, force, if_done, resume_anywhere, writes=not (throughput and plan))
     if (throughput or kernels) and (if_done == "skip" or resume_anywhere):
@@ -156,14 +156,14 @@ def _bench_kernels(output: Path) -> None:
 
     from turboesm_cli import __version__
     from turboesm_cli.errors import DeviceError
-    from turboesm_cli.results import commit_of_source, write_csv
+    from turboesm_cli.reporting.results import commit_of_source, write_csv
 
     if not torch.cuda.is_available():
         raise DeviceError("--kernels times CUDA kernels, and there is no CUDA device here")
-    from turboesm_cli import bench_kernels
+    from turboesm_cli.evaluation import kernel_speed
 
     rows = []
-    for row in bench_kernels.bench(version=__version__, commit=commit_of_source()):
+    for row in kernel_speed.bench(version=__version__, commit=commit_of_source()):
         rows.append(row)
         console.say(f"{row.model} {row.tokens} {row.recipe} {row.metric} {row.value:.4g} {row.unit}")
     write_csv(output, rows)
@@ -171,24 +171,24 @@ def _bench_kernels(output: Path) -> None:
     cells = [[row.model, str(row.tokens), row.recipe, row.metric, f"{row.value:.4g} {row.unit}"] for row in rows]
     console.print_table("Kernels", ["shape", "tokens", "what", "figure", "value"], cells)
     title = "Fastest fp16 attention's time over ours, 3 bits: above 1, packed is faster"
-    console.print_table(title, *bench_kernels.map_cells(rows))
+    console.print_table(title, *kernel_speed.map_cells(rows))
 
 
 def _sources(recipes: str, bundles: list[Path] | None) -> list[str]:
     """What the codecs come from: recipes, or bundles by their start of sha256."""
-    from turboesm_cli.packfile import file_sha256
+    from turboesm_cli.cache.cache_file import file_sha256
 
     return [f"{path} {file_sha256(path)[:16]}" for path in bundles] if bundles else [recipes]
 
 
 def _digest(sets: list[list[Protein]]) -> str:
-    from turboesm_cli.sequences import digest_in_order
+    from turboesm_cli.sequences.fasta import digest_in_order
 
     return digest_in_order(protein for proteins in sets for protein in proteins)
 
 
 def _families(reading: Reading, names: str, limit: int | None, max_residues: int) -> dict[str, list[Protein]]:
-    from turboesm_cli.datasets import family_label, family_path
+    from turboesm_cli.sequences.datasets import family_label, family_path
 
     sets = {}
     for name in filter(None, names.split(",")):
@@ -205,7 +205,7 @@ def _families(reading: Reading, names: str, limit: int | None, max_residues: int
 
 
 def _calibration(reading: Reading, path: Path | None) -> list[Protein]:
-    from turboesm_cli.datasets import calibration_path
+    from turboesm_cli.sequences.datasets import calibration_path
 
     return reading.proteins(str(path or calibration_path()))
 
@@ -213,8 +213,8 @@ def _calibration(reading: Reading, path: Path | None) -> list[Protein]:
 def _entries(
     model: EsmModel, recipes: str, bundles: list[Path] | None, proteins: list[Protein], work: Work
 ) -> list[Entry]:
-    from turboesm_cli.benchmark import Entry, calibrated
-    from turboesm_cli.bundle import read_bundle
+    from turboesm_cli.codec.bundle import read_bundle
+    from turboesm_cli.evaluation.accuracy import Entry, calibrated
 
     if bundles:
         ready = [Entry(str(path), read_bundle(path)) for path in bundles]
@@ -240,7 +240,7 @@ def _refuse_twins(entries: list[Entry]) -> None:
 
 def _split_recipes(names: str) -> tuple[str, list[str]]:
     """Recipes, and the dense formats named among them."""
-    from turboesm_cli.formats import FORMATS
+    from turboesm_cli.cache.formats import FORMATS
 
     parts = list(dict.fromkeys(filter(None, names.split(","))))
     dense = [name for name in parts if name in FORMATS]
@@ -248,7 +248,7 @@ def _split_recipes(names: str) -> tuple[str, list[str]]:
 
 
 def _recipes(names: str) -> dict[str, Recipe]:
-    from turboesm_cli.codec import parse_recipe
+    from turboesm_cli.codec.fit import parse_recipe
 
     chosen = {name: parse_recipe(name) for name in filter(None, names.split(","))}
     if not chosen:
@@ -257,7 +257,7 @@ def _recipes(names: str) -> dict[str, Recipe]:
 
 
 def _check_seen(entries: list[Entry], sets: dict[str, list[Protein]], allow: bool) -> None:
-    from turboesm_cli.benchmark import refuse_seen
+    from turboesm_cli.evaluation.accuracy import refuse_seen
 
     try:
         refuse_seen(entries, sets)
@@ -270,24 +270,24 @@ def _check_seen(entries: list[Entry], sets: dict[str, list[Protein]], allow: boo
 def _measure(
     model: EsmModel, entries: list[Entry], sets: dict[str, list[Protein]], formats: list[str], work: Work
 ) -> tuple[list[ResultRow], list[Shown]]:
-    from turboesm_cli import benchmark
-    from turboesm_cli.summaries import bench_tables
+    from turboesm_cli.evaluation import accuracy
+    from turboesm_cli.evaluation.rows import bench_tables
 
-    rows = [*benchmark.memory(model, entries, formats), *benchmark.times(model, entries, work=work.under("time"))]
+    rows = [*accuracy.memory(model, entries, formats), *accuracy.times(model, entries, work=work.under("time"))]
     if model.is_random:
         console.warn(f"{model.name} has random weights: time and memory are measured, accuracy is not")
     else:
         total = sum(map(len, sets.values())) * (len(entries) + len(formats) + 1)
         with console.progress("decoding", total) as tick:
-            rows += benchmark.accuracy(model, entries, sets, tick, formats, work.under("decode"))
-        rows += benchmark.first_layer(model, entries, sets, work.under("layer0"))
+            rows += accuracy.accuracy(model, entries, sets, tick, formats, work.under("decode"))
+        rows += accuracy.first_layer(model, entries, sets, work.under("layer0"))
     return rows, bench_tables(rows, [*(entry.spec.recipe for entry in entries), *formats], list(sets))
 
 
 def _ablate(
     model: EsmModel, proteins: list[Protein], sets: dict[str, list[Protein]], work: Work
 ) -> tuple[list[ResultRow], list[Shown]]:
-    from turboesm_cli.ablation import SUBSETS, ablate, ablation_table, variants
+    from turboesm_cli.evaluation.ablation import SUBSETS, ablate, ablation_table, variants
 
     if model.is_random:
         raise InputError(

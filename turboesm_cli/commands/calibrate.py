@@ -10,7 +10,7 @@ import typer
 from turboesm_cli import console
 from turboesm_cli.commands import options
 from turboesm_cli.commands.reading import Reading
-from turboesm_cli.sequences import LongPolicy, digest
+from turboesm_cli.sequences.fasta import LongPolicy, digest
 
 
 def calibrate(
@@ -51,9 +51,9 @@ def calibrate(
 
     Example: turboesm calibrate esm2_t33_650M proteins.fasta -o 650M.tqz
     """
-    from turboesm_cli.bundle import write_bundle
-    from turboesm_cli.calibration import calibrate as learn
-    from turboesm_cli.codec import parse_recipe, with_bits
+    from turboesm_cli.codec.bundle import write_bundle
+    from turboesm_cli.codec.calibration import calibrate as learn
+    from turboesm_cli.codec.fit import parse_recipe, with_bits
 
     chosen = with_bits(with_bits(parse_recipe(recipe), bits, bits), bits_k, bits_v)
     if output is not None:

@@ -14,19 +14,19 @@ from turboesm_cli import console
 from turboesm_cli.commands import options
 from turboesm_cli.commands.reading import Reading, hashed_bundle
 from turboesm_cli.errors import InputError
-from turboesm_cli.sequences import MAX_RESIDUES, RECORD_CAP, LongPolicy, Protein
+from turboesm_cli.sequences.fasta import MAX_RESIDUES, RECORD_CAP, LongPolicy, Protein
 
 if TYPE_CHECKING:
-    from turboesm_cli.bundle import Bundle
-    from turboesm_cli.engine import Batch, TaskT
-    from turboesm_cli.generation import Sampling
-    from turboesm_cli.model import EsmModel
-    from turboesm_cli.plan import Plan
-    from turboesm_cli.replay import Prompt
-    from turboesm_cli.results import ResultRow
-    from turboesm_cli.summaries import Summary
-    from turboesm_cli.work import Tensors, Work
-    from turboesm_cli.workload import Workload
+    from turboesm_cli.codec.bundle import Bundle
+    from turboesm_cli.engine.batch import Batch, TaskT
+    from turboesm_cli.engine.jobs import Prompt
+    from turboesm_cli.engine.memory_plan import Plan
+    from turboesm_cli.engine.workload import Workload
+    from turboesm_cli.evaluation.rows import Summary
+    from turboesm_cli.models.esm2 import EsmModel
+    from turboesm_cli.models.sampling import Sampling
+    from turboesm_cli.outputs.work import Tensors, Work
+    from turboesm_cli.reporting.results import ResultRow
 
 KV = Literal["packed", "fp32", "fp16", "bf16", "int8", "fp8"]
 _OF_OUTPUTS = ["--if-done", "--resume-anywhere"]
@@ -93,7 +93,7 @@ def decode(
 
     Example: turboesm decode 650M.tqz proteins.fasta --prompt all --generate 50 --seed 1 -o longer.fasta
     """
-    from turboesm_cli.work import NOTHING_KEPT
+    from turboesm_cli.outputs.work import NOTHING_KEPT
 
     kept = None
     if output is not None and not plan:
@@ -137,9 +137,9 @@ def _workload(
     kv: KV,
     reading: Reading,
 ) -> Workload:
-    from turboesm_cli.packfile import Packfile, is_packfile
-    from turboesm_cli.prompts import parse_prompt
-    from turboesm_cli.workload import of_packfile, of_proteins
+    from turboesm_cli.cache.cache_file import Packfile, is_packfile
+    from turboesm_cli.engine.prompts import parse_prompt
+    from turboesm_cli.engine.workload import of_packfile, of_proteins
 
     rule = parse_prompt(prompt or "0.5")
     packed = source != "-" and is_packfile(Path(source))
@@ -169,9 +169,9 @@ def _check_generated(work: Workload, generate: int) -> None:
 
 def _plans(bundle: Bundle, work: Workload, generate: int, device: str, dtype: options.DtypeName) -> list[Plan]:
     """What each kind of cache would take for this work."""
-    from turboesm_cli.formats import FORMATS
-    from turboesm_cli.model import pick_device
-    from turboesm_cli.plan import device_memory, plans
+    from turboesm_cli.cache.formats import FORMATS
+    from turboesm_cli.engine.memory_plan import device_memory, plans
+    from turboesm_cli.models.esm2 import pick_device
 
     weights = FORMATS[dtype].dtype
     context = work.longest + generate
@@ -181,7 +181,7 @@ def _plans(bundle: Bundle, work: Workload, generate: int, device: str, dtype: op
 
 
 def _show_plans(plans: list[Plan], as_json: bool) -> None:
-    from turboesm_cli.plan import COLUMNS
+    from turboesm_cli.engine.memory_plan import COLUMNS
 
     if as_json:
         console.print_json([item.as_dict() for item in plans])
@@ -217,8 +217,8 @@ class _Run:
 
     def batch(self, new_task: Callable[[int], TaskT], tick: console.Tick) -> Batch[TaskT]:
         """The engine; `tick` hears of decoded tokens."""
-        from turboesm_cli.engine import Batch
-        from turboesm_cli.replay import new_cache
+        from turboesm_cli.engine.batch import Batch
+        from turboesm_cli.engine.jobs import new_cache
 
         def shrunk(slots: int) -> None:
             console.warn(f"out of memory: the batch is halved to {slots}, and the proteins under way start again")
@@ -237,8 +237,8 @@ class _Run:
 
 def _compare(run: _Run, output: Path | None, as_json: bool) -> Callable[[], None]:
     """Figures, in a file if there is `output`; what prints them is given back."""
-    from turboesm_cli.results import csv_rows, to_record, write_csv
-    from turboesm_cli.summaries import Context, Summary
+    from turboesm_cli.evaluation.rows import Context, Summary
+    from turboesm_cli.reporting.results import csv_rows, to_record, write_csv
 
     recipe = run.bundle.spec.recipe
     context = Context(run.model, 0, run.work.sha256[:16], run.work.prompt, run.saved.devices)
@@ -262,10 +262,10 @@ def _compare(run: _Run, output: Path | None, as_json: bool) -> Callable[[], None
 
 def _compared(run: _Run, summary: Summary) -> Iterator[ResultRow]:
     """Rows protein by protein, in the order of the input, then those of all together."""
-    from turboesm_cli.outcomes import from_tensors, to_tensors
-    from turboesm_cli.replay import compare
-    from turboesm_cli.replay import run as decoded
-    from turboesm_cli.tasks import Forced
+    from turboesm_cli.engine.jobs import compare
+    from turboesm_cli.engine.jobs import run as decoded
+    from turboesm_cli.engine.tasks import Forced
+    from turboesm_cli.evaluation.protein_results import from_tensors, to_tensors
 
     predict = run.model.has_lm_head
 
@@ -286,8 +286,8 @@ def _generate(
     run: _Run, count: int, temperature: float, top_p: float, seed: int, output: Path | None
 ) -> Callable[[], None]:
     """As `_compare`, of sampled sequences: printed where there is no `output`."""
-    from turboesm_cli.generation import Sampling
-    from turboesm_cli.sequences import write_fasta
+    from turboesm_cli.models.sampling import Sampling
+    from turboesm_cli.sequences.fasta import write_fasta
 
     run.model.require_lm_head("--generate")
     sampled = _sampled(run, count, Sampling(temperature, top_p), seed)
@@ -304,9 +304,9 @@ def _generate(
 
 def _sampled(run: _Run, count: int, sampling: Sampling, seed: int) -> Iterator[Protein]:
     """Prompts with `count` sampled residues, in the order of the input."""
-    from turboesm_cli.replay import run as decoded
-    from turboesm_cli.sequences import detokenize
-    from turboesm_cli.tasks import Sampled
+    from turboesm_cli.engine.jobs import run as decoded
+    from turboesm_cli.engine.tasks import Sampled
+    from turboesm_cli.sequences.fasta import detokenize
 
     def finish(_prompt: Prompt, found: Tensors) -> Tensors:
         return {"ids": found["ids"].cpu()}

@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from turboesm_cli import console
-from turboesm_cli.files import check_output, overwrites, work_folder
-from turboesm_cli.sequences import LongPolicy
+from turboesm_cli.outputs.files import check_output, overwrites, work_folder
+from turboesm_cli.sequences.fasta import LongPolicy
 
 if TYPE_CHECKING:
-    from turboesm_cli.bundle import Bundle
-    from turboesm_cli.model import EsmModel
-    from turboesm_cli.work import SavedWork
+    from turboesm_cli.codec.bundle import Bundle
+    from turboesm_cli.models.esm2 import EsmModel
+    from turboesm_cli.outputs.work import SavedWork
 
 Model = Annotated[
     str | None,
@@ -70,10 +70,10 @@ def open_model(name: str | None, device: str, bundle: Bundle | None = None, dtyp
     """Load the model of --model or $TURBOESM_MODEL, else the bundle's if it is official, else the embedded one."""
     import torch
 
-    from turboesm_cli.checkpoints import EMBEDDED
-    from turboesm_cli.formats import FORMATS
-    from turboesm_cli.model import load_model
-    from turboesm_cli.shapes import official_name
+    from turboesm_cli.cache.formats import FORMATS
+    from turboesm_cli.models.checkpoints import EMBEDDED
+    from turboesm_cli.models.esm2 import load_model
+    from turboesm_cli.models.shapes import official_name
 
     default = bundle.model_name if bundle and official_name(bundle.model_name) else EMBEDDED
     chosen = (os.environ.get("TURBOESM_MODEL") or default) if name is None else name
@@ -102,7 +102,7 @@ class Kept:
 
         Raises OutputError where it is of another.
         """
-        from turboesm_cli.work import is_done
+        from turboesm_cli.outputs.work import is_done
 
         done = self._skip and is_done(self._path, run)
         if done:
@@ -113,7 +113,7 @@ class Kept:
     @contextmanager
     def work(self, run: Mapping[str, str]) -> Iterator[SavedWork]:
         """The work on the output, locked and gone on with where it was stopped."""
-        from turboesm_cli.work import Policy, saved_work
+        from turboesm_cli.outputs.work import Policy, saved_work
 
         policy = Policy(self._force, self._skip, self._anywhere)
         with saved_work(self._path, run, policy) as work:
@@ -132,8 +132,8 @@ def run_of(command: str, model: EsmModel, proteins: str, **options: object) -> d
     import torch
 
     from turboesm_cli import __version__
-    from turboesm_cli.identity import code_digest
-    from turboesm_cli.summaries import device_name
+    from turboesm_cli.evaluation.rows import device_name
+    from turboesm_cli.outputs.identity import code_digest
 
     return {name.replace("_", " "): str(value) for name, value in options.items()} | {
         "command": command,

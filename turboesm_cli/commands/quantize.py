@@ -11,12 +11,12 @@ import typer
 from turboesm_cli import console
 from turboesm_cli.commands import options
 from turboesm_cli.commands.reading import Reading, hashed_bundle
-from turboesm_cli.sequences import LongPolicy
+from turboesm_cli.sequences.fasta import LongPolicy
 
 if TYPE_CHECKING:
-    from turboesm_cli.codec import CodecSpec
-    from turboesm_cli.memory import Tally
-    from turboesm_cli.work import Work
+    from turboesm_cli.cache.memory import Tally
+    from turboesm_cli.codec.fit import CodecSpec
+    from turboesm_cli.outputs.work import Work
 
 
 def quantize(
@@ -47,12 +47,12 @@ def quantize(
 
     Example: turboesm quantize 650M.tqz proteins.fasta -o proteins.tqkv
     """
-    from turboesm_cli.cache import codec_nbytes
-    from turboesm_cli.memory import Tally, memory_of
-    from turboesm_cli.packfile import CachedProtein, check_longest, storable, write_packfile
-    from turboesm_cli.prefill import cache_proteins
-    from turboesm_cli.prompts import parse_prompt
-    from turboesm_cli.workload import of_proteins
+    from turboesm_cli.cache.cache_file import CachedProtein, check_longest, storable, write_packfile
+    from turboesm_cli.cache.memory import Tally, memory_of
+    from turboesm_cli.cache.packed import codec_nbytes
+    from turboesm_cli.engine.prefill import cache_proteins
+    from turboesm_cli.engine.prompts import parse_prompt
+    from turboesm_cli.engine.workload import of_proteins
 
     path = output or options.default_output(fasta, ".tqkv")
     kept = options.Kept(path, force, if_done, resume_anywhere)
@@ -85,9 +85,9 @@ def quantize(
 
 def _print_json(path: Path, spec: CodecSpec) -> None:
     """What the finished file says of its proteins, one by one: they may be too many to hold."""
-    from turboesm_cli.cache import codec_nbytes
-    from turboesm_cli.memory import memory_of
-    from turboesm_cli.packfile import Packfile
+    from turboesm_cli.cache.cache_file import Packfile
+    from turboesm_cli.cache.memory import memory_of
+    from turboesm_cli.cache.packed import codec_nbytes
 
     with Packfile(path) as file:
         lines = (memory_of(spec, item.protein.accession, item.cached, item.nbytes).as_dict() for item in file)

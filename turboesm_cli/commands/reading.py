@@ -11,9 +11,7 @@ from typing import TYPE_CHECKING
 
 from turboesm_cli import console
 from turboesm_cli.errors import BundleError, InputError
-from turboesm_cli.inputs import Input
-from turboesm_cli.rejects import Reject, check_rejects, write_rejects
-from turboesm_cli.sequences import (
+from turboesm_cli.sequences.fasta import (
     MAX_RESIDUES,
     LongPolicy,
     Protein,
@@ -21,9 +19,11 @@ from turboesm_cli.sequences import (
     ReadReport,
     read_fasta,
 )
+from turboesm_cli.sequences.inputs import Input
+from turboesm_cli.sequences.rejects import Reject, check_rejects, write_rejects
 
 if TYPE_CHECKING:
-    from turboesm_cli.bundle import Bundle
+    from turboesm_cli.codec.bundle import Bundle
 
 SHOWN = 20
 
@@ -114,8 +114,8 @@ def _say(source: str, found: ReadReport) -> None:
 
 def hashed_bundle(path: Path) -> tuple[Bundle, str]:
     """A bundle, and the sha256 of the bytes that it was read from. Raises BundleError."""
-    from turboesm_cli.bundle import read_bundle
-    from turboesm_cli.packfile import file_sha256
+    from turboesm_cli.cache.cache_file import file_sha256
+    from turboesm_cli.codec.bundle import read_bundle
 
     try:
         before = file_sha256(path)

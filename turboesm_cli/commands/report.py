@@ -9,11 +9,11 @@ import typer
 
 from turboesm_cli import console
 from turboesm_cli.errors import InputError, OutputError
-from turboesm_cli.files import write_text
+from turboesm_cli.outputs.files import write_text
 
 if TYPE_CHECKING:
-    from turboesm_cli.figures import Section
-    from turboesm_cli.pages import Page
+    from turboesm_cli.reporting.pages import Page
+    from turboesm_cli.reporting.sections import Section
 
 
 def report(
@@ -66,7 +66,7 @@ def report(
 
 
 def _inventory(paths: list[Path], as_json: bool) -> None:
-    from turboesm_cli.inventory import facts_of, tables_of
+    from turboesm_cli.cache.inventory import facts_of, tables_of
 
     found = [facts_of(path) for path in paths]
     if as_json:
@@ -87,14 +87,14 @@ def _check_output(output: Path, force: bool) -> None:
 
 
 def _sections(paths: list[Path]) -> list[Section]:
-    from turboesm_cli.figures import sections
-    from turboesm_cli.results import read_csv
+    from turboesm_cli.reporting.results import read_csv
+    from turboesm_cli.reporting.sections import sections
 
     return sections(read_csv(paths))
 
 
 def _page(output: Path, title: str, sections: list[Section]) -> Page:
-    from turboesm_cli.pages import html_page, markdown_page
+    from turboesm_cli.reporting.pages import html_page, markdown_page
 
     if output.suffix.lower() == ".md":
         return markdown_page(title, sections, f"{output.stem}_figures")

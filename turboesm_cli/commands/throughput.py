@@ -12,10 +12,10 @@ from turboesm_cli.commands.reading import Reading
 from turboesm_cli.errors import InputError
 
 if TYPE_CHECKING:
-    from turboesm_cli.codec import CodecSpec
-    from turboesm_cli.model import EsmModel
-    from turboesm_cli.shapes import Shape
-    from turboesm_cli.throughput import Kind, Load, Throughput
+    from turboesm_cli.codec.fit import CodecSpec
+    from turboesm_cli.evaluation.throughput import Kind, Load, Throughput
+    from turboesm_cli.models.esm2 import EsmModel
+    from turboesm_cli.models.shapes import Shape
 
 CALIBRATION_PROTEINS = 8
 """Enough for a codec that only time and memory are measured with."""
@@ -41,12 +41,12 @@ class Wanted:
 
 def bench_throughput(wanted: Wanted) -> None:
     """Measure, write the rows, show the tables."""
-    from turboesm_cli.bundle import read_bundle
-    from turboesm_cli.crossover import crossovers, rows
-    from turboesm_cli.model import pick_device
-    from turboesm_cli.plan import device_memory, parse_memory
-    from turboesm_cli.results import to_records, write_csv
-    from turboesm_cli.throughput import Load
+    from turboesm_cli.codec.bundle import read_bundle
+    from turboesm_cli.engine.memory_plan import device_memory, parse_memory
+    from turboesm_cli.evaluation.crossover import crossovers, rows
+    from turboesm_cli.evaluation.throughput import Load
+    from turboesm_cli.models.esm2 import pick_device
+    from turboesm_cli.reporting.results import to_records, write_csv
 
     loads = [Load(batch, context) for context in _numbers(wanted.contexts) for batch in _numbers(wanted.batches)]
     forms = _forms(wanted.kinds)
@@ -77,7 +77,7 @@ def bench_throughput(wanted: Wanted) -> None:
 def _measure(
     wanted: Wanted, model: EsmModel, kinds: list[Kind], loads: list[Load], free: int, budget: int | None
 ) -> tuple[list[Throughput], list[Throughput]]:
-    from turboesm_cli.throughput import sweep
+    from turboesm_cli.evaluation.throughput import sweep
 
     contexts = list(dict.fromkeys(load.context for load in loads)) if budget else []
     found, largest = [], []
@@ -102,7 +102,7 @@ def _measure(
 
 
 def _show(model: EsmModel, found: list[Throughput], largest: list[Throughput]) -> None:
-    from turboesm_cli.crossover import COLUMNS, cells
+    from turboesm_cli.evaluation.crossover import COLUMNS, cells
 
     title = f"{model.name}, {model.dtype_name} weights: decoding with each kind of cache"
     if found:
@@ -116,8 +116,8 @@ def _show(model: EsmModel, found: list[Throughput], largest: list[Throughput]) -
 
 
 def _show_plans(wanted: Wanted, shape: Shape, spec: CodecSpec, loads: list[Load], memory: int) -> None:
-    from turboesm_cli.formats import FORMATS
-    from turboesm_cli.plan import COLUMNS, plans
+    from turboesm_cli.cache.formats import FORMATS
+    from turboesm_cli.engine.memory_plan import COLUMNS, plans
 
     made = [
         plan
@@ -132,9 +132,9 @@ def _show_plans(wanted: Wanted, shape: Shape, spec: CodecSpec, loads: list[Load]
 
 
 def _largest(wanted: Wanted, model: EsmModel, kind: Kind, context: int, memory: int) -> Throughput | None:
-    from turboesm_cli.formats import FORMATS
-    from turboesm_cli.plan import plans
-    from turboesm_cli.throughput import largest_batch
+    from turboesm_cli.cache.formats import FORMATS
+    from turboesm_cli.engine.memory_plan import plans
+    from turboesm_cli.evaluation.throughput import largest_batch
 
     every = plans(model.shape, kind.spec, FORMATS[wanted.dtype].dtype, context, memory)
     planned = next(plan for plan in every if plan.kind == kind.form).batch
@@ -143,11 +143,11 @@ def _largest(wanted: Wanted, model: EsmModel, kind: Kind, context: int, memory: 
 
 def _model_and_codecs(wanted: Wanted) -> tuple[EsmModel, list[CodecSpec]]:
     """The model in its dtype, and the codecs of --bundle or --recipes, calibrated in float32."""
-    from turboesm_cli.benchmark import calibrated
-    from turboesm_cli.bundle import read_bundle
-    from turboesm_cli.codec import parse_recipe
-    from turboesm_cli.datasets import calibration_path
-    from turboesm_cli.formats import FORMATS
+    from turboesm_cli.cache.formats import FORMATS
+    from turboesm_cli.codec.bundle import read_bundle
+    from turboesm_cli.codec.fit import parse_recipe
+    from turboesm_cli.evaluation.accuracy import calibrated
+    from turboesm_cli.sequences.datasets import calibration_path
 
     model = options.open_model(wanted.model, wanted.device)
     ready = [read_bundle(path) for path in wanted.bundles]
@@ -164,13 +164,13 @@ def _model_and_codecs(wanted: Wanted) -> tuple[EsmModel, list[CodecSpec]]:
 
 
 def _kinds(forms: list[str], specs: list[CodecSpec]) -> list[Kind]:
-    from turboesm_cli.throughput import Kind
+    from turboesm_cli.evaluation.throughput import Kind
 
     return [Kind.of(form, spec) for form in forms for spec in (specs if form == "packed" else specs[:1])]
 
 
 def _forms(names: str) -> list[str]:
-    from turboesm_cli.plan import KINDS
+    from turboesm_cli.engine.memory_plan import KINDS
 
     forms = list(dict.fromkeys(filter(None, names.split(","))))
     if not forms or not set(forms) <= set(KINDS):

@@ -1,0 +1,1 @@
+"""Key/value caches, in memory and on disk."""

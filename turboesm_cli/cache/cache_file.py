@@ -1,0 +1,263 @@
+"""Packed caches on disk: what `quantize` writes and `decode` goes on from.
+
+    caches.bin       the tensors of each protein's `PackedCache` as safetensors, one after another
+    proteins.jsonl   for each, in that order, a line of JSON: accession, sequence, cached: tokens held, bytes: of
+                     the cache in memory, stored: bytes in caches.bin, sha256: of these
+    manifest.json    bundle_sha256, model {name, fingerprint}, proteins: how many
+
+That is version 2, written and read in memory that does not grow with the number of proteins. Version 1 had a part
+a protein, and `proteins` in the manifest listed what the lines say, with the part's name; it is still read.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import tempfile
+import zipfile
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import IO, Any
+
+from torch import Tensor
+
+from turboesm_cli.cache.packed import bytes_per_sequence, check_tensors
+from turboesm_cli.codec.bundle import Bundle
+from turboesm_cli.errors import BundleError, InputError
+from turboesm_cli.models.alphabet import MASK_TEXT, count
+from turboesm_cli.outputs.archive import (
+    CHUNK,
+    MANIFEST,
+    PART_LIMIT,
+    Archive,
+    new_archive,
+    parsed,
+    printable,
+    to_bytes,
+)
+from turboesm_cli.sequences.fasta import RECORD_CAP, Protein, tokenize
+
+KIND = "turboesm-caches"
+VERSION = 2
+CACHES = "caches.bin"
+PROTEINS = "proteins.jsonl"
+LETTERS_LIMIT = RECORD_CAP * len(MASK_TEXT)
+LINE_LIMIT = 8 << 20
+"""Bytes of a line about one protein: its sequence, if need be of masks alone, and what else is said of it."""
+HEADER_ROOM = 1 << 20
+"""Bytes that safetensors' header of a cache may take at most."""
+
+Tensors = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class CachedProtein:
+    """A protein, and the tensors of a `PackedCache` that holds its first `cached` tokens, `<cls>` counted."""
+
+    protein: Protein
+    cached: int
+    tensors: Tensors
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the cache holds."""
+        return sum(tensor.nbytes for tensor in self.tensors.values())
+
+
+@dataclass(frozen=True)
+class StoredProtein:
+    """A protein whose first `cached` tokens are in a file; `read` gives the tensors of their `PackedCache`.
+
+    nbytes  what that cache holds in memory
+    read    raises BundleError where they are damaged
+    """
+
+    protein: Protein
+    cached: int
+    nbytes: int
+    read: Callable[[], Tensors]
+
+
+def file_sha256(path: Path) -> str:
+    """sha256 of a file's bytes."""
+    with Path(path).open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def is_packfile(path: Path) -> bool:
+    """Whether `path` is a file of caches, or is a zip file that is too damaged to tell; pipes are left alone."""
+    try:
+        if not Path(path).is_file():
+            return False
+        with Path(path).open("rb") as stream:
+            if stream.read(4) != b"PK\x03\x04":
+                return False
+            with zipfile.ZipFile(stream) as found:
+                return any(name == MANIFEST for name in found.namelist())
+    except zipfile.BadZipFile:
+        return True
+    except (OSError, ValueError, NotImplementedError):
+        return False
+
+
+def check_storable(accession: object, sequence: object) -> None:
+    """Raise ValueError for a protein that no file of caches holds: writers ask before the work, readers, too."""
+    printable(accession)
+    if not isinstance(sequence, str) or len(sequence) > LETTERS_LIMIT or count(sequence) > RECORD_CAP:
+        raise ValueError(f"no text, or a sequence of over {RECORD_CAP:,} residues")
+
+
+def check_longest(bundle: Bundle, tokens: int) -> None:
+    """Raise InputError where the cache of so many tokens would be more than readers hold at once."""
+    size = bytes_per_sequence(bundle.spec, tokens)
+    if size + HEADER_ROOM > PART_LIMIT:
+        raise InputError(f"a cache of {tokens:,} tokens takes {size:,} bytes, over {PART_LIMIT:,}: cut it")
+
+
+def storable(rule: Callable[[Protein], int]) -> Callable[[Protein], int]:
+    """A rule that says how much of a protein is prompt, and raises InputError for one that cannot be stored."""
+
+    def checked(protein: Protein) -> int:
+        try:
+            check_storable(protein.accession, protein.sequence)
+        except ValueError as error:
+            raise InputError(f"{protein.source}: record {protein.record}: {error}; mend or remove it") from error
+        return rule(protein)
+
+    return checked
+
+
+def write_packfile(
+    path: Path, bundle: Bundle, bundle_sha256: str, caches: Iterable[CachedProtein], devices: str = ""
+) -> None:
+    """Write caches as they come, one in memory at a time. Raises OutputError; InputError where there is none.
+
+    devices  those that the caches were made on, where they are more than one: the manifest names them
+    """
+    with new_archive(path, KIND, VERSION) as archive, tempfile.TemporaryFile(dir=archive.folder) as lines:
+        archive.manifest = {
+            "bundle_sha256": bundle_sha256,
+            "model": {"name": bundle.model_name, "fingerprint": bundle.fingerprint},
+            "proteins": 0,
+        } | ({"devices": devices} if devices else {})
+        archive.add(CACHES, _stored(caches, lines, archive.manifest))
+        if not archive.manifest["proteins"]:
+            raise InputError(f"no proteins to write to {path}; check the input")
+        lines.seek(0)
+        archive.add(PROTEINS, iter(partial(lines.read, CHUNK), b""))
+
+
+def _stored(caches: Iterable[CachedProtein], lines: IO[bytes], manifest: dict[str, Any]) -> Iterator[bytes]:
+    """The caches as bytes, and counted; what describes them goes to `lines`, which wait on disk."""
+    for item in caches:
+        check_storable(item.protein.accession, item.protein.sequence)
+        data = to_bytes(item.tensors)
+        described = {
+            "accession": item.protein.accession,
+            "sequence": item.protein.sequence,
+            "cached": item.cached,
+            "bytes": item.nbytes,
+            "stored": len(data),
+            "sha256": hashlib.sha256(data).hexdigest(),
+        }
+        lines.write(json.dumps(described, separators=(",", ":")).encode() + b"\n")
+        manifest["proteins"] += 1
+        yield data
+
+
+class Packfile:
+    """The caches of a file, one by one: a context, in which they can be read at any time.
+
+    Raises BundleError where the file is damaged or, if `bundle` is given, was packed with another one. What is
+    said of a protein is checked when it comes, its tensors when they are read.
+    """
+
+    def __init__(self, path: Path, bundle: Bundle | None = None, bundle_sha256: str = "") -> None:
+        self._path, self._spec = path, bundle.spec if bundle else None
+        self.archive = Archive(path, KIND, VERSION)
+        try:
+            if bundle and self.archive.manifest.get("bundle_sha256") != bundle_sha256:
+                raise BundleError(f"{path} was packed with another bundle; name the one that it was packed with")
+            self._count = _count_of_parts(self.archive) if self.archive.version == 1 else _count(self.archive)
+        except BaseException:
+            self.archive.__exit__()
+            raise
+
+    def __enter__(self) -> Packfile:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.archive.__exit__()
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __iter__(self) -> Iterator[StoredProtein]:
+        found = self._of_parts() if self.archive.version == 1 else self._of_lines()
+        try:
+            yield from found
+        except (LookupError, TypeError, ValueError, InputError) as error:
+            raise self.archive.broken(str(error)) from error
+
+    def _of_parts(self) -> Iterator[StoredProtein]:
+        """Version 1."""
+        for item in self.archive.manifest["proteins"]:
+            if printable(item["part"]) not in self.archive.manifest["parts"]:
+                raise ValueError(f"part {item['part']!r} is not there")
+            yield self._described(item, partial(self.archive.read, item["part"]))
+
+    def _of_lines(self) -> Iterator[StoredProtein]:
+        """Version 2."""
+        offset = number = 0
+        for line in self.archive.lines(PROTEINS, LINE_LIMIT):
+            item = parsed(line)
+            stored, digest = item["stored"], item["sha256"]
+            if type(stored) is not int or stored < 0 or not isinstance(digest, str):
+                raise ValueError("a size or sha256 is of the wrong type")
+            yield self._described(item, partial(self.archive.piece, CACHES, offset, stored, digest))
+            offset, number = offset + stored, number + 1
+        if (offset, number) != (self.archive.size(CACHES), self._count):
+            raise ValueError(f"{number:,} proteins in {offset:,} bytes are listed, not all that are there")
+
+    def _described(self, item: dict[str, Any], read: Callable[[], Tensors]) -> StoredProtein:
+        """A protein as a line says, checked: at least `<eos>` is left to decode."""
+        sequence, cached, nbytes = item["sequence"], item["cached"], item["bytes"]
+        check_storable(item["accession"], sequence)
+        if type(cached) is not int or type(nbytes) is not int or nbytes < 0:
+            raise ValueError("a count is of the wrong type")
+        tokenize(sequence)
+        protein = Protein(item["accession"], "", sequence, source=str(self._path))
+        if not 0 < cached <= protein.residues + 1:
+            raise ValueError(f"{cached} tokens cached of {protein.residues + 2}")
+        return StoredProtein(protein, cached, nbytes, partial(self._read, read, cached))
+
+    def _read(self, read: Callable[[], Tensors], cached: int) -> Tensors:
+        tensors = read()
+        try:
+            if self._spec is not None:
+                check_tensors(self._spec, tensors, cached)
+        except (ValueError, RuntimeError) as error:
+            raise self.archive.broken(str(error)) from error
+        return tensors
+
+
+def _count(archive: Archive) -> int:
+    """How many proteins a file of version 2 says to hold, its lines' hash checked."""
+    if {*archive.parts} != {CACHES, PROTEINS}:
+        raise archive.broken(f"its parts are not {CACHES} and {PROTEINS}")
+    found = archive.manifest.get("proteins")
+    if type(found) is not int or found < 1:
+        raise archive.broken("it lists no proteins")
+    if sum(chunk.count(b"\n") for chunk in archive.checked(PROTEINS)) != found:
+        raise archive.broken(f"{PROTEINS} has not as many lines as there are proteins")
+    return found
+
+
+def _count_of_parts(archive: Archive) -> int:
+    """The same of version 1."""
+    listed = archive.manifest.get("proteins")
+    if not isinstance(listed, list) or not listed:
+        raise archive.broken("it lists no proteins")
+    return len(listed)

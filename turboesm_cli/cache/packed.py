@@ -1,0 +1,349 @@
+"""The packed key/value cache (`forward.Cache`).
+
+Memory is allocated once, for `capacity` tokens, and `nbytes` counts all of it. What a model's caches share
+(tables, rotations) is counted apart, by `codec_nbytes`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Self
+
+import torch
+from torch import Tensor
+from turboesm_kernels import cpu_lookup, dispatch, reference, token_layer, verify
+from turboesm_kernels.available import has_triton
+from turboesm_kernels.dispatch import put
+from turboesm_kernels.operands import Held, PreparedLayer
+from turboesm_kernels.reference import Packed, Rope
+from turboesm_kernels.token_tables import TokenTables
+
+from turboesm_cli.cache.ragged import Ragged
+from turboesm_cli.codec.fit import CodecSpec, LayerSpec
+from turboesm_cli.errors import DeviceError
+from turboesm_cli.models import forward
+from turboesm_cli.models.esm2 import EsmModel
+from turboesm_cli.sequences.fasta import VOCABULARY
+
+SINK_DTYPE = torch.float16
+ALIGNMENT = 16
+"""Tokens that a cache on a GPU is rounded up to: the fast kernels read 16 at a time."""
+
+
+class PackedCodec:
+    """What a packed cache does to keys and values, without the packing (see `forward.teacher_forced`)."""
+
+    def __init__(self, spec: CodecSpec, device: torch.device) -> None:
+        self._spec = on_device(spec, device)
+
+    def roundtrip(self, layer: int, k: Tensor, v: Tensor, rope: Rope) -> tuple[Tensor, Tensor]:
+        """Keys and values [B, H, T, d] of whole sequences as they come back from the cache."""
+        layer_spec = self._spec.layers[layer]
+        if layer_spec is None:
+            return k, v
+        back_k = reference.roundtrip(k, layer_spec.k, rope).to(k.dtype)
+        back_v = reference.roundtrip(v, layer_spec.v).to(v.dtype)
+        sinks = self._spec.recipe.sinks
+        back_k[:, :, :sinks] = k[:, :, :sinks].to(SINK_DTYPE).to(k.dtype)
+        back_v[:, :, :sinks] = v[:, :, :sinks].to(SINK_DTYPE).to(v.dtype)
+        return back_k, back_v
+
+
+class PackedCache(Ragged):
+    """Keys and values packed by a codec; leading tokens (sinks) in float16; layers that keep tokens alone.
+
+    `tensors` are all the bytes of a sequence: what is written to disk is what is held in memory. `backend` as in
+    `dispatch.attend`.
+    """
+
+    def __init__(
+        self, model: EsmModel, spec: CodecSpec, batch: int, capacity: int, backend: dispatch.Backend | None = None
+    ) -> None:
+        super().__init__(batch, capacity, model.device)
+        self._codec = _prepare(model, spec)
+        self._backend = backend
+        self._rope = forward.rope_at(model, 0, _room(capacity, model.device) + ALIGNMENT)
+        self._sinks = sinks = min(spec.recipe.sinks, capacity)
+        self._packed_starts = torch.zeros_like(self.starts)
+        self._packed_rope = Rope(self._rope.cos[sinks:], self._rope.sin[sinks:])
+        if model.device.type == "cuda":
+            # Kernels read what is made here before they wait for earlier work.
+            _ = self._packed_rope.turns, self._packed_rope.block_turn
+            torch.cuda.synchronize(model.device)
+        self.fits_a_graph = not any(
+            layer and (layer.k.residual_axes or layer.v.residual_axes) for layer in spec.layers
+        )
+        self._layers = [
+            _LayerStore.empty(layer, spec, batch, _room(capacity, model.device), model.device)
+            for layer in spec.layers
+        ]
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """All that `capacity` tokens of each sequence take, by name."""
+        return self.leading(self.capacity)
+
+    def leading(self, length: int) -> dict[str, Tensor]:
+        """The part of `tensors` that the first `length` tokens take."""
+        held = {"unmasked": self.unmasked}
+        for index, store in enumerate(self._layers):
+            own = store.upto(length).tensors
+            held |= {f"layers.{index}.{name}": tensor for name, tensor in own.items()}
+        return held
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held."""
+        stored = sum(tensor.nbytes for store in self._layers for tensor in store.tensors.values())
+        return stored + self.unmasked.nbytes
+
+    def rows(self, start: int, stop: int) -> Self:
+        """Sequences start..stop - 1: a view of the same memory."""
+        part = super().rows(start, stop)
+        part._packed_starts = self._packed_starts[start:stop]
+        part._layers = [store.rows(start, stop) for store in self._layers]
+        return part
+
+    def load(self, tensors: Mapping[str, Tensor], length: int) -> None:
+        """Take over the `tensors` of a cache of the same codec and batch that is full with `length` tokens.
+
+        Raises ValueError where they are not such a cache's.
+        """
+        check_tensors(self._codec.spec, tensors, length, self.batch)
+        own = self.tensors
+        for name, tensor in tensors.items():
+            _leading_tokens(own[name], tensor).copy_(tensor)
+        self.truncate(0)
+        self.begin(length)
+
+    def begin(self, counts: int | Sequence[int]) -> None:
+        """Make room for the next tokens of each sequence."""
+        super().begin(counts)
+        if self.starts.is_cuda:  # the kernels subtract the sinks themselves
+            return
+        first = torch.sub(self.starts, self._sinks, out=self._packed_starts).clamp_(min=0)
+        rope = self._packed_rope
+        if len(rope.cos):
+            self._angles = Rope(rope.cos[first][:, None, None], rope.sin[first][:, None, None])
+
+    def append(self, layer: int, k: Tensor, v: Tensor, tokens: Tensor) -> None:
+        """Pack keys and values [B, H, T, d] of the tokens int64 [B, T] that were begun."""
+        start: int | Tensor = self.starts if tokens.shape[1] == 1 else self.common_start()
+        prepared, store = self._codec.layers[layer], self._layers[layer]
+        if prepared is None:
+            put(store.tokens, tokens.to(torch.uint8), start, 1)
+            return
+        sinks = store.sinks
+        if sinks and self.shortest < sinks:
+            store.put_sinks(k, v, start)
+            if isinstance(start, int):
+                k, v = (x[:, :, max(0, sinks - start) :] for x in (k, v))
+        if k.shape[2] and store.room:
+            first = max(sinks, start) if isinstance(start, int) else start
+            pair = self._codec.pairs[layer] if self._backend is None and first is self.starts else None
+            if pair is None:
+                dispatch.append(k, v, prepared, self._held_by(layer), first, self._backend)
+            else:
+                store.put(*pair.compress(k, v, self._angles), self._packed_starts)
+
+    def attend(self, layer: int, q: Tensor) -> Tensor:
+        """Attention of q [B, H, Q, d] over all that `layer` holds."""
+        whole = q.is_cuda  # what a CUDA graph captures serves sequences of any length
+        reach = self._layers[layer].room + self._layers[layer].sinks if whole else self.length
+        lengths = None if self.is_even and not whole else self.lengths
+        prepared, store = self._codec.layers[layer], self._layers[layer]
+        if prepared is None:
+            tokens, unmasked = store.tokens[:, :reach], self.unmasked.view(-1)
+            return token_layer.attend_tokens(q, tokens, self._codec.tokens, unmasked, self._rope, lengths)
+        return dispatch.attend(q, self._held_by(layer, reach, lengths), prepared, self._backend)
+
+    def keys_values(self, layer: int) -> tuple[Tensor, Tensor]:
+        """Keys (after RoPE) and values [B, H, length, d] of one layer, unpacked: float32, or the model's dtype."""
+        prepared, store = self._codec.layers[layer], self._layers[layer].upto(self.length)
+        rope = Rope(self._rope.cos[: self.length], self._rope.sin[: self.length])
+        if prepared is None:
+            return self._from_tokens(store.tokens.long(), rope)
+        held = self._held_by(layer, self.length)
+        return dispatch.expand(held, prepared)
+
+    def _held_by(self, layer: int, reach: int | None = None, lengths: Tensor | None = None) -> Held:
+        """What a layer holds of the first `reach` tokens, for the kernels."""
+        store = self._layers[layer] if reach is None else self._layers[layer].upto(reach)
+        return Held(
+            store.packed("k"), store.packed("v"), self._packed_rope, lengths,
+            store.tensors.get("k.sinks"), store.tensors.get("v.sinks"),
+        )  # fmt: skip
+
+    def _from_tokens(self, tokens: Tensor, rope: Rope) -> tuple[Tensor, Tensor]:
+        keys, values = forward.token_keys_values(self._codec.model, self.unmasked)
+        index = tokens[:, None, :, None].expand(-1, keys.shape[1], -1, keys.shape[3])
+        batch = len(tokens)
+        keys = keys.expand(batch, -1, -1, -1).gather(2, index)
+        return rope.rotate(keys), values.expand(batch, -1, -1, -1).gather(2, index)
+
+
+def check_tensors(spec: CodecSpec, tensors: Mapping[str, Tensor], length: int, batch: int = 1) -> None:
+    """Raise ValueError where `tensors` are not those of a `PackedCache` that is full with `length` tokens."""
+    full = {"unmasked": torch.empty(batch, 1, 1, device="meta")}
+    for index, layer in enumerate(spec.layers):
+        empty = _LayerStore.empty(layer, spec, batch, length, torch.device("meta"))
+        full |= {f"layers.{index}.{name}": tensor for name, tensor in empty.tensors.items()}
+    if set(full) != set(tensors):
+        raise ValueError("the cache was packed by another codec")
+    for name, tensor in tensors.items():
+        if tensor.dtype != full[name].dtype or tensor.shape != full[name].shape:
+            raise ValueError(f"{name} is {tensor.dtype} {list(tensor.shape)}, not {list(full[name].shape)}")
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+            raise ValueError(f"{name} is not finite")
+        if name.endswith(".tokens") and int(tensor.max()) >= len(VOCABULARY):
+            raise ValueError(f"{name} holds what is no token of ESM-2")
+    if not bool(((tensors["unmasked"] > 0) & (tensors["unmasked"] <= 1)).all()):
+        raise ValueError("the fraction of tokens that are not masked is not in 0..1")
+
+
+def on_device(spec: CodecSpec, device: torch.device) -> CodecSpec:
+    """The codec with its tensors on `device`; no copy where they are there already."""
+    layers = (layer and LayerSpec(layer.k.to(device), layer.v.to(device)) for layer in spec.layers)
+    return replace(spec, layers=tuple(layers))
+
+
+def codec_nbytes(spec: CodecSpec) -> int:
+    """Bytes of what all caches of a model share: centres, rotations, tables."""
+    sides = [side for layer in spec.layers if layer is not None for side in (layer.k, layer.v)]
+    return sum(tensor.nbytes for side in sides for tensor in side.tensors.values())
+
+
+def bytes_per_sequence(spec: CodecSpec, tokens: int) -> int:
+    """Bytes that `PackedCache` holds for one sequence of `tokens` tokens."""
+    stores = (_LayerStore.empty(layer, spec, 1, tokens, torch.device("meta")) for layer in spec.layers)
+    return 4 + sum(tensor.nbytes for store in stores for tensor in store.tensors.values())
+
+
+def dense_bytes_per_sequence(spec: CodecSpec, tokens: int, dtype: torch.dtype) -> int:
+    """Bytes that `DenseCache` holds for one sequence of `tokens` tokens of the same model."""
+    return len(spec.layers) * 2 * spec.heads * spec.head_dim * tokens * dtype.itemsize
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    """A model's codec, ready for the kernels; `tokens` serves the layers that are None, `pairs` a CPU."""
+
+    model: EsmModel
+    spec: CodecSpec
+    layers: list[PreparedLayer | None]
+    tokens: TokenTables
+    pairs: list[cpu_lookup.Pair | None]
+
+
+@lru_cache(maxsize=4)
+def _prepare(model: EsmModel, spec: CodecSpec) -> _Prepared:
+    spec = on_device(spec, model.device)
+    layers = [None if layer is None else PreparedLayer.of(layer.k, layer.v) for layer in spec.layers]
+    on_cpu = model.device.type == "cpu"
+    if model.device.type == "cuda":
+        _check_kernels(model, spec.recipe.sinks, [layer for layer in layers if layer is not None])
+    pairs = [cpu_lookup.Pair.of(layer.k, layer.v) if layer and on_cpu else None for layer in layers]
+    return _Prepared(model, spec, layers, forward.token_tables(model), pairs)
+
+
+def _check_kernels(model: EsmModel, sinks: int, layers: list[PreparedLayer]) -> None:
+    """Raise DeviceError where a kernel is wrong on this device; make what the kernels need of the codec."""
+    for layer in layers:
+        layer.k.ready()
+        layer.v.ready()
+    dtype = next(model.net.parameters()).dtype
+    problem = verify.problem(layers, dtype, sinks) if has_triton() else None
+    if problem:
+        raise DeviceError(f"{model.device}: {problem}; install another version of Triton, or use --device cpu")
+
+
+def _room(capacity: int, device: torch.device) -> int:
+    """Tokens that buffers are made for."""
+    return -(-capacity // ALIGNMENT) * ALIGNMENT if device.type == "cuda" else capacity
+
+
+@dataclass(frozen=True)
+class _LayerStore:
+    """One layer's buffers. Packed token 0 is the sequence's token number `sinks`."""
+
+    tensors: dict[str, Tensor]
+
+    @property
+    def tokens(self) -> Tensor:
+        return self.tensors["tokens"]
+
+    @property
+    def sinks(self) -> int:
+        return self.tensors["k.sinks"].shape[2] if "k.sinks" in self.tensors else 0
+
+    @property
+    def room(self) -> int:
+        """Tokens beyond the sinks."""
+        return self.tokens.shape[1] if "tokens" in self.tensors else self.tensors["v.codes"].shape[3]
+
+    @classmethod
+    def empty(
+        cls, layer: LayerSpec | None, spec: CodecSpec, batch: int, capacity: int, device: torch.device
+    ) -> _LayerStore:
+        if layer is None:
+            return cls({"tokens": torch.zeros(batch, capacity, dtype=torch.uint8, device=device)})
+        sinks = min(spec.recipe.sinks, capacity)
+        rest = capacity - sinks if device.type != "cuda" else _room(capacity - sinks, device)
+        tensors: dict[str, Tensor] = {}
+        for name, side in (("k", layer.k), ("v", layer.v)):
+            shape = (batch, spec.heads, sinks, spec.head_dim)
+            if sinks:
+                tensors[f"{name}.sinks"] = torch.zeros(shape, dtype=SINK_DTYPE, device=device)
+            tensors[f"{name}.codes"] = torch.zeros(side.codes_shape(batch, rest), dtype=torch.uint8, device=device)
+            if side.scale != "none":
+                tensors[f"{name}.scales"] = torch.zeros(batch, spec.heads, rest, dtype=torch.uint8, device=device)
+        return cls(tensors)
+
+    def rows(self, start: int, stop: int) -> _LayerStore:
+        """Some sequences: a view."""
+        return _LayerStore({name: tensor[start:stop] for name, tensor in self.tensors.items()})
+
+    def upto(self, length: int) -> _LayerStore:
+        """The first `length` tokens: a view."""
+        sinks = min(self.sinks, length)
+        upto = {
+            "tokens": (1, length),
+            "codes": (3, length - sinks),
+            "scales": (2, length - sinks),
+            "sinks": (2, sinks),
+        }
+        return _LayerStore(
+            {name: tensor.narrow(upto[kind][0], 0, min(upto[kind][1], tensor.shape[upto[kind][0]]))
+             for name, tensor in self.tensors.items() for kind in [name.split(".")[-1]]}
+        )  # fmt: skip
+
+    def packed(self, name: str) -> Packed:
+        return Packed(self.tensors[f"{name}.codes"], self.tensors.get(f"{name}.scales"))
+
+    def put(self, k: Packed, v: Packed, start: Tensor) -> None:
+        """One packed token of each sequence, where `start` int [B] says."""
+        for name, found in (("k", k), ("v", v)):
+            put(self.tensors[f"{name}.codes"], found.codes, start, 3)
+            if found.scales is not None:
+                put(self.tensors[f"{name}.scales"], found.scales, start, 2)
+
+    def put_sinks(self, k: Tensor, v: Tensor, start: int | Tensor) -> None:
+        """Keep what of k, v [B, H, T, d] from token `start` on are sinks."""
+        for name, x in (("k", k), ("v", v)):
+            into = self.tensors[f"{name}.sinks"]
+            if isinstance(start, int):
+                kept = max(0, min(self.sinks - start, x.shape[2]))
+                into[:, :, start : start + kept] = x[:, :, :kept]
+            else:
+                there = (torch.arange(self.sinks, device=x.device) == start[:, None])[:, None, :, None]
+                into.copy_(torch.where(there, x.to(SINK_DTYPE), into))
+
+
+def _leading_tokens(target: Tensor, source: Tensor) -> Tensor:
+    """The part of a buffer that a shorter one of the same kind fills: only the index of tokens differs."""
+    for index, size in enumerate(source.shape):
+        target = target.narrow(index, 0, size)
+    return target

@@ -1,0 +1,1 @@
+"""Statistics + a recipe → how keys and values are coded."""

@@ -1,0 +1,257 @@
+"""A codec on disk: the `.tqz` bundle.
+
+manifest: model {name, fingerprint, layers, width, heads}; recipe (every field); calibration {sha256, proteins,
+tokens, sequences: the first 16 hex digits of each sequence's sha256}; layers: for each, null (the layer keeps
+tokens) or {"k": SIDE, "v": SIDE} with SIDE {profiles: [{widths, nbytes, lanes}], profile_of_head, scale};
+choices: for each coded layer and side its bytes a vector, its allocation and the errors predicted.
+codec.safetensors: layers.I.{k,v}.{centre,analysis,deviation,synthesis,levels,thresholds}, see
+`turboesm_kernels.reference.SideSpec`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from turboesm_kernels.layout import Profile
+from turboesm_kernels.reference import Side, SideSpec, table_size, table_slice
+
+from turboesm_cli.codec.fit import CodecSpec, LayerSpec, Recipe
+from turboesm_cli.errors import BundleError, InputError, ModelError
+from turboesm_cli.models.esm2 import EsmModel
+from turboesm_cli.models.shapes import Shape, check_shape
+from turboesm_cli.outputs.archive import Archive, new_archive, printable, to_bytes
+from turboesm_cli.sequences.fasta import Protein
+
+KIND = "turboesm-bundle"
+VERSION = 1
+PART = "codec.safetensors"
+SIDES: tuple[Side, Side] = ("k", "v")
+PROTEINS_LIMIT = 2_000_000
+"""Calibration proteins: each takes 23 bytes of a manifest, which has to stay below `archive.MANIFEST_LIMIT`."""
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What a codec was fitted to: sha256 of the set, counts, and the start of each sequence's sha256."""
+
+    sha256: str
+    proteins: int
+    tokens: int
+    sequences: frozenset[str]
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A codec with the identity of its model and of its calibration set."""
+
+    model_name: str
+    fingerprint: str
+    shape: Shape
+    calibration: Calibration
+    spec: CodecSpec
+
+    def check_model(self, model: EsmModel, where: Path | str) -> None:
+        """Raise BundleError, naming both models, where this bundle was made for another one."""
+        if model.fingerprint != self.fingerprint:
+            raise BundleError(
+                f"{where} was calibrated for {self.model_name}, not for {model.name} (their weights differ); "
+                "name its model with --model, or calibrate again"
+            )
+
+
+def sequence_key(protein: Protein) -> str:
+    """The start of the sha256 of a protein's sequence, by which bundles know it."""
+    return hashlib.sha256(protein.sequence.encode()).hexdigest()[:16]
+
+
+def seen(bundle: Bundle, proteins: Iterable[Protein]) -> list[Protein]:
+    """Those of `proteins` that the bundle was calibrated on."""
+    return [protein for protein in proteins if sequence_key(protein) in bundle.calibration.sequences]
+
+
+def check_storable(model_name: str, proteins: int, recipe: Recipe) -> None:
+    """Raise InputError where a bundle could not be read back; to be asked before the work that a codec takes."""
+    if proteins > PROTEINS_LIMIT:
+        raise InputError(f"{proteins:,} calibration proteins, over {PROTEINS_LIMIT:,}; give --max-proteins")
+    try:
+        printable(model_name)
+        _check_recipe(recipe)
+    except ValueError as error:
+        raise InputError(f"no bundle can hold this: {error}; rename the model, or change the recipe") from error
+
+
+def write_bundle(path: Path, bundle: Bundle, devices: str = "") -> None:
+    """Write a bundle, whole or not at all. Raises OutputError.
+
+    devices  those that it was learned on, where they are more than one: the manifest names them
+    """
+    calibration = asdict(bundle.calibration) | {"sequences": sorted(bundle.calibration.sequences)}
+    described = {
+        "model": {"name": bundle.model_name, "fingerprint": bundle.fingerprint, **asdict(bundle.shape)},
+        "recipe": bundle.spec.recipe.as_dict(),
+        "calibration": calibration,
+        "layers": [None if layer is None else _describe(layer) for layer in bundle.spec.layers],
+        "choices": list(bundle.spec.choices),
+    }
+    tensors = {
+        f"layers.{index}.{side}.{name}": tensor
+        for index, layer in enumerate(bundle.spec.layers)
+        if layer is not None
+        for side in SIDES
+        for name, tensor in getattr(layer, side).tensors.items()
+    }
+    with new_archive(path, KIND, VERSION) as archive:
+        archive.manifest = described | ({"devices": devices} if devices else {})
+        archive.add(PART, [to_bytes(tensors)])
+
+
+def read_bundle(path: Path) -> Bundle:
+    """Read a bundle, with everything in it checked first. Raises BundleError."""
+    with Archive(path, KIND, VERSION) as archive:
+        manifest, tensors = archive.manifest, archive.read(PART) if PART in archive.parts else {}
+    try:
+        return _bundle(path, manifest, tensors)
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, ModelError) as error:
+        raise BundleError(f"{path} is damaged: {error!r}; calibrate again") from error
+
+
+def _bundle(path: Path, manifest: dict[str, Any], tensors: dict[str, Tensor]) -> Bundle:
+    model, calibration = manifest["model"], manifest["calibration"]
+    shape = Shape(model["layers"], model["width"], model["heads"])
+    check_shape(shape, path)
+    if len(manifest["layers"]) != shape.layers:
+        raise ValueError(f"{len(manifest['layers'])} layers described, {shape.layers} in the model")
+    layers = tuple(
+        None
+        if described is None
+        else LayerSpec(*(_side(described, tensors, index, side, shape) for side in SIDES))
+        for index, described in enumerate(manifest["layers"])
+    )
+    recipe = _recipe(manifest["recipe"])
+    if any(layer is None and not (index == 0 and recipe.exact_first) for index, layer in enumerate(layers)):
+        raise ValueError("a layer other than the first has no codec")
+    return Bundle(
+        printable(model["name"]),
+        printable(model["fingerprint"]),
+        shape,
+        Calibration(
+            printable(calibration["sha256"]),
+            int(calibration["proteins"]),
+            int(calibration["tokens"]),
+            frozenset(map(printable, calibration["sequences"])),
+        ),
+        CodecSpec(
+            recipe,
+            layers,
+            shape.heads,
+            shape.head_dim,
+            tuple(_choice(choice) for choice in manifest.get("choices", ())),
+        ),
+    )
+
+
+_LIKE = Recipe("", bits_k=3, bits_v=3)
+"""A recipe whose fields have the types that all have."""
+
+
+def _recipe(described: dict[str, Any]) -> Recipe:
+    names = {field.name for field in fields(Recipe)}
+    recipe = Recipe(**{key: value for key, value in described.items() if key in names})
+    for name, like in _LIKE.as_dict().items():
+        value = getattr(recipe, name)
+        if isinstance(like, str):
+            printable(value)
+        elif type(value) is not type(like) and not (name in ("bits_k", "bits_v") and type(value) is float):
+            raise ValueError(f"{name} of the recipe is {value!r}")
+    _check_recipe(recipe)
+    return recipe
+
+
+def _check_recipe(recipe: Recipe) -> None:
+    if not 0 <= recipe.sinks <= 16 or not (0 < recipe.bits_k <= 16 and 0 < recipe.bits_v <= 16):
+        raise ValueError(f"{recipe.sinks} sinks, {recipe.bits_k} and {recipe.bits_v} bits")
+
+
+def _choice(described: dict[str, Any]) -> dict[str, Any]:
+    """What a bundle says of a choice, which is told and not decoded with."""
+    if type(described["layer"]) is not int or described["side"] not in SIDES:
+        raise ValueError("a choice without a layer or a side")
+    predicted = {printable(name): float(error) for name, error in described["predicted"].items()}
+    return described | {"allocation": printable(described["allocation"]), "predicted": predicted}
+
+
+def _describe(layer: LayerSpec) -> dict[str, Any]:
+    return {
+        name: {
+            "profiles": [asdict(profile) for profile in side.profiles],
+            "profile_of_head": list(side.profile_of_head),
+            "scale": side.scale,
+        }
+        for name, side in (("k", layer.k), ("v", layer.v))
+    }
+
+
+def _side(described: dict[str, Any], tensors: dict[str, Tensor], index: int, side: Side, shape: Shape) -> SideSpec:
+    found = described[side]
+    profiles = tuple(Profile(tuple(p["widths"]), int(p["nbytes"]), int(p["lanes"])) for p in found["profiles"])
+    names = ("centre", "analysis", "deviation", "synthesis", "levels", "thresholds")
+    own = {name: tensors[f"layers.{index}.{side}.{name}"] for name in names}
+    spec = SideSpec(side, profiles, tuple(found["profile_of_head"]), scale=found["scale"], **own)
+    _check_side(spec, shape, f"layer {index}, {side}")
+    return spec
+
+
+def _check_side(spec: SideSpec, shape: Shape, where: str) -> None:
+    """Raise ValueError unless every tensor has the shape and the properties that decoding relies on."""
+    axes = len(spec.profiles[0].widths)
+    widest = max(width for profile in spec.profiles for width in profile.widths)
+    expected = {
+        "centre": (shape.heads, shape.head_dim),
+        "analysis": (shape.heads, shape.head_dim, axes),
+        "deviation": (shape.heads, axes),
+        "synthesis": (shape.heads, axes, shape.head_dim),
+        "levels": (shape.heads, table_size(widest)),
+        "thresholds": (shape.heads, table_size(widest)),
+    }
+    for name, size in expected.items():
+        tensor = spec.tensors[name]
+        if tuple(tensor.shape) != size or tensor.dtype != torch.float32:
+            raise ValueError(f"{where}: {name} is {tensor.dtype} {list(tensor.shape)}, not float32 {list(size)}")
+        if name != "thresholds" and not bool(tensor.isfinite().all()):
+            raise ValueError(f"{where}: {name} is not finite")
+    _check_profiles(spec, shape, where)
+    _check_tables(spec, where)
+    if not bool((spec.deviation > 0).all()):
+        raise ValueError(f"{where}: a deviation is not positive")
+
+
+def _check_profiles(spec: SideSpec, shape: Shape, where: str) -> None:
+    first = spec.profiles[0]
+    alike = {(len(p.widths), p.nbytes, p.lanes) for p in spec.profiles}
+    if alike != {(len(first.widths), first.nbytes, first.lanes)} or spec.scale not in (
+        "none",
+        "norm",
+        "least-squares",
+    ):
+        raise ValueError(f"{where}: profiles differ in size, or scale {spec.scale!r} is unknown")
+    if first.nbytes > 4 * shape.head_dim or len(first.widths) > 4 * shape.head_dim:
+        raise ValueError(
+            f"{where}: {len(first.widths)} axes in {first.nbytes} bytes for {shape.head_dim} channels"
+        )
+    if len(spec.profile_of_head) != shape.heads or not set(spec.profile_of_head) <= set(range(len(spec.profiles))):
+        raise ValueError(f"{where}: profile_of_head does not name a profile for each head")
+
+
+def _check_tables(spec: SideSpec, where: str) -> None:
+    for head, index in enumerate(spec.profile_of_head):
+        for width, _axes in spec.profiles[index].runs:
+            thresholds = spec.thresholds[head, table_slice(width)]
+            ascending = bool((thresholds[1:] >= thresholds[:-1]).all()) and bool(thresholds[:-1].isfinite().all())
+            if not ascending:
+                raise ValueError(f"{where}, head {head}: the {width}-bit table does not ascend")

@@ -1,0 +1,41 @@
+"""Proteins + a recipe -> a bundle: what `calibrate` does, as a function."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from turboesm_cli.codec.bundle import Bundle, Calibration, check_storable, sequence_key
+from turboesm_cli.codec.fit import Recipe, fit
+from turboesm_cli.console import Tick
+from turboesm_cli.models.esm2 import EsmModel
+from turboesm_cli.outputs.work import NOTHING_KEPT, Work
+from turboesm_cli.sequences.fasta import Protein, digest
+from turboesm_cli.statistics.collect import Statistics, collect
+
+
+def calibrate(
+    model: EsmModel,
+    proteins: Sequence[Protein],
+    recipe: Recipe,
+    tick: Tick | None = None,
+    work: Work = NOTHING_KEPT,
+) -> Bundle:
+    """Statistics of `proteins` and the codec that `recipe` makes of them. Raises InputError: too few, too many."""
+    check_storable(model.name, len(proteins), recipe)
+    return bundle_of(model, proteins, collect(model, proteins, tick=tick, work=work), recipe)
+
+
+def bundle_of(model: EsmModel, proteins: Sequence[Protein], statistics: Statistics, recipe: Recipe) -> Bundle:
+    """The bundle of statistics that were collected over `proteins`."""
+    return Bundle(
+        model.name,
+        model.fingerprint,
+        model.shape,
+        Calibration(
+            digest(proteins),
+            statistics.proteins,
+            statistics.tokens,
+            frozenset(sequence_key(protein) for protein in proteins),
+        ),
+        fit(model, statistics, recipe),
+    )

@@ -1,0 +1,163 @@
+"""Statistics + a recipe -> the codec of a model: for each layer and head, how keys and values are coded.
+
+moments -> expected errors by size -> bytes of each layer and side -> codes to choose from -> the best
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from turboesm_kernels.layout import BYTE, lanes_for
+from turboesm_kernels.reference import Rope, Side, SideSpec, roundtrip, table_slice
+
+from turboesm_cli.codec import bit_allocation
+from turboesm_cli.codec.moments import Moments, layer_moments
+from turboesm_cli.codec.recipes import RECIPES as RECIPES
+from turboesm_cli.codec.recipes import Allocation
+from turboesm_cli.codec.recipes import Recipe as Recipe
+from turboesm_cli.codec.recipes import parse_recipe as parse_recipe
+from turboesm_cli.codec.recipes import with_bits as with_bits
+from turboesm_cli.codec.sides import basis_of, fit_side, side_bytes
+from turboesm_cli.errors import InputError
+from turboesm_cli.models.esm2 import EsmModel
+from turboesm_cli.statistics.collect import Statistics
+from turboesm_cli.statistics.sensitivity import SIDES
+
+
+@dataclass(frozen=True)
+class LayerSpec:
+    """How one layer's keys and values are coded."""
+
+    k: SideSpec
+    v: SideSpec
+
+
+@dataclass(frozen=True, eq=False)
+class CodecSpec:
+    """The codec of a model: a LayerSpec for each layer, or None where a layer keeps tokens instead.
+
+    choices  for each coded layer and side: layer, side, bytes a vector, allocation, and predicted: what each
+             allocation that was tried is expected to add to the mean 1 - cosine of final hidden states
+    """
+
+    recipe: Recipe
+    layers: tuple[LayerSpec | None, ...]
+    heads: int
+    head_dim: int
+    choices: tuple[dict[str, Any], ...] = ()
+
+
+def without_residual(side: SideSpec) -> SideSpec:
+    """The side as it decodes when the residual's sign is left out: both codes of a level stand for the level."""
+    levels = side.levels.clone()
+    for width in {width for profile in side.profiles for width in profile.widths if width}:
+        pairs = levels[:, table_slice(width)].unflatten(1, (-1, 2))
+        levels[:, table_slice(width)] = pairs.mean(-1, keepdim=True).expand_as(pairs).flatten(1)
+    return replace(side, levels=levels)
+
+
+def fit(model: EsmModel, statistics: Statistics, recipe: Recipe) -> CodecSpec:
+    """The codec that `recipe` makes of a model's statistics.
+
+    Raises InputError where there are too few tokens, or where parts of the recipe exclude each other.
+    """
+    _check(model, statistics, recipe)
+    layers: list[LayerSpec | None] = [None] * recipe.exact_first
+    choices: list[dict[str, Any]] = []
+    for index, sizes in zip(_coded(model, recipe), _sizes(model, statistics, recipe), strict=True):
+        moments = layer_moments(model, statistics, index, recipe)
+        specs = {}
+        for side, nbytes in zip(SIDES, sizes, strict=True):
+            codes = _candidates(side, moments[side], nbytes, recipe)
+            predicted = {name: _predict(model, statistics, index, code, recipe) for name, code in codes.items()}
+            best = min(codes, key=lambda name: predicted[name])
+            specs[side] = codes[best]
+            choices.append(
+                {"layer": index, "side": side, "bytes": nbytes, "allocation": best, "predicted": predicted}
+            )
+        layers.append(LayerSpec(specs["k"], specs["v"]))
+    return CodecSpec(recipe, tuple(layers), model.shape.heads, model.shape.head_dim, tuple(choices))
+
+
+def _check(model: EsmModel, statistics: Statistics, recipe: Recipe) -> None:
+    needed = 16 * model.shape.head_dim
+    if statistics.tokens < needed:
+        raise InputError(
+            f"{statistics.tokens} tokens are too few to calibrate {model.name}; give at least {needed} residues"
+        )
+    if recipe.budget == "model" and recipe.metric != "sensitivity":
+        raise InputError("a budget for the whole model needs the metric 'sensitivity'; no other has one unit")
+    if recipe.residual != "none" and (recipe.allocation != "flat" or recipe.choose or recipe.budget == "model"):
+        raise InputError(f"a residual bit ({recipe.residual}) goes with flat codes of a fixed size only")
+    if recipe.residual == "qjl" and model.shape.head_dim % BYTE:
+        raise InputError(f"residual 'qjl' needs a head_dim that is a multiple of 8, not {model.shape.head_dim}")
+
+
+def _coded(model: EsmModel, recipe: Recipe) -> range:
+    """The layers whose keys and values are coded."""
+    return range(int(recipe.exact_first), model.shape.layers)
+
+
+def _sizes(model: EsmModel, statistics: Statistics, recipe: Recipe) -> list[tuple[int, int]]:
+    """Bytes of a vector of keys and of values, for each coded layer."""
+    coded, head_dim = _coded(model, recipe), model.shape.head_dim
+    if recipe.budget == "side":
+        return [(side_bytes(head_dim, recipe.bits_k, recipe), side_bytes(head_dim, recipe.bits_v, recipe))] * len(
+            coded
+        )
+    errors: list[list[float]] = []
+    for index in coded:
+        moments = layer_moments(model, statistics, index, recipe)
+        errors += [_errors_by_size(side, moments[side], recipe) for side in SIDES]
+    if not errors:  # one layer, and it keeps tokens
+        return []
+    lanes = lanes_for(head_dim)
+    budget = model.shape.layers * head_dim * (recipe.bits_k + recipe.bits_v) / BYTE
+    sizes = [lanes * steps for steps in bit_allocation.share_out(errors, int(budget / lanes))]
+    return list(zip(sizes[::2], sizes[1::2], strict=True))
+
+
+def _errors_by_size(side: Side, moments: Moments, recipe: Recipe) -> list[float]:
+    """Expected error of a side, in units of its metric, with 0, 1, 2, ... lanes of bytes a vector."""
+    basis = basis_of(side, moments, recipe)
+    rows = [basis.pooled()] if recipe.profile == "layer" else basis.weighted()
+    return [sum(parts) for parts in zip(*(_errors_of_axes(row, recipe) for row in rows), strict=True)]
+
+
+def _errors_of_axes(variance: Sequence[float], recipe: Recipe) -> list[float]:
+    axes = len(variance)
+    if recipe.allocation == "waterfill":
+        profiles = bit_allocation.waterfill_path(variance, axes)
+    else:
+        profiles = [bit_allocation.flat(axes, size) for size in range(0, axes + 1, lanes_for(axes))]
+    return [bit_allocation.expected_error(variance, profile) for profile in profiles]
+
+
+def _candidates(side: Side, moments: Moments, nbytes: int, recipe: Recipe) -> dict[Allocation, SideSpec]:
+    """Codes of equal size to choose from."""
+    found = {recipe.allocation: fit_side(side, moments, nbytes, recipe)}
+    if recipe.choose:
+        other: Allocation = "flat" if recipe.allocation == "waterfill" else "waterfill"
+        found[other] = fit_side(side, moments, nbytes, recipe.allocated(other))
+    return found
+
+
+def _predict(model: EsmModel, statistics: Statistics, index: int, spec: SideSpec, recipe: Recipe) -> float:
+    """What a code is expected to add to the mean 1 - cosine: E[e^T S e] over tokens held back, S sensitivity."""
+    held = statistics.held
+    body = held.positions >= recipe.sinks
+    vectors = held.keys[index] if spec.side == "k" else held.values[index]
+    x = vectors[body].transpose(0, 1)[None]
+    rope = Rope.at(held.positions[body], model.inverse_frequencies.cpu())
+    error = (roundtrip(x, spec, rope) - x)[0]
+    cost = _quadratic(error, statistics.sensitivity.metric(index, spec.side).float())
+    return float(cost.sum(0).mean())
+
+
+def _quadratic(x: Tensor, matrix: Tensor) -> Tensor:
+    """x^T M x [H, N] of vectors [H, N, d] and matrices [H, d, d]."""
+    return torch.einsum("hnd,hde,hne->hn", x, matrix, x)

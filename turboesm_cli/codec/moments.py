@@ -1,0 +1,78 @@
+"""Statistics -> what a layer's code is fitted to: means, covariances, metrics, samples of keys and values."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from turboesm_kernels.reference import Rope, Side
+
+from turboesm_cli.codec.recipes import Recipe
+from turboesm_cli.models.esm2 import EsmModel
+from turboesm_cli.statistics.collect import BODY, CLS, LayerSums, Statistics
+
+
+@dataclass(frozen=True)
+class Moments:
+    """One side of a layer: mean [H, d]; covariance, metric float64 [H, d, d]; sample float32 [H, N, d], centred.
+
+    An error e costs e^T metric e. The covariance of keys is that of k_j - R_j mean, after RoPE.
+    """
+
+    mean: Tensor
+    covariance: Tensor
+    metric: Tensor
+    sample: Tensor
+
+
+def layer_moments(model: EsmModel, statistics: Statistics, index: int, recipe: Recipe) -> dict[Side, Moments]:
+    """Moments of layer `index` over the tokens that `recipe` codes (sinks are not)."""
+    sums = statistics.layers[index].over([BODY] if recipe.sinks else [CLS, BODY])
+    body = statistics.sample.positions >= recipe.sinks
+    key_metric, value_metric = _metrics(model, statistics, sums, index, recipe)
+    rope = Rope.at(statistics.sample.positions[body], model.inverse_frequencies.cpu())
+    mean, covariance = _key_moments(sums, recipe)
+    sample = statistics.sample.keys[index][body].transpose(0, 1) - rope.rotate(mean[:, None].float())
+    keys = Moments(mean, covariance, key_metric, sample)
+    mean, covariance = _value_moments(sums, recipe)
+    sample = statistics.sample.values[index][body].transpose(0, 1) - mean[:, None].float()
+    return {"k": keys, "v": Moments(mean, covariance, value_metric, sample)}
+
+
+def _key_moments(sums: LayerSums, recipe: Recipe) -> tuple[Tensor, Tensor]:
+    """Mean of keys before RoPE, and covariance of keys after RoPE less that mean turned to each position.
+
+    With R_j mean = B p_j, where p_j holds the cosines and sines of position j and B follows from the mean,
+    the covariance E[(k - B p)(k - B p)^T] needs only the sums of k k^T, k p^T and p p^T.
+    """
+    count = sums.count[0]
+    mean = sums.key[0] / count * recipe.centre
+    first, second = (torch.diag_embed(half) for half in mean.chunk(2, -1))
+    turn = torch.cat((torch.cat((first, -second), -1), torch.cat((second, first), -1)), -2)
+    cross = sums.key_phase[0] @ turn.mT
+    return mean, (sums.key_key[0] - cross - cross.mT + turn @ sums.phase_phase[0] @ turn.mT) / count
+
+
+def _value_moments(sums: LayerSums, recipe: Recipe) -> tuple[Tensor, Tensor]:
+    mean = sums.value[0] / sums.count[0] * recipe.centre
+    return mean, sums.value_value[0] / sums.count[0] - mean[:, :, None] * mean[:, None]
+
+
+def _metrics(
+    model: EsmModel, statistics: Statistics, sums: LayerSums, index: int, recipe: Recipe
+) -> tuple[Tensor, Tensor]:
+    """What an error costs: float64 [H, d, d] of keys and of values."""
+    if recipe.metric == "sensitivity":
+        return statistics.sensitivity.metric(index, "k"), statistics.sensitivity.metric(index, "v")
+    if recipe.metric == "attention":
+        return sums.query_query[0] / sums.count[0], _output_gram(model, index)
+    same = torch.eye(model.shape.head_dim, dtype=torch.float64).expand_as(sums.key_key[0])
+    return same, same
+
+
+def _output_gram(model: EsmModel, index: int) -> Tensor:
+    """W^T W [H, d, d] of the output projection's columns of each head: what an error in v does to the layer."""
+    weight = model.net.layers[index].self_attn.out_proj.weight.double().cpu()
+    columns = weight.unflatten(1, (model.shape.heads, -1)).movedim(1, 0)
+    return columns.mT @ columns

@@ -1,0 +1,1 @@
+"""Many sequences through the slots of a batch."""

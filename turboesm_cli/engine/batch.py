@@ -1,0 +1,262 @@
+"""Decode many proteins at once: finished ones leave the batch, waiting ones enter it.
+
+A batch has slots, rows of one cache that is allocated once. Each step decodes one token of every slot; a slot
+whose protein is finished is prefilled with the next one. On a GPU a step is one CUDA graph. Where the device's
+memory does not suffice, the batch is halved and the proteins under way start again.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby, islice
+from typing import Generic, Protocol, TypeVar
+
+import torch
+from torch import Tensor
+from turboesm_kernels.available import has_triton
+
+from turboesm_cli.cache.dense import DenseCache
+from turboesm_cli.cache.packed import PackedCache
+from turboesm_cli.models import forward
+from turboesm_cli.models.esm2 import EsmModel
+from turboesm_cli.outputs.work import Tensors
+from turboesm_cli.sequences.fasta import PAD
+
+PREFILL_TOKENS = 16384
+"""Tokens that are encoded at once when slots are filled: what bounds the workspace of a prefill. Enough that a GPU
+is not kept waiting for the host."""
+
+AnyCache = PackedCache | DenseCache
+NewCache = Callable[[int, int], AnyCache]
+"""(slots, capacity) -> an empty cache."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """Token ids int64 of a protein's prompt; `steps` tokens are decoded after it, `rest` if they are given.
+
+    `held` gives the tensors of a `PackedCache` that holds the prompt already, or is None.
+    """
+
+    prompt: Tensor
+    steps: int
+    rest: Tensor | None = None
+    held: Callable[[], Mapping[str, Tensor]] | None = None
+
+
+class Task(Protocol):
+    """What the slots of a batch do in a step. Its tensors stay where they are, for CUDA graphs."""
+
+    def enter(self, slot: int, number: int, job: Job) -> None:
+        """Job `number` starts in `slot`."""
+        ...
+
+    def step(self, stepper: Stepper) -> None:
+        """Decode one token of every slot."""
+        ...
+
+    def result(self, slot: int, job: Job) -> Tensors:
+        """What the job that ends in `slot` has given, by name."""
+        ...
+
+
+TaskT = TypeVar("TaskT", bound=Task)
+
+
+class Stepper:
+    """A cache's slots, decoded together."""
+
+    def __init__(self, model: EsmModel, cache: AnyCache) -> None:
+        self.model, self.cache = model, cache
+        self._joint = (
+            forward.JointProjection(model, cache.capacity)
+            if model.device.type == "cuda" and has_triton()
+            else None
+        )
+
+    def enter(self, start: int, jobs: Sequence[Job]) -> None:
+        """Fill the slots from `start` on with prompts."""
+        encoded = [job for job in jobs if job.held is None]
+        if len(encoded) == len(jobs):
+            self.prefill(start, [job.prompt for job in jobs])
+            return
+        for slot, job in enumerate(jobs, start):
+            rows = self.cache.rows(slot, slot + 1)
+            if job.held is None or not isinstance(rows, PackedCache):
+                raise ValueError("packed caches go on in packed caches only")
+            rows.load(job.held(), len(job.prompt))
+
+    def prefill(self, start: int, prompts: Sequence[Tensor]) -> Tensor:
+        """Encode prompts into the slots from `start` on; final hidden states [n, P, E]."""
+        tokens = torch.nn.utils.rnn.pad_sequence(list(prompts), batch_first=True, padding_value=PAD)
+        rows = self.cache.rows(start, start + len(prompts))
+        rows.truncate(0)
+        return forward.prefill(self.model, tokens.to(self.model.device), rows, self._joint)
+
+    def step(self, tokens: Tensor) -> Tensor:
+        """Decode tokens int64 [slots]: final hidden states [slots, E]."""
+        return forward.step(self.model, tokens, self.cache, self._joint)
+
+
+class Graph:
+    """A step, one token of every slot: as a CUDA graph once all are past the sinks, and before as it is."""
+
+    def __init__(self, step: Callable[[], None], cache: AnyCache, sinks: int) -> None:
+        self._step, self._cache, self._sinks = step, cache, sinks
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._warm = 0
+
+    def __call__(self) -> None:
+        on_gpu = self._cache.lengths.device.type == "cuda" and self._cache.fits_a_graph
+        if not on_gpu or self._cache.fewest < self._sinks:
+            self._step()
+            return
+        if self._graph is None and self._warm < 2:  # Triton compiles, libraries choose their kernels
+            self._warm += 1
+            self._step()
+            return
+        if self._graph is None:
+            self._graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self._graph):
+                self._step()
+            self._cache.replayed(-1)  # capturing counted, but did nothing
+        self._graph.replay()
+        self._cache.replayed(1)
+
+
+@dataclass
+class _Active:
+    """A job in a slot; `left` steps are still to do."""
+
+    number: int
+    job: Job
+    left: int
+
+
+class Batch(Generic[TaskT]):
+    """Jobs through `slots` slots of `capacity` tokens.
+
+    `new_task` makes the task of a batch of so many slots. `sinks`: tokens at the start that the cache keeps apart.
+    `on_step` hears how many tokens each step decoded (less than none where work is lost and starts again),
+    `on_shrink` of each halving of the batch.
+    """
+
+    def __init__(
+        self,
+        model: EsmModel,
+        new_cache: NewCache,
+        new_task: Callable[[int], TaskT],
+        slots: int,
+        capacity: int,
+        sinks: int = 0,
+        on_step: Callable[[int], None] = lambda tokens: None,
+        on_shrink: Callable[[int], None] = lambda slots: None,
+    ) -> None:
+        self._model, self._new_cache, self._new_task = model, new_cache, new_task
+        self._slots, self._sinks = slots, sinks
+        self._capacity = max(capacity, sinks + 1)  # a slot that nobody uses stands at the end of its sinks
+        self._on_step, self._on_shrink = on_step, on_shrink
+
+    @torch.no_grad()
+    def run(self, jobs: Iterable[tuple[int, Job]]) -> Iterator[tuple[int, Tensors]]:
+        """(number of the job, its result) as jobs finish. Jobs are taken when there is a slot for them."""
+        waiting = _Queue(jobs)
+        active: dict[int, _Active] = {}
+        while True:
+            try:
+                yield from self._run(waiting, active)
+            except torch.OutOfMemoryError:
+                if self._slots == 1:
+                    raise
+            else:
+                return
+            self._shrink(waiting, active)  # outside the handler, whose traceback holds on to tensors
+
+    def _shrink(self, waiting: _Queue, active: dict[int, _Active]) -> None:
+        """Half the slots; jobs under way start again."""
+        waiting.put_back([(item.number, item.job) for item in active.values()])
+        self._on_step(-sum(item.job.steps - item.left for item in active.values()))
+        active.clear()
+        self._slots //= 2
+        if self._model.device.type == "cuda":
+            torch.cuda.empty_cache()
+        self._on_shrink(self._slots)
+
+    def _run(self, waiting: _Queue, active: dict[int, _Active]) -> Iterator[tuple[int, Tensors]]:
+        stepper = Stepper(self._model, self._new_cache(self._slots, self._capacity))
+        task = self._new_task(self._slots)
+        graph = Graph(lambda: task.step(stepper), stepper.cache, self._sinks)
+        while True:
+            self._admit(stepper, task, waiting, active)
+            if not active:
+                return
+            stepper.cache.park([slot for slot in range(self._slots) if slot not in active], self._sinks)
+            graph()
+            self._on_step(len(active))
+            for slot, item in list(active.items()):
+                item.left -= 1
+                if item.left == 0:
+                    result = task.result(slot, item.job)
+                    del active[slot]
+                    yield item.number, result
+
+    def _admit(self, stepper: Stepper, task: TaskT, waiting: _Queue, active: dict[int, _Active]) -> None:
+        """Prefill free slots, neighbours together, prompts of like length at once: padding is computed, too."""
+        free = [slot for slot in range(self._slots) if slot not in active]
+        if active and len(free) * 8 < self._slots:
+            return  # a prefill serves several slots
+        entering = sorted(waiting.take(len(free)), key=lambda item: len(item[1].prompt))
+        entered = {
+            slot: _Active(number, job, job.steps) for slot, (number, job) in zip(free, entering, strict=False)
+        }
+        active |= entered  # first of all: what comes now may run out of memory
+        for slot, item in entered.items():
+            task.enter(slot, item.number, item.job)
+        for run in _runs(list(entered)):
+            start = run[0]
+            for group in _groups([entered[slot].job for slot in run], PREFILL_TOKENS):
+                stepper.enter(start, group)
+                start += len(group)
+
+
+class _Queue:
+    """Numbered jobs that wait; those put back come first."""
+
+    def __init__(self, jobs: Iterable[tuple[int, Job]]) -> None:
+        self._source = iter(jobs)
+        self._front: deque[tuple[int, Job]] = deque()
+
+    def __bool__(self) -> bool:
+        if not self._front:
+            self._front.extend(islice(self._source, 1))
+        return bool(self._front)
+
+    def put_back(self, jobs: Iterable[tuple[int, Job]]) -> None:
+        """Jobs that were taken: the lowest number comes first again."""
+        self._front.extendleft(sorted(jobs, key=lambda item: -item[0]))
+
+    def take(self, count: int) -> list[tuple[int, Job]]:
+        """The next `count` jobs, or as many as there are."""
+        taken: list[tuple[int, Job]] = []
+        while len(taken) < count and self:
+            taken.append(self._front.popleft())
+        return taken
+
+
+def _groups(jobs: Sequence[Job], tokens: int) -> Iterator[list[Job]]:
+    """Jobs, shortest prompts first, in groups of at most `tokens` tokens of prompt, padding counted, or of one."""
+    group: list[Job] = []
+    for job in jobs:
+        if group and (len(group) + 1) * len(job.prompt) > tokens:
+            yield group
+            group = []
+        group.append(job)
+    if group:
+        yield group
+
+
+def _runs(slots: Sequence[int]) -> list[list[int]]:
+    """Ascending numbers as runs of neighbours."""
+    return [[slot for _, slot in run] for _, run in groupby(enumerate(slots), lambda pair: pair[1] - pair[0])]

@@ -1,0 +1,103 @@
+"""Proteins decoded from a cache after their prompts, and what that is compared with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from turboesm_cli.cache.dense import DenseCache
+from turboesm_cli.cache.formats import FORMATS
+from turboesm_cli.cache.packed import PackedCache
+from turboesm_cli.codec.fit import CodecSpec
+from turboesm_cli.engine.batch import AnyCache, Batch, Job, TaskT
+from turboesm_cli.evaluation import metrics
+from turboesm_cli.evaluation.teacher_forced import ProteinResult, compare_predictions
+from turboesm_cli.models import forward
+from turboesm_cli.models.esm2 import EsmModel
+from turboesm_cli.models.sampling import residue_logits
+from turboesm_cli.outputs.work import Tensors, Work
+from turboesm_cli.sequences.fasta import Protein, detokenize
+from turboesm_cli.statistics.collect import to_tokens
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A protein, how many of its tokens are prompt, and what gives the tensors of a cache of them, or None."""
+
+    protein: Protein
+    cached: int
+    held: Callable[[], Mapping[str, Tensor]] | None = None
+
+    @property
+    def tokens(self) -> Tensor:
+        """Ids int64 [T] of the whole protein."""
+        return to_tokens([self.protein], torch.device("cpu"))[0]
+
+    @property
+    def text(self) -> str:
+        """The residues that are prompt, as they were read where that is all."""
+        if self.cached > self.protein.residues:
+            return self.protein.sequence
+        return detokenize(self.tokens[: self.cached].tolist())
+
+    def job(self, steps: int | None = None) -> Job:
+        """Decode the rest of the protein, or `steps` tokens that are not known yet."""
+        prompt, rest = self.tokens.tensor_split([self.cached])
+        if steps is None:
+            return Job(prompt, len(rest), rest, self.held)
+        return Job(prompt, steps, None, self.held)
+
+
+def new_cache(model: EsmModel, spec: CodecSpec, kv: str, slots: int, capacity: int) -> AnyCache:
+    """An empty cache: packed, or a kind of `FORMATS`."""
+    if kv == "packed":
+        return PackedCache(model, spec, slots, capacity)
+    return DenseCache(model, slots, capacity, FORMATS[kv])
+
+
+def run(
+    batch: Batch[TaskT],
+    prompts: Callable[[], Iterable[Prompt]],
+    finish: Callable[[Prompt, Tensors], Tensors],
+    work: Work,
+    steps: int | None = None,
+) -> Iterator[tuple[Prompt, Tensors]]:
+    """Each prompt with what `finish` makes of its job's result, in the order of the prompts.
+
+    What overtakes a slower protein waits as `finish` leaves it. What `work` has is not decoded again.
+    """
+    started: dict[int, Prompt] = {}
+
+    def jobs() -> Iterator[tuple[int, Job]]:
+        for number, prompt in enumerate(prompts()):
+            if str(number) not in work:
+                started[number] = prompt
+                yield number, prompt.job(steps)
+
+    fresh = batch.run(jobs())
+    early: dict[int, Tensors] = {}
+    for expected, prompt in enumerate(prompts()):
+        while expected not in early and str(expected) not in work:
+            number, found = next(fresh)
+            early[number] = work.unit(str(number), partial(finish, started.pop(number), found))
+        held = early.pop(expected) if expected in early else work.unit(str(expected), dict)
+        yield prompt, held
+
+
+@torch.no_grad()
+def compare(model: EsmModel, prompt: Prompt, found: Tensors) -> tuple[ProteinResult, ProteinResult]:
+    """What `tasks.Forced` gave after a prompt: against an fp32 cache, and (drift) fp32 against ESM-2."""
+    tokens, cached = prompt.tokens[None].to(model.device), prompt.cached
+    predictions = None
+    if "logits" in found:
+        exact, masked = (x[0, cached:] for x in forward.teacher_forced_with_masks(model, tokens, [cached], None))
+        predictions = compare_predictions(tokens[0, cached:], residue_logits(model, masked), found["logits"])
+    else:
+        exact = forward.teacher_forced(model, tokens, [cached], None)[0, cached:]
+    encoded = forward.encode(model, tokens)[0, cached:]
+    quantization = ProteinResult(prompt.protein, metrics.cosines(exact, found["hidden"]).cpu(), predictions)
+    return quantization, ProteinResult(prompt.protein, metrics.cosines(encoded, exact).cpu())

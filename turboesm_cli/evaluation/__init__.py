@@ -1,0 +1,1 @@
+"""What a codec costs and saves, measured."""

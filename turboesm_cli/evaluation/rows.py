@@ -1,0 +1,268 @@
+"""Results of proteins → figures: summaries for the screen, rows for files."""
+
+from __future__ import annotations
+
+import datetime
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+
+from turboesm_cli import __version__
+from turboesm_cli.cache.formats import FORMATS
+from turboesm_cli.codec.fit import Recipe
+from turboesm_cli.evaluation import metrics
+from turboesm_cli.evaluation.streaming import RunningAgreement, RunningDivergence
+from turboesm_cli.evaluation.teacher_forced import ProteinResult
+from turboesm_cli.models.esm2 import EsmModel
+from turboesm_cli.reporting.results import ResultRow, commit_of_source
+from turboesm_cli.sequences.fasta import Protein, digest
+
+
+@dataclass(frozen=True)
+class Context:
+    """What every row of a measurement says of its circumstances; `inputs` and `prompt` as in `ResultRow`.
+
+    devices  those that it was done on, where they are more than the model's
+    """
+
+    model: EsmModel
+    seed: int = 0
+    inputs: str = ""
+    prompt: str = ""
+    devices: str = ""
+
+    def of_inputs(self, proteins: Sequence[Protein]) -> Context:
+        """The same, for figures of these proteins, whatever their order."""
+        return replace(self, inputs=digest(proteins)[:16])
+
+    def row(
+        self, recipe: Recipe | str, family: str, protocol: str, metric: str, value: float, unit: str, n: int,
+        accession: str = "", tokens: int = 0, p20: float | None = None, p80: float | None = None,
+    ) -> ResultRow:  # fmt: skip
+        """A row; `recipe` is a recipe, or the dtype of a dense cache."""
+        name, bits_k, bits_v = _identity(recipe)
+        return ResultRow(
+            self.model.name, name, bits_k, bits_v, family, protocol, metric, value, unit, n,
+            self.devices or device_name(self.model.device), self.model.dtype_name, self.seed, __version__,
+            commit_of_source(),
+            accession=accession, tokens=tokens, p20=p20, p80=p80, torch=torch.__version__,
+            date=datetime.date.today().isoformat(), inputs=self.inputs, prompt=self.prompt,
+        )  # fmt: skip
+
+    def accuracy(
+        self, recipe: Recipe | str, family: str, protocol: str, found: metrics.Agreement
+    ) -> list[ResultRow]:
+        """The rows of an agreement."""
+        figures = {
+            "cosine_mean": found.mean,
+            "cosine_p05": found.p05,
+            "cosine_min": found.minimum,
+            "error": found.error,
+        }
+        return [self.row(recipe, family, protocol, name, value, "1", found.n) for name, value in figures.items()]
+
+    def language(
+        self, recipe: Recipe | str, family: str, protocol: str, found: metrics.Divergence
+    ) -> list[ResultRow]:
+        """The rows of a divergence: distributions over the next residue, the 20 amino acids."""
+        figures = {
+            "residue_kl_mean": (found.kl_mean, "nat"),
+            "residue_kl_p95": (found.kl_p95, "nat"),
+            "residue_top1_agreement": (found.top1_agreement, "1"),
+            "residue_perplexity": (found.perplexity, "1"),
+            "residue_perplexity_fp32": (found.reference_perplexity, "1"),
+            "residue_perplexity_ratio": (found.perplexity / found.reference_perplexity, "1"),
+        }
+        return [
+            self.row(recipe, family, protocol, name, value, unit, found.n)
+            for name, (value, unit) in figures.items()
+        ]
+
+    def of_proteins(
+        self, recipe: Recipe | str, family: str, protocol: str, results: Sequence[ProteinResult]
+    ) -> list[ResultRow]:
+        """All figures of some proteins together."""
+        rows = self.accuracy(recipe, family, protocol, metrics.agreement([r.cosines for r in results]))
+        parts = [r.predictions for r in results if r.predictions is not None and len(r.predictions.kl)]
+        return rows + (self.language(recipe, family, protocol, metrics.divergence(parts)) if parts else [])
+
+    def layers(self, recipe: Recipe | str, family: str, results: Sequence[ProteinResult]) -> list[ResultRow]:
+        """Relative error of each layer's attention output, ||found - exact|| / ||exact|| over all tokens."""
+        traced = [result.layers for result in results if result.layers is not None]
+        n = sum(len(result.cosines) for result in results)
+        sums = torch.stack(traced).sum(0) if traced else torch.empty(0, 2)
+        return [
+            self.row(recipe, family, "layer", f"attention_error_{index}", float((error / norm) ** 0.5), "1", n)
+            for index, (error, norm) in enumerate(sums)
+        ]
+
+    def each_protein(
+        self, recipe: Recipe | str, family: str, protocol: str, results: Sequence[ProteinResult]
+    ) -> list[ResultRow]:
+        """Mean and worst cosine of each protein."""
+        rows = []
+        for result in results:
+            found = metrics.agreement([result.cosines])
+            for name, value in (("cosine_mean", found.mean), ("cosine_min", found.minimum)):
+                accession = result.protein.accession
+                rows.append(self.row(recipe, family, protocol, name, value, "1", found.n, accession=accession))
+        return rows
+
+
+def device_name(device: torch.device) -> str:
+    """What results call a device: the GPU's name, or the CPU's with its number of threads."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{_cpu_name()}, {torch.get_num_threads()} threads"
+
+
+@dataclass
+class Totals:
+    """All figures of proteins that stream by."""
+
+    cosines: RunningAgreement = field(default_factory=RunningAgreement)
+    predictions: RunningDivergence = field(default_factory=RunningDivergence)
+
+    def add(self, result: ProteinResult) -> None:
+        """Take in one protein."""
+        self.cosines.add(result.cosines)
+        if result.predictions is not None:
+            self.predictions.add(result.predictions)
+
+    def rows(self, context: Context, recipe: Recipe | str, protocol: str) -> list[ResultRow]:
+        """As `Context.of_proteins`."""
+        rows = context.accuracy(recipe, "", protocol, self.cosines.summary())
+        language = self.predictions.summary()
+        return rows + (context.language(recipe, "", protocol, language) if language else [])
+
+
+@dataclass
+class Summary:
+    """Results of `decode` as they stream by: the first `shown` proteins and all together.
+
+    Protocol `prompted`, and `drift` of the fp32 decode.
+    """
+
+    context: Context
+    recipe: Recipe | str
+    shown: int = 20
+    results: Totals = field(default_factory=Totals)
+    drift: Totals = field(default_factory=Totals)
+    count: int = 0
+    _lines: list[list[str]] = field(default_factory=list)
+
+    def add(self, result: ProteinResult, drift: ProteinResult) -> list[ResultRow]:
+        """Take in one protein: its rows."""
+        self.results.add(result)
+        self.drift.add(drift)
+        self.count += 1
+        if self.count <= self.shown:
+            alone, drifted = Totals(), Totals()
+            alone.add(result)
+            drifted.add(drift)
+            self._lines.append(_cells(result.protein.accession, alone, drifted))
+        return self.context.each_protein(self.recipe, "", "prompted", [result])
+
+    def rows(self) -> list[ResultRow]:
+        """Of all proteins together."""
+        prompted = self.results.rows(self.context, self.recipe, "prompted")
+        return prompted + self.drift.rows(self.context, "fp32", "drift")
+
+    def table(self, kv: str) -> tuple[list[str], list[list[str]]]:
+        """Columns and rows for the screen."""
+        columns = ["protein", "decoded", "cosine mean", "p5", "min", "drift mean"]
+        if self.results.predictions.n:
+            columns += ["residue KL (nat)", "residue top-1", "residue perplexity fp32", f"residue perplexity {kv}"]
+        more = self.count - len(self._lines)
+        dots = [[f"... and {more} more"]] if more else []
+        lines = [*self._lines, *dots, _cells(f"all {self.count}", self.results, self.drift)]
+        return columns, [line + [""] * (len(columns) - len(line)) for line in lines]
+
+
+def _cells(name: str, results: Totals, drift: Totals) -> list[str]:
+    found, drifted = results.cosines.summary(), drift.cosines.summary()
+    cells = [
+        name,
+        str(found.n),
+        f"{found.mean:.5f}",
+        f"{found.p05:.5f}",
+        f"{found.minimum:.5f}",
+        f"{drifted.mean:.4f}",
+    ]
+    lm = results.predictions.summary()
+    if lm is not None:
+        cells += [f"{lm.kl_mean:.5f}", f"{lm.top1_agreement:.4f}"]
+        cells += [f"{lm.reference_perplexity:.3f}", f"{lm.perplexity:.3f}"]
+    return cells
+
+
+def _identity(recipe: Recipe | str) -> tuple[str, float, float]:
+    if isinstance(recipe, str):
+        bits = 8.0 * FORMATS[recipe].dtype.itemsize
+        return recipe, bits, bits
+    return recipe.name, recipe.bits_k, recipe.bits_v
+
+
+def _cpu_name() -> str:
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as stream:  # noqa: PTH123
+            names = (line.split(":", 1)[1].strip() for line in stream if line.startswith("model name"))
+            return next(names, "cpu")
+    except OSError:
+        return "cpu"
+
+
+def bench_tables(
+    rows: Sequence[ResultRow], recipes: Sequence[Recipe | str], families: Sequence[str]
+) -> list[tuple[str, list[str], list[list[str]]]]:
+    """Title, columns and rows of the tables that `bench` shows: accuracy by family, then memory and time."""
+    found = {
+        (r.recipe, r.bits_k, r.bits_v, r.family, r.protocol, r.metric, r.tokens): r
+        for r in rows
+        if not r.accession
+    }
+
+    def value(recipe: Recipe | str, family: str, protocol: str, metric: str, tokens: int = 0) -> float | None:
+        row = found.get((*_identity(recipe), family, protocol, metric, tokens))
+        return None if row is None else row.value
+
+    overall = [*families, "all"] if len(families) > 1 else list(families)
+    tables = []
+    if any(row.protocol == "decode" for row in rows):
+        accuracy = [
+            [_label(recipe)]
+            + [_number(value(recipe, family, "decode", "error")) for family in overall]
+            + [_number(value(recipe, overall[-1], "decode", f"cosine_{m}")) for m in ("mean", "p05", "min")]
+            + [_number(value(recipe, overall[-1], "paper", "cosine_mean"))]
+            for recipe in recipes
+        ]
+        drift = ["drift of fp32"] + [_number(value("fp32", family, "drift", "error")) for family in overall]
+        drift += [_number(value("fp32", overall[-1], "drift", f"cosine_{m}")) for m in ("mean", "p05", "min")]
+        columns = ["recipe", *(f"error {name}" for name in overall), "cosine", "p5", "min", "layer 0 cosine"]
+        title = "Decoded hidden states against an fp32 cache: error = 1 - mean cosine"
+        tables.append((title, columns, [*accuracy, [*drift, ""]]))
+    cost = []
+    caches: list[Recipe | str] = list(dict.fromkeys(["fp32", "fp16", *recipes]))
+    for cache in caches:
+        figures = [value(cache, "", "memory", name, 1024) for name in _MEMORY_METRICS]
+        figures += [
+            value(cache, "", "memory", "bytes_model_tables"),
+            value(cache, "", "time", "us_per_token", 256),
+        ]
+        cost.append([_label(cache), *map(_number, figures)])
+    columns = ["cache", "bytes at 1024 tokens", "bits a value", "x fp32", "x fp16", "tables", "us a token at 256"]
+    return [*tables, ("Memory of a sequence, everything counted, and time", columns, cost)]
+
+
+_MEMORY_METRICS = ("bytes", "bits_per_value", "ratio_fp32", "ratio_fp16")
+
+
+def _label(recipe: Recipe | str) -> str:
+    return recipe if isinstance(recipe, str) else f"{recipe.name} K{recipe.bits_k:g} V{recipe.bits_v:g}"
+
+
+def _number(value: float | None) -> str:
+    if value is None:
+        return ""
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"

@@ -1,0 +1,223 @@
+"""Tokens a second of whole models, and the memory they take, for each kind of cache.
+
+A batch is prefilled with random residues up to the context's last token; that token is then decoded again and
+again: on a GPU one CUDA graph of the whole step, language-model head and sampling included. Sequences are full and
+of one length, which spares the dense caches a mask that they would need otherwise.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from turboesm_cli.cache.dense import DenseCache
+from turboesm_cli.codec.fit import CodecSpec, Recipe
+from turboesm_cli.engine.batch import PREFILL_TOKENS, AnyCache, Graph, Stepper
+from turboesm_cli.engine.jobs import new_cache
+from turboesm_cli.engine.memory_plan import RESERVED, sequence_bytes
+from turboesm_cli.evaluation import timing
+from turboesm_cli.models.esm2 import EsmModel
+from turboesm_cli.models.sampling import Sampling, draw, residue_logits, sample
+
+REPEATS = 20
+PREFILLS = 3
+PREFILLING = 1e6
+"""Microseconds that prefills are measured for, where `PREFILLS` of them take less."""
+
+TRIES = 6
+
+
+@dataclass(frozen=True)
+class Load:
+    """B sequences of `context` tokens."""
+
+    batch: int
+    context: int
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of cache (`plan.KINDS`), the codec where it is packed, and the name it goes by in tables."""
+
+    form: str
+    spec: CodecSpec
+    name: str
+
+    @classmethod
+    def of(cls, form: str, spec: CodecSpec) -> Kind:
+        """Any codec of the model serves for a dense kind: it tells the model's shape."""
+        recipe = spec.recipe
+        packed = f"{recipe.name} K{recipe.bits_k:g} V{recipe.bits_v:g}"
+        return cls(form, spec, packed if form == "packed" else form)
+
+    @property
+    def recipe(self) -> Recipe | str:
+        """As results name it."""
+        return self.spec.recipe if self.form == "packed" else self.form
+
+    def nbytes(self, context: int) -> int:
+        """Bytes of one sequence."""
+        return sequence_bytes(self.spec, self.form, context)
+
+
+@dataclass(frozen=True)
+class Throughput:
+    """What one kind of cache does under a load.
+
+    step          microseconds of a decode step
+    first_token   microseconds from tokens to the first decoded token of all sequences
+    prefill_peak  most bytes in use at once until then, weights included; on a CPU of the process
+    peak          likewise, decoding included
+    held          bytes of the cache
+    """
+
+    kind: Kind
+    load: Load
+    step: timing.Timing
+    first_token: timing.Timing
+    prefill_peak: int
+    peak: int
+    held: int
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Of the whole batch."""
+        return self.load.batch / self.step.median * 1e6
+
+
+def sweep(
+    model: EsmModel, kinds: Sequence[Kind], loads: Sequence[Load], memory: int, skipped: Callable[[str], None]
+) -> Iterator[Throughput]:
+    """Measure each kind under each load that fits in `memory` bytes; `skipped` hears of those that do not."""
+    for load in loads:
+        for kind in kinds:
+            what = f"{kind.name}, {load.batch} x {load.context}"
+            if load.batch * kind.nbytes(load.context) > memory * (1 - RESERVED):
+                skipped(f"{what}: the cache alone does not fit in memory")
+                continue
+            try:
+                yield measure(model, kind, load)
+            except torch.OutOfMemoryError:
+                skipped(f"{what}: out of memory")
+            free_memory(model.device)
+
+
+@torch.no_grad()
+def measure(
+    model: EsmModel, kind: Kind, load: Load, repeats: int = REPEATS, prefills: int = PREFILLS
+) -> Throughput:
+    """One kind of cache under one load, prefilled `prefills` times, or up to `repeats` while it is quick.
+
+    A part is prefilled and decoded first: kernels are compiled and chosen.
+    """
+    device = model.device
+    tokens = torch.randint(4, 24, (load.batch, load.context), generator=torch.Generator().manual_seed(0)).to(
+        device
+    )
+    cache = new_cache(model, kind.spec, kind.form, load.batch, load.context)
+    free_memory(device)  # of what checked the kernels
+    if isinstance(cache, DenseCache):
+        cache.is_full = True
+    stepper = Stepper(model, cache)
+    step = _step(stepper, tokens)
+    _prefill(stepper, tokens[: max(1, PREFILL_TOKENS // load.context)])
+    step()
+
+    def first_token() -> None:
+        cache.truncate(0)
+        _prefill(stepper, tokens)
+        step()
+
+    took = [timing.once(first_token, device)]
+    more = max(prefills, min(repeats, int(PREFILLING / took[0]))) - 1
+    took += [timing.once(first_token, device) for _ in range(more)]
+    prefill_peak = _peak(device)
+    cache.rewind()
+    steps = _time(Graph(step, cache, 0), cache, device, repeats)
+    return Throughput(kind, load, steps, timing.Timing.of(took), prefill_peak, _peak(device), cache.nbytes)
+
+
+def _step(stepper: Stepper, tokens: Tensor) -> Callable[[], None]:
+    """Decode the last of tokens [B, T] and sample from the LM head."""
+    last, chances = tokens[:, -1].contiguous(), draw(0, len(tokens)).to(tokens.device)
+
+    def step() -> None:
+        hidden = stepper.step(last)
+        if stepper.model.has_lm_head:
+            sample(residue_logits(stepper.model, hidden), chances, Sampling())
+
+    return step
+
+
+def _prefill(stepper: Stepper, tokens: Tensor) -> None:
+    """All but the last token of each sequence, so many sequences at once as the engine takes."""
+    each = max(1, PREFILL_TOKENS // tokens.shape[1])
+    for start in range(0, len(tokens), each):
+        stepper.prefill(start, list(tokens[start : start + each, :-1]))
+
+
+def _time(graph: Graph, cache: AnyCache, device: torch.device, repeats: int) -> timing.Timing:
+    """Of the step alone; the first four warm up and capture."""
+    samples = []
+    for _ in range(repeats + 4):
+        samples.append(timing.once(graph, device))
+        cache.rewind()
+    return timing.Timing.of(samples[4:])
+
+
+def largest_batch(model: EsmModel, kind: Kind, context: int, memory: int, planned: int) -> Throughput | None:
+    """The largest batch found whose peak stays within `memory` bytes, from the planned one on; None for none.
+
+    What is beside the model grows with the batch: each try is where the one before says that memory is full.
+    """
+    free_memory(model.device)
+    fixed = _peak(model.device)
+    if fixed >= memory:
+        return None
+    best: Throughput | None = None
+    too_many = math.inf
+    batch = max(1, planned)
+    for _ in range(TRIES):
+        try:
+            found = measure(model, kind, Load(batch, context), repeats=5, prefills=1)
+            wanted = int((memory - fixed) / max(1, found.peak - fixed) * batch)
+        except torch.OutOfMemoryError:
+            found, wanted = None, int(batch * 0.9)
+        free_memory(model.device)
+        if found is not None and found.peak <= memory:
+            best = found
+            wanted = int(min(max(wanted, batch), too_many - 1))
+        else:
+            too_many = min(too_many, batch)
+            wanted = max(best.load.batch if best else 1, min(wanted, batch - 1))
+        if wanted == batch or (best is not None and wanted <= best.load.batch * 1.005) or wanted < 1:
+            break
+        batch = wanted
+    return best
+
+
+def free_memory(device: torch.device) -> None:
+    """Give freed memory back and forget the peak, so that the next peak is of one measurement."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+        return
+    with contextlib.suppress(OSError):  # on Linux the peak starts anew
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+
+
+def _peak(device: torch.device) -> int:
+    """Most bytes in use since `free_memory`: of tensors on a GPU, of the process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
+    except (OSError, StopIteration):
+        return 0

@@ -1,0 +1,1 @@
+"""Protein language models: through one door, behind one protocol."""

@@ -1,0 +1,205 @@
+"""What the settings beside a Hugging Face ESM's weights may say: config.json and the tokenizer's files.
+
+turboesm runs fair-esm's ESM2. A setting that would make transformers compute anything else is refused, and so is
+one that is not known: a model is read as what it is, or not at all.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from turboesm_cli.errors import ModelError
+from turboesm_cli.models.alphabet import CLS, EOS, MASK, PAD, UNK, VOCABULARY
+from turboesm_cli.models.weights import one_line, sign_of
+
+LARGEST = 1 << 20
+"""Bytes of a JSON file: real ones have some thousand."""
+
+FREE = {
+    "_attn_implementation", "_attn_implementation_autoset", "_commit_hash", "_name_or_path",
+    "attention_probs_dropout_prob", "attn_implementation", "bad_words_ids", "begin_suppress_tokens",
+    "chunk_size_feed_forward", "classifier_dropout", "decoder_start_token_id", "diversity_penalty", "do_sample",
+    "dtype", "early_stopping", "encoder_no_repeat_ngram_size", "exponential_decay_length_penalty",
+    "finetuning_task", "forced_bos_token_id", "forced_eos_token_id", "gradient_checkpointing",
+    "hidden_dropout_prob", "hidden_size", "id2label", "initializer_range", "label2id", "layer_norm_eps",
+    "length_penalty", "max_length", "max_position_embeddings", "min_length", "model_type", "name_or_path",
+    "no_repeat_ngram_size", "num_attention_heads", "num_beam_groups", "num_beams", "num_hidden_layers",
+    "num_labels", "num_return_sequences", "output_attentions", "output_hidden_states", "output_scores", "prefix",
+    "problem_type", "remove_invalid_values", "repetition_penalty", "return_dict", "return_dict_in_generate",
+    "sep_token_id", "suppress_tokens", "task_specific_params", "temperature", "tf_legacy_loss",
+    "tie_word_embeddings", "token_dropout", "tokenizer_class", "top_k", "top_p", "torch_dtype", "torchscript",
+    "transformers_version", "typical_p", "use_bfloat16", "use_cache",
+}  # fmt: skip
+"""Fields that change nothing in evaluation (dropout, labels, sampling, bookkeeping), and those that are read."""
+
+ROPE = ({"rope_type": "default"}, {"type": "default"}, {"rope_type": "default", "rope_theta": 10000})
+
+FIXED: dict[str, tuple[Any, ...]] = {
+    "add_cross_attention": (False,),
+    "bos_token_id": (CLS,),
+    "cls_token_id": (CLS,),
+    "emb_layer_norm_before": (False,),
+    "eos_token_id": (EOS,),
+    "hidden_act": ("gelu",),
+    "is_decoder": (False,),
+    "is_encoder_decoder": (False,),
+    "is_folding_model": (False,),
+    "mask_token_id": (MASK,),
+    "pad_token_id": (PAD,),
+    "partial_rotary_factor": (1,),
+    "position_embedding_type": ("rotary",),
+    "pruned_heads": ({},),
+    "rope_parameters": ROPE,
+    "rope_scaling": ROPE,
+    "rope_theta": (10000,),
+    "tie_encoder_decoder": (False,),
+    "unk_token_id": (UNK,),
+    "vocab_list": (list(VOCABULARY),),
+    "vocab_size": (len(VOCABULARY),),
+}
+"""Fields that change what is computed, and the values under which that is ESM-2; null counts as not given."""
+
+ARCHITECTURES = {"EsmModel", "EsmForMaskedLM", "EsmForSequenceClassification", "EsmForTokenClassification"}
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """config.json of an ESM-2. Raises ModelError, naming the field, where it is of any other model."""
+    path = folder / "config.json"
+    if not path.exists():
+        raise ModelError(f"{folder} has no config.json: no Hugging Face model folder; check the path")
+    config = _read_json(path)
+    if not isinstance(config, dict) or config.get("model_type") != "esm":
+        raise ModelError(f"{path}: model_type is not 'esm'; turboesm reads ESM-2 models only")
+    if config.get("position_embedding_type") != "rotary" or config.get("emb_layer_norm_before"):
+        raise ModelError(f"{path} is an ESM model without rotary positions; turboesm reads ESM-2 models only")
+    for name, value in config.items():
+        if value is not None:
+            _check_field(name, value, config, path)
+    return config
+
+
+def layer_norm_eps(config: dict[str, Any], folder: Path) -> float:
+    """The epsilon of layer norms; transformers' default where there is none. Raises ModelError."""
+    eps = config.get("layer_norm_eps", 1e-12)
+    if type(eps) is not float or not 0 < eps < 1:
+        raise ModelError(f"{folder / 'config.json'}: layer_norm_eps is {_short(eps)}; ESM-2's is 1e-05")
+    return eps
+
+
+def flag(config: dict[str, Any], name: str, default: bool, folder: Path) -> bool:
+    """A field that is true or false. Raises ModelError where it is anything else."""
+    value = default if config.get(name) is None else config[name]
+    if type(value) is not bool:
+        raise ModelError(f"{folder / 'config.json'}: {name} is {_short(value)}; it must be true or false")
+    return value
+
+
+def check_tokenizer(folder: Path) -> None:
+    """Raise ModelError where a tokenizer's file beside the weights gives a token another number than ESM-2."""
+    _check_vocabulary(folder / "vocab.txt")
+    for name, claims in _CLAIMS.items():
+        path = folder / name
+        if path.exists():
+            for number, token in _claimed(path, claims):
+                if not (0 <= number < len(VOCABULARY) and VOCABULARY[number] == token):
+                    raise _other_vocabulary(path, number, token)
+
+
+def _check_field(name: str, value: Any, config: dict[str, Any], path: Path) -> None:
+    if name in FREE:
+        return
+    allowed = FIXED.get(name, ())
+    if name == "intermediate_size":
+        allowed = (4 * config["hidden_size"] if type(config.get("hidden_size")) is int else value,)
+    elif name == "architectures":
+        allowed = (value,) if isinstance(value, list) and set(map(str, value)) <= ARCHITECTURES else ()
+    elif name not in FIXED:
+        raise ModelError(
+            f"{path}: turboesm does not know the field {_short(name)} ({_short(value)}); if the model computes "
+            "the same without it, take it out of a copy of the folder"
+        )
+    if value not in allowed:
+        usual = " or ".join(_short(item) for item in allowed or sorted(ARCHITECTURES))
+        raise ModelError(f"{path}: {name} is {_short(value)}, not {usual}; turboesm reads ESM-2 models only")
+
+
+def _check_vocabulary(path: Path) -> None:
+    if not path.exists():
+        return
+    tokens = [line.strip() for line in _text(path).rstrip().splitlines()]
+    for number in range(max(len(tokens), len(VOCABULARY))):
+        found, expected = (row[number] if number < len(row) else None for row in (tokens, VOCABULARY))
+        if found != expected:
+            raise _other_vocabulary(path, number, found)
+
+
+def _other_vocabulary(path: Path, number: int, token: object) -> ModelError:
+    usual = _short(VOCABULARY[number]) if 0 <= number < len(VOCABULARY) else "missing"
+    return ModelError(
+        f"{path}: token {number} is {_short(token)}, ESM-2's is {usual}; turboesm reads models of ESM-2's "
+        "vocabulary only"
+    )
+
+
+def _special(data: Any) -> Iterator[tuple[int, Any]]:
+    names = {"cls_token": CLS, "pad_token": PAD, "eos_token": EOS, "unk_token": UNK, "mask_token": MASK}
+    for name, number in names.items():
+        if data.get(name) is not None:
+            yield number, data[name]["content"] if isinstance(data[name], dict) else data[name]
+
+
+def _settings(data: Any) -> Iterator[tuple[int, Any]]:
+    yield from _special(data)
+    for number, token in (data.get("added_tokens_decoder") or {}).items():
+        yield int(number), token["content"]
+
+
+def _added(data: Any) -> Iterator[tuple[int, Any]]:
+    return ((int(number), token) for token, number in data.items())
+
+
+def _fast(data: Any) -> Iterator[tuple[int, Any]]:
+    yield from _added(data["model"]["vocab"])
+    yield from ((int(token["id"]), token["content"]) for token in data.get("added_tokens") or [])
+
+
+_CLAIMS = {
+    "special_tokens_map.json": _special,
+    "tokenizer_config.json": _settings,
+    "added_tokens.json": _added,
+    "tokenizer.json": _fast,
+}
+"""Files of a tokenizer, and how each says which number a token has."""
+
+
+def _claimed(path: Path, claims: Any) -> list[tuple[int, Any]]:
+    try:
+        return list(claims(_read_json(path)))
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        raise ModelError(f"{path} is no tokenizer's file ({one_line(error)}); download it again") from error
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(_text(path))
+    except (ValueError, RecursionError) as error:
+        what = sign_of(path) or f"not JSON ({one_line(error)}); download it again"
+        raise ModelError(f"{path} cannot be read: it is {what}") from error
+
+
+def _text(path: Path) -> str:
+    try:
+        if path.stat().st_size > LARGEST:
+            raise ModelError(f"{path} is over 1 MiB: not a file of a Hugging Face ESM; download it again")
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ModelError(f"{path} cannot be read ({one_line(error)}); check the file") from error
+
+
+def _short(value: object) -> str:
+    """As JSON writes it, at most 60 characters."""
+    text = json.dumps(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."

@@ -1,0 +1,383 @@
+"""ESM-2's layers over a key/value cache, with explicit positions.
+
+ESM-2 is a bidirectional encoder. *Prefill* encodes a prompt as ESM-2 does, every token seeing every other, and
+stores its keys and values. *Decode* lets each further token attend to what is cached and to itself, and leaves
+earlier keys and values as they are; ESM-2 run again on the longer sequence would change them, and that
+difference is the *drift*. With a prompt of one token, decode is ESM-2 under a causal mask.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from turboesm_kernels import reference
+from turboesm_kernels.reference import Rope
+from turboesm_kernels.token_tables import TokenTables
+
+from turboesm_cli.models.esm2 import EsmModel
+from turboesm_cli.models.fair_esm import gelu
+from turboesm_cli.sequences.fasta import MASK, PAD
+
+MASK_RATIO_IN_TRAINING = 0.15 * 0.8
+
+OVER_SEQUENCES = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+"""torch's attention backends for whole sequences, the preferred first. Not cuDNN, which makes a plan for each new
+shape, 70 to 100 ms of the host's time (torch 2.11, H100): proteins are of all lengths."""
+
+Attention = Callable[[int, Tensor, Tensor, Tensor], Tensor]
+"""(layer, q, k, v), each [B, H, T, d] with q scaled and q, k after RoPE -> attention output [B, H, T, d]."""
+
+Projection = Callable[[int, Tensor], tuple[Tensor, Tensor, Tensor]]
+"""(layer, normed hidden states [B, T, E]) -> q, k, v as `Attention` takes them."""
+
+
+class Cache(Protocol):
+    """What decoding needs of a key/value cache of B sequences (see `lengths.Ragged`)."""
+
+    lengths: Tensor
+    starts: Tensor
+    unmasked: Tensor
+
+    def begin(self, counts: int | Sequence[int]) -> None:
+        """Make room for the next tokens of each sequence."""
+        ...
+
+    def append(self, layer: int, k: Tensor, v: Tensor, tokens: Tensor) -> None:
+        """Store keys (after RoPE) and values [B, H, T, d] of the tokens int64 [B, T] that were begun."""
+        ...
+
+    def attend(self, layer: int, q: Tensor) -> Tensor:
+        """Attention of q [B, H, Q, d] over all that `layer` holds; result like q."""
+        ...
+
+    def rewind(self, count: int = 1) -> None:
+        """Forget each sequence's last `count` tokens."""
+        ...
+
+
+class Codec(Protocol):
+    """What a cache does to keys and values, without the cache."""
+
+    def roundtrip(self, layer: int, k: Tensor, v: Tensor, rope: Rope) -> tuple[Tensor, Tensor]:
+        """Keys and values [B, H, T, d] of whole sequences as they come back from the cache."""
+        ...
+
+
+def encode(
+    model: EsmModel, tokens: Tensor, observe: Attention | None = None, joint: JointProjection | None = None
+) -> Tensor:
+    """Final hidden states [B, T, E] of ESM-2 run on tokens int64 [B, T] (padding allowed), as fair-esm gives them.
+
+    `observe` replaces the attention, see `Attention`. `joint` projects at once, from where `joint.at` said.
+    """
+    attention = observe or bidirectional(tokens)
+    project = joint or _projection(model, rope_at(model, 0, tokens.shape[1]))
+    with _over_sequences(model):
+        return _layers(model, tokens, project, unmasked_fraction(tokens), attention)
+
+
+def bidirectional(tokens: Tensor) -> Attention:
+    """ESM-2's own attention: every token sees all that is not padding. On a CPU, fair-esm's result to the bit."""
+    lengths = tokens.ne(PAD).sum(-1)
+    mask = None
+    if not bool((lengths == tokens.shape[1]).all()):
+        mask = torch.arange(tokens.shape[1], device=tokens.device) < lengths[:, None, None, None]
+
+    def attend(_layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        if q.device.type == "cpu":
+            return reference.attend(q, k, v, lengths)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=1.0)
+
+    return attend
+
+
+def prefill(model: EsmModel, tokens: Tensor, cache: Cache, joint: JointProjection | None = None) -> Tensor:
+    """Encode prompts int64 [B, P], padded on the right, and fill the empty cache with them layer by layer.
+
+    Keys and values of one layer at a time are in memory; `joint` as in `step`. Returns the final hidden states
+    [B, P, E]; they are exact, whatever the cache.
+    """
+    cache.begin(tokens.ne(PAD).sum(-1).tolist())
+    cache.unmasked.copy_(unmasked_fraction(tokens))
+    if joint is not None:
+        joint.at(cache.starts)
+    exact = bidirectional(tokens)
+
+    def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        cache.append(layer, k, v, tokens)
+        return exact(layer, q, k, v)
+
+    return encode(model, tokens, attend, joint)
+
+
+def step(model: EsmModel, tokens: Tensor, cache: Cache, joint: JointProjection | None = None) -> Tensor:
+    """Decode one token of each sequence, int64 [B]: append its keys and values, then attend to all cached.
+
+    `joint` projects queries, keys and values at once, for GPUs. Nothing is synchronized: safe in a CUDA graph.
+    Returns the final hidden states [B, E].
+    """
+    tokens = tokens[:, None]
+    project = joint or _projection(model, Rope.at(cache.lengths[:, None, None], model.inverse_frequencies))
+    cache.begin(1)
+
+    def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        cache.append(layer, k, v, tokens)
+        return cache.attend(layer, q)
+
+    if joint is not None:
+        joint.at(cache.starts)
+    return _layers(model, tokens, project, cache.unmasked, attend)[:, 0]
+
+
+def replay(model: EsmModel, tokens: Tensor, cache: Cache) -> Tensor:
+    """Decode given tokens int64 [B, n] one by one after what is cached: final hidden states [B, n, E]."""
+    return torch.stack([step(model, column, cache) for column in tokens.unbind(1)], 1)
+
+
+def teacher_forced(
+    model: EsmModel,
+    tokens: Tensor,
+    prompts: Sequence[int],
+    codec: Codec | None,
+    trace: Callable[[Tensor], None] | None = None,
+) -> Tensor:
+    """What `prefill` of each sequence's prompt and `step` over its further tokens give, in one causal pass.
+
+    tokens int64 [B, T], padded on the right; prompts: tokens of each prompt, 0 for a decode from an empty cache.
+    `codec` None is an fp32 cache. `trace` gets each layer's attention output [B, H, T, d] in turn.
+    Returns the final hidden states [B, T, E]; equal to decoding token by token but for rounding (tested).
+    """
+    attend = _TeacherForced(model, tokens, prompts, codec, trace)
+    with _over_sequences(model):
+        return _layers(
+            model, tokens, _projection(model, attend.rope), _prompt_unmasked(tokens, prompts), attend.tokens
+        )
+
+
+def teacher_forced_with_masks(
+    model: EsmModel,
+    tokens: Tensor,
+    prompts: Sequence[int],
+    codec: Codec | None,
+    trace: Callable[[Tensor], None] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`teacher_forced`, and beside it a second stream: a `<mask>` in the place of every token.
+
+    A mask sees what came before its place, as the cache holds it, and itself, and no token sees a mask: what
+    `step` with a `<mask>`, forgotten afterwards (`Cache.rewind`), gives at every place at once. Returns both
+    streams' final hidden states [B, T, E]; those of masks mean nothing within a prompt or on padding.
+    """
+    attend = _TeacherForced(model, tokens, prompts, codec, trace)
+    both = torch.cat((tokens, torch.full_like(tokens, MASK)), 1)
+    rope = Rope(*(torch.cat((part, part)) for part in (attend.rope.cos, attend.rope.sin)))
+    unmasked = _prompt_unmasked(tokens, prompts)
+    with _over_sequences(model):
+        hidden = _layers(model, both, _projection(model, rope), unmasked, attend.tokens_and_masks)
+    return hidden[:, : tokens.shape[1]], hidden[:, tokens.shape[1] :]
+
+
+class _TeacherForced:
+    """The attention of a causal pass over tokens [B, T]: what is cached is seen as `codec` gives it back."""
+
+    def __init__(
+        self,
+        model: EsmModel,
+        tokens: Tensor,
+        prompts: Sequence[int],
+        codec: Codec | None,
+        trace: Callable[[Tensor], None] | None,
+    ) -> None:
+        self.rope = rope_at(model, 0, tokens.shape[1])
+        self._codec, self._trace, self._longest = codec, trace, max(prompts)
+        self._in_prompt, self._visible = _teacher_masks(tokens, prompts)
+
+    def tokens(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """`Attention` of the tokens."""
+        return self._attend(q, k, v, *self._stored(layer, k, v))
+
+    def tokens_and_masks(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """`Attention` [B, H, 2 T, d] of the tokens and, behind them, of a mask in each one's place."""
+        (q, of_masks), (k, own_k), (v, own_v) = (x.chunk(2, dim=2) for x in (q, k, v))
+        stored = self._stored(layer, k, v)
+        keys, values = (torch.cat(pair, 2) for pair in zip(stored, self._stored(layer, own_k, own_v), strict=True))
+        every = torch.ones(q.shape[2], q.shape[2], dtype=torch.bool, device=q.device)
+        visible = torch.cat((every.tril(-1), torch.eye(len(every), dtype=torch.bool, device=q.device)), 1)
+        masks = F.scaled_dot_product_attention(of_masks, keys, values, attn_mask=visible, scale=1.0)
+        return torch.cat((self._attend(q, k, v, *stored), masks), 2)
+
+    def _stored(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        return (k, v) if self._codec is None else self._codec.roundtrip(layer, k, v, self.rope)
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, stored_k: Tensor, stored_v: Tensor) -> Tensor:
+        decoded = F.scaled_dot_product_attention(q, stored_k, stored_v, attn_mask=self._visible, scale=1.0)
+        longest = self._longest
+        if self._codec is not None and longest:  # prefill attends to what it computed, not to what it stored
+            visible = self._visible[:, :, :longest]
+            exact = F.scaled_dot_product_attention(q[:, :, :longest], k, v, visible, scale=1.0)
+            rows = self._in_prompt[:, None, :longest, None]
+            decoded[:, :, :longest] = torch.where(rows, exact, decoded[:, :, :longest])
+        if self._trace:
+            self._trace(decoded)
+        return decoded
+
+
+def lm_logits(model: EsmModel, hidden: Tensor) -> Tensor:
+    """Logits [..., 33] of final hidden states [..., E]. Raises ModelError for a trunk without an LM head."""
+    model.require_lm_head("a distribution over residues")
+    logits: Tensor = model.net.lm_head(hidden)
+    return logits
+
+
+def rope_at(model: EsmModel, start: int, count: int) -> Rope:
+    """RoPE's angles at positions start..start + count - 1."""
+    positions = torch.arange(start, start + count, device=model.device)
+    return Rope.at(positions, model.inverse_frequencies)
+
+
+def unmasked_fraction(tokens: Tensor) -> Tensor:
+    """What token dropout divides embeddings by, float32 [B, 1, 1]: 1 - the fraction of <mask>; 1 for no tokens."""
+    observed = tokens.eq(MASK).sum(-1) / tokens.ne(PAD).sum(-1).clamp_min(1)
+    return (1 - observed)[:, None, None]
+
+
+def token_keys_values(model: EsmModel, unmasked: Tensor) -> tuple[Tensor, Tensor]:
+    """Layer 0's keys before RoPE and values of every token of the alphabet, each [B, H, 33, d].
+
+    In layer 0 they are functions of the token and of the prompt's `unmasked_fraction` alone.
+    """
+    tokens = torch.arange(len(model.net.embed_tokens.weight), device=model.device)[None]
+    layer = model.net.layers[0]
+    x = layer.self_attn_layer_norm(_embed(model, tokens, unmasked))
+    heads = model.shape.heads
+    return _split(layer.self_attn.k_proj(x), heads), _split(layer.self_attn.v_proj(x), heads)
+
+
+@torch.no_grad()
+def token_tables(model: EsmModel) -> TokenTables:
+    """Layer 0's keys and values of all kinds of token, in float32 at least.
+
+    Token dropout scales an embedding by s; layer norm takes that out again but for its epsilon, which leaves
+    s sigma / sqrt(s^2 sigma^2 + epsilon), sigma the embedding's deviation.
+    """
+    every = torch.arange(len(model.net.embed_tokens.weight), device=model.device)[None]
+    unscaled = _embed(model, every, torch.ones(1, 1, 1, device=model.device))[0] / _embedding_scale(model)
+    embedded = _widened(unscaled)
+    centred = embedded - embedded.mean(-1, keepdim=True)
+    sigma = centred.square().mean(-1, keepdim=True).sqrt()
+    attention, norm = model.net.layers[0].self_attn, model.net.layers[0].self_attn_layer_norm
+    scaled = centred / sigma.clamp_min(1e-30) * _widened(norm.weight)  # 0 for kinds whose embedding is 0
+    parts = []
+    for linear in (attention.k_proj, attention.v_proj):
+        weight, bias = _widened(linear.weight), _widened(linear.bias)
+        kind = _split(scaled[None] @ weight.T, model.shape.heads)[0].contiguous()
+        parts += [kind, (weight @ _widened(norm.bias) + bias).view(model.shape.heads, model.shape.head_dim)]
+    k, k_const, v, v_const = parts
+    sigma = sigma[:, 0] * _embedding_scale(model)
+    return TokenTables(k, v, k_const, v_const, sigma, norm.eps, bool(model.net.token_dropout))
+
+
+def _widened(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def _embedding_scale(model: EsmModel) -> float:
+    return 1 - MASK_RATIO_IN_TRAINING if model.net.token_dropout else 1.0
+
+
+def _layers(
+    model: EsmModel, tokens: Tensor, project: Projection, unmasked: Tensor, attention: Attention
+) -> Tensor:
+    x = _embed(model, tokens, unmasked)
+    activation = F.gelu if x.is_cuda else gelu  # one kernel, or fair-esm's result to the bit
+    for index, layer in enumerate(model.net.layers):
+        out = attention(index, *project(index, layer.self_attn_layer_norm(x)))
+        x = x + layer.self_attn.out_proj(out.transpose(1, 2).flatten(2))
+        x = x + layer.fc2(activation(layer.fc1(layer.final_layer_norm(x))))
+    hidden: Tensor = model.net.emb_layer_norm_after(x)
+    return hidden
+
+
+def _over_sequences(model: EsmModel) -> AbstractContextManager[object]:
+    on_gpu = model.device.type == "cuda"
+    return sdpa_kernel(OVER_SEQUENCES, set_priority=True) if on_gpu else nullcontext()
+
+
+def _projection(model: EsmModel, rope: Rope) -> Projection:
+    """The layers' own projections at the positions of `rope`."""
+    heads = model.shape.heads
+
+    def project(index: int, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        attend = model.net.layers[index].self_attn
+        q, k = _split(attend.q_proj(x) * attend.scaling, heads), _split(attend.k_proj(x), heads)
+        v = _split(attend.v_proj(x), heads)
+        return rope.rotate(q).to(v.dtype), rope.rotate(k).to(v.dtype), v
+
+    return project
+
+
+class JointProjection:
+    """One matrix for a layer's queries, keys and values, and one kernel that turns them: for GPUs.
+
+    The model's own weights become views of the joint ones, so that nothing is held twice.
+    """
+
+    def __init__(self, model: EsmModel, capacity: int) -> None:
+        self._heads = model.shape.heads
+        self._scaling = model.shape.head_dim**-0.5
+        self._rope = rope_at(model, 0, capacity)
+        self._starts = torch.zeros(0, dtype=torch.int32)
+        self._weights = [_join(layer.self_attn) for layer in model.net.layers]
+
+    def at(self, starts: Tensor) -> None:
+        """Where the sequences' first tokens stand, int32 [B]."""
+        self._starts = starts
+
+    def __call__(self, index: int, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """q (scaled), k (both after RoPE) and v [B, H, T, d] of normed hidden states [B, T, E]."""
+        from turboesm_kernels.rotary import rotate
+
+        return rotate(F.linear(x, *self._weights[index]), self._heads, self._scaling, self._rope, self._starts)
+
+
+def _join(attention: nn.Module) -> tuple[Tensor, Tensor]:
+    linears = [attention.q_proj, attention.k_proj, attention.v_proj]
+    joined = []
+    for name in ("weight", "bias"):
+        whole = torch.cat([getattr(linear, name).data for linear in linears])
+        for linear, part in zip(linears, whole.chunk(3), strict=True):
+            getattr(linear, name).data = part
+        joined.append(whole)
+    return joined[0], joined[1]
+
+
+def _embed(model: EsmModel, tokens: Tensor, unmasked: Tensor) -> Tensor:
+    x: Tensor = model.net.embed_tokens(tokens)
+    if model.net.token_dropout:
+        x = x.masked_fill(tokens.eq(MASK)[..., None], 0.0)
+        x = x * _embedding_scale(model) / unmasked.to(x.dtype)
+    return x.masked_fill(tokens.eq(PAD)[..., None], 0.0)
+
+
+def _split(x: Tensor, heads: int) -> Tensor:
+    """[B, T, H d] -> [B, H, T, d]."""
+    return x.unflatten(-1, (heads, -1)).transpose(1, 2)
+
+
+def _teacher_masks(tokens: Tensor, prompts: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Which tokens [B, T] are prompt, and which keys each may see, [B, 1, T, T]."""
+    positions = torch.arange(tokens.shape[1], device=tokens.device)
+    in_prompt = positions < torch.tensor(list(prompts), device=tokens.device)[:, None]
+    visible = (positions <= positions[:, None]) | (in_prompt[:, None] & in_prompt[:, :, None])
+    return in_prompt, visible[:, None]
+
+
+def _prompt_unmasked(tokens: Tensor, prompts: Sequence[int]) -> Tensor:
+    positions = torch.arange(tokens.shape[1], device=tokens.device)
+    beyond = positions >= torch.tensor(list(prompts), device=tokens.device)[:, None]
+    return unmasked_fraction(tokens.masked_fill(beyond, PAD))

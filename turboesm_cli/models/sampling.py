@@ -1,0 +1,78 @@
+"""The language model's distribution over the next residue, and samples of it.
+
+ESM-2 predicts masked residues. For the residue at the next position `<mask>` is decoded there, the LM head's
+distribution is taken over the 20 amino acids, the mask is forgotten, and the residue that was given or sampled is
+decoded in its place (`tasks`). Two steps per residue, and no promise that sampled sequences are proteins: ESM-2
+was not trained to generate.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from turboesm_cli.models.esm2 import EsmModel
+from turboesm_cli.models.forward import lm_logits
+from turboesm_cli.sequences.fasta import VOCABULARY
+
+AMINO_ACIDS = tuple(VOCABULARY.index(letter) for letter in "ACDEFGHIKLMNPQRSTVWY")
+COLDEST = 1e-3
+"""Below this temperature the likeliest residue is taken: the division would overflow."""
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """temperature 0 takes the most likely residue; top_p keeps the likeliest residues that make up this mass.
+
+    At least one residue is always kept.
+    """
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+
+
+def residue_logits(model: EsmModel, hidden: Tensor) -> Tensor:
+    """Logits float32 [..., 20] of the amino acids, in the order of AMINO_ACIDS, of masks' hidden states [..., E].
+
+    Raises ModelError without an LM head.
+    """
+    return lm_logits(model, hidden).float()[..., _amino_acids(hidden.device)]
+
+
+def residue_indices(tokens: Tensor) -> Tensor:
+    """Each token's place in AMINO_ACIDS int64 [...], -1 for what is no amino acid (X, `<mask>`, `<eos>`, ...)."""
+    places = torch.full((len(VOCABULARY),), -1, dtype=torch.int64)
+    places[list(AMINO_ACIDS)] = torch.arange(len(AMINO_ACIDS))
+    return places.to(tokens.device)[tokens]
+
+
+def draw(seed: int, count: int) -> Tensor:
+    """`count` random numbers float32 in [0, 1) of a seed."""
+    return torch.rand(count, generator=torch.Generator().manual_seed(seed))
+
+
+def sample(logits: Tensor, chances: Tensor, sampling: Sampling) -> Tensor:
+    """One amino acid's token id int64 [B] for each row of `residue_logits` [B, 20], by random numbers [B] in 0..1.
+
+    The residue whose share of the cumulated distribution, likeliest first, the number falls into. Nothing is
+    synchronized: safe in a CUDA graph.
+    """
+    tokens = _amino_acids(logits.device)
+    if sampling.temperature < COLDEST:
+        return tokens[logits.argmax(-1)]
+    weights, order = (logits / sampling.temperature).softmax(-1).sort(dim=-1, descending=True, stable=True)
+    before = weights.cumsum(-1) - weights
+    weights = torch.where(before < sampling.top_p, weights, 0.0)
+    weights[:, 0] = weights[:, 0].clamp_min(1e-30)  # the likeliest is always kept
+    upto = weights.cumsum(-1)
+    chosen = (upto <= chances[:, None] * upto[:, -1:]).sum(-1).clamp(max=weights.shape[-1] - 1)
+    return tokens[order.gather(1, chosen[:, None])[:, 0]]
+
+
+@cache
+def _amino_acids(device: torch.device) -> Tensor:
+    """AMINO_ACIDS int64 [20], made once per device: a CUDA graph may not copy from the host."""
+    return torch.tensor(AMINO_ACIDS, device=device)

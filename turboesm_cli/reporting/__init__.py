@@ -1,0 +1,1 @@
+"""Results → CSV, tables, plots, pages."""

@@ -1,0 +1,285 @@
+"""Result rows → tables of text, ready to show. A table whose rows were not measured is left out.
+
+Each function takes the rows of one model, no figure twice (`variants.gathered`).
+"""
+
+from __future__ import annotations
+
+import heapq
+import math
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass
+
+from turboesm_cli.reporting.grouping import (
+    DASH,
+    Rows,
+    Variant,
+    bits_held,
+    code_of,
+    families_of,
+    labels,
+    memory_curves,
+    seen,
+    variant_of,
+)
+from turboesm_cli.reporting.results import ResultRow
+
+TIMES = "\N{MULTIPLICATION SIGN}"
+MIB = 2**20
+WORST = 10
+LANGUAGE = (
+    "residue_kl_mean",
+    "residue_kl_p95",
+    "residue_top1_agreement",
+    "residue_perplexity",
+    "residue_perplexity_fp32",
+    "residue_perplexity_ratio",
+)
+ACCURACY = {
+    "error": "Error (1 minus mean cosine)",
+    "cosine_mean": "Mean cosine",
+    "cosine_p05": "5th percentile of the cosine",
+    "cosine_min": "Lowest cosine",
+}
+OUTPUTS = {
+    "decode": "final hidden state, whole model decoded",
+    "paper": "attention output of layer 0 alone",
+    "prompted": "final hidden state, decoded after a prompt",
+}
+
+
+@dataclass(frozen=True)
+class Table:
+    title: str
+    columns: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    note: str = ""
+    folded: bool = False  # long, so shown only when asked for
+
+
+def tables(rows: Rows) -> list[Table]:
+    """Every table that the rows of one model can fill."""
+    found = [
+        *accuracy_tables(rows, "decode"),
+        *accuracy_tables(rows, "prompted"),
+        *accuracy_tables(rows, "paper"),
+        language_table(rows),
+        memory_table(rows),
+        *time_tables(rows),
+        drift_table(rows),
+        worst_table(rows),
+    ]
+    return [table for table in found if table is not None]
+
+
+def accuracy_tables(rows: Rows, protocol: str) -> list[Table]:
+    """A table a metric, families across; the error table also says how many times less than the paper's."""
+    chosen = [row for row in rows if row.protocol == protocol and not row.accession]
+    made = [_accuracy_table(rows, chosen, metric, protocol) for metric in ACCURACY]
+    return [table for table in made if table is not None]
+
+
+def memory_table(rows: Rows) -> Table | None:
+    """Bytes held at each context length, and the ratios to fp32 and fp16 at the longest."""
+    curves = memory_curves(rows)
+    if not curves:
+        return None
+    lengths = sorted({length for curve in curves.values() for length in curve})
+    held, names, shared = bits_held(rows), labels(curves), _model_tables(rows)
+    body = []
+    for variant, curve in curves.items():
+        sizes = [_mib(curve.get(length)) for length in lengths]
+        ratios = [_ratio(rows, curves, variant, fp) for fp in ("fp32", "fp16")]
+        body.append((*_lead(variant, names, held), *sizes, *ratios, _mib(shared.get(code_of(variant)))))
+    columns = (*LEAD, *(f"{length:,} tokens" for length in lengths))
+    columns = (*columns, "fp32 / this", "fp16 / this", "model tables")
+    note = "Ratios are at the longest context. Model tables are held once, whatever is decoded."
+    return Table("Memory held for decoding (MiB)", columns, tuple(body), note)
+
+
+def time_tables(rows: Rows) -> list[Table]:
+    """A table a metric of protocol `time`: median, and 20th to 80th percentile, at each context length."""
+    chosen = [row for row in rows if row.protocol == "time" and not row.accession]
+    metrics = seen(row.metric for row in chosen)
+    return [_time_table([row for row in chosen if row.metric == metric]) for metric in metrics]
+
+
+def language_table(rows: Rows) -> Table | None:
+    """How far the language model's predictions move."""
+    chosen = [row for row in rows if row.metric in LANGUAGE and row.protocol != "drift" and not row.accession]
+    title = "Predictions of the next residue, against an fp32 cache"
+    note = "At a mask in the residue's place, over the 20 amino acids: the model has not seen the residue."
+    return _metric_table(title, chosen, LANGUAGE, note)
+
+
+def drift_table(rows: Rows) -> Table | None:
+    """What cached decoding itself changes, before any compression."""
+    chosen = [row for row in rows if row.protocol == "drift" and not row.accession]
+    note = "Not an error of compression: in a cache, earlier tokens never see the later ones."
+    title = "Drift: fp32 cached decode against encoding the whole sequence again"
+    return _metric_table(title, chosen, seen(row.metric for row in chosen), note)
+
+
+def worst_table(rows: Rows) -> Table | None:
+    """The proteins with the lowest mean cosine, ten a recipe."""
+    proteins: dict[Variant, list[ResultRow]] = {}
+    for row in rows:
+        if row.accession and row.metric == "cosine_mean" and row.protocol == "decode":
+            proteins.setdefault(variant_of(row), []).append(row)
+    names = labels(proteins)
+    body = [
+        (*_lead(variant, names), row.accession, row.family or DASH, cosine(row.value), f"{row.n:,}")
+        for variant, mine in proteins.items()
+        for row in heapq.nsmallest(WORST, mine, key=lambda row: (row.value, row.accession))
+    ]
+    columns = (*LEAD[:3], "accession", "family", "mean cosine", "tokens")
+    return (
+        Table(f"Worst proteins: the {WORST} lowest a recipe", columns, tuple(body), folded=True) if body else None
+    )
+
+
+def number(value: float | None) -> str:
+    """Four significant digits (whole numbers in full), without an exponent from a millionth up."""
+    if value is None or math.isnan(value):
+        return DASH
+    if value == 0 or math.isinf(value):
+        return f"{value:g}"
+    if not 1e-6 <= abs(value) < 1e12:
+        return f"{value:.3e}"
+    rounded = float(f"{value:.3e}")  # first, or 9.9999 would show a fifth digit
+    if abs(rounded) >= 1000:
+        return f"{value:,.0f}"
+    return f"{rounded:.{max(0, 3 - math.floor(math.log10(abs(rounded))))}f}"
+
+
+def cosine(value: float | None) -> str:
+    """Four decimals, or more where four would round a cosine below 1 up to 1."""
+    if value is None or math.isnan(value):
+        return DASH
+    decimals = next((d for d in range(4, 8) if value >= 1 or round(value, d) < 1), 8)
+    return f"{value:.{decimals}f}"
+
+
+LEAD = ("recipe", "K bits", "V bits", "bits a value")
+
+
+def _lead(
+    variant: Variant, names: Mapping[Variant, str], held: Mapping[Hashable, float] | None = None
+) -> tuple[str, ...]:
+    lead = (names[variant], _bits(variant.bits_k), _bits(variant.bits_v))
+    return lead if held is None else (*lead, number(held.get(code_of(variant))))
+
+
+def _bits(value: float) -> str:
+    return f"{value:g}" if value else DASH
+
+
+def _accuracy_table(rows: Rows, chosen: Rows, metric: str, protocol: str) -> Table | None:
+    cells = {(variant_of(row), row.family or "all"): row.value for row in chosen if row.metric == metric}
+    if not cells:
+        return None
+    names, held = labels(variant for variant, _ in cells), bits_held(rows)
+    families = families_of([row for row in chosen if row.metric == metric])
+    show: Callable[[float | None], str] = number if metric == "error" else cosine
+    body = [(*_lead(v, names, held), *(show(cells.get((v, family))) for family in families)) for v in names]
+    title, columns, note = f"{ACCURACY[metric]}: {OUTPUTS[protocol]}", (*LEAD, *families), ""
+    gains = _gains_on_paper(cells, families[-1]) if metric == "error" else {}
+    if gains:
+        columns = (*columns, "paper / this")
+        body = [(*line, _times(gains.get(variant))) for line, variant in zip(body, names, strict=True)]
+        note = f"paper / this: the error of the paper's recipe over this one's, family {families[-1]}."
+    return Table(title, columns, tuple(body), note)
+
+
+def _gains_on_paper(cells: Mapping[tuple[Variant, str], float], family: str) -> dict[Variant, float]:
+    """Error of the paper's recipe (at its most bits) over each variant's, same device and arithmetic."""
+    papers = sorted(
+        (v for v, f in cells if f == family and v.recipe == "paper"), key=lambda v: (v.bits_k, v.bits_v)
+    )
+    by_place = {(paper.device, paper.dtype): cells[paper, family] for paper in papers}
+    return {
+        variant: by_place[variant.device, variant.dtype] / error
+        for (variant, of), error in cells.items()
+        if of == family and error > 0 and (variant.device, variant.dtype) in by_place
+    }
+
+
+def _metric_table(title: str, chosen: Rows, metrics: Sequence[str], note: str = "") -> Table | None:
+    """A line a variant, family and context; a column a metric."""
+    if not chosen:
+        return None
+    present = [metric for metric in metrics if any(row.metric == metric for row in chosen)]
+    cells = {(variant_of(row), row.family, row.tokens, row.metric): row.value for row in chosen}
+    names = labels(variant_of(row) for row in chosen)
+    units = {row.metric: row.unit for row in chosen}
+    lines = seen((variant_of(row), row.family, row.tokens) for row in chosen)
+    body = tuple(
+        (
+            *_lead(variant, names),
+            family or DASH,
+            f"{tokens:,}" if tokens else DASH,
+            *(_show(metric)(cells.get((variant, family, tokens, metric))) for metric in present),
+        )
+        for variant, family, tokens in lines
+    )
+    heads = tuple(_headed(metric.replace("_", " "), units[metric]) for metric in present)
+    return Table(title, (*LEAD[:3], "family", "tokens", *heads), body, note)
+
+
+def _show(metric: str) -> Callable[[float | None], str]:
+    return cosine if metric.startswith("cosine") else number
+
+
+def _headed(name: str, unit: str) -> str:
+    return f"{name} ({unit})" if unit not in ("", "1") else name
+
+
+def _time_table(chosen: Rows) -> Table:
+    cells = {(variant_of(row), row.tokens): row for row in chosen}
+    lengths = sorted({row.tokens for row in chosen})
+    names = {variant: variant.recipe for variant, _ in cells}
+    body = tuple(
+        (
+            *_lead(variant, names),
+            variant.device,
+            variant.dtype,
+            *(_timing(cells.get((variant, at))) for at in lengths),
+        )
+        for variant in names
+    )
+    heads = tuple(f"{length:,} tokens" if length else "any length" for length in lengths)
+    name, unit = chosen[0].metric.replace("_", " "), chosen[0].unit
+    # us_per_token says its unit already.
+    title = f"Time: {name if name.startswith(f'{unit} ') else _headed(name, unit)}"
+    note = f"Median (20th{DASH}80th percentile)." if any(row.p20 is not None for row in chosen) else ""
+    return Table(title, (*LEAD[:3], "device", "dtype", *heads), body, note)
+
+
+def _timing(row: ResultRow | None) -> str:
+    if row is None:
+        return DASH
+    spread = "" if row.p20 is None or row.p80 is None else f" ({number(row.p20)}{DASH}{number(row.p80)})"
+    return number(row.value) + spread
+
+
+def _mib(size: float | None) -> str:
+    return DASH if size is None else number(size / MIB)
+
+
+def _times(ratio: float | None) -> str:
+    return DASH if ratio is None else f"{number(ratio)}{TIMES}"
+
+
+def _model_tables(rows: Rows) -> dict[Hashable, float]:
+    return {code_of(variant_of(row)): row.value for row in rows if row.metric == "bytes_model_tables"}
+
+
+def _ratio(rows: Rows, curves: Mapping[Variant, Mapping[int, float]], variant: Variant, name: str) -> str:
+    """The stored ratio at the variant's longest context, else the one that the bytes give."""
+    longest = max(curves[variant])
+    for row in rows:
+        if row.metric == f"ratio_{name}" and row.tokens == longest and variant_of(row) == variant:
+            return _times(row.value)
+    full = next((curve.get(longest) for of, curve in curves.items() if of.recipe == name), None)
+    held = curves[variant][longest]
+    return _times(full / held if full and held else None)

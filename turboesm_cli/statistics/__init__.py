@@ -1,0 +1,1 @@
+"""What a model's attention works with, summed up over calibration proteins."""

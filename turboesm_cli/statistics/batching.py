@@ -1,0 +1,70 @@
+"""Calibration proteins -> batches of tokens, and what each protein is for: decided by its hash alone."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from turboesm_cli.sequences.fasta import PAD, Protein, tokenize
+
+HELD_BACK = 16
+"""One protein in 16 is held back from fitting."""
+
+
+def batches(proteins: Iterable[Protein], tokens_per_batch: int) -> Iterator[list[Protein]]:
+    """Proteins by length, in batches of at most `tokens_per_batch` tokens, padding counted.
+
+    Beyond 512 tokens, where attention's score matrices outgrow everything else, batches shrink with the length,
+    so that the longest proteins set the memory, not how many of them there are.
+    """
+    batch: list[Protein] = []
+    for protein in sorted(proteins, key=lambda p: (p.residues, p.sequence, p.accession)):
+        length = protein.residues + 2
+        if batch and (len(batch) + 1) * length * max(1.0, length / 512) > tokens_per_batch:
+            yield batch
+            batch = []
+        batch.append(protein)
+    if batch:
+        yield batch
+
+
+def to_tokens(proteins: Sequence[Protein], device: torch.device) -> Tensor:
+    """Token ids int64 [B, T] of proteins, `<cls>` and `<eos>` included, padded on the right."""
+    rows = [torch.tensor(tokenize(protein.sequence)) for protein in proteins]
+    return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=PAD).to(device)
+
+
+def hold_back(proteins: Sequence[Protein]) -> tuple[list[Protein], list[Protein]]:
+    """Proteins to fit to, and those held back to weigh and choose with: one in 16 by hash, at least one.
+
+    A single protein serves as both.
+    """
+    held = [p for p in proteins if digest(p)[-2] % HELD_BACK == 0] or [min(proteins, key=digest)]
+    chosen = {protein.sequence for protein in held}
+    return [p for p in proteins if p.sequence not in chosen] or list(proteins), held
+
+
+def prompt_lengths(proteins: Sequence[Protein], longest: int) -> list[int]:
+    """Tokens of each protein's prompt in calibration: by its hash none, or half of its first `longest` tokens."""
+    return [0 if digest(p)[-1] % 2 else min(p.residues + 2, longest) // 2 for p in proteins]
+
+
+def visible_keys(prompts: Sequence[int], tokens: Tensor) -> Tensor:
+    """Which keys each of tokens [B, T] sees, bool [B, 1, T, T]: earlier ones and itself, within a prompt all."""
+    positions = torch.arange(tokens.shape[1], device=tokens.device)
+    prompt = in_prompt(prompts, tokens)
+    return ((positions <= positions[:, None]) | (prompt[:, None] & prompt[:, :, None]))[:, None]
+
+
+def in_prompt(prompts: Sequence[int], tokens: Tensor) -> Tensor:
+    """Which of tokens [B, T] belong to a prompt, bool."""
+    lengths = torch.tensor(list(prompts), device=tokens.device)
+    return torch.arange(tokens.shape[1], device=tokens.device) < lengths[:, None]
+
+
+def digest(protein: Protein) -> bytes:
+    """sha256 of the sequence: the source of everything random about a protein, so that runs repeat."""
+    return hashlib.sha256(protein.sequence.encode()).digest()

@@ -1,0 +1,105 @@
+"""What an error in each key and value does to the final hidden states, measured by gradients.
+
+The error that counts is 1 - cosine of a token's final hidden state h: to second order half the squared change
+of h / |h|. Small errors e_j in the keys (or values) of token j change that by J_j e_j, so that errors which are
+independent over tokens cost, summed over j and a mean over the N decoded tokens,
+
+    sum_j e_j^T J_j^T J_j e_j / (2 N)
+
+With u ~ N(0, 1) over all outputs, the gradient g_j of <u, h / |h|> has E[g_j g_j^T] = J_j^T J_j (Hutchinson's
+estimator of a trace, of a Gauss-Newton matrix). Summed over tokens this is a metric [d, d] for each layer, side
+and head, all in one unit, so that bits can be weighed against each other throughout the model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from turboesm_kernels.reference import Side
+
+from turboesm_cli.models.esm2 import EsmModel
+from turboesm_cli.models.forward import encode
+from turboesm_cli.sequences.fasta import PAD, Protein
+from turboesm_cli.statistics.batching import digest, in_prompt, prompt_lengths, to_tokens, visible_keys
+
+MOST_TOKENS = 512
+"""Proteins are cut here: a backward pass holds every layer's attention matrix."""
+
+DRAWS = 2
+"""Draws of u a protein."""
+
+SIDES: tuple[Side, Side] = ("k", "v")
+
+
+@dataclass(frozen=True)
+class Sensitivity:
+    """Sums over gradients.
+
+    gram    float64 [layers, 2, H, d, d]: sums of g g^T over tokens and draws, keys first
+    tokens  decoded tokens, times draws
+    """
+
+    gram: Tensor
+    tokens: int
+
+    def __add__(self, other: Sensitivity) -> Sensitivity:
+        return Sensitivity(self.gram + other.gram, self.tokens + other.tokens)
+
+    def metric(self, layer: int, side: Side) -> Tensor:
+        """float64 [H, d, d]: an error e in every token's vector costs E[e^T metric e] of the mean cosine."""
+        return self.gram[layer, SIDES.index(side)] / (2 * self.tokens)
+
+
+def measure(model: EsmModel, proteins: Sequence[Protein]) -> Sensitivity:
+    """Gradients over a batch of proteins, with prompts as in `prompt_lengths`."""
+    tokens = to_tokens(proteins, model.device)[:, :MOST_TOKENS]
+    prompts = prompt_lengths(proteins, tokens.shape[1])
+    decoded = tokens.ne(PAD) & ~in_prompt(prompts, tokens)
+    unit, zeros = _unit_hidden(model, tokens, prompts)
+    total = torch.zeros((), dtype=torch.float64)
+    for draw, u in enumerate(_draws(proteins, unit)):
+        loss = (unit * u * decoded[..., None]).sum()
+        gradients = torch.autograd.grad(loss, zeros, retain_graph=draw + 1 < DRAWS)
+        total = total + torch.stack([_outer(g[:, :, 1:]) for g in gradients])  # `<cls>` is a sink: never coded
+    return Sensitivity(total.unflatten(0, (-1, 2)), int(decoded.sum()) * DRAWS)
+
+
+def _draws(proteins: Sequence[Protein], unit: Tensor) -> Tensor:
+    """u of N(0, 1), [DRAWS, B, T, E]: a protein's own, whatever batch it is in."""
+    rows = []
+    for protein in proteins:
+        generator = torch.Generator().manual_seed(int.from_bytes(digest(protein)[:4], "little"))
+        length = min(protein.residues + 2, unit.shape[1])
+        rows.append(torch.randn(length, DRAWS, unit.shape[2], generator=generator))
+    return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).movedim(2, 0).to(unit.device)
+
+
+def _unit_hidden(model: EsmModel, tokens: Tensor, prompts: Sequence[int]) -> tuple[Tensor, list[Tensor]]:
+    """h / |h| of decoding, [B, T, E], and zeros added to k and v of each layer in turn, to differentiate by.
+
+    Prompts attend to what they computed, not to what the cache gives back: no zeros for them.
+    """
+    visible = visible_keys(prompts, tokens)
+    exact = in_prompt(prompts, tokens)[:, None, :, None]
+    zeros: list[Tensor] = []
+
+    def attend(_layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        zeros.extend(torch.zeros_like(x, requires_grad=True) for x in (k, v))
+        prefilled = F.scaled_dot_product_attention(q, k, v, attn_mask=visible, scale=1.0)
+        k, v = k + zeros[-2], v + zeros[-1]
+        decoded = F.scaled_dot_product_attention(q, k, v, attn_mask=visible, scale=1.0)
+        return torch.where(exact, prefilled, decoded)
+
+    with torch.enable_grad():
+        hidden = encode(model, tokens, attend)
+        return F.normalize(hidden.float(), dim=-1), zeros
+
+
+def _outer(gradient: Tensor) -> Tensor:
+    """Sums of g g^T over sequences and tokens: [B, H, T, d] -> float64 [H, d, d]."""
+    rows = gradient.transpose(0, 1).flatten(1, 2).double()
+    return (rows.mT @ rows).cpu()

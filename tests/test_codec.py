@@ -22,8 +22,9 @@ from turboesm_cli.codec.moments import layer_moments
 from turboesm_cli.codec.rotations import hadamard, random_orthogonal, square_roots
 from turboesm_cli.errors import InputError
 from turboesm_cli.models import forward
+from turboesm_cli.models.alphabet import PAD
 from turboesm_cli.models.esm2 import EsmModel
-from turboesm_cli.sequences.fasta import PAD, Protein
+from turboesm_cli.sequences.fasta import Protein
 from turboesm_cli.statistics.collect import Statistics, collect, to_tokens
 
 BUDGETS = [2, 2.5, 3, 3.5, 4]

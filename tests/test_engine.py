@@ -20,15 +20,17 @@ from turboesm_cli.codec.fit import RECIPES, CodecSpec, parse_recipe
 from turboesm_cli.commands.decode import _Run
 from turboesm_cli.engine import batch as batches
 from turboesm_cli.engine.batch import Batch, Job, Stepper
-from turboesm_cli.engine.jobs import Prompt, compare, run
+from turboesm_cli.engine.jobs import Prompt, run
 from turboesm_cli.engine.tasks import Forced, Sampled
 from turboesm_cli.engine.workload import of_proteins
+from turboesm_cli.evaluation.comparison import compare
 from turboesm_cli.evaluation.protein_results import to_tensors
 from turboesm_cli.models import forward
+from turboesm_cli.models.alphabet import MASK, VOCABULARY, tokenize
 from turboesm_cli.models.esm2 import EsmModel
 from turboesm_cli.models.sampling import AMINO_ACIDS, Sampling, draw, residue_indices, residue_logits, sample
 from turboesm_cli.outputs.work import NOTHING_KEPT, Work, saved_work
-from turboesm_cli.sequences.fasta import MASK, VOCABULARY, Protein, tokenize
+from turboesm_cli.sequences.fasta import Protein
 from turboesm_cli.statistics.collect import to_tokens
 
 SLOTS = 3

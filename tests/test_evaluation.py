@@ -16,8 +16,9 @@ from turboesm_cli.evaluation import metrics
 from turboesm_cli.evaluation.accuracy import Entry, accuracy, first_layer, memory, refuse_seen, times
 from turboesm_cli.evaluation.teacher_forced import DRIFT, compare_decoding, first_layer_cosines
 from turboesm_cli.models import forward
+from turboesm_cli.models.alphabet import VOCABULARY
 from turboesm_cli.models.esm2 import EsmModel
-from turboesm_cli.sequences.fasta import VOCABULARY, Protein
+from turboesm_cli.sequences.fasta import Protein
 from turboesm_cli.statistics.collect import collect, to_tokens
 
 

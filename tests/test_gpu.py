@@ -20,9 +20,10 @@ from turboesm_cli.engine.memory_plan import sequence_bytes
 from turboesm_cli.engine.tasks import Forced, Sampled
 from turboesm_cli.evaluation.throughput import Kind, Load, measure
 from turboesm_cli.models import forward
+from turboesm_cli.models.alphabet import PAD
 from turboesm_cli.models.esm2 import EsmModel, load_model
 from turboesm_cli.models.sampling import Sampling, residue_logits
-from turboesm_cli.sequences.fasta import PAD, Protein
+from turboesm_cli.sequences.fasta import Protein
 from turboesm_cli.statistics.collect import collect, to_tokens
 
 pytestmark = [

@@ -24,8 +24,9 @@ from turboesm_kernels.prepared import grid_steps
 from turboesm_kernels.reference import Packed, Rope, Side
 from turboesm_kernels.token_tables import TokenTables
 
+from turboesm_cli.models.alphabet import PAD
 from turboesm_cli.models.esm2 import load_model
-from turboesm_cli.sequences.fasta import PAD, Protein
+from turboesm_cli.sequences.fasta import Protein
 from turboesm_cli.statistics.collect import to_tokens
 
 sys.path.insert(0, str(Path(__file__).parent))

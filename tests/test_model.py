@@ -15,9 +15,10 @@ from folders import to_hugging_face
 
 from turboesm_cli.errors import DeviceError, ModelError
 from turboesm_cli.models import forward
+from turboesm_cli.models.alphabet import MASK, PAD
 from turboesm_cli.models.esm2 import EsmModel, load_model, pick_device
 from turboesm_cli.models.shapes import OFFICIAL, official_name
-from turboesm_cli.sequences.fasta import MASK, PAD, Protein
+from turboesm_cli.sequences.fasta import Protein
 from turboesm_cli.statistics.collect import to_tokens
 
 TOLERANCE = 1e-5

@@ -25,20 +25,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from turboesm_cli.errors import InputError
+from turboesm_cli.models.alphabet import detokenize, tokenize
 from turboesm_cli.sequences import fasta, sources
 from turboesm_cli.sequences.fasta import (
     LongPolicy,
-    Mend,
     Protein,
     ReadPolicy,
     ReadReport,
-    detokenize,
     digest,
     read_fasta,
-    tokenize,
     write_fasta,
 )
 from turboesm_cli.sequences.identifiers import Seen
+from turboesm_cli.sequences.lines import Mend
 from turboesm_cli.sequences.lookalikes import is_nucleotides, no_residues
 
 DATA = Path(__file__).parents[1] / "data"

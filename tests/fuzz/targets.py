@@ -24,7 +24,8 @@ from turboesm_cli.cache.inventory import facts_of, tables_of
 from turboesm_cli.cache.packed import PackedCodec
 from turboesm_cli.codec.bundle import read_bundle
 from turboesm_cli.errors import TurboESMError
-from turboesm_cli.sequences.fasta import LongPolicy, ReadPolicy, ReadReport, read_fasta, tokenize
+from turboesm_cli.models.alphabet import tokenize
+from turboesm_cli.sequences.fasta import LongPolicy, ReadPolicy, ReadReport, read_fasta
 from turboesm_cli.sequences.lookalikes import is_nucleotides, no_protein, no_residues
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden"

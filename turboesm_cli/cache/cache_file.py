@@ -26,7 +26,7 @@ from torch import Tensor
 from turboesm_cli.cache.packed import bytes_per_sequence, check_tensors
 from turboesm_cli.codec.bundle import Bundle
 from turboesm_cli.errors import BundleError, InputError
-from turboesm_cli.models.alphabet import MASK_TEXT, count
+from turboesm_cli.models.alphabet import tokenize
 from turboesm_cli.outputs.archive import (
     CHUNK,
     MANIFEST,
@@ -37,7 +37,9 @@ from turboesm_cli.outputs.archive import (
     printable,
     to_bytes,
 )
-from turboesm_cli.sequences.fasta import RECORD_CAP, Protein, tokenize
+from turboesm_cli.sequences.fasta import Protein
+from turboesm_cli.sequences.records import RECORD_CAP
+from turboesm_cli.sequences.residues import MASK_TEXT, count
 
 KIND = "turboesm-caches"
 VERSION = 2

@@ -24,8 +24,8 @@ from turboesm_cli.cache.ragged import Ragged
 from turboesm_cli.codec.fit import CodecSpec, LayerSpec
 from turboesm_cli.errors import DeviceError
 from turboesm_cli.models import forward
+from turboesm_cli.models.alphabet import VOCABULARY
 from turboesm_cli.models.esm2 import EsmModel
-from turboesm_cli.sequences.fasta import VOCABULARY
 
 SINK_DTYPE = torch.float16
 ALIGNMENT = 16

@@ -12,7 +12,8 @@ from turboesm_cli import console
 from turboesm_cli.commands import options
 from turboesm_cli.commands.reading import Reading
 from turboesm_cli.errors import InputError
-from turboesm_cli.sequences.fasta import MAX_RESIDUES, RECORD_CAP
+from turboesm_cli.sequences.fasta import MAX_RESIDUES
+from turboesm_cli.sequences.records import RECORD_CAP
 
 if TYPE_CHECKING:
     from turboesm_cli.codec.fit import Recipe

@@ -14,7 +14,8 @@ from turboesm_cli import console
 from turboesm_cli.commands import options
 from turboesm_cli.commands.reading import Reading, hashed_bundle
 from turboesm_cli.errors import InputError
-from turboesm_cli.sequences.fasta import MAX_RESIDUES, RECORD_CAP, LongPolicy, Protein
+from turboesm_cli.sequences.fasta import MAX_RESIDUES, LongPolicy, Protein
+from turboesm_cli.sequences.records import RECORD_CAP
 
 if TYPE_CHECKING:
     from turboesm_cli.codec.bundle import Bundle
@@ -262,9 +263,9 @@ def _compare(run: _Run, output: Path | None, as_json: bool) -> Callable[[], None
 
 def _compared(run: _Run, summary: Summary) -> Iterator[ResultRow]:
     """Rows protein by protein, in the order of the input, then those of all together."""
-    from turboesm_cli.engine.jobs import compare
     from turboesm_cli.engine.jobs import run as decoded
     from turboesm_cli.engine.tasks import Forced
+    from turboesm_cli.evaluation.comparison import compare
     from turboesm_cli.evaluation.protein_results import from_tensors, to_tensors
 
     predict = run.model.has_lm_head
@@ -306,7 +307,7 @@ def _sampled(run: _Run, count: int, sampling: Sampling, seed: int) -> Iterator[P
     """Prompts with `count` sampled residues, in the order of the input."""
     from turboesm_cli.engine.jobs import run as decoded
     from turboesm_cli.engine.tasks import Sampled
-    from turboesm_cli.sequences.fasta import detokenize
+    from turboesm_cli.models.alphabet import detokenize
 
     def finish(_prompt: Prompt, found: Tensors) -> Tensors:
         return {"ids": found["ids"].cpu()}

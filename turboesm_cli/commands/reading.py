@@ -11,14 +11,7 @@ from typing import TYPE_CHECKING
 
 from turboesm_cli import console
 from turboesm_cli.errors import BundleError, InputError
-from turboesm_cli.sequences.fasta import (
-    MAX_RESIDUES,
-    LongPolicy,
-    Protein,
-    ReadPolicy,
-    ReadReport,
-    read_fasta,
-)
+from turboesm_cli.sequences.fasta import MAX_RESIDUES, LongPolicy, Protein, ReadPolicy, ReadReport, read_fasta
 from turboesm_cli.sequences.inputs import Input
 from turboesm_cli.sequences.rejects import Reject, check_rejects, write_rejects
 

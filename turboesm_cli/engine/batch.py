@@ -20,9 +20,9 @@ from turboesm_kernels.available import has_triton
 from turboesm_cli.cache.dense import DenseCache
 from turboesm_cli.cache.packed import PackedCache
 from turboesm_cli.models import forward
+from turboesm_cli.models.alphabet import PAD
 from turboesm_cli.models.esm2 import EsmModel
 from turboesm_cli.outputs.work import Tensors
-from turboesm_cli.sequences.fasta import PAD
 
 PREFILL_TOKENS = 16384
 """Tokens that are encoded at once when slots are filled: what bounds the workspace of a prefill. Enough that a GPU

@@ -14,13 +14,10 @@ from turboesm_cli.cache.formats import FORMATS
 from turboesm_cli.cache.packed import PackedCache
 from turboesm_cli.codec.fit import CodecSpec
 from turboesm_cli.engine.batch import AnyCache, Batch, Job, TaskT
-from turboesm_cli.evaluation import metrics
-from turboesm_cli.evaluation.teacher_forced import ProteinResult, compare_predictions
-from turboesm_cli.models import forward
+from turboesm_cli.models.alphabet import detokenize
 from turboesm_cli.models.esm2 import EsmModel
-from turboesm_cli.models.sampling import residue_logits
 from turboesm_cli.outputs.work import Tensors, Work
-from turboesm_cli.sequences.fasta import Protein, detokenize
+from turboesm_cli.sequences.fasta import Protein
 from turboesm_cli.statistics.collect import to_tokens
 
 
@@ -86,18 +83,3 @@ def run(
             early[number] = work.unit(str(number), partial(finish, started.pop(number), found))
         held = early.pop(expected) if expected in early else work.unit(str(expected), dict)
         yield prompt, held
-
-
-@torch.no_grad()
-def compare(model: EsmModel, prompt: Prompt, found: Tensors) -> tuple[ProteinResult, ProteinResult]:
-    """What `tasks.Forced` gave after a prompt: against an fp32 cache, and (drift) fp32 against ESM-2."""
-    tokens, cached = prompt.tokens[None].to(model.device), prompt.cached
-    predictions = None
-    if "logits" in found:
-        exact, masked = (x[0, cached:] for x in forward.teacher_forced_with_masks(model, tokens, [cached], None))
-        predictions = compare_predictions(tokens[0, cached:], residue_logits(model, masked), found["logits"])
-    else:
-        exact = forward.teacher_forced(model, tokens, [cached], None)[0, cached:]
-    encoded = forward.encode(model, tokens)[0, cached:]
-    quantization = ProteinResult(prompt.protein, metrics.cosines(exact, found["hidden"]).cpu(), predictions)
-    return quantization, ProteinResult(prompt.protein, metrics.cosines(encoded, exact).cpu())

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from turboesm_cli.engine.batch import Job, Stepper
+from turboesm_cli.models.alphabet import MASK
 from turboesm_cli.models.esm2 import EsmModel
 from turboesm_cli.models.sampling import AMINO_ACIDS, Sampling, draw, residue_logits, sample
 from turboesm_cli.outputs.work import Tensors
-from turboesm_cli.sequences.fasta import MASK
 
 
 @dataclass

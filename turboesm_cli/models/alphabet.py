@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 
 from turboesm_cli.errors import InputError
+from turboesm_cli.sequences.residues import MASK_TEXT, SPELLED
 
 CLS, PAD, EOS, UNK, MASK = 0, 1, 2, 3, 32
-MASK_TEXT = "<mask>"
 VOCABULARY = ("<cls>", "<pad>", "<eos>", "<unk>", *"LAGVSERTIDPKQNFYMHWCXBUZO.-", "<null_1>", MASK_TEXT)
 
 _SILENT = frozenset({CLS, PAD, EOS})
 _TOKEN_OF = {text: token for token, text in enumerate(VOCABULARY) if token not in _SILENT}
-_TOKEN = re.compile(r"<[a-z_0-9]+>|.", re.DOTALL)
 
 
 def tokenize(sequence: str) -> list[int]:
@@ -22,7 +20,7 @@ def tokenize(sequence: str) -> list[int]:
     Raises InputError at what is no token of ESM-2; `read_fasta` yields no such sequence.
     """
     try:
-        residues = [_TOKEN_OF[text] for text in _TOKEN.findall(sequence)]
+        residues = [_TOKEN_OF[text] for text in SPELLED.findall(sequence)]
     except KeyError as error:
         raise InputError(f"{error.args[0]!r} is no token of ESM-2; write X for an unknown residue") from error
     return [CLS, *residues, EOS]
@@ -31,15 +29,3 @@ def tokenize(sequence: str) -> list[int]:
 def detokenize(tokens: Iterable[int]) -> str:
     """Return the text of `tokens` without <cls>, <eos> and <pad>; the inverse of `tokenize`."""
     return "".join(VOCABULARY[token] for token in tokens if token not in _SILENT)
-
-
-def count(sequence: str) -> int:
-    """Length in tokens; a <mask> counts one."""
-    return len(sequence) - (len(MASK_TEXT) - 1) * sequence.count(MASK_TEXT)
-
-
-def slices(sequence: str, size: int) -> Iterator[str]:
-    """Cut `sequence` into parts of `size` residues, the last one shorter; never within a <mask>."""
-    residues = _TOKEN.findall(sequence) if MASK_TEXT in sequence else sequence
-    for start in range(0, len(residues), size):
-        yield "".join(residues[start : start + size])

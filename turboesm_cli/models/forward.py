@@ -20,9 +20,9 @@ from turboesm_kernels import reference
 from turboesm_kernels.reference import Rope
 from turboesm_kernels.token_tables import TokenTables
 
+from turboesm_cli.models.alphabet import MASK, PAD
 from turboesm_cli.models.esm2 import EsmModel
 from turboesm_cli.models.fair_esm import gelu
-from turboesm_cli.sequences.fasta import MASK, PAD
 
 MASK_RATIO_IN_TRAINING = 0.15 * 0.8
 

@@ -14,9 +14,9 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from turboesm_cli.models.alphabet import VOCABULARY
 from turboesm_cli.models.esm2 import EsmModel
 from turboesm_cli.models.forward import lm_logits
-from turboesm_cli.sequences.fasta import VOCABULARY
 
 AMINO_ACIDS = tuple(VOCABULARY.index(letter) for letter in "ACDEFGHIKLMNPQRSTVWY")
 COLDEST = 1e-3

@@ -71,23 +71,14 @@ from itertools import chain
 from pathlib import Path
 
 from turboesm_cli.errors import InputError
-from turboesm_cli.models.alphabet import CLS as CLS
-from turboesm_cli.models.alphabet import EOS as EOS
-from turboesm_cli.models.alphabet import MASK as MASK
-from turboesm_cli.models.alphabet import PAD as PAD
-from turboesm_cli.models.alphabet import UNK as UNK
-from turboesm_cli.models.alphabet import VOCABULARY as VOCABULARY
-from turboesm_cli.models.alphabet import count, slices
-from turboesm_cli.models.alphabet import detokenize as detokenize
-from turboesm_cli.models.alphabet import tokenize as tokenize
 from turboesm_cli.outputs.files import atomic_output
 from turboesm_cli.sequences.identifiers import Seen
 from turboesm_cli.sequences.inputs import Input
-from turboesm_cli.sequences.lines import Mend as Mend
+from turboesm_cli.sequences.lines import Mend
 from turboesm_cli.sequences.lookalikes import is_nucleotides, nearly_bases, no_residues
-from turboesm_cli.sequences.records import RECORD_CAP as RECORD_CAP
 from turboesm_cli.sequences.records import Record, records
-from turboesm_cli.sequences.rejects import Reject as Reject
+from turboesm_cli.sequences.rejects import Reject
+from turboesm_cli.sequences.residues import count, slices
 from turboesm_cli.sequences.sources import opened, pieces
 
 MAX_RESIDUES = 1022  # ESM-2 was trained with crops of 1024 tokens, <cls> and <eos> included

@@ -11,7 +11,7 @@ import re
 import string
 from enum import StrEnum
 
-from turboesm_cli.models.alphabet import MASK_TEXT, count
+from turboesm_cli.sequences.residues import MASK_TEXT, count
 from turboesm_cli.sequences.sources import PIECE, Piece
 
 GROUP = 10  # letters between blanks

@@ -9,9 +9,9 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 from turboesm_cli.errors import InputError
-from turboesm_cli.models.alphabet import MASK_TEXT, count
 from turboesm_cli.sequences.lines import MARKS, Lines, Mend, NotSequence, place
 from turboesm_cli.sequences.lookalikes import is_nucleotides, no_protein
+from turboesm_cli.sequences.residues import MASK_TEXT, count
 from turboesm_cli.sequences.sources import FOREIGN, Piece
 
 RECORD_CAP = 1_000_000  # the longest known protein has some 45,000 residues; beyond this, memory is at stake

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, TextIO, cast
 
 from turboesm_cli.errors import InputError
-from turboesm_cli.models.alphabet import MASK_TEXT
 from turboesm_cli.sequences.inputs import Input
+from turboesm_cli.sequences.residues import MASK_TEXT
 
 PIECE = 1 << 16  # characters of a line held at once
 _HEAD = 512  # bytes that tell what a file is

@@ -8,7 +8,8 @@ from collections.abc import Iterable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from turboesm_cli.sequences.fasta import PAD, Protein, tokenize
+from turboesm_cli.models.alphabet import PAD, tokenize
+from turboesm_cli.sequences.fasta import Protein
 
 HELD_BACK = 16
 """One protein in 16 is held back from fitting."""

@@ -22,11 +22,12 @@ from turboesm_kernels.reference import Rope
 
 from turboesm_cli.console import Tick
 from turboesm_cli.errors import InputError
+from turboesm_cli.models.alphabet import PAD
 from turboesm_cli.models.esm2 import EsmModel
 from turboesm_cli.models.forward import encode, rope_at
 from turboesm_cli.models.shapes import Shape
 from turboesm_cli.outputs.work import NOTHING_KEPT, Tensors, Work
-from turboesm_cli.sequences.fasta import PAD, Protein
+from turboesm_cli.sequences.fasta import Protein
 from turboesm_cli.statistics.accumulators import BODY as BODY
 from turboesm_cli.statistics.accumulators import CLS as CLS
 from turboesm_cli.statistics.accumulators import HELD_PART, Sample, stacked

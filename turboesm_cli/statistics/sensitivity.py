@@ -21,9 +21,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from turboesm_kernels.reference import Side
 
+from turboesm_cli.models.alphabet import PAD
 from turboesm_cli.models.esm2 import EsmModel
 from turboesm_cli.models.forward import encode
-from turboesm_cli.sequences.fasta import PAD, Protein
+from turboesm_cli.sequences.fasta import Protein
 from turboesm_cli.statistics.batching import digest, in_prompt, prompt_lengths, to_tokens, visible_keys
 
 MOST_TOKENS = 512

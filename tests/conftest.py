@@ -13,7 +13,8 @@ import pytest
 import torch
 from hypothesis import settings
 
-from turboesm_cli.codec.fit import RECIPES, CodecSpec, LayerSpec, fit
+from turboesm_cli.codec.fit import CodecSpec, LayerSpec, fit
+from turboesm_cli.codec.recipes import RECIPES
 from turboesm_cli.models.esm2 import EsmModel, load_model
 from turboesm_cli.sequences.fasta import Protein, read_fasta
 from turboesm_cli.statistics.collect import collect

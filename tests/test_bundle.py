@@ -16,7 +16,7 @@ import torch
 from turboesm_cli.cache.packed import PackedCodec
 from turboesm_cli.codec.bundle import KIND, PART, VERSION, Bundle, read_bundle, seen, write_bundle
 from turboesm_cli.codec.calibration import calibrate
-from turboesm_cli.codec.fit import RECIPES
+from turboesm_cli.codec.recipes import RECIPES
 from turboesm_cli.errors import BundleError, TurboESMError
 from turboesm_cli.models.esm2 import EsmModel, load_model
 from turboesm_cli.models.forward import rope_at

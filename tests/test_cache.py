@@ -23,13 +23,15 @@ from turboesm_cli.cache.packed import (
 )
 from turboesm_cli.codec.bundle import read_bundle, write_bundle
 from turboesm_cli.codec.calibration import calibrate
-from turboesm_cli.codec.fit import RECIPES, CodecSpec, fit
+from turboesm_cli.codec.fit import CodecSpec, fit
+from turboesm_cli.codec.recipes import RECIPES
 from turboesm_cli.engine.prefill import cache_protein
 from turboesm_cli.errors import BundleError
 from turboesm_cli.models import forward
 from turboesm_cli.models.esm2 import EsmModel, load_model
 from turboesm_cli.sequences.fasta import Protein
-from turboesm_cli.statistics.collect import collect, to_tokens
+from turboesm_cli.statistics.batching import to_tokens
+from turboesm_cli.statistics.collect import collect
 
 BITS = [2, 3, 4]
 WIDTHS = [16, 24, 32, 64, 128]

@@ -25,7 +25,7 @@ from turboesm_cli.models.alphabet import VOCABULARY
 from turboesm_cli.models.esm2 import EsmModel, load_model
 from turboesm_cli.models.fair_esm import ESM2
 from turboesm_cli.sequences.fasta import Protein
-from turboesm_cli.statistics.collect import to_tokens
+from turboesm_cli.statistics.batching import to_tokens
 
 ROOT = Path(__file__).resolve().parents[1]
 CALIBRATION = str(ROOT / "data" / "calibration" / "calibration.fasta")

@@ -17,15 +17,18 @@ from turboesm_kernels.reference import Rope
 
 from turboesm_cli.cache.packed import PackedCodec
 from turboesm_cli.codec import bit_allocation
-from turboesm_cli.codec.fit import RECIPES, CodecSpec, LayerSpec, Recipe, fit, parse_recipe
+from turboesm_cli.codec.fit import CodecSpec, LayerSpec, fit
 from turboesm_cli.codec.moments import layer_moments
+from turboesm_cli.codec.recipes import RECIPES, Recipe, parse_recipe
 from turboesm_cli.codec.rotations import hadamard, random_orthogonal, square_roots
 from turboesm_cli.errors import InputError
 from turboesm_cli.models import forward
 from turboesm_cli.models.alphabet import PAD
 from turboesm_cli.models.esm2 import EsmModel
 from turboesm_cli.sequences.fasta import Protein
-from turboesm_cli.statistics.collect import Statistics, collect, to_tokens
+from turboesm_cli.statistics.accumulators import Statistics
+from turboesm_cli.statistics.batching import to_tokens
+from turboesm_cli.statistics.collect import collect
 
 BUDGETS = [2, 2.5, 3, 3.5, 4]
 ABLATIONS: list[dict[str, Any]] = [

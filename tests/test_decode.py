@@ -8,12 +8,13 @@ import torch
 from turboesm_cli.cache.dense import DenseCache, DenseCodec
 from turboesm_cli.cache.formats import FORMATS
 from turboesm_cli.cache.packed import PackedCache, PackedCodec
-from turboesm_cli.codec.fit import RECIPES, CodecSpec
+from turboesm_cli.codec.fit import CodecSpec
+from turboesm_cli.codec.recipes import RECIPES
 from turboesm_cli.models import forward
 from turboesm_cli.models.alphabet import MASK, PAD
 from turboesm_cli.models.esm2 import EsmModel
 from turboesm_cli.sequences.fasta import Protein
-from turboesm_cli.statistics.collect import to_tokens
+from turboesm_cli.statistics.batching import to_tokens
 
 PROMPTS = [0, 1, 4, 9]
 

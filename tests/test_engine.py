@@ -16,7 +16,8 @@ from turboesm_cli.cache.formats import FORMATS
 from turboesm_cli.cache.packed import PackedCache, PackedCodec
 from turboesm_cli.codec.bundle import Bundle
 from turboesm_cli.codec.calibration import calibrate
-from turboesm_cli.codec.fit import RECIPES, CodecSpec, parse_recipe
+from turboesm_cli.codec.fit import CodecSpec
+from turboesm_cli.codec.recipes import RECIPES, parse_recipe
 from turboesm_cli.commands.decode import _Run
 from turboesm_cli.engine import batch as batches
 from turboesm_cli.engine.batch import Batch, Job, Stepper
@@ -31,7 +32,7 @@ from turboesm_cli.models.esm2 import EsmModel
 from turboesm_cli.models.sampling import AMINO_ACIDS, Sampling, draw, residue_indices, residue_logits, sample
 from turboesm_cli.outputs.work import NOTHING_KEPT, Work, saved_work
 from turboesm_cli.sequences.fasta import Protein
-from turboesm_cli.statistics.collect import to_tokens
+from turboesm_cli.statistics.batching import to_tokens
 
 SLOTS = 3
 CAPACITY = 64

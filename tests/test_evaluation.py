@@ -10,7 +10,8 @@ import torch
 from turboesm_cli.cache.packed import PackedCache, PackedCodec, bytes_per_sequence
 from turboesm_cli.codec.bundle import Bundle
 from turboesm_cli.codec.calibration import bundle_of
-from turboesm_cli.codec.fit import RECIPES, without_residual
+from turboesm_cli.codec.fit import without_residual
+from turboesm_cli.codec.recipes import RECIPES
 from turboesm_cli.errors import InputError
 from turboesm_cli.evaluation import metrics
 from turboesm_cli.evaluation.accuracy import Entry, accuracy, first_layer, memory, refuse_seen, times
@@ -19,7 +20,8 @@ from turboesm_cli.models import forward
 from turboesm_cli.models.alphabet import VOCABULARY
 from turboesm_cli.models.esm2 import EsmModel
 from turboesm_cli.sequences.fasta import Protein
-from turboesm_cli.statistics.collect import collect, to_tokens
+from turboesm_cli.statistics.batching import to_tokens
+from turboesm_cli.statistics.collect import collect
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,8 @@ from numbered import in_order
 
 from turboesm_cli.cache.packed import PackedCache, PackedCodec
 from turboesm_cli.codec.calibration import calibrate
-from turboesm_cli.codec.fit import RECIPES, CodecSpec
+from turboesm_cli.codec.fit import CodecSpec
+from turboesm_cli.codec.recipes import RECIPES
 from turboesm_cli.engine.batch import Batch, Graph, Job
 from turboesm_cli.engine.jobs import new_cache
 from turboesm_cli.engine.memory_plan import sequence_bytes
@@ -24,7 +25,8 @@ from turboesm_cli.models.alphabet import PAD
 from turboesm_cli.models.esm2 import EsmModel, load_model
 from turboesm_cli.models.sampling import Sampling, residue_logits
 from turboesm_cli.sequences.fasta import Protein
-from turboesm_cli.statistics.collect import collect, to_tokens
+from turboesm_cli.statistics.batching import to_tokens
+from turboesm_cli.statistics.collect import collect
 
 pytestmark = [
     pytest.mark.gpu,

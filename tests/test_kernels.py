@@ -27,7 +27,7 @@ from turboesm_kernels.token_tables import TokenTables
 from turboesm_cli.models.alphabet import PAD
 from turboesm_cli.models.esm2 import load_model
 from turboesm_cli.sequences.fasta import Protein
-from turboesm_cli.statistics.collect import to_tokens
+from turboesm_cli.statistics.batching import to_tokens
 
 sys.path.insert(0, str(Path(__file__).parent))
 from kernel_cases import Case, make, make_spec, relative_error

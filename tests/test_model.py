@@ -19,7 +19,7 @@ from turboesm_cli.models.alphabet import MASK, PAD
 from turboesm_cli.models.esm2 import EsmModel, load_model, pick_device
 from turboesm_cli.models.shapes import OFFICIAL, official_name
 from turboesm_cli.sequences.fasta import Protein
-from turboesm_cli.statistics.collect import to_tokens
+from turboesm_cli.statistics.batching import to_tokens
 
 TOLERANCE = 1e-5
 

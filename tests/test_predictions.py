@@ -16,7 +16,7 @@ from turboesm_cli.app import app
 from turboesm_cli.models import forward
 from turboesm_cli.models.esm2 import load_model
 from turboesm_cli.sequences.fasta import Protein
-from turboesm_cli.statistics.collect import to_tokens
+from turboesm_cli.statistics.batching import to_tokens
 
 LETTERS = "ACDEFGHIKLMNPQRSTVWY"
 CHANCE = 17.0

@@ -25,6 +25,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from turboesm_cli.errors import InputError
+from turboesm_cli.models import alphabet as tokens
 from turboesm_cli.models.alphabet import detokenize, tokenize
 from turboesm_cli.sequences import fasta, sources
 from turboesm_cli.sequences.fasta import (
@@ -519,16 +520,16 @@ def alphabet() -> Any:
 
 
 def test_vocabulary_is_that_of_fair_esm(alphabet: Any) -> None:
-    assert list(fasta.VOCABULARY) == alphabet.all_toks
+    assert list(tokens.VOCABULARY) == alphabet.all_toks
     ids = (alphabet.cls_idx, alphabet.padding_idx, alphabet.eos_idx, alphabet.unk_idx, alphabet.mask_idx)
-    assert ids == (fasta.CLS, fasta.PAD, fasta.EOS, fasta.UNK, fasta.MASK)
+    assert ids == (tokens.CLS, tokens.PAD, tokens.EOS, tokens.UNK, tokens.MASK)
 
 
 @given(sequence=st.lists(st.sampled_from([*RESIDUES, "-", ".", "<mask>"]), max_size=60).map("".join))
 @settings(deadline=None)
 def test_tokens_are_those_of_fair_esm(alphabet: Any, sequence: str) -> None:
-    _, _, tokens = alphabet.get_batch_converter()([("a", sequence)])
-    assert tokenize(sequence) == tokens[0].tolist()
+    _, _, expected = alphabet.get_batch_converter()([("a", sequence)])
+    assert tokenize(sequence) == expected[0].tolist()
 
 
 def test_known_tokens() -> None:

@@ -13,8 +13,9 @@ from turboesm_cli.models import forward
 from turboesm_cli.models.alphabet import PAD
 from turboesm_cli.models.esm2 import EsmModel
 from turboesm_cli.sequences.fasta import Protein
+from turboesm_cli.statistics.accumulators import LayerSums, Statistics, sample_size
 from turboesm_cli.statistics.batching import batches, hold_back, in_prompt, prompt_lengths, to_tokens, visible_keys
-from turboesm_cli.statistics.collect import LayerSums, Statistics, collect, sample_size
+from turboesm_cli.statistics.collect import collect
 from turboesm_cli.statistics.sensitivity import measure
 
 

@@ -17,7 +17,8 @@ from turboesm_cli.cache.dense import DenseCache
 from turboesm_cli.cache.formats import FORMATS
 from turboesm_cli.codec.bundle import write_bundle
 from turboesm_cli.codec.calibration import calibrate
-from turboesm_cli.codec.fit import RECIPES, CodecSpec
+from turboesm_cli.codec.fit import CodecSpec
+from turboesm_cli.codec.recipes import RECIPES
 from turboesm_cli.engine.batch import Graph, Stepper
 from turboesm_cli.engine.memory_plan import KINDS
 from turboesm_cli.evaluation import crossover, throughput, timing

@@ -21,7 +21,8 @@ from torch import Tensor
 from turboesm_kernels.layout import Profile
 from turboesm_kernels.reference import Side, SideSpec, table_size, table_slice
 
-from turboesm_cli.codec.fit import CodecSpec, LayerSpec, Recipe
+from turboesm_cli.codec.fit import CodecSpec, LayerSpec
+from turboesm_cli.codec.recipes import Recipe
 from turboesm_cli.errors import BundleError, InputError, ModelError
 from turboesm_cli.models.esm2 import EsmModel
 from turboesm_cli.models.shapes import Shape, check_shape

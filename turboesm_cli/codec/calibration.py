@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from turboesm_cli.codec.bundle import Bundle, Calibration, check_storable, sequence_key
-from turboesm_cli.codec.fit import Recipe, fit
+from turboesm_cli.codec.fit import fit
+from turboesm_cli.codec.recipes import Recipe
 from turboesm_cli.console import Tick
 from turboesm_cli.models.esm2 import EsmModel
 from turboesm_cli.outputs.work import NOTHING_KEPT, Work
 from turboesm_cli.sequences.fasta import Protein, digest
-from turboesm_cli.statistics.collect import Statistics, collect
+from turboesm_cli.statistics.accumulators import Statistics
+from turboesm_cli.statistics.collect import collect
 
 
 def calibrate(

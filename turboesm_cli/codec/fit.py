@@ -16,15 +16,11 @@ from turboesm_kernels.reference import Rope, Side, SideSpec, roundtrip, table_sl
 
 from turboesm_cli.codec import bit_allocation
 from turboesm_cli.codec.moments import Moments, layer_moments
-from turboesm_cli.codec.recipes import RECIPES as RECIPES
-from turboesm_cli.codec.recipes import Allocation
-from turboesm_cli.codec.recipes import Recipe as Recipe
-from turboesm_cli.codec.recipes import parse_recipe as parse_recipe
-from turboesm_cli.codec.recipes import with_bits as with_bits
+from turboesm_cli.codec.recipes import Allocation, Recipe
 from turboesm_cli.codec.sides import basis_of, fit_side, side_bytes
 from turboesm_cli.errors import InputError
 from turboesm_cli.models.esm2 import EsmModel
-from turboesm_cli.statistics.collect import Statistics
+from turboesm_cli.statistics.accumulators import Statistics
 from turboesm_cli.statistics.sensitivity import SIDES
 
 

@@ -10,7 +10,7 @@ from turboesm_kernels.reference import Rope, Side
 
 from turboesm_cli.codec.recipes import Recipe
 from turboesm_cli.models.esm2 import EsmModel
-from turboesm_cli.statistics.collect import BODY, CLS, LayerSums, Statistics
+from turboesm_cli.statistics.accumulators import FIRST, REST, LayerSums, Statistics
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Moments:
 
 def layer_moments(model: EsmModel, statistics: Statistics, index: int, recipe: Recipe) -> dict[Side, Moments]:
     """Moments of layer `index` over the tokens that `recipe` codes (sinks are not)."""
-    sums = statistics.layers[index].over([BODY] if recipe.sinks else [CLS, BODY])
+    sums = statistics.layers[index].over([REST] if recipe.sinks else [FIRST, REST])
     body = statistics.sample.positions >= recipe.sinks
     key_metric, value_metric = _metrics(model, statistics, sums, index, recipe)
     rope = Rope.at(statistics.sample.positions[body], model.inverse_frequencies.cpu())

@@ -16,7 +16,7 @@ from turboesm_cli.sequences.fasta import MAX_RESIDUES
 from turboesm_cli.sequences.records import RECORD_CAP
 
 if TYPE_CHECKING:
-    from turboesm_cli.codec.fit import Recipe
+    from turboesm_cli.codec.recipes import Recipe
     from turboesm_cli.evaluation.accuracy import Entry
     from turboesm_cli.models.esm2 import EsmModel
     from turboesm_cli.outputs.work import Work
@@ -249,7 +249,7 @@ def _split_recipes(names: str) -> tuple[str, list[str]]:
 
 
 def _recipes(names: str) -> dict[str, Recipe]:
-    from turboesm_cli.codec.fit import parse_recipe
+    from turboesm_cli.codec.recipes import parse_recipe
 
     chosen = {name: parse_recipe(name) for name in filter(None, names.split(","))}
     if not chosen:

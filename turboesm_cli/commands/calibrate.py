@@ -53,7 +53,7 @@ def calibrate(
     """
     from turboesm_cli.codec.bundle import write_bundle
     from turboesm_cli.codec.calibration import calibrate as learn
-    from turboesm_cli.codec.fit import parse_recipe, with_bits
+    from turboesm_cli.codec.recipes import parse_recipe, with_bits
 
     chosen = with_bits(with_bits(parse_recipe(recipe), bits, bits), bits_k, bits_v)
     if output is not None:

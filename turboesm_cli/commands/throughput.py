@@ -145,7 +145,7 @@ def _model_and_codecs(wanted: Wanted) -> tuple[EsmModel, list[CodecSpec]]:
     """The model in its dtype, and the codecs of --bundle or --recipes, calibrated in float32."""
     from turboesm_cli.cache.formats import FORMATS
     from turboesm_cli.codec.bundle import read_bundle
-    from turboesm_cli.codec.fit import parse_recipe
+    from turboesm_cli.codec.recipes import parse_recipe
     from turboesm_cli.evaluation.accuracy import calibrated
     from turboesm_cli.sequences.datasets import calibration_path
 

@@ -15,7 +15,7 @@ from turboesm_cli.models import forward
 from turboesm_cli.models.esm2 import EsmModel
 from turboesm_cli.outputs.work import Tensors, Work
 from turboesm_cli.sequences.fasta import Protein
-from turboesm_cli.statistics.collect import to_tokens
+from turboesm_cli.statistics.batching import to_tokens
 
 
 @torch.no_grad()

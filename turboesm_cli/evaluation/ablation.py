@@ -14,12 +14,13 @@ import torch
 
 from turboesm_cli.cache.packed import PackedCodec, bytes_per_sequence, dense_bytes_per_sequence
 from turboesm_cli.codec.bundle import sequence_key
-from turboesm_cli.codec.fit import RECIPES, CodecSpec, Recipe, fit
-from turboesm_cli.codec.recipes import Rotation
+from turboesm_cli.codec.fit import CodecSpec, fit
+from turboesm_cli.codec.recipes import RECIPES, Recipe, Rotation
 from turboesm_cli.console import Tick
 from turboesm_cli.evaluation import metrics
+from turboesm_cli.evaluation.protein_results import ProteinResult
 from turboesm_cli.evaluation.rows import Context
-from turboesm_cli.evaluation.teacher_forced import ProteinResult, compare_decoding
+from turboesm_cli.evaluation.teacher_forced import compare_decoding
 from turboesm_cli.models.esm2 import EsmModel
 from turboesm_cli.outputs.work import NOTHING_KEPT, Work
 from turboesm_cli.reporting.results import ResultRow

@@ -25,13 +25,15 @@ from turboesm_cli.cache.formats import FORMATS
 from turboesm_cli.cache.packed import PackedCodec, bytes_per_sequence, codec_nbytes, dense_bytes_per_sequence
 from turboesm_cli.codec.bundle import Bundle, read_bundle, seen, write_bundle
 from turboesm_cli.codec.calibration import bundle_of
-from turboesm_cli.codec.fit import CodecSpec, Recipe
+from turboesm_cli.codec.fit import CodecSpec
+from turboesm_cli.codec.recipes import Recipe
 from turboesm_cli.console import Tick
 from turboesm_cli.engine.jobs import new_cache
 from turboesm_cli.errors import BundleError, InputError, OutputError
 from turboesm_cli.evaluation import metrics, timing
+from turboesm_cli.evaluation.protein_results import ProteinResult
 from turboesm_cli.evaluation.rows import Context
-from turboesm_cli.evaluation.teacher_forced import DRIFT, ProteinResult, compare_decoding, first_layer_cosines
+from turboesm_cli.evaluation.teacher_forced import DRIFT, compare_decoding, first_layer_cosines
 from turboesm_cli.models.esm2 import EsmModel
 from turboesm_cli.models.forward import Codec, prefill, step
 from turboesm_cli.outputs.identity import code_digest

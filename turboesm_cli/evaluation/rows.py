@@ -10,10 +10,10 @@ import torch
 
 from turboesm_cli import __version__
 from turboesm_cli.cache.formats import FORMATS
-from turboesm_cli.codec.fit import Recipe
+from turboesm_cli.codec.recipes import Recipe
 from turboesm_cli.evaluation import metrics
+from turboesm_cli.evaluation.protein_results import ProteinResult
 from turboesm_cli.evaluation.streaming import RunningAgreement, RunningDivergence
-from turboesm_cli.evaluation.teacher_forced import ProteinResult
 from turboesm_cli.models.esm2 import EsmModel
 from turboesm_cli.reporting.results import ResultRow, commit_of_source
 from turboesm_cli.sequences.fasta import Protein, digest

@@ -14,15 +14,14 @@ from turboesm_cli.cache.packed import on_device
 from turboesm_cli.codec.fit import CodecSpec, without_residual
 from turboesm_cli.console import Tick
 from turboesm_cli.evaluation import metrics
-from turboesm_cli.evaluation.protein_results import ProteinResult as ProteinResult
-from turboesm_cli.evaluation.protein_results import from_tensors, to_tensors
+from turboesm_cli.evaluation.protein_results import ProteinResult, from_tensors, to_tensors
 from turboesm_cli.models import forward
 from turboesm_cli.models.alphabet import PAD
 from turboesm_cli.models.esm2 import EsmModel
 from turboesm_cli.models.sampling import residue_indices, residue_logits
 from turboesm_cli.outputs.work import NOTHING_KEPT, Tensors, Work
 from turboesm_cli.sequences.fasta import Protein
-from turboesm_cli.statistics.collect import batches, to_tokens
+from turboesm_cli.statistics.batching import batches, to_tokens
 
 DRIFT = ""
 """Stands for a codec's name where the cache is fp32 and the reference ESM-2 itself."""

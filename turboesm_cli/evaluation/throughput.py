@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from turboesm_cli.cache.dense import DenseCache
-from turboesm_cli.codec.fit import CodecSpec, Recipe
+from turboesm_cli.codec.fit import CodecSpec
+from turboesm_cli.codec.recipes import Recipe
 from turboesm_cli.engine.batch import PREFILL_TOKENS, AnyCache, Graph, Stepper
 from turboesm_cli.engine.jobs import new_cache
 from turboesm_cli.engine.memory_plan import RESERVED, sequence_bytes

@@ -20,12 +20,12 @@ VALUES_PER_HEAD = 1 << 17
 HELD_PART = 4
 """Of the proteins held back, this many times fewer are kept."""
 
-CLS, BODY = 0, 1
+FIRST, REST = 0, 1
 
 
 @dataclass(frozen=True)
 class LayerSums:
-    """Sums over tokens of one layer, float64; the first index is CLS or BODY.
+    """Sums over tokens of one layer, float64; the first index is FIRST or REST.
 
     count [2]; key [2, H, d] before RoPE; value [2, H, d]; key_key, query_query [2, H, d, d] after RoPE;
     key_phase [2, H, d, d]: keys times (cos, sin) of RoPE's d/2 angles; phase_phase [2, d, d];

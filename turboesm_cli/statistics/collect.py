@@ -28,15 +28,15 @@ from turboesm_cli.models.forward import encode, rope_at
 from turboesm_cli.models.shapes import Shape
 from turboesm_cli.outputs.work import NOTHING_KEPT, Tensors, Work
 from turboesm_cli.sequences.fasta import Protein
-from turboesm_cli.statistics.accumulators import BODY as BODY
-from turboesm_cli.statistics.accumulators import CLS as CLS
-from turboesm_cli.statistics.accumulators import HELD_PART, Sample, stacked
-from turboesm_cli.statistics.accumulators import LayerSums as LayerSums
-from turboesm_cli.statistics.accumulators import Statistics as Statistics
-from turboesm_cli.statistics.accumulators import sample_size as sample_size
-from turboesm_cli.statistics.batching import batches as batches
-from turboesm_cli.statistics.batching import digest, hold_back, prompt_lengths, visible_keys
-from turboesm_cli.statistics.batching import to_tokens as to_tokens
+from turboesm_cli.statistics.accumulators import (
+    HELD_PART,
+    LayerSums,
+    Sample,
+    Statistics,
+    sample_size,
+    stacked,
+)
+from turboesm_cli.statistics.batching import batches, digest, hold_back, prompt_lengths, to_tokens, visible_keys
 from turboesm_cli.statistics.sensitivity import Sensitivity, measure
 
 BACKWARD_TOKENS = 512

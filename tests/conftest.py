@@ -15,7 +15,8 @@ from hypothesis import settings
 
 from turboesm_cli.codec.fit import CodecSpec, LayerSpec, fit
 from turboesm_cli.codec.recipes import RECIPES
-from turboesm_cli.models.esm2 import EsmModel, load_model
+from turboesm_cli.models.esm2 import EsmModel
+from turboesm_cli.models.loading import load_model
 from turboesm_cli.sequences.fasta import Protein, read_fasta
 from turboesm_cli.statistics.collect import collect
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import safetensors.torch
 
-from turboesm_cli.models.esm2 import load_model
+from turboesm_cli.models.loading import load_model
 
 
 def to_hugging_face(path: Path, folder: Path, trunk_only: bool = False) -> Path:

@@ -18,8 +18,9 @@ from turboesm_cli.codec.bundle import KIND, PART, VERSION, Bundle, read_bundle, 
 from turboesm_cli.codec.calibration import calibrate
 from turboesm_cli.codec.recipes import RECIPES
 from turboesm_cli.errors import BundleError, TurboESMError
-from turboesm_cli.models.esm2 import EsmModel, load_model
+from turboesm_cli.models.esm2 import EsmModel
 from turboesm_cli.models.forward import rope_at
+from turboesm_cli.models.loading import load_model
 from turboesm_cli.outputs.archive import MANIFEST, new_archive
 from turboesm_cli.sequences.fasta import Protein
 

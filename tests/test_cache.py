@@ -28,7 +28,8 @@ from turboesm_cli.codec.recipes import RECIPES
 from turboesm_cli.engine.prefill import cache_protein
 from turboesm_cli.errors import BundleError
 from turboesm_cli.models import forward
-from turboesm_cli.models.esm2 import EsmModel, load_model
+from turboesm_cli.models.esm2 import EsmModel
+from turboesm_cli.models.loading import load_model
 from turboesm_cli.sequences.fasta import Protein
 from turboesm_cli.statistics.batching import to_tokens
 from turboesm_cli.statistics.collect import collect
@@ -148,7 +149,7 @@ def test_a_full_cache_says_so(models: dict[int, EsmModel], statistics: dict[int,
 def test_a_layer_may_keep_tokens_alone(tiny: EsmModel, calibration_proteins: list[Protein]) -> None:
     recipe = replace(RECIPES["flat"], exact_first=True)
     spec = fit(tiny, collect(tiny, calibration_proteins[:12]), recipe)
-    tokens = to_tokens([Protein("a", "", "MKTAYIAKQR")], tiny.device)
+    tokens = to_tokens([Protein("a", "", "MKTAYIAKQR")], tiny)
     cache, dense = PackedCache(tiny, spec, 1, 12), DenseCache(tiny, 1, 12, FORMATS["fp32"])
     with torch.no_grad():
         forward.prefill(tiny, tokens, cache)
@@ -199,7 +200,7 @@ def test_decoding_goes_on_from_disk_as_from_memory(on_disk, tiny: EsmModel) -> N
     with Packfile(folder / "c.tqkv", bundle, file_sha256(folder / "b.tqz")) as file:
         back = next(iter(file))
         stored = cache_of(back, tiny, bundle.spec)
-    tokens = to_tokens([back.protein], tiny.device)
+    tokens = to_tokens([back.protein], tiny)
     live = cache_protein(tiny, bundle.spec, back.protein, 5, room=tokens.shape[1])
     with torch.no_grad():
         expected = forward.replay(tiny, tokens[:, 5:], live)
@@ -239,6 +240,6 @@ def test_caches_with_what_no_cache_holds_are_refused(name: str, change: Any, rea
     with Packfile(golden.with_suffix(".tqkv"), bundle, file_sha256(golden)) as file:
         stored = next(iter(file))
         tensors = stored.read()
-    check_tensors(bundle.spec, tensors, stored.cached)
+    check_tensors(bundle.spec, bundle.alphabet, tensors, stored.cached)
     with pytest.raises(ValueError, match=reason):
-        check_tensors(bundle.spec, tensors | {name: change(tensors[name])}, stored.cached)
+        check_tensors(bundle.spec, bundle.alphabet, tensors | {name: change(tensors[name])}, stored.cached)

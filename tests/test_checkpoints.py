@@ -21,12 +21,14 @@ from turboesm_cli.app import app
 from turboesm_cli.codec.bundle import read_bundle
 from turboesm_cli.errors import ModelError
 from turboesm_cli.models import forward
-from turboesm_cli.models.alphabet import VOCABULARY
-from turboesm_cli.models.esm2 import EsmModel, load_model
+from turboesm_cli.models.esm2 import EsmModel
+from turboesm_cli.models.esm2_alphabet import ESM2_ALPHABET
 from turboesm_cli.models.fair_esm import ESM2
+from turboesm_cli.models.loading import load_model
 from turboesm_cli.sequences.fasta import Protein
 from turboesm_cli.statistics.batching import to_tokens
 
+VOCABULARY = ESM2_ALPHABET.vocabulary
 ROOT = Path(__file__).resolve().parents[1]
 CALIBRATION = str(ROOT / "data" / "calibration" / "calibration.fasta")
 PEPTIDES = str(ROOT / "data" / "evaluation" / "peptide.fasta")
@@ -156,7 +158,16 @@ FILES = {
     "special_tokens_map.json": ('{"mask_token": {"content": "<null_1>"}}', "token 32"),
     "tokenizer_config.json": ('{"added_tokens_decoder": {"5": {"content": "G"}}}', "token 5"),
     "tokenizer.json": ('{"model": {"vocab": {"L": 5}}}', "token 5"),
-    "vocab.txt": ("\n".join([*VOCABULARY[:4], *sorted(VOCABULARY[4:24]), *VOCABULARY[24:]]), "token 4"),
+    "vocab.txt": (
+        "\n".join(
+            [
+                *VOCABULARY[:4],
+                *sorted(VOCABULARY[4:24]),
+                *VOCABULARY[24:],
+            ]
+        ),
+        "token 4",
+    ),
 }
 
 
@@ -273,7 +284,7 @@ def test_settings_that_are_honoured_are_part_of_the_fingerprint(
 def test_another_epsilon_is_computed_with(folder: Path, tiny: EsmModel) -> None:
     configure(folder, layer_norm_eps=1e-2)
     model = load_model(str(folder), "cpu")
-    tokens = to_tokens([Protein("a", "", "MKTAYIAKQR")], tiny.device)
+    tokens = to_tokens([Protein("a", "", "MKTAYIAKQR")], tiny)
     expected = ESM2(2, 32, 2)
     expected.load_state_dict(tiny.net.state_dict())
     for module in expected.modules():
@@ -283,7 +294,7 @@ def test_another_epsilon_is_computed_with(folder: Path, tiny: EsmModel) -> None:
         hidden = forward.encode(model, tokens)
         reference = expected.eval()(tokens, repr_layers=[2])
         assert torch.allclose(hidden, reference["representations"][2], atol=1e-5)
-        assert torch.allclose(forward.lm_logits(model, hidden), reference["logits"], atol=1e-4)
+        assert torch.allclose(model.logits(hidden), reference["logits"], atol=1e-4)
         assert not torch.allclose(hidden, forward.encode(tiny, tokens), atol=1e-3)
 
 

@@ -23,8 +23,8 @@ from turboesm_cli.codec.recipes import RECIPES, Recipe, parse_recipe
 from turboesm_cli.codec.rotations import hadamard, random_orthogonal, square_roots
 from turboesm_cli.errors import InputError
 from turboesm_cli.models import forward
-from turboesm_cli.models.alphabet import PAD
 from turboesm_cli.models.esm2 import EsmModel
+from turboesm_cli.models.esm2_alphabet import ESM2_ALPHABET
 from turboesm_cli.sequences.fasta import Protein
 from turboesm_cli.statistics.accumulators import Statistics
 from turboesm_cli.statistics.batching import to_tokens
@@ -267,7 +267,7 @@ def test_square_roots_of_a_metric() -> None:
 
 
 def decoding_errors(model: EsmModel, proteins: list[Protein], specs: dict[str, CodecSpec]) -> dict[str, float]:
-    tokens = to_tokens(proteins, model.device)
+    tokens = to_tokens(proteins, model)
     prompts = [0] * len(proteins)
     with torch.no_grad():
         exact = forward.teacher_forced(model, tokens, prompts, None)
@@ -275,7 +275,10 @@ def decoding_errors(model: EsmModel, proteins: list[Protein], specs: dict[str, C
             name: forward.teacher_forced(model, tokens, prompts, PackedCodec(s, torch.device("cpu")))
             for name, s in specs.items()
         }
-    cosines = {name: torch.cosine_similarity(exact, h, dim=-1)[tokens.ne(PAD)] for name, h in hidden.items()}
+    cosines = {
+        name: torch.cosine_similarity(exact, h, dim=-1)[tokens.ne(ESM2_ALPHABET.padding)]
+        for name, h in hidden.items()
+    }
     return {name: 1 - float(cosine.mean()) for name, cosine in cosines.items()}
 
 

@@ -11,8 +11,8 @@ from turboesm_cli.cache.packed import PackedCache, PackedCodec
 from turboesm_cli.codec.fit import CodecSpec
 from turboesm_cli.codec.recipes import RECIPES
 from turboesm_cli.models import forward
-from turboesm_cli.models.alphabet import MASK, PAD
 from turboesm_cli.models.esm2 import EsmModel
+from turboesm_cli.models.esm2_alphabet import ESM2_ALPHABET
 from turboesm_cli.sequences.fasta import Protein
 from turboesm_cli.statistics.batching import to_tokens
 
@@ -30,7 +30,7 @@ def one_by_one(model: EsmModel, tokens: torch.Tensor, prompt: int, cache: forwar
 def test_one_causal_pass_equals_decoding_token_by_token_fp32(
     tiny: EsmModel, peptides: list[Protein], prompt: int
 ) -> None:
-    tokens = to_tokens(peptides[:1], tiny.device)
+    tokens = to_tokens(peptides[:1], tiny)
     stepped = one_by_one(tiny, tokens, prompt, DenseCache(tiny, 1, tokens.shape[1], FORMATS["fp32"]))
     with torch.no_grad():
         passed = forward.teacher_forced(tiny, tokens, [prompt], None)
@@ -43,7 +43,7 @@ def test_one_causal_pass_equals_decoding_token_by_token_packed(
     precise: EsmModel, precise_specs: dict[str, CodecSpec], peptides: list[Protein], prompt: int, recipe: str
 ) -> None:
     spec = precise_specs[recipe]
-    tokens = to_tokens(peptides[:1], precise.device)
+    tokens = to_tokens(peptides[:1], precise)
     cache = PackedCache(precise, spec, 1, tokens.shape[1], backend="torch")
     stepped = one_by_one(precise, tokens, prompt, cache)
     with torch.no_grad():
@@ -61,7 +61,7 @@ def masks_one_by_one(model: EsmModel, tokens: torch.Tensor, prompt: int, cache: 
         if prompt:
             forward.prefill(model, tokens[:, :prompt], cache)
         for column in tokens[:, prompt:].unbind(1):
-            found.append(forward.step(model, torch.full_like(column, MASK), cache))
+            found.append(forward.step(model, torch.full_like(column, ESM2_ALPHABET.mask), cache))
             cache.rewind()
             forward.step(model, column, cache)
     return torch.stack(found, 1)
@@ -72,8 +72,8 @@ def masks_one_by_one(model: EsmModel, tokens: torch.Tensor, prompt: int, cache: 
 def test_a_second_stream_of_masks_equals_a_mask_at_each_step(
     precise: EsmModel, precise_specs: dict[str, CodecSpec], peptides: list[Protein], prompt: int, kind: str
 ) -> None:
-    tokens = to_tokens(peptides[:1], precise.device)
-    tokens[0, 2] = MASK  # token dropout of the prompt, and a mask that is decoded
+    tokens = to_tokens(peptides[:1], precise)
+    tokens[0, 2] = ESM2_ALPHABET.mask  # token dropout of the prompt, and a mask that is decoded
     cache: forward.Cache
     if kind in FORMATS:
         cache = DenseCache(precise, 1, tokens.shape[1], FORMATS[kind])
@@ -94,7 +94,7 @@ def test_a_mask_does_not_see_the_token_in_its_place(
     precise: EsmModel, precise_specs: dict[str, CodecSpec], peptides: list[Protein]
 ) -> None:
     """Nor what comes after: the prediction at a place is the same whatever stands there."""
-    tokens = to_tokens(peptides[:1], precise.device)
+    tokens = to_tokens(peptides[:1], precise)
     other = tokens.clone()
     other[0, 9] = 5 if int(tokens[0, 9]) != 5 else 6
     codec = PackedCodec(precise_specs["flat"], torch.device("cpu"))
@@ -107,13 +107,13 @@ def test_a_mask_does_not_see_the_token_in_its_place(
 def test_masks_in_a_padded_batch_are_those_of_each_protein_alone(
     precise: EsmModel, precise_specs: dict[str, CodecSpec], peptides: list[Protein]
 ) -> None:
-    tokens = to_tokens(peptides[:4], precise.device)
+    tokens = to_tokens(peptides[:4], precise)
     prompts = [0, 5, 2, 1]
     codec = PackedCodec(precise_specs["auto"], torch.device("cpu"))
     with torch.no_grad():
         batch = forward.teacher_forced_with_masks(precise, tokens, prompts, codec)[1]
         for row, prompt in enumerate(prompts):
-            length = int(tokens[row].ne(PAD).sum())
+            length = int(tokens[row].ne(ESM2_ALPHABET.padding).sum())
             one = tokens[row : row + 1, :length]
             alone = forward.teacher_forced_with_masks(precise, one, [prompt], codec)[1]
             assert torch.allclose(batch[row, prompt:length], alone[0, prompt:], atol=1e-9)
@@ -121,7 +121,7 @@ def test_masks_in_a_padded_batch_are_those_of_each_protein_alone(
 
 @pytest.mark.parametrize("form", ["fp16", "bf16", "int8", "fp8"])
 def test_dense_caches_round_as_their_codecs_say(precise: EsmModel, peptides: list[Protein], form: str) -> None:
-    tokens = to_tokens(peptides[:1], precise.device)
+    tokens = to_tokens(peptides[:1], precise)
     stepped = one_by_one(precise, tokens, 3, DenseCache(precise, 1, tokens.shape[1], FORMATS[form]))
     with torch.no_grad():
         passed = forward.teacher_forced(precise, tokens, [3], DenseCodec(FORMATS[form]))
@@ -133,13 +133,13 @@ def test_dense_caches_round_as_their_codecs_say(precise: EsmModel, peptides: lis
 def test_a_padded_batch_equals_each_protein_alone(
     tiny: EsmModel, specs: dict[str, CodecSpec], peptides: list[Protein]
 ) -> None:
-    tokens = to_tokens(peptides[:4], tiny.device)
-    tokens[1, 2] = MASK
+    tokens = to_tokens(peptides[:4], tiny)
+    tokens[1, 2] = ESM2_ALPHABET.mask
     prompts = [0, 5, 2, 1]
     with torch.no_grad():
         batch = forward.teacher_forced(tiny, tokens, prompts, PackedCodec(specs["flat"], torch.device("cpu")))
         for row, prompt in enumerate(prompts):
-            length = int(tokens[row].ne(PAD).sum())
+            length = int(tokens[row].ne(ESM2_ALPHABET.padding).sum())
             alone = forward.teacher_forced(
                 tiny, tokens[row : row + 1, :length], [prompt], PackedCodec(specs["flat"], torch.device("cpu"))
             )
@@ -149,7 +149,7 @@ def test_a_padded_batch_equals_each_protein_alone(
 def test_fp32_decode_from_an_empty_cache_is_fair_esm_under_a_causal_mask(
     tiny: EsmModel, peptides: list[Protein]
 ) -> None:
-    tokens = to_tokens(peptides[:1], tiny.device)
+    tokens = to_tokens(peptides[:1], tiny)
     causal = torch.full((tokens.shape[1],) * 2, -torch.inf).triu(1)
     with torch.no_grad():
         x = tiny.net.embed_tokens(tokens) * (1 - 0.12)
@@ -162,8 +162,8 @@ def test_fp32_decode_from_an_empty_cache_is_fair_esm_under_a_causal_mask(
 
 
 def test_fp32_prefill_is_fair_esm_on_the_prompt(tiny: EsmModel, peptides: list[Protein]) -> None:
-    tokens = to_tokens(peptides[:1], tiny.device)[:, :7]
-    tokens[0, 3] = MASK
+    tokens = to_tokens(peptides[:1], tiny)[:, :7]
+    tokens[0, 3] = ESM2_ALPHABET.mask
     with torch.no_grad():
         found = forward.prefill(tiny, tokens, DenseCache(tiny, 1, 7, FORMATS["fp32"]))
         expected = tiny.net(tokens, repr_layers=[2])["representations"][2]
@@ -171,17 +171,17 @@ def test_fp32_prefill_is_fair_esm_on_the_prompt(tiny: EsmModel, peptides: list[P
 
 
 def test_the_prompts_mask_fraction_stays_in_force(tiny: EsmModel, peptides: list[Protein]) -> None:
-    tokens = to_tokens(peptides[:1], tiny.device)
-    tokens[0, 2:4] = MASK
+    tokens = to_tokens(peptides[:1], tiny)
+    tokens[0, 2:4] = ESM2_ALPHABET.mask
     stepped = one_by_one(tiny, tokens, 8, DenseCache(tiny, 1, tokens.shape[1], FORMATS["fp32"]))
     with torch.no_grad():
         passed = forward.teacher_forced(tiny, tokens, [8], None)
     assert torch.allclose(stepped, passed, atol=2e-5)
-    assert forward.unmasked_fraction(tokens[:, :8]).item() == pytest.approx(6 / 8)
+    assert tiny.unmasked_fraction(tokens[:, :8]).item() == pytest.approx(6 / 8)
 
 
 def test_layer_0_follows_from_the_token(tiny: EsmModel, peptides: list[Protein]) -> None:
-    tokens = to_tokens(peptides[:1], tiny.device)
+    tokens = to_tokens(peptides[:1], tiny)
     seen = []
 
     def observe(layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
@@ -190,7 +190,7 @@ def test_layer_0_follows_from_the_token(tiny: EsmModel, peptides: list[Protein])
 
     with torch.no_grad():
         forward.encode(tiny, tokens, observe)
-        keys, values = forward.token_keys_values(tiny, forward.unmasked_fraction(tokens))
+        keys, values = tiny.first_keys_values(tiny.unmasked_fraction(tokens))
         rope = forward.rope_at(tiny, 0, tokens.shape[1])
     assert torch.allclose(rope.rotate(keys[:, :, tokens[0]]), seen[0][0], atol=1e-5)
     assert torch.allclose(values[:, :, tokens[0]], seen[0][1], atol=1e-5)

@@ -27,9 +27,9 @@ from turboesm_cli.engine.workload import of_proteins
 from turboesm_cli.evaluation.comparison import compare
 from turboesm_cli.evaluation.protein_results import to_tensors
 from turboesm_cli.models import forward
-from turboesm_cli.models.alphabet import MASK, VOCABULARY, tokenize
 from turboesm_cli.models.esm2 import EsmModel
-from turboesm_cli.models.sampling import AMINO_ACIDS, Sampling, draw, residue_indices, residue_logits, sample
+from turboesm_cli.models.esm2_alphabet import ESM2_ALPHABET
+from turboesm_cli.models.sampling import Sampling, draw, residue_indices, residue_logits, sample
 from turboesm_cli.outputs.work import NOTHING_KEPT, Work, saved_work
 from turboesm_cli.sequences.fasta import Protein
 from turboesm_cli.statistics.batching import to_tokens
@@ -57,9 +57,9 @@ def jobs(calibration_proteins: list[Protein]) -> list[Job]:
     """Prompts of many lengths, one of `<cls>` alone after one with masks; they end at different times."""
     made = []
     for protein, prompt in zip(calibration_proteins, PROMPTS, strict=False):
-        tokens = to_tokens([protein], torch.device("cpu"))[0, : prompt + 3 + len(made) * 5 % 14]
+        tokens = ESM2_ALPHABET.batch([protein.sequence])[0, : prompt + 3 + len(made) * 5 % 14]
         if prompt in (4, 9):
-            tokens[2] = MASK
+            tokens[2] = ESM2_ALPHABET.mask
         made.append(Job(tokens[:prompt], len(tokens) - prompt, tokens[prompt:]))
     return made
 
@@ -77,9 +77,9 @@ def sampled_alone(model: EsmModel, job: Job, cache: batches.AnyCache, chances: T
     with torch.no_grad():
         forward.prefill(model, job.prompt[None], cache)
         for chance in chances:
-            logits = residue_logits(model, forward.step(model, torch.tensor([MASK]), cache))
+            logits = residue_logits(model, forward.step(model, torch.tensor([ESM2_ALPHABET.mask]), cache))
             cache.rewind()
-            residues.append(sample(logits, chance[None], Sampling(1.0, 0.9)))
+            residues.append(sample(ESM2_ALPHABET, logits, chance[None], Sampling(1.0, 0.9)))
             forward.step(model, residues[-1], cache)
     return torch.cat(residues)
 
@@ -310,7 +310,7 @@ def test_the_command_says_that_it_halved_the_batch(
 def test_results_of_a_batch_are_compared_in_the_order_of_the_input(
     tiny: EsmModel, bundle: Bundle, peptides: list[Protein]
 ) -> None:
-    prompts = [Prompt(protein, 1 + index % 5) for index, protein in enumerate(peptides[:8])]
+    prompts = [Prompt(protein, 1 + index % 5, tiny.alphabet) for index, protein in enumerate(peptides[:8])]
     longest = max(protein.residues for protein in peptides[:8]) + 2
     batch = Batch(tiny, cache_maker(tiny, {}, "fp32"), lambda slots: Forced.of(tiny, slots, longest), 3, longest)
     found = list(
@@ -323,7 +323,7 @@ def test_results_of_a_batch_are_compared_in_the_order_of_the_input(
 def test_what_is_saved_is_not_decoded_again_and_takes_its_place_in_the_order(
     tiny: EsmModel, peptides: list[Protein], tmp_path: Path
 ) -> None:
-    prompts = [Prompt(protein, 1) for protein in peptides[:7]]
+    prompts = [Prompt(protein, 1, tiny.alphabet) for protein in peptides[:7]]
     longest = max(protein.residues for protein in peptides[:7]) + 2
     entered: list[int] = []
 
@@ -368,7 +368,7 @@ def test_a_prefill_holds_one_layers_keys_and_values(
     monkeypatch.setattr(PackedCache, "append", append)
     cache = PackedCache(tiny, specs["flat"], 2, 40)
     with torch.no_grad():
-        forward.prefill(tiny, to_tokens(peptides[:2], tiny.device)[:, :20], cache)
+        forward.prefill(tiny, to_tokens(peptides[:2], tiny)[:, :20], cache)
     assert alive == [0] * tiny.shape.layers
     assert all(reference() is None for reference in seen)
 
@@ -377,26 +377,28 @@ def test_sampling_follows_the_distribution() -> None:
     logits = torch.zeros(1, 20)
     logits[0, 5], logits[0, 6], logits[0, 7] = 2.0, 1.0, -torch.inf
     chances = (torch.arange(20_000) + 0.5) / 20_000
-    tokens = torch.tensor(AMINO_ACIDS)
-    found = sample(logits.expand(20_000, -1), chances, Sampling())
+    tokens = torch.tensor(ESM2_ALPHABET.residues)
+    found = sample(ESM2_ALPHABET, logits.expand(20_000, -1), chances, Sampling())
     shares = torch.bincount(found, minlength=33)[tokens] / 20_000
     assert torch.allclose(shares, logits[0].softmax(0), atol=2e-4)
     assert shares.sum() == pytest.approx(1)
-    nucleus = sample(logits.expand(20_000, -1), chances, Sampling(top_p=0.3))
-    assert set(nucleus.tolist()) == {AMINO_ACIDS[5], AMINO_ACIDS[6]}
+    nucleus = sample(ESM2_ALPHABET, logits.expand(20_000, -1), chances, Sampling(top_p=0.3))
+    assert set(nucleus.tolist()) == {ESM2_ALPHABET.residues[5], ESM2_ALPHABET.residues[6]}
     for sampling in (Sampling(temperature=0.0), Sampling(top_p=0.0)):
-        assert set(sample(logits.expand(20_000, -1), chances, sampling).tolist()) == {AMINO_ACIDS[5]}
+        assert set(sample(ESM2_ALPHABET, logits.expand(20_000, -1), chances, sampling).tolist()) == {
+            ESM2_ALPHABET.residues[5]
+        }
 
 
 def test_residues_are_the_20_amino_acids(tiny: EsmModel) -> None:
     hidden = torch.randn(3, 32, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        whole = forward.lm_logits(tiny, hidden)
+        whole = tiny.logits(hidden)
         found = residue_logits(tiny, hidden)
-    order = [VOCABULARY.index(letter) for letter in "ACDEFGHIKLMNPQRSTVWY"]
+    order = [ESM2_ALPHABET.vocabulary.index(letter) for letter in "ACDEFGHIKLMNPQRSTVWY"]
     assert torch.equal(found, whole[:, order])
-    tokens = torch.tensor(tokenize("AYXBUZO<mask>C"))
-    assert residue_indices(tokens).tolist() == [-1, 0, 19, -1, -1, -1, -1, -1, -1, 1, -1]
+    tokens = torch.tensor(ESM2_ALPHABET.tokenize("AYXBUZO<mask>C"))
+    assert residue_indices(ESM2_ALPHABET, tokens).tolist() == [-1, 0, 19, -1, -1, -1, -1, -1, -1, 1, -1]
 
 
 @pytest.mark.parametrize("recipe", ["flat", "auto", "auto@4", "waterfill@4"])

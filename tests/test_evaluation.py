@@ -17,8 +17,8 @@ from turboesm_cli.evaluation import metrics
 from turboesm_cli.evaluation.accuracy import Entry, accuracy, first_layer, memory, refuse_seen, times
 from turboesm_cli.evaluation.teacher_forced import DRIFT, compare_decoding, first_layer_cosines
 from turboesm_cli.models import forward
-from turboesm_cli.models.alphabet import VOCABULARY
 from turboesm_cli.models.esm2 import EsmModel
+from turboesm_cli.models.esm2_alphabet import ESM2_ALPHABET
 from turboesm_cli.sequences.fasta import Protein
 from turboesm_cli.statistics.batching import to_tokens
 from turboesm_cli.statistics.collect import collect
@@ -44,7 +44,7 @@ def test_decode_protocol_is_decoding_from_an_empty_cache(
         if n == "flat"
     }
     for protein in peptides[:3]:
-        tokens = to_tokens([protein], tiny.device)
+        tokens = to_tokens([protein], tiny)
         with torch.no_grad():
             packed = forward.replay(tiny, tokens, PackedCache(tiny, spec, 1, tokens.shape[1]))
             exact = forward.teacher_forced(tiny, tokens, [0], None)
@@ -70,12 +70,12 @@ def test_predictions_are_of_residues_that_were_not_seen(
     (result,) = [r for n, r in compare_decoding(tiny, [protein], {"flat": codec}) if n == "flat"]
     predictions = result.predictions
     assert predictions is not None and len(predictions.kl) == amino_acids(protein) == protein.residues - 1
-    tokens = to_tokens([protein], tiny.device)
+    tokens = to_tokens([protein], tiny)
     with torch.no_grad():
         masks = forward.teacher_forced_with_masks(tiny, tokens, [0], None)[1][0]
-        logits = forward.lm_logits(tiny, masks)
+        logits = tiny.logits(masks)
     places = [at for at, letter in enumerate(protein.sequence, 1) if letter != "X"]
-    order = [VOCABULARY.index(letter) for letter in "ACDEFGHIKLMNPQRSTVWY"]
+    order = [ESM2_ALPHABET.vocabulary.index(letter) for letter in "ACDEFGHIKLMNPQRSTVWY"]
     expected = [float(logits[at, order].log_softmax(-1)[order.index(int(tokens[0, at]))]) for at in places]
     assert torch.allclose(predictions.reference_log_p, torch.tensor(expected).double(), atol=1e-5)
 
@@ -85,7 +85,7 @@ def test_layer_errors_are_those_of_the_attention_output(
 ) -> None:
     codec = PackedCodec(entries[1].spec, torch.device("cpu"))
     (result,) = [r for n, r in compare_decoding(tiny, peptides[:1], {"flat": codec}) if n == "flat"]
-    tokens = to_tokens(peptides[:1], tiny.device)
+    tokens = to_tokens(peptides[:1], tiny)
     outputs: dict[str, list[torch.Tensor]] = {"exact": [], "packed": []}
     with torch.no_grad():
         forward.teacher_forced(tiny, tokens, [0], None, outputs["exact"].append)

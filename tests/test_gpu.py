@@ -21,8 +21,9 @@ from turboesm_cli.engine.memory_plan import sequence_bytes
 from turboesm_cli.engine.tasks import Forced, Sampled
 from turboesm_cli.evaluation.throughput import Kind, Load, measure
 from turboesm_cli.models import forward
-from turboesm_cli.models.alphabet import PAD
-from turboesm_cli.models.esm2 import EsmModel, load_model
+from turboesm_cli.models.esm2 import EsmModel
+from turboesm_cli.models.esm2_alphabet import ESM2_ALPHABET
+from turboesm_cli.models.loading import load_model
 from turboesm_cli.models.sampling import Sampling, residue_logits
 from turboesm_cli.sequences.fasta import Protein
 from turboesm_cli.statistics.batching import to_tokens
@@ -42,8 +43,8 @@ def on_gpu(tiny_path: Path) -> EsmModel:
 
 def test_hidden_states(tiny: EsmModel, on_gpu: EsmModel, peptides: list[Protein]) -> None:
     with torch.no_grad():
-        expected = forward.encode(tiny, to_tokens(peptides[:3], tiny.device))
-        found = forward.encode(on_gpu, to_tokens(peptides[:3], on_gpu.device)).cpu()
+        expected = forward.encode(tiny, to_tokens(peptides[:3], tiny))
+        found = forward.encode(on_gpu, to_tokens(peptides[:3], on_gpu)).cpu()
     assert torch.allclose(found, expected, atol=1e-4)
 
 
@@ -56,7 +57,7 @@ def test_statistics(tiny: EsmModel, on_gpu: EsmModel, calibration_proteins: list
 
 def test_packed_decode(tiny: EsmModel, on_gpu: EsmModel, calibration_proteins: list[Protein]) -> None:
     spec = calibrate(on_gpu, calibration_proteins[:12], RECIPES["flat"]).spec
-    tokens = to_tokens(calibration_proteins[:1], on_gpu.device)[:, :40]
+    tokens = to_tokens(calibration_proteins[:1], on_gpu)[:, :40]
     with torch.no_grad():
         cache = PackedCache(on_gpu, spec, 1, 40)
         forward.prefill(on_gpu, tokens[:, :20], cache)
@@ -86,7 +87,7 @@ def jobs(calibration_proteins: list[Protein]) -> list[Job]:
     """Proteins of many lengths, prompts from `<cls>` alone to most of the protein."""
     made = []
     for index, protein in enumerate(calibration_proteins[:14]):
-        tokens = to_tokens([protein], torch.device("cpu"))[0, : 12 + 11 * index]
+        tokens = ESM2_ALPHABET.batch([protein.sequence])[0, : 12 + 11 * index]
         prompt = 1 + 9 * index % (len(tokens) - 3)
         made.append(Job(tokens[:prompt], len(tokens) - prompt, tokens[prompt:]))
     return made
@@ -206,8 +207,11 @@ def test_sequences_of_new_lengths_make_no_plans_of_cudnn(monkeypatch: pytest.Mon
         return attention(*args, **named)
 
     monkeypatch.setattr(F, "scaled_dot_product_attention", seen)
-    tokens = to_tokens(_random_proteins()[:2], model.device)
-    for batch in (tokens, tokens.masked_fill(torch.arange(tokens.shape[1], device="cuda") > 40, PAD)):
+    tokens = to_tokens(_random_proteins()[:2], model)
+    for batch in (
+        tokens,
+        tokens.masked_fill(torch.arange(tokens.shape[1], device="cuda") > 40, ESM2_ALPHABET.padding),
+    ):
         forward.encode(model, batch)
     assert allowed == [False] * 2 * model.shape.layers
 

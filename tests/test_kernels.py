@@ -24,8 +24,8 @@ from turboesm_kernels.prepared import grid_steps
 from turboesm_kernels.reference import Packed, Rope, Side
 from turboesm_kernels.token_tables import TokenTables
 
-from turboesm_cli.models.alphabet import PAD
-from turboesm_cli.models.esm2 import load_model
+from turboesm_cli.models.esm2_alphabet import ESM2_ALPHABET
+from turboesm_cli.models.loading import load_model
 from turboesm_cli.sequences.fasta import Protein
 from turboesm_cli.statistics.batching import to_tokens
 
@@ -482,8 +482,8 @@ def check_joint_prefill(path: Path, proteins: list[Protein], dtype: torch.dtype,
 
     model = load_model(str(path), device)
     model = model.to(model.device, dtype)
-    tokens = to_tokens(proteins[:3], model.device)[:, :14]
-    tokens[1, 9:] = PAD
+    tokens = to_tokens(proteins[:3], model)[:, :14]
+    tokens[1, 9:] = ESM2_ALPHABET.padding
     runs = []
     for joined in (False, True):
         seen: list[torch.Tensor] = []
@@ -491,7 +491,7 @@ def check_joint_prefill(path: Path, proteins: list[Protein], dtype: torch.dtype,
         with torch.no_grad():
             joint = forward.JointProjection(model, tokens.shape[1]) if joined else None
             hidden = forward.prefill(model, tokens, cache, joint)
-        real = tokens.ne(PAD)
+        real = tokens.ne(ESM2_ALPHABET.padding)
         of_tokens = torch.stack(seen).permute(2, 4, 0, 1, 3, 5)  # [B, T, layers, keys and values, H, d]
         runs.append((hidden[real], of_tokens[real]))
     for expected, found in zip(*runs, strict=True):

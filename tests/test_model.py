@@ -15,8 +15,9 @@ from folders import to_hugging_face
 
 from turboesm_cli.errors import DeviceError, ModelError
 from turboesm_cli.models import forward
-from turboesm_cli.models.alphabet import MASK, PAD
-from turboesm_cli.models.esm2 import EsmModel, load_model, pick_device
+from turboesm_cli.models.esm2 import EsmModel
+from turboesm_cli.models.esm2_alphabet import ESM2_ALPHABET
+from turboesm_cli.models.loading import load_model, pick_device
 from turboesm_cli.models.shapes import OFFICIAL, official_name
 from turboesm_cli.sequences.fasta import Protein
 from turboesm_cli.statistics.batching import to_tokens
@@ -31,11 +32,11 @@ def fair_esm_hidden(model: EsmModel, tokens: torch.Tensor) -> torch.Tensor:
 
 
 def assert_parity(model: EsmModel, proteins: list[Protein], masked: bool) -> None:
-    tokens = to_tokens(proteins, model.device)
+    tokens = to_tokens(proteins, model)
     if masked:
-        tokens[0, 3:7] = MASK
-        tokens[-1, 5] = MASK
-    real = tokens.ne(PAD)
+        tokens[0, 3:7] = ESM2_ALPHABET.mask
+        tokens[-1, 5] = ESM2_ALPHABET.mask
+    real = tokens.ne(ESM2_ALPHABET.padding)
     with torch.no_grad():
         found = forward.encode(model, tokens)
     assert (found - fair_esm_hidden(model, tokens))[real].abs().max() <= TOLERANCE
@@ -57,15 +58,15 @@ def test_hidden_states_equal_fair_esm_on_other_checkpoints(
     assert_parity(model, calibration_proteins[:4], masked=False)
     assert_parity(model, calibration_proteins[:4], masked=True)
     with torch.no_grad():
-        tokens = to_tokens(calibration_proteins[:1], model.device)
-        logits = forward.lm_logits(model, forward.encode(model, tokens))
+        tokens = to_tokens(calibration_proteins[:1], model)
+        logits = model.logits(forward.encode(model, tokens))
         assert torch.allclose(logits, model.net(tokens)["logits"], atol=1e-4)
 
 
 def test_padding_does_not_change_a_protein(embedded: EsmModel, calibration_proteins: list[Protein]) -> None:
     with torch.no_grad():
-        alone = forward.encode(embedded, to_tokens(calibration_proteins[:1], embedded.device))[0]
-        batch = forward.encode(embedded, to_tokens(calibration_proteins[:5], embedded.device))[0]
+        alone = forward.encode(embedded, to_tokens(calibration_proteins[:1], embedded))[0]
+        batch = forward.encode(embedded, to_tokens(calibration_proteins[:5], embedded))[0]
     assert torch.allclose(alone, batch[: len(alone)], atol=TOLERANCE)
 
 
@@ -84,10 +85,10 @@ def test_the_engines_queries_keys_and_values_are_those_of_fair_esms_hooks(
     tiny_path: Path, peptides: list[Protein]
 ) -> None:
     model = load_model(str(tiny_path), "cpu")
-    tokens = to_tokens(peptides[:3], model.device)
+    tokens = to_tokens(peptides[:3], model)
     hooked: list[list[torch.Tensor]] = []
     own = []
-    exact = forward.bidirectional(tokens)
+    exact = forward.bidirectional(model, tokens)
 
     def observe(layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         own.append([q, k, v])
@@ -108,17 +109,17 @@ def test_both_formats_load_the_same_model(tiny_path: Path, tiny: EsmModel, tmp_p
     other = load_model(str(to_hugging_face(tiny_path, tmp_path / "hf")), "cpu")
     assert other.fingerprint == tiny.fingerprint
     assert other.has_lm_head
-    tokens = to_tokens([Protein("a", "", "MKTAYIAKQR")], tiny.device)
+    tokens = to_tokens([Protein("a", "", "MKTAYIAKQR")], tiny)
     assert torch.equal(other.net(tokens)["logits"], tiny.net(tokens)["logits"])
 
 
 def test_a_trunk_works_and_says_that_it_has_no_head(tiny_path: Path, tiny: EsmModel, tmp_path: Path) -> None:
     trunk = load_model(str(to_hugging_face(tiny_path, tmp_path / "hf", trunk_only=True)), "cpu")
     assert not trunk.has_lm_head and trunk.fingerprint == tiny.fingerprint
-    tokens = to_tokens([Protein("a", "", "MKTAYIAKQR")], tiny.device)
+    tokens = to_tokens([Protein("a", "", "MKTAYIAKQR")], tiny)
     assert torch.equal(fair_esm_hidden(trunk, tokens), fair_esm_hidden(tiny, tokens))
     with pytest.raises(ModelError, match="trunk without a language-model head"):
-        forward.lm_logits(trunk, fair_esm_hidden(trunk, tokens))
+        trunk.logits(fair_esm_hidden(trunk, tokens))
 
 
 def test_the_fingerprint_tells_models_apart(
@@ -275,5 +276,5 @@ def test_unknown_names_and_devices() -> None:
 def test_random_weights_are_flagged() -> None:
     model = load_model("random:t6_8M", "cpu")
     assert model.is_random and "never for accuracy" in model.note
-    hidden = fair_esm_hidden(model, to_tokens([Protein("a", "", "MKTAYIAKQR")], model.device))
+    hidden = fair_esm_hidden(model, to_tokens([Protein("a", "", "MKTAYIAKQR")], model))
     assert hidden.isfinite().all() and hidden.std() > 0.1

@@ -13,7 +13,8 @@ from turboesm_cli.engine import memory_plan
 from turboesm_cli.errors import InputError
 from turboesm_cli.evaluation import metrics
 from turboesm_cli.evaluation.streaming import RunningAgreement, RunningDivergence, Spread
-from turboesm_cli.models.esm2 import EsmModel, parameter_count
+from turboesm_cli.models.esm2 import EsmModel
+from turboesm_cli.models.families import parameter_count
 
 
 @pytest.mark.parametrize("kind", memory_plan.KINDS)

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from turboesm_cli.app import app
 from turboesm_cli.models import forward
-from turboesm_cli.models.esm2 import load_model
+from turboesm_cli.models.loading import load_model
 from turboesm_cli.sequences.fasta import Protein
 from turboesm_cli.statistics.batching import to_tokens
 
@@ -88,7 +88,7 @@ def test_a_model_that_copies_predicts_nothing(copying: Path, fasta: Path, tmp_pa
     model = load_model(str(copying), "cpu")
     tokens = to_tokens([Protein("r", "", random_sequences()[0])], model.device)
     with torch.no_grad():
-        seen = forward.lm_logits(model, forward.teacher_forced(model, tokens, [0], None))[0, 1:-1]
+        seen = model.logits(forward.teacher_forced(model, tokens, [0], None))[0, 1:-1]
     assert seen.argmax(-1).eq(tokens[0, 1:-1]).all()  # the head at a residue that was fed
     bundle = calibrated(copying, tmp_path)
     figures = residue_figures(["decode", str(bundle), str(fasta), "--model", str(copying), "--json"])

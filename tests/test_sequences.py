@@ -25,8 +25,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from turboesm_cli.errors import InputError
-from turboesm_cli.models import alphabet as tokens
-from turboesm_cli.models.alphabet import detokenize, tokenize
+from turboesm_cli.models.esm2_alphabet import ESM2_ALPHABET
 from turboesm_cli.sequences import fasta, sources
 from turboesm_cli.sequences.fasta import (
     LongPolicy,
@@ -164,7 +163,7 @@ REJECTED = {
     "two symbols": (">bad\nMKW\nMK!W\nM?\n", "unknown letter '!' at line 5, column 3"),
     "symbol after a mask": (">bad\n<mask>K\u00e9\n", "unknown letter '\u00e9' at line 4, column 8"),
     "arrow within a line": (">bad\nMKW> next\n", "unknown letter '>' at line 4, column 4"),
-    "upper-case mask": (">bad\nM<MASK>\n", "unknown letter '<' at line 4, column 2"),
+    "upper-case mask": (">bad\nM<ESM2_ALPHABET.mask>\n", "unknown letter '<' at line 4, column 2"),
     "far column": (">bad\n" + "M" * 200_000 + "!\n", "unknown letter '!' at line 4, column 200001"),
     "stop inside a line": (">bad\nMK*W\n", "stop '*' inside the sequence at line 4, column 3"),
     "stop inside the record": (">bad\nMK*\nW\n", "stop '*' inside the sequence at line 4, column 3"),
@@ -503,7 +502,7 @@ def check_proteins(data: bytes, **policy: Any) -> None:
     assert len({protein.accession for protein in proteins}) == len(proteins)
     for protein in proteins:
         assert not set(protein.sequence.replace("<mask>", "")) - set(RESIDUES)
-        assert 1 <= protein.residues == len(tokenize(protein.sequence)) - 2
+        assert 1 <= protein.residues == len(ESM2_ALPHABET.tokenize(protein.sequence)) - 2
         assert protein.residues <= policy.get("max_residues", fasta.MAX_RESIDUES)
 
 
@@ -520,33 +519,34 @@ def alphabet() -> Any:
 
 
 def test_vocabulary_is_that_of_fair_esm(alphabet: Any) -> None:
-    assert list(tokens.VOCABULARY) == alphabet.all_toks
+    own = ESM2_ALPHABET
+    assert list(own.vocabulary) == alphabet.all_toks
     ids = (alphabet.cls_idx, alphabet.padding_idx, alphabet.eos_idx, alphabet.unk_idx, alphabet.mask_idx)
-    assert ids == (tokens.CLS, tokens.PAD, tokens.EOS, tokens.UNK, tokens.MASK)
+    assert ids == (own.start, own.padding, own.end, own.vocabulary.index("<unk>"), own.mask)
 
 
 @given(sequence=st.lists(st.sampled_from([*RESIDUES, "-", ".", "<mask>"]), max_size=60).map("".join))
 @settings(deadline=None)
 def test_tokens_are_those_of_fair_esm(alphabet: Any, sequence: str) -> None:
     _, _, expected = alphabet.get_batch_converter()([("a", sequence)])
-    assert tokenize(sequence) == expected[0].tolist()
+    assert ESM2_ALPHABET.tokenize(sequence) == expected[0].tolist()
 
 
 def test_known_tokens() -> None:
-    assert tokenize("MK<mask>X") == [0, 20, 15, 32, 24, 2]
-    assert detokenize([0, 20, 15, 32, 24, 2, 1, 1]) == "MK<mask>X"
-    assert tokenize("") == [0, 2]
+    assert ESM2_ALPHABET.tokenize("MK<mask>X") == [0, 20, 15, 32, 24, 2]
+    assert ESM2_ALPHABET.detokenize([0, 20, 15, 32, 24, 2, 1, 1]) == "MK<mask>X"
+    assert ESM2_ALPHABET.tokenize("") == [0, 2]
 
 
 @given(st.lists(st.integers(3, 32)))
 def test_detokenize_is_the_inverse(residues: list[int]) -> None:
-    assert tokenize(detokenize([0, *residues, 2, 1])) == [0, *residues, 2]
+    assert ESM2_ALPHABET.tokenize(ESM2_ALPHABET.detokenize([0, *residues, 2, 1])) == [0, *residues, 2]
 
 
 @pytest.mark.parametrize("sequence", ["MJK", "mk", "M<mask", "M<cls>", "M K", "M\n"])
 def test_what_is_no_token_is_refused(sequence: str) -> None:
     with pytest.raises(InputError, match="is no token of ESM-2"):
-        tokenize(sequence)
+        ESM2_ALPHABET.tokenize(sequence)
 
 
 def test_digest_is_of_the_multiset_of_sequences() -> None:

@@ -24,7 +24,7 @@ from turboesm_cli.cache.inventory import facts_of, tables_of
 from turboesm_cli.cache.packed import PackedCodec
 from turboesm_cli.codec.bundle import read_bundle
 from turboesm_cli.errors import TurboESMError
-from turboesm_cli.models.alphabet import tokenize
+from turboesm_cli.models.esm2_alphabet import ESM2_ALPHABET
 from turboesm_cli.sequences.fasta import LongPolicy, ReadPolicy, ReadReport, read_fasta
 from turboesm_cli.sequences.lookalikes import is_nucleotides, no_protein, no_residues
 
@@ -58,7 +58,7 @@ def fasta(data: bytes) -> None:
     assert len({protein.accession for protein in proteins}) == len(proteins)
     assert not (policy.strict and (report.mended or report.rejects))
     for protein in proteins:
-        assert 1 <= protein.residues == len(tokenize(protein.sequence)) - 2 <= policy.max_residues
+        assert 1 <= protein.residues == len(ESM2_ALPHABET.tokenize(protein.sequence)) - 2 <= policy.max_residues
         assert f"{protein.accession}{protein.description}".isprintable()
         assert not no_protein(protein.accession) and "." not in protein.sequence
         if protein.residues < policy.max_residues:  # not a part

@@ -26,7 +26,7 @@ from torch import Tensor
 from turboesm_cli.cache.packed import bytes_per_sequence, check_tensors
 from turboesm_cli.codec.bundle import Bundle
 from turboesm_cli.errors import BundleError, InputError
-from turboesm_cli.models.alphabet import tokenize
+from turboesm_cli.models.families import alphabet_of
 from turboesm_cli.outputs.archive import (
     CHUNK,
     MANIFEST,
@@ -178,6 +178,7 @@ class Packfile:
 
     def __init__(self, path: Path, bundle: Bundle | None = None, bundle_sha256: str = "") -> None:
         self._path, self._spec = path, bundle.spec if bundle else None
+        self._alphabet = bundle.alphabet if bundle else alphabet_of()
         self.archive = Archive(path, KIND, VERSION)
         try:
             if bundle and self.archive.manifest.get("bundle_sha256") != bundle_sha256:
@@ -229,7 +230,7 @@ class Packfile:
         check_storable(item["accession"], sequence)
         if type(cached) is not int or type(nbytes) is not int or nbytes < 0:
             raise ValueError("a count is of the wrong type")
-        tokenize(sequence)
+        self._alphabet.tokenize(sequence)
         protein = Protein(item["accession"], "", sequence, source=str(self._path))
         if not 0 < cached <= protein.residues + 1:
             raise ValueError(f"{cached} tokens cached of {protein.residues + 2}")
@@ -239,7 +240,7 @@ class Packfile:
         tensors = read()
         try:
             if self._spec is not None:
-                check_tensors(self._spec, tensors, cached)
+                check_tensors(self._spec, self._alphabet, tensors, cached)
         except (ValueError, RuntimeError) as error:
             raise self.archive.broken(str(error)) from error
         return tensors

@@ -14,7 +14,7 @@ from turboesm_kernels.reference import Rope
 
 from turboesm_cli.cache.formats import Format
 from turboesm_cli.cache.ragged import Ragged
-from turboesm_cli.models.esm2 import EsmModel
+from turboesm_cli.models.protocol import Model
 
 FASTEST = [
     SDPBackend.CUDNN_ATTENTION,
@@ -34,7 +34,7 @@ class DenseCache(Ragged):
     `is_full` promises that all sequences hold `capacity` tokens when they attend: then a GPU needs no mask.
     """
 
-    def __init__(self, model: EsmModel, batch: int, capacity: int, form: Format) -> None:
+    def __init__(self, model: Model, batch: int, capacity: int, form: Format) -> None:
         super().__init__(batch, capacity, model.device)
         self.form = form
         self.is_full = False

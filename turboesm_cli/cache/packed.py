@@ -24,8 +24,8 @@ from turboesm_cli.cache.ragged import Ragged
 from turboesm_cli.codec.fit import CodecSpec, LayerSpec
 from turboesm_cli.errors import DeviceError
 from turboesm_cli.models import forward
-from turboesm_cli.models.alphabet import VOCABULARY
-from turboesm_cli.models.esm2 import EsmModel
+from turboesm_cli.models.alphabet import Alphabet
+from turboesm_cli.models.protocol import Model
 
 SINK_DTYPE = torch.float16
 ALIGNMENT = 16
@@ -59,7 +59,7 @@ class PackedCache(Ragged):
     """
 
     def __init__(
-        self, model: EsmModel, spec: CodecSpec, batch: int, capacity: int, backend: dispatch.Backend | None = None
+        self, model: Model, spec: CodecSpec, batch: int, capacity: int, backend: dispatch.Backend | None = None
     ) -> None:
         super().__init__(batch, capacity, model.device)
         self._codec = _prepare(model, spec)
@@ -111,7 +111,7 @@ class PackedCache(Ragged):
 
         Raises ValueError where they are not such a cache's.
         """
-        check_tensors(self._codec.spec, tensors, length, self.batch)
+        check_tensors(self._codec.spec, self._codec.model.alphabet, tensors, length, self.batch)
         own = self.tensors
         for name, tensor in tensors.items():
             _leading_tokens(own[name], tensor).copy_(tensor)
@@ -177,14 +177,16 @@ class PackedCache(Ragged):
         )  # fmt: skip
 
     def _from_tokens(self, tokens: Tensor, rope: Rope) -> tuple[Tensor, Tensor]:
-        keys, values = forward.token_keys_values(self._codec.model, self.unmasked)
+        keys, values = self._codec.model.first_keys_values(self.unmasked)
         index = tokens[:, None, :, None].expand(-1, keys.shape[1], -1, keys.shape[3])
         batch = len(tokens)
         keys = keys.expand(batch, -1, -1, -1).gather(2, index)
         return rope.rotate(keys), values.expand(batch, -1, -1, -1).gather(2, index)
 
 
-def check_tensors(spec: CodecSpec, tensors: Mapping[str, Tensor], length: int, batch: int = 1) -> None:
+def check_tensors(
+    spec: CodecSpec, alphabet: Alphabet, tensors: Mapping[str, Tensor], length: int, batch: int = 1
+) -> None:
     """Raise ValueError where `tensors` are not those of a `PackedCache` that is full with `length` tokens."""
     full = {"unmasked": torch.empty(batch, 1, 1, device="meta")}
     for index, layer in enumerate(spec.layers):
@@ -198,8 +200,8 @@ def check_tensors(spec: CodecSpec, tensors: Mapping[str, Tensor], length: int, b
     for name, tensor in tensors.items():
         if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
             raise ValueError(f"{name} is not finite")
-        if name.endswith(".tokens") and int(tensor.max()) >= len(VOCABULARY):
-            raise ValueError(f"{name} holds what is no token of ESM-2")
+        if name.endswith(".tokens") and int(tensor.max()) >= len(alphabet):
+            raise ValueError(f"{name} holds what is no token of {alphabet.family}")
     if not bool(((tensors["unmasked"] > 0) & (tensors["unmasked"] <= 1)).all()):
         raise ValueError("the fraction of tokens that are not masked is not in 0..1")
 
@@ -231,7 +233,7 @@ def dense_bytes_per_sequence(spec: CodecSpec, tokens: int, dtype: torch.dtype) -
 class _Prepared:
     """A model's codec, ready for the kernels; `tokens` serves the layers that are None, `pairs` a CPU."""
 
-    model: EsmModel
+    model: Model
     spec: CodecSpec
     layers: list[PreparedLayer | None]
     tokens: TokenTables
@@ -239,22 +241,22 @@ class _Prepared:
 
 
 @lru_cache(maxsize=4)
-def _prepare(model: EsmModel, spec: CodecSpec) -> _Prepared:
+def _prepare(model: Model, spec: CodecSpec) -> _Prepared:
     spec = on_device(spec, model.device)
     layers = [None if layer is None else PreparedLayer.of(layer.k, layer.v) for layer in spec.layers]
     on_cpu = model.device.type == "cpu"
     if model.device.type == "cuda":
         _check_kernels(model, spec.recipe.sinks, [layer for layer in layers if layer is not None])
     pairs = [cpu_lookup.Pair.of(layer.k, layer.v) if layer and on_cpu else None for layer in layers]
-    return _Prepared(model, spec, layers, forward.token_tables(model), pairs)
+    return _Prepared(model, spec, layers, model.first_layer_tables(), pairs)
 
 
-def _check_kernels(model: EsmModel, sinks: int, layers: list[PreparedLayer]) -> None:
+def _check_kernels(model: Model, sinks: int, layers: list[PreparedLayer]) -> None:
     """Raise DeviceError where a kernel is wrong on this device; make what the kernels need of the codec."""
     for layer in layers:
         layer.k.ready()
         layer.v.ready()
-    dtype = next(model.net.parameters()).dtype
+    dtype = model.dtype
     problem = verify.problem(layers, dtype, sinks) if has_triton() else None
     if problem:
         raise DeviceError(f"{model.device}: {problem}; install another version of Triton, or use --device cpu")

@@ -24,7 +24,9 @@ from turboesm_kernels.reference import Side, SideSpec, table_size, table_slice
 from turboesm_cli.codec.fit import CodecSpec, LayerSpec
 from turboesm_cli.codec.recipes import Recipe
 from turboesm_cli.errors import BundleError, InputError, ModelError
-from turboesm_cli.models.esm2 import EsmModel
+from turboesm_cli.models.alphabet import Alphabet
+from turboesm_cli.models.families import alphabet_of
+from turboesm_cli.models.protocol import Model
 from turboesm_cli.models.shapes import Shape, check_shape
 from turboesm_cli.outputs.archive import Archive, new_archive, printable, to_bytes
 from turboesm_cli.sequences.fasta import Protein
@@ -57,7 +59,12 @@ class Bundle:
     calibration: Calibration
     spec: CodecSpec
 
-    def check_model(self, model: EsmModel, where: Path | str) -> None:
+    @property
+    def alphabet(self) -> Alphabet:
+        """Tokens of the models that it serves."""
+        return alphabet_of()
+
+    def check_model(self, model: Model, where: Path | str) -> None:
         """Raise BundleError, naming both models, where this bundle was made for another one."""
         if model.fingerprint != self.fingerprint:
             raise BundleError(

@@ -8,7 +8,7 @@ from turboesm_cli.codec.bundle import Bundle, Calibration, check_storable, seque
 from turboesm_cli.codec.fit import fit
 from turboesm_cli.codec.recipes import Recipe
 from turboesm_cli.console import Tick
-from turboesm_cli.models.esm2 import EsmModel
+from turboesm_cli.models.protocol import Model
 from turboesm_cli.outputs.work import NOTHING_KEPT, Work
 from turboesm_cli.sequences.fasta import Protein, digest
 from turboesm_cli.statistics.accumulators import Statistics
@@ -16,7 +16,7 @@ from turboesm_cli.statistics.collect import collect
 
 
 def calibrate(
-    model: EsmModel,
+    model: Model,
     proteins: Sequence[Protein],
     recipe: Recipe,
     tick: Tick | None = None,
@@ -27,7 +27,7 @@ def calibrate(
     return bundle_of(model, proteins, collect(model, proteins, tick=tick, work=work), recipe)
 
 
-def bundle_of(model: EsmModel, proteins: Sequence[Protein], statistics: Statistics, recipe: Recipe) -> Bundle:
+def bundle_of(model: Model, proteins: Sequence[Protein], statistics: Statistics, recipe: Recipe) -> Bundle:
     """The bundle of statistics that were collected over `proteins`."""
     return Bundle(
         model.name,

@@ -19,7 +19,7 @@ from turboesm_cli.codec.moments import Moments, layer_moments
 from turboesm_cli.codec.recipes import Allocation, Recipe
 from turboesm_cli.codec.sides import basis_of, fit_side, side_bytes
 from turboesm_cli.errors import InputError
-from turboesm_cli.models.esm2 import EsmModel
+from turboesm_cli.models.protocol import Model
 from turboesm_cli.statistics.accumulators import Statistics
 from turboesm_cli.statistics.sensitivity import SIDES
 
@@ -56,7 +56,7 @@ def without_residual(side: SideSpec) -> SideSpec:
     return replace(side, levels=levels)
 
 
-def fit(model: EsmModel, statistics: Statistics, recipe: Recipe) -> CodecSpec:
+def fit(model: Model, statistics: Statistics, recipe: Recipe) -> CodecSpec:
     """The codec that `recipe` makes of a model's statistics.
 
     Raises InputError where there are too few tokens, or where parts of the recipe exclude each other.
@@ -79,7 +79,7 @@ def fit(model: EsmModel, statistics: Statistics, recipe: Recipe) -> CodecSpec:
     return CodecSpec(recipe, tuple(layers), model.shape.heads, model.shape.head_dim, tuple(choices))
 
 
-def _check(model: EsmModel, statistics: Statistics, recipe: Recipe) -> None:
+def _check(model: Model, statistics: Statistics, recipe: Recipe) -> None:
     needed = 16 * model.shape.head_dim
     if statistics.tokens < needed:
         raise InputError(
@@ -93,12 +93,12 @@ def _check(model: EsmModel, statistics: Statistics, recipe: Recipe) -> None:
         raise InputError(f"residual 'qjl' needs a head_dim that is a multiple of 8, not {model.shape.head_dim}")
 
 
-def _coded(model: EsmModel, recipe: Recipe) -> range:
+def _coded(model: Model, recipe: Recipe) -> range:
     """The layers whose keys and values are coded."""
     return range(int(recipe.exact_first), model.shape.layers)
 
 
-def _sizes(model: EsmModel, statistics: Statistics, recipe: Recipe) -> list[tuple[int, int]]:
+def _sizes(model: Model, statistics: Statistics, recipe: Recipe) -> list[tuple[int, int]]:
     """Bytes of a vector of keys and of values, for each coded layer."""
     coded, head_dim = _coded(model, recipe), model.shape.head_dim
     if recipe.budget == "side":
@@ -142,7 +142,7 @@ def _candidates(side: Side, moments: Moments, nbytes: int, recipe: Recipe) -> di
     return found
 
 
-def _predict(model: EsmModel, statistics: Statistics, index: int, spec: SideSpec, recipe: Recipe) -> float:
+def _predict(model: Model, statistics: Statistics, index: int, spec: SideSpec, recipe: Recipe) -> float:
     """What a code is expected to add to the mean 1 - cosine: E[e^T S e] over tokens held back, S sensitivity."""
     held = statistics.held
     body = held.positions >= recipe.sinks

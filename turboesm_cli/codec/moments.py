@@ -9,7 +9,7 @@ from torch import Tensor
 from turboesm_kernels.reference import Rope, Side
 
 from turboesm_cli.codec.recipes import Recipe
-from turboesm_cli.models.esm2 import EsmModel
+from turboesm_cli.models.protocol import Model
 from turboesm_cli.statistics.accumulators import FIRST, REST, LayerSums, Statistics
 
 
@@ -26,7 +26,7 @@ class Moments:
     sample: Tensor
 
 
-def layer_moments(model: EsmModel, statistics: Statistics, index: int, recipe: Recipe) -> dict[Side, Moments]:
+def layer_moments(model: Model, statistics: Statistics, index: int, recipe: Recipe) -> dict[Side, Moments]:
     """Moments of layer `index` over the tokens that `recipe` codes (sinks are not)."""
     sums = statistics.layers[index].over([REST] if recipe.sinks else [FIRST, REST])
     body = statistics.sample.positions >= recipe.sinks
@@ -60,7 +60,7 @@ def _value_moments(sums: LayerSums, recipe: Recipe) -> tuple[Tensor, Tensor]:
 
 
 def _metrics(
-    model: EsmModel, statistics: Statistics, sums: LayerSums, index: int, recipe: Recipe
+    model: Model, statistics: Statistics, sums: LayerSums, index: int, recipe: Recipe
 ) -> tuple[Tensor, Tensor]:
     """What an error costs: float64 [H, d, d] of keys and of values."""
     if recipe.metric == "sensitivity":
@@ -71,8 +71,8 @@ def _metrics(
     return same, same
 
 
-def _output_gram(model: EsmModel, index: int) -> Tensor:
+def _output_gram(model: Model, index: int) -> Tensor:
     """W^T W [H, d, d] of the output projection's columns of each head: what an error in v does to the layer."""
-    weight = model.net.layers[index].self_attn.out_proj.weight.double().cpu()
+    weight = model.output_weight(index).double().cpu()
     columns = weight.unflatten(1, (model.shape.heads, -1)).movedim(1, 0)
     return columns.mT @ columns

@@ -18,7 +18,7 @@ from turboesm_cli.sequences.records import RECORD_CAP
 if TYPE_CHECKING:
     from turboesm_cli.codec.recipes import Recipe
     from turboesm_cli.evaluation.accuracy import Entry
-    from turboesm_cli.models.esm2 import EsmModel
+    from turboesm_cli.models.protocol import Model
     from turboesm_cli.outputs.work import Work
     from turboesm_cli.reporting.results import ResultRow
     from turboesm_cli.sequences.fasta import Protein
@@ -83,7 +83,7 @@ def bench(
     dtype: options.Dtype = "fp32",
     allow_seen: Annotated[bool, typer.Option(help="Flag, do not refuse, proteins seen in calibration.")] = False,
     rejects: options.Rejects = None,
-    model: options.Model = None,
+    model: options.ModelName = None,
     device: options.Device = "auto",
     json: options.Json = False,
     force: options.Force = False,
@@ -212,7 +212,7 @@ def _calibration(reading: Reading, path: Path | None) -> list[Protein]:
 
 
 def _entries(
-    model: EsmModel, recipes: str, bundles: list[Path] | None, proteins: list[Protein], work: Work
+    model: Model, recipes: str, bundles: list[Path] | None, proteins: list[Protein], work: Work
 ) -> list[Entry]:
     from turboesm_cli.codec.bundle import read_bundle
     from turboesm_cli.evaluation.accuracy import Entry, calibrated
@@ -269,7 +269,7 @@ def _check_seen(entries: list[Entry], sets: dict[str, list[Protein]], allow: boo
 
 
 def _measure(
-    model: EsmModel, entries: list[Entry], sets: dict[str, list[Protein]], formats: list[str], work: Work
+    model: Model, entries: list[Entry], sets: dict[str, list[Protein]], formats: list[str], work: Work
 ) -> tuple[list[ResultRow], list[Shown]]:
     from turboesm_cli.evaluation import accuracy
     from turboesm_cli.evaluation.rows import bench_tables
@@ -286,7 +286,7 @@ def _measure(
 
 
 def _ablate(
-    model: EsmModel, proteins: list[Protein], sets: dict[str, list[Protein]], work: Work
+    model: Model, proteins: list[Protein], sets: dict[str, list[Protein]], work: Work
 ) -> tuple[list[ResultRow], list[Shown]]:
     from turboesm_cli.evaluation.ablation import SUBSETS, ablate, ablation_table, variants
 

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from turboesm_cli.engine.memory_plan import Plan
     from turboesm_cli.engine.workload import Workload
     from turboesm_cli.evaluation.rows import Summary
-    from turboesm_cli.models.esm2 import EsmModel
+    from turboesm_cli.models.protocol import Model
     from turboesm_cli.models.sampling import Sampling
     from turboesm_cli.outputs.work import Tensors, Work
     from turboesm_cli.reporting.results import ResultRow
@@ -67,7 +67,7 @@ def decode(
     plan: Annotated[
         bool, typer.Option("--plan", help="Say what memory it would take and the largest batch that fits; stop.")
     ] = False,
-    model: options.Model = None,
+    model: options.ModelName = None,
     dtype: options.Dtype = "fp32",
     max_proteins: options.MaxProteins = None,
     strict: options.Strict = False,
@@ -107,7 +107,7 @@ def decode(
     with ExitStack() as stack:
         reading = Reading(strict, long, max_proteins, rejects)
         work = _workload(stack, sha256, codec, source, prompt, kv, reading)
-        _check_generated(work, generate)
+        _check_generated(codec, work, generate)
         plans = _plans(codec, work, generate, device, dtype)
         if plan:
             _show_plans(plans, json)
@@ -156,9 +156,9 @@ def _workload(
     return work
 
 
-def _check_generated(work: Workload, generate: int) -> None:
+def _check_generated(bundle: Bundle, work: Workload, generate: int) -> None:
     """What is sampled has to be readable as FASTA. Raises InputError where it would be too long."""
-    longest = work.longest - 2 + generate
+    longest = work.longest - bundle.alphabet.control + generate
     if generate and longest > RECORD_CAP:
         raise InputError(f"--generate {generate}: up to {longest:,} residues, over {RECORD_CAP:,}; sample fewer")
     if generate and longest > MAX_RESIDUES:
@@ -172,7 +172,7 @@ def _plans(bundle: Bundle, work: Workload, generate: int, device: str, dtype: op
     """What each kind of cache would take for this work."""
     from turboesm_cli.cache.formats import FORMATS
     from turboesm_cli.engine.memory_plan import device_memory, plans
-    from turboesm_cli.models.esm2 import pick_device
+    from turboesm_cli.models.loading import pick_device
 
     weights = FORMATS[dtype].dtype
     context = work.longest + generate
@@ -193,7 +193,7 @@ def _show_plans(plans: list[Plan], as_json: bool) -> None:
     console.print_table(title, COLUMNS, [item.cells() for item in plans])
 
 
-def _slots(wanted: int | None, plan: Plan, work: Workload, model: EsmModel) -> int:
+def _slots(wanted: int | None, plan: Plan, work: Workload, model: Model) -> int:
     """How many proteins to decode at once.
 
     A CPU takes one at a time: its matrix products round otherwise in batches of another size, and results are
@@ -209,7 +209,7 @@ class _Run:
     """All that decoding needs."""
 
     bundle: Bundle
-    model: EsmModel
+    model: Model
     work: Workload
     saved: Work
     kv: KV
@@ -277,7 +277,7 @@ def _compared(run: _Run, summary: Summary) -> Iterator[ResultRow]:
         batch = run.batch(lambda slots: Forced.of(run.model, slots, run.work.longest, predict), tick)
         for index, (prompt, held) in enumerate(decoded(batch, run.work.prompts, finish, run.saved)):
             if run.saved.resumed(str(index)):
-                tick(prompt.protein.residues + 2 - prompt.cached, again=True)
+                tick(prompt.length - prompt.cached, again=True)
             result, drift = from_tensors(held, [prompt.protein] * 2)
             yield from summary.add(result, drift)
     yield from summary.rows()
@@ -307,7 +307,6 @@ def _sampled(run: _Run, count: int, sampling: Sampling, seed: int) -> Iterator[P
     """Prompts with `count` sampled residues, in the order of the input."""
     from turboesm_cli.engine.jobs import run as decoded
     from turboesm_cli.engine.tasks import Sampled
-    from turboesm_cli.models.alphabet import detokenize
 
     def finish(_prompt: Prompt, found: Tensors) -> Tensors:
         return {"ids": found["ids"].cpu()}
@@ -318,6 +317,6 @@ def _sampled(run: _Run, count: int, sampling: Sampling, seed: int) -> Iterator[P
         for index, (prompt, held) in enumerate(results):
             if run.saved.resumed(str(index)):
                 tick(count, again=True)
-            residues = detokenize(held["ids"].tolist())
+            residues = run.model.alphabet.detokenize(held["ids"].tolist())
             note = f"prompt={prompt.cached - 1} sampled={count} seed={seed + index} kv={run.kv}"
             yield Protein(prompt.protein.accession, note, prompt.text + residues)

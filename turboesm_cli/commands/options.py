@@ -17,10 +17,10 @@ from turboesm_cli.sequences.fasta import LongPolicy
 
 if TYPE_CHECKING:
     from turboesm_cli.codec.bundle import Bundle
-    from turboesm_cli.models.esm2 import EsmModel
+    from turboesm_cli.models.protocol import Model
     from turboesm_cli.outputs.work import SavedWork
 
-Model = Annotated[
+ModelName = Annotated[
     str | None,
     typer.Option(
         "--model",
@@ -66,13 +66,13 @@ DtypeName = Literal["fp32", "bf16", "fp16"]
 Dtype = Annotated[DtypeName, typer.Option("--dtype", help="Of the model's weights.")]
 
 
-def open_model(name: str | None, device: str, bundle: Bundle | None = None, dtype: DtypeName = "fp32") -> EsmModel:
+def open_model(name: str | None, device: str, bundle: Bundle | None = None, dtype: DtypeName = "fp32") -> Model:
     """Load the model of --model or $TURBOESM_MODEL, else the bundle's if it is official, else the embedded one."""
     import torch
 
     from turboesm_cli.cache.formats import FORMATS
     from turboesm_cli.models.checkpoints import EMBEDDED
-    from turboesm_cli.models.esm2 import load_model
+    from turboesm_cli.models.loading import load_model
     from turboesm_cli.models.shapes import official_name
 
     default = bundle.model_name if bundle and official_name(bundle.model_name) else EMBEDDED
@@ -127,7 +127,7 @@ class Kept:
         console.files.append(self._path)
 
 
-def run_of(command: str, model: EsmModel, proteins: str, **options: object) -> dict[str, str]:
+def run_of(command: str, model: Model, proteins: str, **options: object) -> dict[str, str]:
     """All that an output follows from, by name: command, model, device, a digest of proteins, and `options`."""
     import torch
 

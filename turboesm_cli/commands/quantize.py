@@ -29,7 +29,7 @@ def quantize(
     prompt: Annotated[
         str, typer.Option(help="How much of each protein to cache: all, a fraction (0.5) or residues (40).")
     ] = "all",
-    model: options.Model = None,
+    model: options.ModelName = None,
     max_proteins: options.MaxProteins = None,
     strict: options.Strict = False,
     long: options.Long = LongPolicy.ERROR,

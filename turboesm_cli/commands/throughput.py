@@ -14,7 +14,7 @@ from turboesm_cli.errors import InputError
 if TYPE_CHECKING:
     from turboesm_cli.codec.fit import CodecSpec
     from turboesm_cli.evaluation.throughput import Kind, Load, Throughput
-    from turboesm_cli.models.esm2 import EsmModel
+    from turboesm_cli.models.protocol import Model
     from turboesm_cli.models.shapes import Shape
 
 CALIBRATION_PROTEINS = 8
@@ -45,7 +45,7 @@ def bench_throughput(wanted: Wanted) -> None:
     from turboesm_cli.engine.memory_plan import device_memory, parse_memory
     from turboesm_cli.evaluation.crossover import crossovers, rows
     from turboesm_cli.evaluation.throughput import Load
-    from turboesm_cli.models.esm2 import pick_device
+    from turboesm_cli.models.loading import pick_device
     from turboesm_cli.reporting.results import to_records, write_csv
 
     loads = [Load(batch, context) for context in _numbers(wanted.contexts) for batch in _numbers(wanted.batches)]
@@ -75,7 +75,7 @@ def bench_throughput(wanted: Wanted) -> None:
 
 
 def _measure(
-    wanted: Wanted, model: EsmModel, kinds: list[Kind], loads: list[Load], free: int, budget: int | None
+    wanted: Wanted, model: Model, kinds: list[Kind], loads: list[Load], free: int, budget: int | None
 ) -> tuple[list[Throughput], list[Throughput]]:
     from turboesm_cli.evaluation.throughput import sweep
 
@@ -101,10 +101,11 @@ def _measure(
     return found, largest
 
 
-def _show(model: EsmModel, found: list[Throughput], largest: list[Throughput]) -> None:
+def _show(model: Model, found: list[Throughput], largest: list[Throughput]) -> None:
     from turboesm_cli.evaluation.crossover import COLUMNS, cells
+    from turboesm_cli.evaluation.rows import dtype_name
 
-    title = f"{model.name}, {model.dtype_name} weights: decoding with each kind of cache"
+    title = f"{model.name}, {dtype_name(model.dtype)} weights: decoding with each kind of cache"
     if found:
         console.print_table(title, COLUMNS, [cells(item, found) for item in found])
     if largest:
@@ -131,7 +132,7 @@ def _show_plans(wanted: Wanted, shape: Shape, spec: CodecSpec, loads: list[Load]
         console.print_table(f"Memory, of {memory / 2**30:.1f} GiB", [COLUMNS[0], "context", *COLUMNS[1:]], lines)
 
 
-def _largest(wanted: Wanted, model: EsmModel, kind: Kind, context: int, memory: int) -> Throughput | None:
+def _largest(wanted: Wanted, model: Model, kind: Kind, context: int, memory: int) -> Throughput | None:
     from turboesm_cli.cache.formats import FORMATS
     from turboesm_cli.engine.memory_plan import plans
     from turboesm_cli.evaluation.throughput import largest_batch
@@ -141,7 +142,7 @@ def _largest(wanted: Wanted, model: EsmModel, kind: Kind, context: int, memory: 
     return largest_batch(model, kind, context, memory, planned) if planned else None
 
 
-def _model_and_codecs(wanted: Wanted) -> tuple[EsmModel, list[CodecSpec]]:
+def _model_and_codecs(wanted: Wanted) -> tuple[Model, list[CodecSpec]]:
     """The model in its dtype, and the codecs of --bundle or --recipes, calibrated in float32."""
     from turboesm_cli.cache.formats import FORMATS
     from turboesm_cli.codec.bundle import read_bundle

@@ -20,8 +20,7 @@ from turboesm_kernels.available import has_triton
 from turboesm_cli.cache.dense import DenseCache
 from turboesm_cli.cache.packed import PackedCache
 from turboesm_cli.models import forward
-from turboesm_cli.models.alphabet import PAD
-from turboesm_cli.models.esm2 import EsmModel
+from turboesm_cli.models.protocol import Model
 from turboesm_cli.outputs.work import Tensors
 
 PREFILL_TOKENS = 16384
@@ -68,7 +67,7 @@ TaskT = TypeVar("TaskT", bound=Task)
 class Stepper:
     """A cache's slots, decoded together."""
 
-    def __init__(self, model: EsmModel, cache: AnyCache) -> None:
+    def __init__(self, model: Model, cache: AnyCache) -> None:
         self.model, self.cache = model, cache
         self._joint = (
             forward.JointProjection(model, cache.capacity)
@@ -90,7 +89,7 @@ class Stepper:
 
     def prefill(self, start: int, prompts: Sequence[Tensor]) -> Tensor:
         """Encode prompts into the slots from `start` on; final hidden states [n, P, E]."""
-        tokens = torch.nn.utils.rnn.pad_sequence(list(prompts), batch_first=True, padding_value=PAD)
+        tokens = self.model.alphabet.padded(prompts)
         rows = self.cache.rows(start, start + len(prompts))
         rows.truncate(0)
         return forward.prefill(self.model, tokens.to(self.model.device), rows, self._joint)
@@ -145,7 +144,7 @@ class Batch(Generic[TaskT]):
 
     def __init__(
         self,
-        model: EsmModel,
+        model: Model,
         new_cache: NewCache,
         new_task: Callable[[int], TaskT],
         slots: int,

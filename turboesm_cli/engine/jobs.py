@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 
-import torch
 from torch import Tensor
 
 from turboesm_cli.cache.dense import DenseCache
@@ -14,32 +13,40 @@ from turboesm_cli.cache.formats import FORMATS
 from turboesm_cli.cache.packed import PackedCache
 from turboesm_cli.codec.fit import CodecSpec
 from turboesm_cli.engine.batch import AnyCache, Batch, Job, TaskT
-from turboesm_cli.models.alphabet import detokenize
-from turboesm_cli.models.esm2 import EsmModel
+from turboesm_cli.models.alphabet import Alphabet
+from turboesm_cli.models.protocol import Model
 from turboesm_cli.outputs.work import Tensors, Work
 from turboesm_cli.sequences.fasta import Protein
-from turboesm_cli.statistics.batching import to_tokens
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """A protein, how many of its tokens are prompt, and what gives the tensors of a cache of them, or None."""
+    """A protein, how many of its tokens are prompt, and what gives the tensors of a cache of them, or None.
+
+    `alphabet` is that of the model that decodes it.
+    """
 
     protein: Protein
     cached: int
+    alphabet: Alphabet
     held: Callable[[], Mapping[str, Tensor]] | None = None
 
     @property
     def tokens(self) -> Tensor:
         """Ids int64 [T] of the whole protein."""
-        return to_tokens([self.protein], torch.device("cpu"))[0]
+        return self.alphabet.batch([self.protein.sequence])[0]
+
+    @property
+    def length(self) -> int:
+        """Tokens of the whole protein."""
+        return self.protein.residues + self.alphabet.control
 
     @property
     def text(self) -> str:
         """The residues that are prompt, as they were read where that is all."""
         if self.cached > self.protein.residues:
             return self.protein.sequence
-        return detokenize(self.tokens[: self.cached].tolist())
+        return self.alphabet.detokenize(self.tokens[: self.cached].tolist())
 
     def job(self, steps: int | None = None) -> Job:
         """Decode the rest of the protein, or `steps` tokens that are not known yet."""
@@ -49,7 +56,7 @@ class Prompt:
         return Job(prompt, steps, None, self.held)
 
 
-def new_cache(model: EsmModel, spec: CodecSpec, kv: str, slots: int, capacity: int) -> AnyCache:
+def new_cache(model: Model, spec: CodecSpec, kv: str, slots: int, capacity: int) -> AnyCache:
     """An empty cache: packed, or a kind of `FORMATS`."""
     if kv == "packed":
         return PackedCache(model, spec, slots, capacity)

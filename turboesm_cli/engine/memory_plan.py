@@ -14,7 +14,7 @@ from turboesm_cli.cache.packed import bytes_per_sequence, codec_nbytes
 from turboesm_cli.codec.fit import CodecSpec
 from turboesm_cli.engine.batch import PREFILL_TOKENS
 from turboesm_cli.errors import InputError
-from turboesm_cli.models.esm2 import parameter_count
+from turboesm_cli.models.families import parameter_count
 from turboesm_cli.models.shapes import Shape
 
 KINDS = ("fp32", "fp16", "bf16", "int8", "fp8", "packed")

@@ -12,22 +12,22 @@ from turboesm_cli.cache.packed import PackedCache
 from turboesm_cli.codec.fit import CodecSpec
 from turboesm_cli.engine.jobs import Prompt
 from turboesm_cli.models import forward
-from turboesm_cli.models.esm2 import EsmModel
+from turboesm_cli.models.protocol import Model
 from turboesm_cli.outputs.work import Tensors, Work
 from turboesm_cli.sequences.fasta import Protein
 from turboesm_cli.statistics.batching import to_tokens
 
 
 @torch.no_grad()
-def cache_protein(model: EsmModel, spec: CodecSpec, protein: Protein, cached: int, room: int = 0) -> PackedCache:
+def cache_protein(model: Model, spec: CodecSpec, protein: Protein, cached: int, room: int = 0) -> PackedCache:
     """The first `cached` tokens of a protein, prefilled into a new cache with room for `room` more."""
     cache = PackedCache(model, spec, 1, cached + room)
-    forward.prefill(model, to_tokens([protein], model.device)[:, :cached], cache)
+    forward.prefill(model, to_tokens([protein], model)[:, :cached], cache)
     return cache
 
 
 def cache_proteins(
-    model: EsmModel, spec: CodecSpec, prompts: Iterable[Prompt], work: Work
+    model: Model, spec: CodecSpec, prompts: Iterable[Prompt], work: Work
 ) -> Iterator[CachedProtein]:
     """Each protein's prompt in a cache of its own, from `work` where it is saved there."""
     for index, prompt in enumerate(prompts):
@@ -35,5 +35,5 @@ def cache_proteins(
         yield CachedProtein(prompt.protein, prompt.cached, tensors)
 
 
-def _packed(model: EsmModel, spec: CodecSpec, protein: Protein, cached: int) -> Tensors:
+def _packed(model: Model, spec: CodecSpec, protein: Protein, cached: int) -> Tensors:
     return cache_protein(model, spec, protein, cached).tensors

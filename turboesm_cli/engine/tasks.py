@@ -9,9 +9,8 @@ import torch
 from torch import Tensor
 
 from turboesm_cli.engine.batch import Job, Stepper
-from turboesm_cli.models.alphabet import MASK
-from turboesm_cli.models.esm2 import EsmModel
-from turboesm_cli.models.sampling import AMINO_ACIDS, Sampling, draw, residue_logits, sample
+from turboesm_cli.models.protocol import Model
+from turboesm_cli.models.sampling import Sampling, draw, residue_logits, sample
 from turboesm_cli.outputs.work import Tensors
 
 
@@ -29,13 +28,14 @@ class Forced:
     logits: Tensor | None = None
 
     @classmethod
-    def of(cls, model: EsmModel, slots: int, steps: int, predict: bool = False) -> Self:
+    def of(cls, model: Model, slots: int, steps: int, predict: bool = False) -> Self:
         """For jobs of at most `steps` steps; `predict` needs an LM head."""
-        tokens = torch.full((slots, steps), MASK, device=model.device)
-        weight = model.net.embed_tokens.weight
-        hidden = torch.zeros((slots, steps, weight.shape[1]), dtype=weight.dtype, device=model.device)
+        tokens = torch.full((slots, steps), model.alphabet.mask, device=model.device)
+        hidden = torch.zeros((slots, steps, model.shape.width), dtype=model.dtype, device=model.device)
         at = torch.zeros((slots, 1), dtype=torch.int64, device=model.device)
-        logits = torch.zeros((slots, steps, len(AMINO_ACIDS)), device=model.device) if predict else None
+        logits = (
+            torch.zeros((slots, steps, len(model.alphabet.residues)), device=model.device) if predict else None
+        )
         return cls(tokens, hidden, at, logits)
 
     def enter(self, slot: int, number: int, job: Job) -> None:
@@ -78,7 +78,7 @@ class Sampled:
     seed: int
 
     @classmethod
-    def of(cls, model: EsmModel, slots: int, steps: int, sampling: Sampling, seed: int) -> Sampled:
+    def of(cls, model: Model, slots: int, steps: int, sampling: Sampling, seed: int) -> Sampled:
         """For jobs of `steps` steps. Raises ModelError without an LM head."""
         model.require_lm_head("--generate")
         chances = torch.zeros((slots, steps), device=model.device)
@@ -93,7 +93,7 @@ class Sampled:
     def step(self, stepper: Stepper) -> None:
         """Sample one residue of every slot."""
         logits = _next_residue(stepper, len(self.at))
-        residues = sample(logits, self.chances.gather(1, self.at)[:, 0], self.sampling)
+        residues = sample(stepper.model.alphabet, logits, self.chances.gather(1, self.at)[:, 0], self.sampling)
         self.ids.scatter_(1, self.at, residues[:, None])
         stepper.step(residues)
         self.at.add_(1).clamp_(max=self.ids.shape[1] - 1)
@@ -105,6 +105,6 @@ class Sampled:
 
 def _next_residue(stepper: Stepper, slots: int) -> Tensor:
     """Every slot's `residue_logits` [slots, 20] at its next position; the cache is left as it was."""
-    hidden = stepper.step(torch.full((slots,), MASK, device=stepper.model.device))
+    hidden = stepper.step(torch.full((slots,), stepper.model.alphabet.mask, device=stepper.model.device))
     stepper.cache.rewind()
     return residue_logits(stepper.model, hidden)

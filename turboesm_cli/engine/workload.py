@@ -21,7 +21,7 @@ class Workload:
 
     count     proteins
     decoded   tokens that follow the prompts, all proteins together
-    longest   tokens of the longest protein, `<cls>` and `<eos>` counted
+    longest   tokens of the longest protein, control tokens counted
     known     proteins that were in the bundle's calibration set
     sha256    of names, sequences and lengths of prompts, in their order
     prompt    what of a protein is prompt, in words
@@ -44,7 +44,7 @@ def of_proteins(
     """Proteins, which are gone through more than once; `rule` says how many of a protein's tokens are prompt."""
 
     def prompts() -> Iterator[Prompt]:
-        return (Prompt(protein, rule(protein)) for protein in proteins())
+        return (Prompt(protein, rule(protein), bundle.alphabet) for protein in proteins())
 
     return _counted(prompts, bundle, prompt)
 
@@ -54,7 +54,9 @@ def of_packfile(stack: ExitStack, file: Packfile, limit: int | None, bundle: Bun
     stack.enter_context(file)
 
     def prompts() -> Iterator[Prompt]:
-        return (Prompt(stored.protein, stored.cached, stored.read) for stored in islice(file, limit))
+        return (
+            Prompt(stored.protein, stored.cached, bundle.alphabet, stored.read) for stored in islice(file, limit)
+        )
 
     return _counted(prompts, bundle, "stored")
 
@@ -63,7 +65,7 @@ def _counted(prompts: Callable[[], Iterator[Prompt]], bundle: Bundle, words: str
     count = decoded = longest = known = 0
     identity = hashlib.sha256()
     for prompt in prompts():
-        tokens = prompt.protein.residues + 2
+        tokens = prompt.length
         count, longest = count + 1, max(longest, tokens)
         decoded += tokens - prompt.cached
         identity.update(_described(prompt))

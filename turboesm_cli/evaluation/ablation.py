@@ -21,7 +21,7 @@ from turboesm_cli.evaluation import metrics
 from turboesm_cli.evaluation.protein_results import ProteinResult
 from turboesm_cli.evaluation.rows import Context
 from turboesm_cli.evaluation.teacher_forced import compare_decoding
-from turboesm_cli.models.esm2 import EsmModel
+from turboesm_cli.models.protocol import Model
 from turboesm_cli.outputs.work import NOTHING_KEPT, Work
 from turboesm_cli.reporting.results import ResultRow
 from turboesm_cli.sequences.fasta import Protein
@@ -96,7 +96,7 @@ def subsets(proteins: Sequence[Protein]) -> list[list[Protein]]:
 
 
 def ablate(
-    model: EsmModel,
+    model: Model,
     calibration: Sequence[Protein],
     families: Mapping[str, Sequence[Protein]],
     tick: Tick,
@@ -122,7 +122,7 @@ def ablate(
 
 
 def _decode(
-    model: EsmModel,
+    model: Model,
     proteins: Sequence[Protein],
     specs: Mapping[Recipe, CodecSpec],
     tick: Tick,

@@ -34,8 +34,8 @@ from turboesm_cli.evaluation import metrics, timing
 from turboesm_cli.evaluation.protein_results import ProteinResult
 from turboesm_cli.evaluation.rows import Context
 from turboesm_cli.evaluation.teacher_forced import DRIFT, compare_decoding, first_layer_cosines
-from turboesm_cli.models.esm2 import EsmModel
 from turboesm_cli.models.forward import Codec, prefill, step
+from turboesm_cli.models.protocol import Model
 from turboesm_cli.outputs.identity import code_digest
 from turboesm_cli.outputs.work import NOTHING_KEPT, Tensors, Work
 from turboesm_cli.reporting.results import ResultRow
@@ -61,7 +61,7 @@ class Entry:
 
 
 def calibrated(
-    model: EsmModel,
+    model: Model,
     proteins: Sequence[Protein],
     recipes: Mapping[str, Recipe],
     tick: Tick | None = None,
@@ -95,7 +95,7 @@ def refuse_seen(entries: Sequence[Entry], families: Families) -> None:
 
 
 def accuracy(
-    model: EsmModel,
+    model: Model,
     entries: Sequence[Entry],
     families: Families,
     tick: Tick,
@@ -124,7 +124,7 @@ def accuracy(
 
 
 def first_layer(
-    model: EsmModel, entries: Sequence[Entry], families: Families, work: Work = NOTHING_KEPT
+    model: Model, entries: Sequence[Entry], families: Families, work: Work = NOTHING_KEPT
 ) -> Iterator[ResultRow]:
     """Rows of the protocols paper (heads joined) and paper_heads (each head on its own)."""
     context = Context(model, devices=work.devices)
@@ -145,7 +145,7 @@ def first_layer(
             yield from own.accuracy(entry.spec.recipe, family, "paper_heads", heads)
 
 
-def memory(model: EsmModel, entries: Sequence[Entry], formats: Sequence[str] = ()) -> Iterator[ResultRow]:
+def memory(model: Model, entries: Sequence[Entry], formats: Sequence[str] = ()) -> Iterator[ResultRow]:
     """Rows of the protocol memory: bytes a sequence holds at some lengths, everything counted, and ratios."""
     context = Context(model)
     for tokens in MEMORY_LENGTHS:
@@ -172,7 +172,7 @@ def memory(model: EsmModel, entries: Sequence[Entry], formats: Sequence[str] = (
 
 @torch.no_grad()
 def times(
-    model: EsmModel, entries: Sequence[Entry], repeats: int = 20, work: Work = NOTHING_KEPT
+    model: Model, entries: Sequence[Entry], repeats: int = 20, work: Work = NOTHING_KEPT
 ) -> Iterator[ResultRow]:
     """Rows of the protocol time: microseconds to decode one token of one sequence after 256 cached ones."""
     context = Context(model, devices=work.devices)
@@ -214,7 +214,7 @@ def _accuracy_rows(
         yield from context.layers(recipe, family, results[name])
 
 
-def _cached_path(model: EsmModel, proteins: Sequence[Protein], recipe: Recipe) -> Path:
+def _cached_path(model: Model, proteins: Sequence[Protein], recipe: Recipe) -> Path:
     """Where the bundle is kept: named by all that it follows from, the code that makes it included."""
     identity = [__version__, code_digest(), model.fingerprint, digest(proteins), recipe.as_dict()]
     key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:32]

@@ -9,19 +9,21 @@ from turboesm_cli.evaluation import metrics
 from turboesm_cli.evaluation.protein_results import ProteinResult
 from turboesm_cli.evaluation.teacher_forced import compare_predictions
 from turboesm_cli.models import forward
-from turboesm_cli.models.esm2 import EsmModel
+from turboesm_cli.models.protocol import Model
 from turboesm_cli.models.sampling import residue_logits
 from turboesm_cli.outputs.work import Tensors
 
 
 @torch.no_grad()
-def compare(model: EsmModel, prompt: Prompt, found: Tensors) -> tuple[ProteinResult, ProteinResult]:
+def compare(model: Model, prompt: Prompt, found: Tensors) -> tuple[ProteinResult, ProteinResult]:
     """What `tasks.Forced` gave after a prompt: against an fp32 cache, and (drift) fp32 against ESM-2."""
     tokens, cached = prompt.tokens[None].to(model.device), prompt.cached
     predictions = None
     if "logits" in found:
         exact, masked = (x[0, cached:] for x in forward.teacher_forced_with_masks(model, tokens, [cached], None))
-        predictions = compare_predictions(tokens[0, cached:], residue_logits(model, masked), found["logits"])
+        predictions = compare_predictions(
+            model, tokens[0, cached:], residue_logits(model, masked), found["logits"]
+        )
     else:
         exact = forward.teacher_forced(model, tokens, [cached], None)[0, cached:]
     encoded = forward.encode(model, tokens)[0, cached:]

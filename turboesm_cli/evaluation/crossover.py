@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from turboesm_cli.evaluation import timing
 from turboesm_cli.evaluation.rows import Context
 from turboesm_cli.evaluation.throughput import Kind, Throughput
-from turboesm_cli.models.esm2 import EsmModel
+from turboesm_cli.models.protocol import Model
 from turboesm_cli.reporting.results import ResultRow
 
 PEER = "fp16"
@@ -81,7 +81,7 @@ def _peer(item: Throughput, found: Sequence[Throughput]) -> Throughput | None:
     return next((other for other in found if other.kind.form == PEER and other.load == item.load), None)
 
 
-def rows(model: EsmModel, found: Sequence[Throughput], largest: Sequence[Throughput]) -> list[ResultRow]:
+def rows(model: Model, found: Sequence[Throughput], largest: Sequence[Throughput]) -> list[ResultRow]:
     """Results as rows; ratios are against fp16 under the same load."""
     context = Context(model)
 

@@ -14,7 +14,7 @@ from turboesm_cli.codec.recipes import Recipe
 from turboesm_cli.evaluation import metrics
 from turboesm_cli.evaluation.protein_results import ProteinResult
 from turboesm_cli.evaluation.streaming import RunningAgreement, RunningDivergence
-from turboesm_cli.models.esm2 import EsmModel
+from turboesm_cli.models.protocol import Model
 from turboesm_cli.reporting.results import ResultRow, commit_of_source
 from turboesm_cli.sequences.fasta import Protein, digest
 
@@ -26,7 +26,7 @@ class Context:
     devices  those that it was done on, where they are more than the model's
     """
 
-    model: EsmModel
+    model: Model
     seed: int = 0
     inputs: str = ""
     prompt: str = ""
@@ -44,8 +44,8 @@ class Context:
         name, bits_k, bits_v = _identity(recipe)
         return ResultRow(
             self.model.name, name, bits_k, bits_v, family, protocol, metric, value, unit, n,
-            self.devices or device_name(self.model.device), self.model.dtype_name, self.seed, __version__,
-            commit_of_source(),
+            self.devices or device_name(self.model.device), dtype_name(self.model.dtype), self.seed,
+            __version__, commit_of_source(),
             accession=accession, tokens=tokens, p20=p20, p80=p80, torch=torch.__version__,
             date=datetime.date.today().isoformat(), inputs=self.inputs, prompt=self.prompt,
         )  # fmt: skip
@@ -108,6 +108,11 @@ class Context:
                 accession = result.protein.accession
                 rows.append(self.row(recipe, family, protocol, name, value, "1", found.n, accession=accession))
         return rows
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """float32, bfloat16, ..."""
+    return str(dtype).removeprefix("torch.")
 
 
 def device_name(device: torch.device) -> str:

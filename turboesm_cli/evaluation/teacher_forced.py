@@ -16,8 +16,7 @@ from turboesm_cli.console import Tick
 from turboesm_cli.evaluation import metrics
 from turboesm_cli.evaluation.protein_results import ProteinResult, from_tensors, to_tensors
 from turboesm_cli.models import forward
-from turboesm_cli.models.alphabet import PAD
-from turboesm_cli.models.esm2 import EsmModel
+from turboesm_cli.models.protocol import Model
 from turboesm_cli.models.sampling import residue_indices, residue_logits
 from turboesm_cli.outputs.work import NOTHING_KEPT, Tensors, Work
 from turboesm_cli.sequences.fasta import Protein
@@ -37,7 +36,7 @@ def empty_cache(_protein: Protein) -> int:
 
 @torch.no_grad()
 def compare_decoding(
-    model: EsmModel,
+    model: Model,
     proteins: Sequence[Protein],
     codecs: Mapping[str, forward.Codec],
     prompt: Prompt = empty_cache,
@@ -80,14 +79,14 @@ class _Decoded:
 class _Batch:
     """Proteins decoded together; the fp32 decode, which codecs are compared with, is computed once, if at all."""
 
-    def __init__(self, model: EsmModel, proteins: Sequence[Protein], prompt: Prompt) -> None:
+    def __init__(self, model: Model, proteins: Sequence[Protein], prompt: Prompt) -> None:
         self._model, self._proteins = model, proteins
         self._prompts = [prompt(protein) for protein in proteins]
         self._wanted: list[Tensor] = []
 
     @cached_property
     def _tokens(self) -> Tensor:
-        return to_tokens(self._proteins, self._model.device)
+        return to_tokens(self._proteins, self._model)
 
     @cached_property
     def _exact(self) -> _Decoded:
@@ -117,9 +116,12 @@ class _Batch:
         found: _Decoded,
         traces: tuple[Sequence[Tensor], Sequence[Tensor]] | None = None,
     ) -> Iterator[ProteinResult]:
-        cosines = metrics.cosines(expected.hidden, found.hidden)
+        cosines, lengths = (
+            metrics.cosines(expected.hidden, found.hidden),
+            self._model.alphabet.lengths(self._tokens),
+        )
         for row, (protein, start) in enumerate(zip(self._proteins, self._prompts, strict=True)):
-            stop = int(self._tokens[row].ne(PAD).sum())
+            stop = int(lengths[row])
             yield ProteinResult(
                 protein,
                 cosines[row, start:stop].cpu(),
@@ -134,7 +136,7 @@ class _Batch:
         if expected is None or found is None:
             return None
         logits = (residue_logits(self._model, masked[at]) for masked in (expected, found))
-        return compare_predictions(self._tokens[at], *logits)
+        return compare_predictions(self._model, self._tokens[at], *logits)
 
 
 @dataclass(frozen=True)
@@ -147,7 +149,7 @@ class FirstLayer:
 
 @torch.no_grad()
 def first_layer_cosines(
-    model: EsmModel, proteins: Sequence[Protein], spec: CodecSpec, work: Work = NOTHING_KEPT
+    model: Model, proteins: Sequence[Protein], spec: CodecSpec, work: Work = NOTHING_KEPT
 ) -> Iterator[FirstLayer]:
     """Protocol `paper`: layer 0's attention output, batch after batch.
 
@@ -161,9 +163,9 @@ def first_layer_cosines(
         yield FirstLayer(saved["joined"], saved["heads"])
 
 
-def _first_layer_cosines(model: EsmModel, batch: Sequence[Protein], spec: CodecSpec) -> Tensors:
-    tokens = to_tokens(batch, model.device)
-    real = tokens.ne(PAD)
+def _first_layer_cosines(model: Model, batch: Sequence[Protein], spec: CodecSpec) -> Tensors:
+    tokens = to_tokens(batch, model)
+    real = model.alphabet.real(tokens)
     q, k, v = _first_layer(model, tokens)
     exact = candidate = reference.attend(q, k, v, real.sum(-1))
     layer = spec.layers[0]
@@ -176,10 +178,10 @@ def _first_layer_cosines(model: EsmModel, batch: Sequence[Protein], spec: CodecS
     return {"joined": joined.cpu(), "heads": metrics.cosines(*pair).flatten().cpu()}
 
 
-def _first_layer(model: EsmModel, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _first_layer(model: Model, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Layer 0's q, k, v [B, H, T, d] when ESM-2 encodes tokens [B, T]."""
     found: list[tuple[Tensor, Tensor, Tensor]] = []
-    attention = forward.bidirectional(tokens)
+    attention = forward.bidirectional(model, tokens)
 
     def observe(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         if layer == 0:
@@ -190,12 +192,12 @@ def _first_layer(model: EsmModel, tokens: Tensor) -> tuple[Tensor, Tensor, Tenso
     return found[0]
 
 
-def compare_predictions(tokens: Tensor, expected: Tensor, found: Tensor) -> metrics.Predictions:
+def compare_predictions(model: Model, tokens: Tensor, expected: Tensor, found: Tensor) -> metrics.Predictions:
     """`residue_logits` [n, 20] of masks in the places of tokens int64 [n], where these are amino acids.
 
     Each is a distribution over the next residue, given what came before it: neither has seen the residue.
     """
-    targets = residue_indices(tokens)
+    targets = residue_indices(model.alphabet, tokens)
     known = targets >= 0
     parts = metrics.predictions(expected[known], found[known], targets[known])
     return metrics.Predictions(

@@ -23,7 +23,7 @@ from turboesm_cli.engine.batch import PREFILL_TOKENS, AnyCache, Graph, Stepper
 from turboesm_cli.engine.jobs import new_cache
 from turboesm_cli.engine.memory_plan import RESERVED, sequence_bytes
 from turboesm_cli.evaluation import timing
-from turboesm_cli.models.esm2 import EsmModel
+from turboesm_cli.models.protocol import Model
 from turboesm_cli.models.sampling import Sampling, draw, residue_logits, sample
 
 REPEATS = 20
@@ -93,7 +93,7 @@ class Throughput:
 
 
 def sweep(
-    model: EsmModel, kinds: Sequence[Kind], loads: Sequence[Load], memory: int, skipped: Callable[[str], None]
+    model: Model, kinds: Sequence[Kind], loads: Sequence[Load], memory: int, skipped: Callable[[str], None]
 ) -> Iterator[Throughput]:
     """Measure each kind under each load that fits in `memory` bytes; `skipped` hears of those that do not."""
     for load in loads:
@@ -110,9 +110,7 @@ def sweep(
 
 
 @torch.no_grad()
-def measure(
-    model: EsmModel, kind: Kind, load: Load, repeats: int = REPEATS, prefills: int = PREFILLS
-) -> Throughput:
+def measure(model: Model, kind: Kind, load: Load, repeats: int = REPEATS, prefills: int = PREFILLS) -> Throughput:
     """One kind of cache under one load, prefilled `prefills` times, or up to `repeats` while it is quick.
 
     A part is prefilled and decoded first: kernels are compiled and chosen.
@@ -151,7 +149,7 @@ def _step(stepper: Stepper, tokens: Tensor) -> Callable[[], None]:
     def step() -> None:
         hidden = stepper.step(last)
         if stepper.model.has_lm_head:
-            sample(residue_logits(stepper.model, hidden), chances, Sampling())
+            sample(stepper.model.alphabet, residue_logits(stepper.model, hidden), chances, Sampling())
 
     return step
 
@@ -172,7 +170,7 @@ def _time(graph: Graph, cache: AnyCache, device: torch.device, repeats: int) -> 
     return timing.Timing.of(samples[4:])
 
 
-def largest_batch(model: EsmModel, kind: Kind, context: int, memory: int, planned: int) -> Throughput | None:
+def largest_batch(model: Model, kind: Kind, context: int, memory: int, planned: int) -> Throughput | None:
     """The largest batch found whose peak stays within `memory` bytes, from the planned one on; None for none.
 
     What is beside the model grows with the batch: each try is where the one before says that memory is full.

@@ -1,23 +1,22 @@
-"""ESM-2 models through one door: official names, fair-esm checkpoints, Hugging Face folders.
-
-Whatever the format, what comes back is fair-esm's own `ESM2` module with the checkpoint's weights in float32,
-its RoPE frequencies included (some checkpoints store them rounded).
-"""
+"""ESM-2 behind the seam of `protocol`: fair-esm's own `ESM2` module, taken apart layer by layer."""
 
 from __future__ import annotations
 
-import hashlib
-import re
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from turboesm_kernels.token_tables import TokenTables
 
-from turboesm_cli.errors import DeviceError, ModelError
-from turboesm_cli.models.checkpoints import EMBEDDED, empty_net, read_checkpoint
-from turboesm_cli.models.fair_esm import ESM2
+from turboesm_cli.errors import ModelError
+from turboesm_cli.models.alphabet import Alphabet
+from turboesm_cli.models.esm2_alphabet import ESM2_ALPHABET
+from turboesm_cli.models.fair_esm import ESM2, gelu
 from turboesm_cli.models.shapes import Shape
-from turboesm_cli.models.weights import LAYER_NORM_EPS, Checkpoint, same
+
+MASK_RATIO_IN_TRAINING = 0.15 * 0.8
 
 
 @dataclass(frozen=True)
@@ -48,9 +47,19 @@ class EsmModel:
         return next(self.net.parameters()).device
 
     @property
-    def dtype_name(self) -> str:
-        """The weights' dtype: float32, bfloat16, ..."""
-        return str(next(self.net.parameters()).dtype).removeprefix("torch.")
+    def dtype(self) -> torch.dtype:
+        """Of the weights."""
+        return self.net.embed_tokens.weight.dtype
+
+    @property
+    def alphabet(self) -> Alphabet:
+        """ESM-2's tokens."""
+        return ESM2_ALPHABET
+
+    @property
+    def causal(self) -> bool:
+        """ESM-2 is an encoder: every token sees every other."""
+        return False
 
     @property
     def inverse_frequencies(self) -> Tensor:
@@ -73,172 +82,110 @@ class EsmModel:
             layer.self_attn.rot_emb.inv_freq = exact.to(device)
         return replace(self, net=net)
 
+    def unmasked_fraction(self, tokens: Tensor) -> Tensor:
+        """What token dropout divides embeddings by, float32 [B, 1, 1]: 1 less the share of `<mask>`."""
+        observed = tokens.eq(self.alphabet.mask).sum(-1) / self.alphabet.lengths(tokens).clamp_min(1)
+        return (1 - observed)[:, None, None]
 
-def load_model(name: str = EMBEDDED, device: str = "auto", dtype: torch.dtype = torch.float32) -> EsmModel:
-    """Load the model that `name` names, in `dtype`, on `device` ("auto", "cpu", "cuda", "cuda:1").
+    def embed(self, tokens: Tensor, unmasked: Tensor) -> Tensor:
+        """Embeddings [B, T, E], scaled by token dropout, of masks and padding 0."""
+        x: Tensor = self.net.embed_tokens(tokens)
+        if self.net.token_dropout:
+            x = x.masked_fill(tokens.eq(self.alphabet.mask)[..., None], 0.0)
+            x = x * self._embedding_scale / unmasked.to(x.dtype)
+        return x.masked_fill(~self.alphabet.real(tokens)[..., None], 0.0)
 
-    `name` is "embedded", an official name (`esm2_t33_650M`, with or without `esm2_` and `_UR50D`), a fair-esm
-    `.pt` file, a Hugging Face ESM folder, OWNER/MODEL of the hub where it is in its cache, or "random:" and an
-    official name (random weights, to measure time and memory). Raises ModelError where it cannot be found or read,
-    or is no plain ESM-2, DeviceError where the device is not there.
-    """
-    target = pick_device(device)
-    with torch.no_grad():
-        return _build(read_checkpoint(name)).to(target, dtype)
+    @property
+    def _embedding_scale(self) -> float:
+        return 1 - MASK_RATIO_IN_TRAINING if self.net.token_dropout else 1.0
 
+    def attention_input(self, layer: int, x: Tensor) -> Tensor:
+        """Hidden states [B, T, E], normed."""
+        normed: Tensor = self.net.layers[layer].self_attn_layer_norm(x)
+        return normed
 
-def pick_device(name: str) -> torch.device:
-    """The torch device of `name`; "auto" is CUDA where there is one. Raises DeviceError."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        if device.type not in ("cpu", "cuda"):
-            raise DeviceError(f"--device {name} cannot be used: turboesm runs on cpu and cuda")
-        if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-            raise DeviceError(f"--device {name}: {torch.cuda.device_count()} CUDA devices here; use --device cpu")
-        torch.empty(1, device=device)
-        if device.type == "cuda" and device.index is not None:
-            torch.cuda.set_device(device)  # where Triton launches and graphs are captured
-    except (RuntimeError, AssertionError) as error:
-        raise DeviceError(f"--device {name} cannot be used: {str(error).splitlines()[0]}") from error
-    return device
+    def project(self, layer: int, normed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """q (scaled), k and v [B, H, T, d], before RoPE."""
+        own, heads = self.net.layers[layer].self_attn, self.shape.heads
+        q = _split(own.q_proj(normed) * own.scaling, heads)
+        return q, _split(own.k_proj(normed), heads), _split(own.v_proj(normed), heads)
 
+    def joint_projection(self, layer: int) -> tuple[Tensor, Tensor]:
+        """Weight [3 E, E] and bias [3 E] of queries, keys and values, of which the layer's own become views."""
+        own = self.net.layers[layer].self_attn
+        linears = [own.q_proj, own.k_proj, own.v_proj]
+        weight, bias = (_join(linears, name) for name in ("weight", "bias"))
+        return weight, bias
 
-def parameter_count(shape: Shape) -> int:
-    """Weights of an ESM-2 of this shape, its language-model head included."""
-    return sum(weight.numel() for weight in empty_net(shape).state_dict().values())
+    def after_attention(self, layer: int, x: Tensor, attended: Tensor) -> Tensor:
+        """The layer's output [B, T, E]."""
+        own = self.net.layers[layer]
+        activation = F.gelu if x.is_cuda else gelu  # one kernel, or fair-esm's result to the bit
+        x = x + own.self_attn.out_proj(attended.transpose(1, 2).flatten(2))
+        return x + own.fc2(activation(own.fc1(own.final_layer_norm(x))))
 
+    def finish(self, x: Tensor) -> Tensor:
+        """Final hidden states [B, T, E]."""
+        hidden: Tensor = self.net.emb_layer_norm_after(x)
+        return hidden
 
-def _build(found: Checkpoint) -> EsmModel:
-    """fair-esm's module around the checkpoint's weights, with no copy of them."""
-    shape, weights = found.shape, dict(found.weights)
-    net = empty_net(shape, found.token_dropout)
-    _fill_in(net, weights, shape)
-    problems = _mismatches(net, weights)
-    if problems:
-        raise ModelError(f"{found.name} is no ESM-2 checkpoint of {shape}: {problems[0]} ({len(problems)} in all)")
-    has_lm_head = _has_lm_head(found)
-    net.load_state_dict({name: weights[name].float() for name in net.state_dict()}, assign=True)
-    _set_epsilon(net, found.layer_norm_eps)
-    net.requires_grad_(False)
-    net.eval()
-    fingerprint = _fingerprint(net, found)
-    return EsmModel(found.name, net, shape, fingerprint, has_lm_head, is_random=found.is_random, note=found.note)
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Logits [..., 33]. Raises ModelError for a trunk without a language-model head."""
+        self.require_lm_head("a distribution over residues")
+        logits: Tensor = self.net.lm_head(hidden)
+        return logits
 
+    def first_keys_values(self, unmasked: Tensor) -> tuple[Tensor, Tensor]:
+        """Layer 0's keys before RoPE and values of every token of the alphabet, each [B, H, 33, d].
 
-_LM_HEAD = ("dense.weight", "dense.bias", "layer_norm.weight", "layer_norm.bias", "bias")
+        In layer 0 they are functions of the token and of the prompt's `unmasked_fraction` alone.
+        """
+        own, heads = self.net.layers[0].self_attn, self.shape.heads
+        normed = self.attention_input(0, self.embed(self._every_token(), unmasked))
+        return _split(own.k_proj(normed), heads), _split(own.v_proj(normed), heads)
 
+    def _every_token(self) -> Tensor:
+        return torch.arange(len(self.alphabet), device=self.device)[None]
 
-def _has_lm_head(found: Checkpoint) -> bool:
-    """Whether there is a language-model head. Raises ModelError where there is a part of one, or two in one."""
-    there = [f"lm_head.{part}" in found.weights for part in _LM_HEAD]
-    if any(there) and not all(there):
-        missing = _LM_HEAD[there.index(False)]
-        raise ModelError(f"{found.name} has a part of a language-model head: lm_head.{missing} is missing")
-    output = found.weights.get("lm_head.weight")
-    if any(there) and not found.tied and output is None:
-        raise ModelError(f"{found.name}: tie_word_embeddings is false, but lm_head.decoder.weight is missing")
-    if found.tied and output is not None and not same(output, found.weights["embed_tokens.weight"]):
-        raise ModelError(
-            f"{found.name}: lm_head.weight is not the embedding, as ESM-2's is; where that is meant, save the "
-            "model with tie_word_embeddings false in config.json"
-        )
-    return any(there)
+    @torch.no_grad()
+    def first_layer_tables(self) -> TokenTables:
+        """Layer 0's keys and values of all kinds of token, in float32 at least.
 
+        Token dropout scales an embedding by s; layer norm takes that out again but for its epsilon, which leaves
+        s sigma / sqrt(s^2 sigma^2 + epsilon), sigma the embedding's deviation.
+        """
+        unscaled = self.embed(self._every_token(), torch.ones(1, 1, 1, device=self.device))[0]
+        embedded = _widened(unscaled / self._embedding_scale)
+        centred = embedded - embedded.mean(-1, keepdim=True)
+        sigma = centred.square().mean(-1, keepdim=True).sqrt()
+        attention, norm = self.net.layers[0].self_attn, self.net.layers[0].self_attn_layer_norm
+        scaled = centred / sigma.clamp_min(1e-30) * _widened(norm.weight)  # 0 for kinds whose embedding is 0
+        parts = []
+        for linear in (attention.k_proj, attention.v_proj):
+            weight, bias = _widened(linear.weight), _widened(linear.bias)
+            kind = _split(scaled[None] @ weight.T, self.shape.heads)[0].contiguous()
+            parts += [kind, (weight @ _widened(norm.bias) + bias).view(self.shape.heads, self.shape.head_dim)]
+        k, k_const, v, v_const = parts
+        sigma = sigma[:, 0] * self._embedding_scale
+        return TokenTables(k, v, k_const, v_const, sigma, norm.eps, bool(self.net.token_dropout))
 
-def _fill_in(net: nn.Module, weights: dict[str, Tensor], shape: Shape) -> None:
-    """Defaults for what a checkpoint may lack: RoPE's frequencies, the contact head, the LM head."""
-    weights.setdefault("lm_head.weight", weights.get("embed_tokens.weight", torch.empty(0)))
-    channels = torch.arange(0, shape.head_dim, 2).float() / shape.head_dim
-    for name, expected in net.state_dict().items():
-        if name.endswith("rot_emb.inv_freq"):
-            weights.setdefault(name, 1.0 / 10000**channels)
-        elif name.startswith(("contact_head.", "lm_head.")):
-            weights.setdefault(name, torch.zeros(expected.shape))
-
-
-HARMLESS = re.compile(
-    r"embeddings\.position_(ids|embeddings\.weight)|pooler\.dense\.(weight|bias)|classifier\.[\w.]+"
-)
-"""Weights that hidden states and predicted residues do not depend on, beside the contact head: learned positions,
-which models with RoPE carry without use, and heads of other tasks."""
-
-_HINTS = (
-    (
-        r"lora|adapter|base_layer|base_model|ia3|modules_to_save",
-        "of an adapter that is not merged: merge it into its base (peft: merge_and_unload()) and save that",
-    ),
-    (
-        r"scale|zero|absmax|quant|SCB|qweight|g_idx|packed",
-        "of a quantized checkpoint: save the model in float16 or float32",
-    ),
-    (r"emb_layer_norm_before|embeddings\.layer_norm|embed_positions", "of ESM-1b or ESM-1v"),
-    (r"crossattention", "of a decoder that attends to an encoder"),
-)
-"""What weights that ESM-2 does not have tell of a model."""
-
-DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+    def output_weight(self, layer: int) -> Tensor:
+        """Weight [E, H d] of the attention's output projection."""
+        weight: Tensor = self.net.layers[layer].self_attn.out_proj.weight
+        return weight
 
 
-def _mismatches(net: nn.Module, weights: dict[str, Tensor]) -> list[str]:
-    """What keeps these weights from being ESM-2's, weights that it does not have first."""
-    expected = net.state_dict()
-    unknown = sorted(name for name in weights if name not in expected and not HARMLESS.fullmatch(name))
-    problems = [f"it has {name[:200]!r}, {_hint(name)}" for name in unknown]
-    for name, like in expected.items():
-        problem = _mismatch(weights.get(name), like)
-        if problem:
-            problems.append(f"{name} {problem}")
-    if not problems:
-        problems = _uneven_frequencies(weights)
-    return problems
+def _join(linears: Sequence[nn.Module], name: str) -> Tensor:
+    whole = torch.cat([getattr(linear, name).data for linear in linears])
+    for linear, part in zip(linears, whole.chunk(len(linears)), strict=True):
+        getattr(linear, name).data = part
+    return whole
 
 
-def _hint(name: str) -> str:
-    found = next((what for pattern, what in _HINTS if re.search(pattern, name)), None)
-    return found or "which ESM-2 does not have: if the model computes the same without it, save it without"
+def _widened(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
 
 
-def _mismatch(found: Tensor | None, like: Tensor) -> str | None:
-    if found is None:
-        return "is missing"
-    if found.dtype not in DTYPES:
-        dtype = str(found.dtype).removeprefix("torch.")
-        return f"is stored as {dtype}: a quantized checkpoint; save the model in float16 or float32"
-    if found.shape != like.shape:
-        return f"is {list(found.shape)}, not {list(like.shape)}"
-    return None if bool(found.isfinite().all()) else "holds what is no number"
-
-
-def _uneven_frequencies(weights: dict[str, Tensor]) -> list[str]:
-    """RoPE's frequencies that are not those of layer 0, by which every layer turns its keys."""
-    names = [name for name in weights if name.endswith("rot_emb.inv_freq")]
-    first = weights["layers.0.self_attn.rot_emb.inv_freq"]
-    return [f"{name} differs from layer 0's" for name in names if not same(weights[name], first)]
-
-
-def _set_epsilon(net: nn.Module, epsilon: float) -> None:
-    for module in net.modules():
-        if isinstance(module, nn.LayerNorm):
-            module.eps = epsilon
-
-
-def _fingerprint(net: nn.Module, found: Checkpoint) -> str:
-    """sha256 of name, shape and up to 65,536 evenly spaced values of every weight of the trunk, in float32.
-
-    The heads do not count, since keys and values do not depend on them: a bundle serves every model of a trunk.
-    Settings count where they are not ESM-2's usual ones.
-    """
-    digest = hashlib.sha256()
-    for name, weight in sorted(net.state_dict().items()):
-        if not name.startswith(("contact_head.", "lm_head.")):
-            flat = weight.flatten()
-            sample = flat[:: max(1, flat.numel() // 65536)].float().cpu().contiguous()
-            digest.update(f"{name}{list(weight.shape)}".encode())
-            digest.update(sample.numpy().tobytes())
-    if found.layer_norm_eps != LAYER_NORM_EPS:
-        digest.update(f"layer_norm_eps {found.layer_norm_eps!r}".encode())
-    if not found.token_dropout:
-        digest.update(b"without token_dropout")
-    return digest.hexdigest()
+def _split(x: Tensor, heads: int) -> Tensor:
+    """[B, T, H d] -> [B, H, T, d]."""
+    return x.unflatten(-1, (heads, -1)).transpose(1, 2)

@@ -12,8 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from turboesm_cli.errors import ModelError
-from turboesm_cli.models.alphabet import CLS, EOS, MASK, PAD, UNK, VOCABULARY
+from turboesm_cli.models.esm2_alphabet import ESM2_ALPHABET
 from turboesm_cli.models.weights import one_line, sign_of
+
+_TOKENS = ESM2_ALPHABET
+UNKNOWN = _TOKENS.vocabulary.index("<unk>")
 
 LARGEST = 1 << 20
 """Bytes of a JSON file: real ones have some thousand."""
@@ -39,16 +42,16 @@ ROPE = ({"rope_type": "default"}, {"type": "default"}, {"rope_type": "default", 
 
 FIXED: dict[str, tuple[Any, ...]] = {
     "add_cross_attention": (False,),
-    "bos_token_id": (CLS,),
-    "cls_token_id": (CLS,),
+    "bos_token_id": (_TOKENS.start,),
+    "cls_token_id": (_TOKENS.start,),
     "emb_layer_norm_before": (False,),
-    "eos_token_id": (EOS,),
+    "eos_token_id": (_TOKENS.end,),
     "hidden_act": ("gelu",),
     "is_decoder": (False,),
     "is_encoder_decoder": (False,),
     "is_folding_model": (False,),
-    "mask_token_id": (MASK,),
-    "pad_token_id": (PAD,),
+    "mask_token_id": (_TOKENS.mask,),
+    "pad_token_id": (_TOKENS.padding,),
     "partial_rotary_factor": (1,),
     "position_embedding_type": ("rotary",),
     "pruned_heads": ({},),
@@ -56,9 +59,9 @@ FIXED: dict[str, tuple[Any, ...]] = {
     "rope_scaling": ROPE,
     "rope_theta": (10000,),
     "tie_encoder_decoder": (False,),
-    "unk_token_id": (UNK,),
-    "vocab_list": (list(VOCABULARY),),
-    "vocab_size": (len(VOCABULARY),),
+    "unk_token_id": (UNKNOWN,),
+    "vocab_list": (list(_TOKENS.vocabulary),),
+    "vocab_size": (len(_TOKENS.vocabulary),),
 }
 """Fields that change what is computed, and the values under which that is ESM-2; null counts as not given."""
 
@@ -104,7 +107,7 @@ def check_tokenizer(folder: Path) -> None:
         path = folder / name
         if path.exists():
             for number, token in _claimed(path, claims):
-                if not (0 <= number < len(VOCABULARY) and VOCABULARY[number] == token):
+                if not (0 <= number < len(_TOKENS.vocabulary) and _TOKENS.vocabulary[number] == token):
                     raise _other_vocabulary(path, number, token)
 
 
@@ -130,14 +133,14 @@ def _check_vocabulary(path: Path) -> None:
     if not path.exists():
         return
     tokens = [line.strip() for line in _text(path).rstrip().splitlines()]
-    for number in range(max(len(tokens), len(VOCABULARY))):
-        found, expected = (row[number] if number < len(row) else None for row in (tokens, VOCABULARY))
+    for number in range(max(len(tokens), len(_TOKENS.vocabulary))):
+        found, expected = (row[number] if number < len(row) else None for row in (tokens, _TOKENS.vocabulary))
         if found != expected:
             raise _other_vocabulary(path, number, found)
 
 
 def _other_vocabulary(path: Path, number: int, token: object) -> ModelError:
-    usual = _short(VOCABULARY[number]) if 0 <= number < len(VOCABULARY) else "missing"
+    usual = _short(_TOKENS.vocabulary[number]) if 0 <= number < len(_TOKENS.vocabulary) else "missing"
     return ModelError(
         f"{path}: token {number} is {_short(token)}, ESM-2's is {usual}; turboesm reads models of ESM-2's "
         "vocabulary only"
@@ -145,7 +148,13 @@ def _other_vocabulary(path: Path, number: int, token: object) -> ModelError:
 
 
 def _special(data: Any) -> Iterator[tuple[int, Any]]:
-    names = {"cls_token": CLS, "pad_token": PAD, "eos_token": EOS, "unk_token": UNK, "mask_token": MASK}
+    names = {
+        "cls_token": _TOKENS.start,
+        "pad_token": _TOKENS.padding,
+        "eos_token": _TOKENS.end,
+        "unk_token": UNKNOWN,
+        "mask_token": _TOKENS.mask,
+    }
     for name, number in names.items():
         if data.get(name) is not None:
             yield number, data[name]["content"] if isinstance(data[name], dict) else data[name]

@@ -1,9 +1,9 @@
-"""ESM-2's layers over a key/value cache, with explicit positions.
+"""A model's layers over a key/value cache, with explicit positions.
 
-ESM-2 is a bidirectional encoder. *Prefill* encodes a prompt as ESM-2 does, every token seeing every other, and
-stores its keys and values. *Decode* lets each further token attend to what is cached and to itself, and leaves
-earlier keys and values as they are; ESM-2 run again on the longer sequence would change them, and that
-difference is the *drift*. With a prompt of one token, decode is ESM-2 under a causal mask.
+ESM-2, the first family, is a bidirectional encoder. *Prefill* encodes a prompt as ESM-2 does, every token seeing
+every other, and stores its keys and values. *Decode* lets each further token attend to what is cached and to
+itself, and leaves earlier keys and values as they are; ESM-2 run again on the longer sequence would change them,
+and that difference is the *drift*. With a prompt of one token, decode is ESM-2 under a causal mask.
 """
 
 from __future__ import annotations
@@ -14,17 +14,12 @@ from typing import Protocol
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from turboesm_kernels import reference
 from turboesm_kernels.reference import Rope
-from turboesm_kernels.token_tables import TokenTables
 
-from turboesm_cli.models.alphabet import MASK, PAD
-from turboesm_cli.models.esm2 import EsmModel
-from turboesm_cli.models.fair_esm import gelu
-
-MASK_RATIO_IN_TRAINING = 0.15 * 0.8
+from turboesm_cli.models.protocol import Model
 
 OVER_SEQUENCES = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 """torch's attention backends for whole sequences, the preferred first. Not cuDNN, which makes a plan for each new
@@ -70,21 +65,21 @@ class Codec(Protocol):
 
 
 def encode(
-    model: EsmModel, tokens: Tensor, observe: Attention | None = None, joint: JointProjection | None = None
+    model: Model, tokens: Tensor, observe: Attention | None = None, joint: JointProjection | None = None
 ) -> Tensor:
     """Final hidden states [B, T, E] of ESM-2 run on tokens int64 [B, T] (padding allowed), as fair-esm gives them.
 
     `observe` replaces the attention, see `Attention`. `joint` projects at once, from where `joint.at` said.
     """
-    attention = observe or bidirectional(tokens)
+    attention = observe or bidirectional(model, tokens)
     project = joint or _projection(model, rope_at(model, 0, tokens.shape[1]))
     with _over_sequences(model):
-        return _layers(model, tokens, project, unmasked_fraction(tokens), attention)
+        return _layers(model, tokens, project, model.unmasked_fraction(tokens), attention)
 
 
-def bidirectional(tokens: Tensor) -> Attention:
-    """ESM-2's own attention: every token sees all that is not padding. On a CPU, fair-esm's result to the bit."""
-    lengths = tokens.ne(PAD).sum(-1)
+def bidirectional(model: Model, tokens: Tensor) -> Attention:
+    """An encoder's attention: every token sees all that is not padding. On a CPU, fair-esm's result to the bit."""
+    lengths = model.alphabet.lengths(tokens)
     mask = None
     if not bool((lengths == tokens.shape[1]).all()):
         mask = torch.arange(tokens.shape[1], device=tokens.device) < lengths[:, None, None, None]
@@ -97,17 +92,17 @@ def bidirectional(tokens: Tensor) -> Attention:
     return attend
 
 
-def prefill(model: EsmModel, tokens: Tensor, cache: Cache, joint: JointProjection | None = None) -> Tensor:
+def prefill(model: Model, tokens: Tensor, cache: Cache, joint: JointProjection | None = None) -> Tensor:
     """Encode prompts int64 [B, P], padded on the right, and fill the empty cache with them layer by layer.
 
     Keys and values of one layer at a time are in memory; `joint` as in `step`. Returns the final hidden states
     [B, P, E]; they are exact, whatever the cache.
     """
-    cache.begin(tokens.ne(PAD).sum(-1).tolist())
-    cache.unmasked.copy_(unmasked_fraction(tokens))
+    cache.begin(model.alphabet.lengths(tokens).tolist())
+    cache.unmasked.copy_(model.unmasked_fraction(tokens))
     if joint is not None:
         joint.at(cache.starts)
-    exact = bidirectional(tokens)
+    exact = bidirectional(model, tokens)
 
     def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         cache.append(layer, k, v, tokens)
@@ -116,7 +111,7 @@ def prefill(model: EsmModel, tokens: Tensor, cache: Cache, joint: JointProjectio
     return encode(model, tokens, attend, joint)
 
 
-def step(model: EsmModel, tokens: Tensor, cache: Cache, joint: JointProjection | None = None) -> Tensor:
+def step(model: Model, tokens: Tensor, cache: Cache, joint: JointProjection | None = None) -> Tensor:
     """Decode one token of each sequence, int64 [B]: append its keys and values, then attend to all cached.
 
     `joint` projects queries, keys and values at once, for GPUs. Nothing is synchronized: safe in a CUDA graph.
@@ -135,13 +130,13 @@ def step(model: EsmModel, tokens: Tensor, cache: Cache, joint: JointProjection |
     return _layers(model, tokens, project, cache.unmasked, attend)[:, 0]
 
 
-def replay(model: EsmModel, tokens: Tensor, cache: Cache) -> Tensor:
+def replay(model: Model, tokens: Tensor, cache: Cache) -> Tensor:
     """Decode given tokens int64 [B, n] one by one after what is cached: final hidden states [B, n, E]."""
     return torch.stack([step(model, column, cache) for column in tokens.unbind(1)], 1)
 
 
 def teacher_forced(
-    model: EsmModel,
+    model: Model,
     tokens: Tensor,
     prompts: Sequence[int],
     codec: Codec | None,
@@ -156,12 +151,12 @@ def teacher_forced(
     attend = _TeacherForced(model, tokens, prompts, codec, trace)
     with _over_sequences(model):
         return _layers(
-            model, tokens, _projection(model, attend.rope), _prompt_unmasked(tokens, prompts), attend.tokens
+            model, tokens, _projection(model, attend.rope), _prompt_unmasked(model, tokens, prompts), attend.tokens
         )
 
 
 def teacher_forced_with_masks(
-    model: EsmModel,
+    model: Model,
     tokens: Tensor,
     prompts: Sequence[int],
     codec: Codec | None,
@@ -174,9 +169,9 @@ def teacher_forced_with_masks(
     streams' final hidden states [B, T, E]; those of masks mean nothing within a prompt or on padding.
     """
     attend = _TeacherForced(model, tokens, prompts, codec, trace)
-    both = torch.cat((tokens, torch.full_like(tokens, MASK)), 1)
+    both = torch.cat((tokens, torch.full_like(tokens, model.alphabet.mask)), 1)
     rope = Rope(*(torch.cat((part, part)) for part in (attend.rope.cos, attend.rope.sin)))
-    unmasked = _prompt_unmasked(tokens, prompts)
+    unmasked = _prompt_unmasked(model, tokens, prompts)
     with _over_sequences(model):
         hidden = _layers(model, both, _projection(model, rope), unmasked, attend.tokens_and_masks)
     return hidden[:, : tokens.shape[1]], hidden[:, tokens.shape[1] :]
@@ -187,7 +182,7 @@ class _TeacherForced:
 
     def __init__(
         self,
-        model: EsmModel,
+        model: Model,
         tokens: Tensor,
         prompts: Sequence[int],
         codec: Codec | None,
@@ -227,95 +222,30 @@ class _TeacherForced:
         return decoded
 
 
-def lm_logits(model: EsmModel, hidden: Tensor) -> Tensor:
-    """Logits [..., 33] of final hidden states [..., E]. Raises ModelError for a trunk without an LM head."""
-    model.require_lm_head("a distribution over residues")
-    logits: Tensor = model.net.lm_head(hidden)
-    return logits
-
-
-def rope_at(model: EsmModel, start: int, count: int) -> Rope:
+def rope_at(model: Model, start: int, count: int) -> Rope:
     """RoPE's angles at positions start..start + count - 1."""
     positions = torch.arange(start, start + count, device=model.device)
     return Rope.at(positions, model.inverse_frequencies)
 
 
-def unmasked_fraction(tokens: Tensor) -> Tensor:
-    """What token dropout divides embeddings by, float32 [B, 1, 1]: 1 - the fraction of <mask>; 1 for no tokens."""
-    observed = tokens.eq(MASK).sum(-1) / tokens.ne(PAD).sum(-1).clamp_min(1)
-    return (1 - observed)[:, None, None]
+def _layers(model: Model, tokens: Tensor, project: Projection, unmasked: Tensor, attention: Attention) -> Tensor:
+    x = model.embed(tokens, unmasked)
+    for layer in range(model.shape.layers):
+        attended = attention(layer, *project(layer, model.attention_input(layer, x)))
+        x = model.after_attention(layer, x, attended)
+    return model.finish(x)
 
 
-def token_keys_values(model: EsmModel, unmasked: Tensor) -> tuple[Tensor, Tensor]:
-    """Layer 0's keys before RoPE and values of every token of the alphabet, each [B, H, 33, d].
-
-    In layer 0 they are functions of the token and of the prompt's `unmasked_fraction` alone.
-    """
-    tokens = torch.arange(len(model.net.embed_tokens.weight), device=model.device)[None]
-    layer = model.net.layers[0]
-    x = layer.self_attn_layer_norm(_embed(model, tokens, unmasked))
-    heads = model.shape.heads
-    return _split(layer.self_attn.k_proj(x), heads), _split(layer.self_attn.v_proj(x), heads)
-
-
-@torch.no_grad()
-def token_tables(model: EsmModel) -> TokenTables:
-    """Layer 0's keys and values of all kinds of token, in float32 at least.
-
-    Token dropout scales an embedding by s; layer norm takes that out again but for its epsilon, which leaves
-    s sigma / sqrt(s^2 sigma^2 + epsilon), sigma the embedding's deviation.
-    """
-    every = torch.arange(len(model.net.embed_tokens.weight), device=model.device)[None]
-    unscaled = _embed(model, every, torch.ones(1, 1, 1, device=model.device))[0] / _embedding_scale(model)
-    embedded = _widened(unscaled)
-    centred = embedded - embedded.mean(-1, keepdim=True)
-    sigma = centred.square().mean(-1, keepdim=True).sqrt()
-    attention, norm = model.net.layers[0].self_attn, model.net.layers[0].self_attn_layer_norm
-    scaled = centred / sigma.clamp_min(1e-30) * _widened(norm.weight)  # 0 for kinds whose embedding is 0
-    parts = []
-    for linear in (attention.k_proj, attention.v_proj):
-        weight, bias = _widened(linear.weight), _widened(linear.bias)
-        kind = _split(scaled[None] @ weight.T, model.shape.heads)[0].contiguous()
-        parts += [kind, (weight @ _widened(norm.bias) + bias).view(model.shape.heads, model.shape.head_dim)]
-    k, k_const, v, v_const = parts
-    sigma = sigma[:, 0] * _embedding_scale(model)
-    return TokenTables(k, v, k_const, v_const, sigma, norm.eps, bool(model.net.token_dropout))
-
-
-def _widened(x: Tensor) -> Tensor:
-    return x if x.dtype == torch.float64 else x.float()
-
-
-def _embedding_scale(model: EsmModel) -> float:
-    return 1 - MASK_RATIO_IN_TRAINING if model.net.token_dropout else 1.0
-
-
-def _layers(
-    model: EsmModel, tokens: Tensor, project: Projection, unmasked: Tensor, attention: Attention
-) -> Tensor:
-    x = _embed(model, tokens, unmasked)
-    activation = F.gelu if x.is_cuda else gelu  # one kernel, or fair-esm's result to the bit
-    for index, layer in enumerate(model.net.layers):
-        out = attention(index, *project(index, layer.self_attn_layer_norm(x)))
-        x = x + layer.self_attn.out_proj(out.transpose(1, 2).flatten(2))
-        x = x + layer.fc2(activation(layer.fc1(layer.final_layer_norm(x))))
-    hidden: Tensor = model.net.emb_layer_norm_after(x)
-    return hidden
-
-
-def _over_sequences(model: EsmModel) -> AbstractContextManager[object]:
+def _over_sequences(model: Model) -> AbstractContextManager[object]:
     on_gpu = model.device.type == "cuda"
     return sdpa_kernel(OVER_SEQUENCES, set_priority=True) if on_gpu else nullcontext()
 
 
-def _projection(model: EsmModel, rope: Rope) -> Projection:
+def _projection(model: Model, rope: Rope) -> Projection:
     """The layers' own projections at the positions of `rope`."""
-    heads = model.shape.heads
 
-    def project(index: int, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        attend = model.net.layers[index].self_attn
-        q, k = _split(attend.q_proj(x) * attend.scaling, heads), _split(attend.k_proj(x), heads)
-        v = _split(attend.v_proj(x), heads)
+    def project(layer: int, normed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v = model.project(layer, normed)
         return rope.rotate(q).to(v.dtype), rope.rotate(k).to(v.dtype), v
 
     return project
@@ -327,12 +257,12 @@ class JointProjection:
     The model's own weights become views of the joint ones, so that nothing is held twice.
     """
 
-    def __init__(self, model: EsmModel, capacity: int) -> None:
+    def __init__(self, model: Model, capacity: int) -> None:
         self._heads = model.shape.heads
         self._scaling = model.shape.head_dim**-0.5
         self._rope = rope_at(model, 0, capacity)
         self._starts = torch.zeros(0, dtype=torch.int32)
-        self._weights = [_join(layer.self_attn) for layer in model.net.layers]
+        self._weights = [model.joint_projection(layer) for layer in range(model.shape.layers)]
 
     def at(self, starts: Tensor) -> None:
         """Where the sequences' first tokens stand, int32 [B]."""
@@ -345,30 +275,6 @@ class JointProjection:
         return rotate(F.linear(x, *self._weights[index]), self._heads, self._scaling, self._rope, self._starts)
 
 
-def _join(attention: nn.Module) -> tuple[Tensor, Tensor]:
-    linears = [attention.q_proj, attention.k_proj, attention.v_proj]
-    joined = []
-    for name in ("weight", "bias"):
-        whole = torch.cat([getattr(linear, name).data for linear in linears])
-        for linear, part in zip(linears, whole.chunk(3), strict=True):
-            getattr(linear, name).data = part
-        joined.append(whole)
-    return joined[0], joined[1]
-
-
-def _embed(model: EsmModel, tokens: Tensor, unmasked: Tensor) -> Tensor:
-    x: Tensor = model.net.embed_tokens(tokens)
-    if model.net.token_dropout:
-        x = x.masked_fill(tokens.eq(MASK)[..., None], 0.0)
-        x = x * _embedding_scale(model) / unmasked.to(x.dtype)
-    return x.masked_fill(tokens.eq(PAD)[..., None], 0.0)
-
-
-def _split(x: Tensor, heads: int) -> Tensor:
-    """[B, T, H d] -> [B, H, T, d]."""
-    return x.unflatten(-1, (heads, -1)).transpose(1, 2)
-
-
 def _teacher_masks(tokens: Tensor, prompts: Sequence[int]) -> tuple[Tensor, Tensor]:
     """Which tokens [B, T] are prompt, and which keys each may see, [B, 1, T, T]."""
     positions = torch.arange(tokens.shape[1], device=tokens.device)
@@ -377,7 +283,7 @@ def _teacher_masks(tokens: Tensor, prompts: Sequence[int]) -> tuple[Tensor, Tens
     return in_prompt, visible[:, None]
 
 
-def _prompt_unmasked(tokens: Tensor, prompts: Sequence[int]) -> Tensor:
+def _prompt_unmasked(model: Model, tokens: Tensor, prompts: Sequence[int]) -> Tensor:
     positions = torch.arange(tokens.shape[1], device=tokens.device)
     beyond = positions >= torch.tensor(list(prompts), device=tokens.device)[:, None]
-    return unmasked_fraction(tokens.masked_fill(beyond, PAD))
+    return model.unmasked_fraction(tokens.masked_fill(beyond, model.alphabet.padding))

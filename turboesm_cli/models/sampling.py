@@ -14,11 +14,9 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from turboesm_cli.models.alphabet import VOCABULARY
-from turboesm_cli.models.esm2 import EsmModel
-from turboesm_cli.models.forward import lm_logits
+from turboesm_cli.models.alphabet import Alphabet
+from turboesm_cli.models.protocol import Model
 
-AMINO_ACIDS = tuple(VOCABULARY.index(letter) for letter in "ACDEFGHIKLMNPQRSTVWY")
 COLDEST = 1e-3
 """Below this temperature the likeliest residue is taken: the division would overflow."""
 
@@ -34,18 +32,18 @@ class Sampling:
     top_p: float = 1.0
 
 
-def residue_logits(model: EsmModel, hidden: Tensor) -> Tensor:
+def residue_logits(model: Model, hidden: Tensor) -> Tensor:
     """Logits float32 [..., 20] of the amino acids, in the order of AMINO_ACIDS, of masks' hidden states [..., E].
 
     Raises ModelError without an LM head.
     """
-    return lm_logits(model, hidden).float()[..., _amino_acids(hidden.device)]
+    return model.logits(hidden).float()[..., _residues(model.alphabet, hidden.device)]
 
 
-def residue_indices(tokens: Tensor) -> Tensor:
-    """Each token's place in AMINO_ACIDS int64 [...], -1 for what is no amino acid (X, `<mask>`, `<eos>`, ...)."""
-    places = torch.full((len(VOCABULARY),), -1, dtype=torch.int64)
-    places[list(AMINO_ACIDS)] = torch.arange(len(AMINO_ACIDS))
+def residue_indices(alphabet: Alphabet, tokens: Tensor) -> Tensor:
+    """Each token's place in AMINO_ACIDS int64 [...], -1 for what is no amino acid (X, `<mask>`, the end, ...)."""
+    places = torch.full((len(alphabet),), -1, dtype=torch.int64)
+    places[list(alphabet.residues)] = torch.arange(len(alphabet.residues))
     return places.to(tokens.device)[tokens]
 
 
@@ -54,13 +52,13 @@ def draw(seed: int, count: int) -> Tensor:
     return torch.rand(count, generator=torch.Generator().manual_seed(seed))
 
 
-def sample(logits: Tensor, chances: Tensor, sampling: Sampling) -> Tensor:
+def sample(alphabet: Alphabet, logits: Tensor, chances: Tensor, sampling: Sampling) -> Tensor:
     """One amino acid's token id int64 [B] for each row of `residue_logits` [B, 20], by random numbers [B] in 0..1.
 
     The residue whose share of the cumulated distribution, likeliest first, the number falls into. Nothing is
     synchronized: safe in a CUDA graph.
     """
-    tokens = _amino_acids(logits.device)
+    tokens = _residues(alphabet, logits.device)
     if sampling.temperature < COLDEST:
         return tokens[logits.argmax(-1)]
     weights, order = (logits / sampling.temperature).softmax(-1).sort(dim=-1, descending=True, stable=True)
@@ -73,6 +71,6 @@ def sample(logits: Tensor, chances: Tensor, sampling: Sampling) -> Tensor:
 
 
 @cache
-def _amino_acids(device: torch.device) -> Tensor:
-    """AMINO_ACIDS int64 [20], made once per device: a CUDA graph may not copy from the host."""
-    return torch.tensor(AMINO_ACIDS, device=device)
+def _residues(alphabet: Alphabet, device: torch.device) -> Tensor:
+    """Ids int64 [20] of AMINO_ACIDS, made once per device: a CUDA graph may not copy from the host."""
+    return torch.tensor(alphabet.residues, device=device)

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from turboesm_cli.models.alphabet import PAD, tokenize
+from turboesm_cli.models.protocol import Model
 from turboesm_cli.sequences.fasta import Protein
 
 HELD_BACK = 16
@@ -32,10 +32,9 @@ def batches(proteins: Iterable[Protein], tokens_per_batch: int) -> Iterator[list
         yield batch
 
 
-def to_tokens(proteins: Sequence[Protein], device: torch.device) -> Tensor:
-    """Token ids int64 [B, T] of proteins, `<cls>` and `<eos>` included, padded on the right."""
-    rows = [torch.tensor(tokenize(protein.sequence)) for protein in proteins]
-    return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=PAD).to(device)
+def to_tokens(proteins: Sequence[Protein], model: Model) -> Tensor:
+    """Token ids int64 [B, T] of proteins, control tokens included, padded on the right."""
+    return model.alphabet.batch([protein.sequence for protein in proteins]).to(model.device)
 
 
 def hold_back(proteins: Sequence[Protein]) -> tuple[list[Protein], list[Protein]]:

@@ -22,9 +22,8 @@ from turboesm_kernels.reference import Rope
 
 from turboesm_cli.console import Tick
 from turboesm_cli.errors import InputError
-from turboesm_cli.models.alphabet import PAD
-from turboesm_cli.models.esm2 import EsmModel
 from turboesm_cli.models.forward import encode, rope_at
+from turboesm_cli.models.protocol import Model
 from turboesm_cli.models.shapes import Shape
 from turboesm_cli.outputs.work import NOTHING_KEPT, Tensors, Work
 from turboesm_cli.sequences.fasta import Protein
@@ -44,7 +43,7 @@ BACKWARD_TOKENS = 512
 
 
 def collect(
-    model: EsmModel,
+    model: Model,
     proteins: Sequence[Protein],
     tokens_per_batch: int = 4096,
     tick: Tick | None = None,
@@ -138,16 +137,16 @@ class _Keeper:
         return self._kept
 
 
-def _measure_batch(model: EsmModel, proteins: Sequence[Protein], limit: int) -> tuple[Tensors, Sample]:
+def _measure_batch(model: Model, proteins: Sequence[Protein], limit: int) -> tuple[Tensors, Sample]:
     """Gradients of a batch, and of its tokens with hashes up to `limit` those with the smallest."""
     found = measure(model, proteins)
     return {"gram": found.gram, "tokens": torch.tensor(found.tokens)}, _sum_batch(model, proteins, limit)[1]
 
 
-def _sum_batch(model: EsmModel, proteins: Sequence[Protein], limit: int) -> tuple[Tensors, Sample]:
+def _sum_batch(model: Model, proteins: Sequence[Protein], limit: int) -> tuple[Tensors, Sample]:
     """Sums over a batch, and of its tokens with hashes up to `limit` those with the smallest."""
-    tokens = to_tokens(proteins, model.device)
-    real = tokens.ne(PAD)
+    tokens = to_tokens(proteins, model)
+    real = model.alphabet.real(tokens)
     hashes = _hashes(proteins, tokens.shape[1]).to(model.device)[real]
     order = hashes.argsort()[: sample_size(model.shape.head_dim)]
     order = order[hashes[order] <= limit]

@@ -21,9 +21,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from turboesm_kernels.reference import Side
 
-from turboesm_cli.models.alphabet import PAD
-from turboesm_cli.models.esm2 import EsmModel
 from turboesm_cli.models.forward import encode
+from turboesm_cli.models.protocol import Model
 from turboesm_cli.sequences.fasta import Protein
 from turboesm_cli.statistics.batching import digest, in_prompt, prompt_lengths, to_tokens, visible_keys
 
@@ -55,11 +54,11 @@ class Sensitivity:
         return self.gram[layer, SIDES.index(side)] / (2 * self.tokens)
 
 
-def measure(model: EsmModel, proteins: Sequence[Protein]) -> Sensitivity:
+def measure(model: Model, proteins: Sequence[Protein]) -> Sensitivity:
     """Gradients over a batch of proteins, with prompts as in `prompt_lengths`."""
-    tokens = to_tokens(proteins, model.device)[:, :MOST_TOKENS]
+    tokens = to_tokens(proteins, model)[:, :MOST_TOKENS]
     prompts = prompt_lengths(proteins, tokens.shape[1])
-    decoded = tokens.ne(PAD) & ~in_prompt(prompts, tokens)
+    decoded = model.alphabet.real(tokens) & ~in_prompt(prompts, tokens)
     unit, zeros = _unit_hidden(model, tokens, prompts)
     total = torch.zeros((), dtype=torch.float64)
     for draw, u in enumerate(_draws(proteins, unit)):
@@ -79,7 +78,7 @@ def _draws(proteins: Sequence[Protein], unit: Tensor) -> Tensor:
     return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).movedim(2, 0).to(unit.device)
 
 
-def _unit_hidden(model: EsmModel, tokens: Tensor, prompts: Sequence[int]) -> tuple[Tensor, list[Tensor]]:
+def _unit_hidden(model: Model, tokens: Tensor, prompts: Sequence[int]) -> tuple[Tensor, list[Tensor]]:
     """h / |h| of decoding, [B, T, E], and zeros added to k and v of each layer in turn, to differentiate by.
 
     Prompts attend to what they computed, not to what the cache gives back: no zeros for them.

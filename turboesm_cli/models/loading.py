@@ -1,0 +1,41 @@
+"""Every model through one door, on the device that is asked for."""
+
+from __future__ import annotations
+
+import torch
+
+from turboesm_cli.errors import DeviceError
+from turboesm_cli.models.checkpoints import EMBEDDED, read_checkpoint
+from turboesm_cli.models.esm2_weights import build
+from turboesm_cli.models.protocol import Model
+
+
+def load_model(name: str = EMBEDDED, device: str = "auto", dtype: torch.dtype = torch.float32) -> Model:
+    """Load the model that `name` names, in `dtype`, on `device` ("auto", "cpu", "cuda", "cuda:1").
+
+    `name` is "embedded", an official name (`esm2_t33_650M`, with or without `esm2_` and `_UR50D`), a fair-esm
+    `.pt` file, a Hugging Face ESM folder, OWNER/MODEL of the hub where it is in its cache, or "random:" and an
+    official name (random weights, to measure time and memory). Raises ModelError where it cannot be found or read,
+    or is no plain ESM-2, DeviceError where the device is not there.
+    """
+    target = pick_device(device)
+    with torch.no_grad():
+        return build(read_checkpoint(name)).to(target, dtype)
+
+
+def pick_device(name: str) -> torch.device:
+    """The torch device of `name`; "auto" is CUDA where there is one. Raises DeviceError."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        if device.type not in ("cpu", "cuda"):
+            raise DeviceError(f"--device {name} cannot be used: turboesm runs on cpu and cuda")
+        if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+            raise DeviceError(f"--device {name}: {torch.cuda.device_count()} CUDA devices here; use --device cpu")
+        torch.empty(1, device=device)
+        if device.type == "cuda" and device.index is not None:
+            torch.cuda.set_device(device)  # where Triton launches and graphs are captured
+    except (RuntimeError, AssertionError) as error:
+        raise DeviceError(f"--device {name} cannot be used: {str(error).splitlines()[0]}") from error
+    return device

@@ -1,0 +1,115 @@
+"""What everything else needs of a protein language model: the seam behind which each family is one file.
+
+`forward` runs any such model over a cache. Shapes: B sequences, T tokens, E channels of a hidden state, H heads of
+d channels, V kinds of token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from typing import Protocol, Self
+
+import torch
+from torch import Tensor
+from turboesm_kernels.token_tables import TokenTables
+
+from turboesm_cli.models.alphabet import Alphabet
+from turboesm_cli.models.shapes import Shape
+
+
+class Model(Hashable, Protocol):
+    """A loaded model.
+
+    name         as it appears in bundles and results
+    shape        its size
+    alphabet     its tokens
+    causal       whether a token sees earlier ones alone when the model encodes a sequence
+    fingerprint  sha256, in hex, of what its keys and values follow from, so that a bundle can tell its model
+    has_lm_head  whether it can say which residue is likely
+    is_random    weights are random: good for time and memory, never for accuracy
+    note         what a user should know about these weights, or ""
+    """
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def shape(self) -> Shape: ...
+    @property
+    def alphabet(self) -> Alphabet: ...
+    @property
+    def causal(self) -> bool: ...
+    @property
+    def fingerprint(self) -> str: ...
+    @property
+    def has_lm_head(self) -> bool: ...
+    @property
+    def is_random(self) -> bool: ...
+    @property
+    def note(self) -> str: ...
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        ...
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the weights."""
+        ...
+
+    @property
+    def inverse_frequencies(self) -> Tensor:
+        """RoPE's inverse frequencies float32 [d / 2], the same in every layer; 0 does not turn a pair."""
+        ...
+
+    def to(self, device: torch.device, dtype: torch.dtype = torch.float32) -> Self:
+        """The model on another device or in another dtype."""
+        ...
+
+    def require_lm_head(self, purpose: str) -> None:
+        """Raise ModelError where there is no language-model head to do `purpose` with."""
+        ...
+
+    def unmasked_fraction(self, tokens: Tensor) -> Tensor:
+        """What embeddings of a prompt's tokens [B, T] are divided by, float32 [B, 1, 1]: 1 in most families."""
+        ...
+
+    def embed(self, tokens: Tensor, unmasked: Tensor) -> Tensor:
+        """The first layer's input [B, T, E] of tokens int64 [B, T]; `unmasked` as `unmasked_fraction` gives it."""
+        ...
+
+    def attention_input(self, layer: int, x: Tensor) -> Tensor:
+        """What queries, keys and values of hidden states x [B, T, E] are projections of: x, normed."""
+        ...
+
+    def project(self, layer: int, normed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """q (scaled), k and v [B, H, T, d] of `attention_input`, before RoPE."""
+        ...
+
+    def joint_projection(self, layer: int) -> tuple[Tensor, Tensor]:
+        """Weight [3 E, E] and bias [3 E] of queries (not scaled), keys, values; the own ones become views."""
+        ...
+
+    def after_attention(self, layer: int, x: Tensor, attended: Tensor) -> Tensor:
+        """The layer's output [B, T, E], given its input x and its attention output [B, H, T, d]."""
+        ...
+
+    def finish(self, x: Tensor) -> Tensor:
+        """Final hidden states [B, T, E] of the last layer's output."""
+        ...
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Logits [..., V] of final hidden states [..., E]. Raises ModelError without a language-model head."""
+        ...
+
+    def first_keys_values(self, unmasked: Tensor) -> tuple[Tensor, Tensor]:
+        """Layer 0's keys before RoPE and values of every kind of token, each [B, H, V, d]."""
+        ...
+
+    def first_layer_tables(self) -> TokenTables:
+        """The same for all prompts at once, in float32 at least."""
+        ...
+
+    def output_weight(self, layer: int) -> Tensor:
+        """Weight [E, H d] of the attention's output projection."""
+        ...

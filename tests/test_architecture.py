@@ -17,6 +17,7 @@ CLI = ROOT / "turboesm_cli"
 DATA = ROOT / "data"
 
 FLOORS = (
+    "turboesm",
     "app",
     "commands",
     "evaluation",

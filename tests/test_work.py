@@ -230,6 +230,11 @@ def test_a_finished_output_is_told_from_all_others(tmp_path: Path) -> None:
     assert is_done(path, RUN)
     with pytest.raises(OutputError, match=r"of another run \(seed: 1, not 2\)"):
         is_done(path, RUN | {"seed": "2"})
+    elsewhere = RUN | {"device": "a GPU"}
+    assert is_done(path, elsewhere, anywhere=True)
+    for run, anywhere in ((elsewhere, False), (elsewhere | {"seed": "2"}, True)):
+        with pytest.raises(OutputError, match="of another run"):
+            is_done(path, run, anywhere)
     path.write_text("edited")
     with pytest.raises(OutputError, match="was changed since"):
         is_done(path, RUN)

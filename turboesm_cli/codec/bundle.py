@@ -29,6 +29,7 @@ from turboesm_cli.models.families import alphabet_of
 from turboesm_cli.models.protocol import Model
 from turboesm_cli.models.shapes import Shape, check_shape
 from turboesm_cli.outputs.archive import Archive, new_archive, printable, to_bytes
+from turboesm_cli.outputs.files import check_output
 from turboesm_cli.sequences.fasta import Protein
 
 KIND = "turboesm-bundle"
@@ -63,6 +64,11 @@ class Bundle:
     def alphabet(self) -> Alphabet:
         """Tokens of the models that it serves."""
         return alphabet_of()
+
+    def save(self, path: str | Path, *, overwrite: bool = False) -> None:
+        """Write it as a .tqz file, whole or not at all. Raises OutputError where there is one, or none can be."""
+        check_output(Path(path), overwrite)
+        write_bundle(Path(path), self)
 
     def check_model(self, model: Model, where: Path | str) -> None:
         """Raise BundleError, naming both models, where this bundle was made for another one."""

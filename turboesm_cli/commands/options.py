@@ -104,7 +104,7 @@ class Kept:
         """
         from turboesm_cli.outputs.work import is_done
 
-        done = self._skip and is_done(self._path, run)
+        done = self._skip and is_done(self._path, run, self._anywhere)
         if done:
             console.files.append(self._path)
             console.say(f"{self._path} is there from this very run; nothing to do")

@@ -234,8 +234,8 @@ def differences(found: Run, run: Run) -> dict[str, str]:
     return {name: f"{name}: {_short(found.get(name))}, not {_short(run.get(name))}" for name in names}
 
 
-def is_done(path: Path, run: Run) -> bool:
-    """Whether output `path` is there, finished by this very `run`, and is as that left it.
+def is_done(path: Path, run: Run, anywhere: bool = False) -> bool:
+    """Whether output `path` is there, finished by this very `run` (`anywhere`: on any device), and as that left it.
 
     False where there is none, or where unfinished work would go on to it. Raises OutputError where it is another
     run's, or nothing says whose it is.
@@ -250,7 +250,7 @@ def is_done(path: Path, run: Run) -> bool:
         raise OutputError(
             f"{path} exists, and no {done_record(path).name} says of which run it is; {_INSTEAD}"
         ) from None
-    if other:
+    if other and not (anywhere and {*other} == {DEVICE}):
         raise OutputError(f"{path} exists, of another run ({'; '.join(other.values())}); {_INSTEAD}")
     if not same:
         raise OutputError(f"{path} was changed since the run that wrote it; {_INSTEAD}")

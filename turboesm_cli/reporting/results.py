@@ -93,15 +93,19 @@ def read_csv(paths: Sequence[Path]) -> pd.DataFrame:
     Its columns are COLUMNS: others in the files are ignored, missing optional ones get their defaults.
     Raises InputError for a file that is missing, of another kind, or holds what it should not.
     """
+    return frame(row for path in paths for row in read_rows(Path(path)))
+
+
+def frame(rows: Iterable[ResultRow]) -> pd.DataFrame:
+    """Rows as a frame with the columns COLUMNS."""
     import numpy as np
     import pandas as pd
 
     columns = {name: _empty_column(name) for name in COLUMNS}
-    for path in paths:
-        for row in read_rows(Path(path)):
-            for name, column in columns.items():
-                value = getattr(row, name)
-                column.append(math.nan if value is None else value)
+    for row in rows:
+        for name, column in columns.items():
+            value = getattr(row, name)
+            column.append(math.nan if value is None else value)
     values = {
         name: np.asarray(column) if isinstance(column, array) else column for name, column in columns.items()
     }

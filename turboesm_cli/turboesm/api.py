@@ -1,0 +1,143 @@
+"""The functions of `import turboesm`. They print nothing: what was mended in an input is a Python warning."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor
+
+from turboesm_cli.cache import packed
+from turboesm_cli.cache.formats import FORMATS
+from turboesm_cli.codec.bundle import Bundle, read_bundle
+from turboesm_cli.codec.calibration import calibrate as _calibrate
+from turboesm_cli.codec.recipes import parse_recipe
+from turboesm_cli.errors import InputError
+from turboesm_cli.evaluation import accuracy
+from turboesm_cli.models import forward
+from turboesm_cli.models.loading import load_model as _load_model
+from turboesm_cli.models.protocol import Model
+from turboesm_cli.reporting import results
+from turboesm_cli.sequences import fasta
+from turboesm_cli.sequences.fasta import LongPolicy, Protein, ReadPolicy, ReadReport
+from turboesm_cli.statistics.batching import to_tokens
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+def load_model(name: str, device: str = "auto", dtype: Literal["fp32", "bf16", "fp16"] = "fp32") -> Model:
+    """A model by official name (`esm2_t33_650M`), file, folder, OWNER/MODEL or "embedded".
+
+    device  "auto" (CUDA where there is one), "cpu", "cuda", "cuda:1"
+    dtype   of the weights
+
+    Raises ModelError where it cannot be found or read, DeviceError where the device is not there.
+    """
+    return _load_model(name, device, FORMATS[dtype].dtype)
+
+
+def read_fasta(
+    path: str | Path, *, strict: bool = False, long: Literal["error", "truncate", "window"] = "error"
+) -> list[Protein]:
+    """The proteins of a FASTA file, compressed or not.
+
+    What is mended or skipped is a warning, or with `strict` an InputError; `long` says what becomes of proteins of
+    more than 1022 residues. Raises InputError where the file cannot be read or is no protein FASTA.
+    """
+    report = ReadReport()
+    found = list(fasta.read_fasta(path, ReadPolicy(strict=strict, long=LongPolicy(long)), report))
+    for what, times in sorted(report.mended.items()):
+        warnings.warn(f"{path}: {what}: {times} records", stacklevel=2)
+    for reject in report.rejects:
+        where = f"record {reject.record} ({reject.accession}), line {reject.line}"
+        warnings.warn(f"{path}: skipped {where}: {reject.reason}", stacklevel=2)
+    return found
+
+
+def calibrate(model: Model, proteins: Sequence[Protein], recipe: str = "auto") -> Bundle:
+    """Learn how to code a model's keys and values from proteins; `recipe` as in `turboesm calibrate --recipe`.
+
+    Raises InputError for too few proteins, or a recipe that does not exist.
+    """
+    return _calibrate(model, proteins, parse_recipe(recipe))
+
+
+def load_bundle(path: str | Path) -> Bundle:
+    """A bundle that `calibrate` or `Bundle.save` wrote, with everything in it checked. Raises BundleError."""
+    return read_bundle(Path(path))
+
+
+def tokenize(model: Model, proteins: Iterable[Protein | str]) -> Tensor:
+    """Token ids int64 [B, T] of proteins, or of their sequences, on the model's device, padded on the right.
+
+    Control tokens are included. Raises InputError for a letter that is no residue.
+    """
+    named = [item if isinstance(item, Protein) else Protein("", "", item) for item in proteins]
+    if not named:
+        raise InputError("no proteins to tokenize")
+    return to_tokens(named, model)
+
+
+class PackedCache(packed.PackedCache):
+    """Keys and values of up to `batch` sequences of `capacity` tokens each, packed as a bundle says.
+
+    All memory is taken at once; `nbytes` counts it. Raises BundleError where the bundle is of another model.
+    """
+
+    def __init__(self, model: Model, bundle: Bundle, batch: int, capacity: int) -> None:
+        bundle.check_model(model, "the bundle")
+        super().__init__(model, bundle.spec, batch, capacity)
+
+
+@torch.no_grad()
+def prefill(model: Model, tokens: Tensor, cache: packed.PackedCache) -> Tensor:
+    """Encode prompts int64 [B, P], padded on the right, into an empty cache of as many sequences.
+
+    Returns their final hidden states [B, P, E], which are exact.
+    """
+    return forward.prefill(model, tokens, cache)
+
+
+@torch.no_grad()
+def step(model: Model, tokens: Tensor, cache: packed.PackedCache) -> Tensor:
+    """Decode one token of each sequence, int64 [B], from the cache, which grows by it: hidden states [B, E]."""
+    return forward.step(model, tokens, cache)
+
+
+def evaluate(
+    model: Model, bundle: Bundle, proteins: Sequence[Protein], *, allow_seen: bool = False
+) -> pd.DataFrame:
+    """What a bundle costs in accuracy on proteins: the rows of `turboesm bench`, see `read_results`.
+
+    Every token is decoded from the cache, all layers quantized, against the same decode with an fp32 cache. Raises
+    InputError where a protein was in the bundle's calibration set, unless `allow_seen`.
+    """
+    if not proteins:
+        raise InputError("no proteins to evaluate on")
+    entries, families = [accuracy.Entry("the bundle", bundle)], {"proteins": proteins}
+    bundle.check_model(model, "the bundle")
+    if not allow_seen:
+        accuracy.refuse_seen(entries, families)
+    return results.frame(accuracy.accuracy(model, entries, families, _no_tick))
+
+
+def _no_tick(done: int = 1, again: bool = False) -> None:
+    """Progress that nobody looks at."""
+
+
+def read_results(*paths: str | Path, **only: Any) -> pd.DataFrame:
+    """Result files of `bench` and `decode` (.csv, or .json of `--json`) as one tidy frame, a row per figure.
+
+    `read_results("bench.csv", metric="error", recipe="auto")` keeps the rows whose columns have these values.
+    Raises InputError for a file that holds something else, or a column that does not exist.
+    """
+    found = results.read_csv([Path(path) for path in paths])
+    for column, value in only.items():
+        if column not in found:
+            raise InputError(f"no column {column!r}; there are {', '.join(results.COLUMNS)}")
+        found = found[found[column] == value]
+    return found.reset_index(drop=True)

@@ -187,5 +187,6 @@ def test_the_wheel_holds_what_it_should(tmp_path: Path) -> None:
     code = {f"{name}/{path.relative_to(home)}" for name, home in homes.items() for path in home.rglob("*.py")}
     data = {f"turboesm_data/{path.relative_to(DATA)}" for path in DATA.glob("*/*.fasta")}
     data |= {"turboesm_data/README.md", "turboesm_data/SOURCES.tsv"}
+    data |= {f"turboesm_cli/guides/{path.name}" for path in (CLI / "guides").glob("*.md")}
     described = {name for name in names if name.split("/")[0].endswith(".dist-info")}
     assert names - described == code | data

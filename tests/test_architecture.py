@@ -184,9 +184,12 @@ def test_the_wheel_holds_what_it_should(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--quiet", "-w", str(tmp_path), str(ROOT)]
     subprocess.run(command, check=True, capture_output=True)
     names = set(zipfile.ZipFile(next(tmp_path.glob("*.whl"))).namelist())
-    homes = {"turboesm_cli": CLI, "turboesm_kernels": ROOT / "kernels" / "turboesm_kernels", "turboesm_data": DATA}
+    homes = {"turboesm": CLI / "turboesm", "turboesm_kernels": ROOT / "kernels" / "turboesm_kernels"}
     code = {f"{name}/{path.relative_to(home)}" for name, home in homes.items() for path in home.rglob("*.py")}
+    code |= {f"turboesm_cli/{path.relative_to(CLI)}" for path in CODE if path.parent.name != "turboesm"}
+    code |= {"turboesm/py.typed", "turboesm_cli/py.typed"}
     data = {f"turboesm_data/{path.relative_to(DATA)}" for path in DATA.glob("*/*.fasta")}
     data |= {"turboesm_data/README.md", "turboesm_data/SOURCES.tsv"}
+    data |= {f"turboesm_cli/guides/{path.name}" for path in (CLI / "guides").glob("*.md")}
     described = {name for name in names if name.split("/")[0].endswith(".dist-info")}
     assert names - described == code | data

@@ -235,7 +235,7 @@ def differences(found: Run, run: Run) -> dict[str, str]:
 
 
 def is_done(path: Path, run: Run, anywhere: bool = False) -> bool:
-    """Whether output `path` is there, finished by this very `run` (`anywhere`: on any device), and as that left it.
+    """Whether output `path` is there, finished by this very `run` (`anywhere`: on any device), and unchanged.
 
     False where there is none, or where unfinished work would go on to it. Raises OutputError where it is another
     run's, or nothing says whose it is.

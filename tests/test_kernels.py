@@ -427,12 +427,9 @@ def test_selfcheck_sees_every_kind_of_layer(one: Case, other: Case, monkeypatch:
     from turboesm_kernels import verify
 
     layers = [PreparedLayer.of(make_spec("k", case), make_spec("v", case)) for case in (one, other, one)]
-    seen: list[PreparedLayer] = []
-    monkeypatch.setattr(verify, "_problem", lambda layer, dtype, sinks: seen.append(layer))
-    assert verify.problem(layers) is None
-    assert len(seen) == 2
+    assert len(verify.kinds_of(layers)) == 2
     answers = iter((None, "wrong"))
-    monkeypatch.setattr(verify, "_problem", lambda layer, dtype, sinks: next(answers))
+    monkeypatch.setattr(verify, "layer_problem", lambda layer, dtype, sinks: next(answers))
     assert verify.problem(layers) == "wrong"
 
 
@@ -449,13 +446,13 @@ def test_selfcheck_compiles_in_threads(monkeypatch: pytest.MonkeyPatch) -> None:
         if not alone:
             raise RuntimeError("another thread loads this kernel")
 
-    monkeypatch.setattr(verify._Run, "of", run)
-    verify._compile(layers, torch.float32, 1)
+    monkeypatch.setattr(verify.KernelRun, "of", run)
+    verify.compile_all(layers, torch.float32, 1)
     assert runs[0] == (layers[0], True)
     assert {(id(layer), alone) for layer, alone in runs[1:]} == {(id(layer), False) for layer in layers[1:]}
-    monkeypatch.setattr(verify._Run, "of", None)
+    monkeypatch.setattr(verify.KernelRun, "of", None)
     with pytest.raises(TypeError):
-        verify._compile(layers, torch.float32, 1)
+        verify.compile_all(layers, torch.float32, 1)
 
 
 @interpreted

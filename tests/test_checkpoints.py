@@ -27,6 +27,8 @@ from turboesm_cli.models.fair_esm import ESM2
 from turboesm_cli.sequences.fasta import Protein
 from turboesm_cli.statistics.batching import to_tokens
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[1]
 CALIBRATION = str(ROOT / "data" / "calibration" / "calibration.fasta")
 PEPTIDES = str(ROOT / "data" / "evaluation" / "peptide.fasta")

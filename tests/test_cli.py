@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[1]
 PEPTIDES = str(ROOT / "data" / "evaluation" / "peptide.fasta")
 CALIBRATION = str(ROOT / "data" / "calibration" / "calibration.fasta")

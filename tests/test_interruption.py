@@ -17,6 +17,8 @@ from pathlib import Path
 import pytest
 from interruption import Command, finish, interrupt, moments
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[1]
 CALIBRATION = str(ROOT / "data" / "calibration" / "calibration.fasta")
 PEPTIDES = str(ROOT / "data" / "evaluation" / "peptide.fasta")

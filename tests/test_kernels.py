@@ -180,6 +180,7 @@ def test_strided_query() -> None:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(INTERPRETED, reason="the child process")
 def test_interpreter() -> None:
     """Run the tests above on the CPU: Triton reads TRITON_INTERPRET when it is imported."""

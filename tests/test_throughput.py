@@ -140,6 +140,7 @@ def test_a_step_without_a_gpu_is_no_graph(tiny: EsmModel) -> None:
     assert len(calls) == cache.length == 4
 
 
+@pytest.mark.slow
 def test_the_command(tiny: EsmModel, tiny_path: Path, calibration_proteins: list[Protein], tmp_path: Path) -> None:
     write_bundle(tmp_path / "t.tqz", calibrate(tiny, calibration_proteins[:12], RECIPES["flat"]))
     command = [sys.executable, "-m", "turboesm_cli.app", "bench", "--throughput", "--bundle", "t.tqz"]

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import ast
 import math
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache
@@ -17,16 +16,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from kernel_cases import Case, make, relative_error
+from ptx_faults import RACES, WRONG_RESULTS, plant
+from ptx_machine import Array, MachineError, RaceError, Warp, parse, render
 from turboesm_kernels import dispatch, ptx_text, reference
 from turboesm_kernels.operands import Held, PreparedLayer
 from turboesm_kernels.prepared import Fields
 from turboesm_kernels.ptx_text import DIGIT_ROW, DIGITS
 from turboesm_kernels.reference import TURN, Rope
-
-sys.path.insert(0, str(Path(__file__).parent))
-from kernel_cases import Case, make, relative_error
-from ptx_faults import RACES, WRONG_RESULTS, plant
-from ptx_machine import Array, MachineError, RaceError, Warp, parse, render
 
 pytest.importorskip("triton")  # `ptx_launch` imports it
 from turboesm_kernels import ptx_launch

@@ -209,13 +209,13 @@ def test_decoding_goes_on_from_disk_as_from_memory(on_disk, tiny: EsmModel) -> N
     assert items[0].cached == back.cached
 
 
-def test_caches_of_another_bundle_are_refused(on_disk, tiny: EsmModel) -> None:  # type: ignore[no-untyped-def]
+def test_caches_of_another_bundle_are_refused(on_disk) -> None:  # type: ignore[no-untyped-def]
     folder, bundle, _items = on_disk
     with pytest.raises(BundleError, match="packed with another bundle"):
         Packfile(folder / "c.tqkv", bundle, "0" * 64)
 
 
-def test_caches_that_do_not_fit_are_refused(on_disk, tiny: EsmModel) -> None:  # type: ignore[no-untyped-def]
+def test_caches_that_do_not_fit_are_refused(on_disk) -> None:  # type: ignore[no-untyped-def]
     folder, bundle, items = on_disk
     wrong = CachedProtein(Protein("x", "", "MKTAYIAKQRQISF"), 5, items[2].tensors)  # 7 tokens called 5
     write_packfile(folder / "d.tqkv", bundle, file_sha256(folder / "b.tqz"), [wrong])

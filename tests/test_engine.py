@@ -308,7 +308,7 @@ def test_the_command_says_that_it_halved_the_batch(
 
 
 def test_results_of_a_batch_are_compared_in_the_order_of_the_input(
-    tiny: EsmModel, bundle: Bundle, peptides: list[Protein]
+    tiny: EsmModel, peptides: list[Protein]
 ) -> None:
     prompts = [Prompt(protein, 1 + index % 5) for index, protein in enumerate(peptides[:8])]
     longest = max(protein.residues for protein in peptides[:8]) + 2

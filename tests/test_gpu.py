@@ -54,7 +54,7 @@ def test_statistics(tiny: EsmModel, on_gpu: EsmModel, calibration_proteins: list
         assert torch.allclose(a.key_key, b.key_key, rtol=1e-3, atol=1e-1)
 
 
-def test_packed_decode(tiny: EsmModel, on_gpu: EsmModel, calibration_proteins: list[Protein]) -> None:
+def test_packed_decode(on_gpu: EsmModel, calibration_proteins: list[Protein]) -> None:
     spec = calibrate(on_gpu, calibration_proteins[:12], RECIPES["flat"]).spec
     tokens = to_tokens(calibration_proteins[:1], on_gpu.device)[:, :40]
     with torch.no_grad():

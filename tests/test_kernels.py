@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from kernel_cases import Case, make, make_spec, relative_error
 from turboesm_kernels import dispatch, reference, token_layer
 from turboesm_kernels.dispatch import BackendError
 from turboesm_kernels.layout import Profile
@@ -28,9 +29,6 @@ from turboesm_cli.models.alphabet import PAD
 from turboesm_cli.models.esm2 import load_model
 from turboesm_cli.sequences.fasta import Protein
 from turboesm_cli.statistics.batching import to_tokens
-
-sys.path.insert(0, str(Path(__file__).parent))
-from kernel_cases import Case, make, make_spec, relative_error
 
 TOLERANCE = {torch.float32: 1e-3, torch.float16: 1e-3, torch.bfloat16: 5e-3}
 """Relative error; bfloat16's own rounding is 2e-3."""

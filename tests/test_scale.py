@@ -129,6 +129,7 @@ def growth(work: Callable[[int], object], few: int, many: int) -> float:
     return (peaks[1] - peaks[0]) / (many - few)
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_proteins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for module in (archive, cache_file):
         monkeypatch.setattr(module, "CHUNK", 4096)  # what is held of the lines, at most
@@ -142,6 +143,7 @@ def test_memory_does_not_grow_with_the_proteins(tmp_path: Path, monkeypatch: pyt
     assert growth(there_and_back, 500, 5000) < 100  # it was 6,600
 
 
+@pytest.mark.slow
 def test_a_journal_takes_some_bytes_a_record(tmp_path: Path) -> None:
     def there_and_back(count: int) -> None:
         path = tmp_path / f"{count}"

@@ -105,7 +105,7 @@ def test_what_schedulers_send_before_they_kill_saves_the_work(name: str, tmp_pat
     with at_work(tmp_path, tiny_path, lambda: signal.signal(number, signal.SIG_DFL)) as process:
         process.send_signal(number)
         process.send_signal(signal.SIGTERM)  # which comes next
-        _, said = process.communicate(timeout=60)
+        _, said = process.communicate()
     assert process.returncode == 143, said
     assert "Traceback" not in said and "run the same command again to go on" in said.splitlines()[-1]
     assert said.splitlines()[-1].startswith(("error: terminated by ", "error: terminated by SIGTERM"))
@@ -117,7 +117,7 @@ def test_nohup_is_not_undone(tmp_path: Path, tiny_path: Path) -> None:
 
     with at_work(tmp_path, tiny_path, as_nohup_does) as process:
         process.send_signal(signal.SIGHUP)
-        _, said = process.communicate(timeout=60)
+        _, said = process.communicate()
     assert process.returncode == 0, said
     assert [path.name for path in tmp_path.iterdir()] == ["out.tqz"]
 
@@ -376,7 +376,7 @@ def test_two_on_one_output_without_locks_lose_nothing_and_tell_the_truth(
         )
         for node in ("node1", "node2")
     ]
-    said = [process.communicate(timeout=120)[1] for process in both]
+    said = [process.communicate()[1] for process in both]
     codes = [process.returncode for process in both]
     assert 0 in codes and {*codes} <= {0, 7}, said
     for code, text in zip(codes, said, strict=True):

@@ -1,5 +1,6 @@
 # make demo   set up and run the whole pipeline on the embedded model and the bundled proteins
 # make test   set up and run the tests
+# make test-fast   set up and run those that take less than a minute together
 # make fuzz   search for inputs that break the readers, FUZZ_SECONDS of each kind
 # make killtest   kill each long command 50 times and resume it
 # On a machine without a GPU, a smaller torch: make setup PIP_FLAGS="--extra-index-url https://download.pytorch.org/whl/cpu"
@@ -31,7 +32,7 @@ PROTEINS := 2
 DECODED := 2
 endif
 
-.PHONY: setup lint type test fuzz killtest demo clean
+.PHONY: setup lint type test test-fast fuzz killtest demo clean
 
 setup: $(VENV)/.ready
 
@@ -51,6 +52,9 @@ type: setup
 
 test: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS)
+
+test-fast: setup
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) -m "not slow"
 
 fuzz: setup
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[fuzz]"

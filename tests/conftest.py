@@ -11,7 +11,7 @@ from pathlib import Path
 import esm
 import pytest
 import torch
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 
 from turboesm_cli.codec.fit import CodecSpec, LayerSpec, fit
 from turboesm_cli.codec.recipes import RECIPES
@@ -20,8 +20,11 @@ from turboesm_cli.models.loading import load_model
 from turboesm_cli.sequences.fasta import Protein, read_fasta
 from turboesm_cli.statistics.collect import collect
 
-settings.register_profile("house", deadline=None)
-settings.register_profile("search", max_examples=20_000, deadline=None, print_blob=True)
+ANY_SPEED = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow]}
+"""A test says nothing of how busy the machine is."""
+
+settings.register_profile("house", **ANY_SPEED)
+settings.register_profile("search", max_examples=20_000, print_blob=True, **ANY_SPEED)
 settings.load_profile("house")  # --hypothesis-profile comes after
 
 ROOT = Path(__file__).resolve().parents[1]

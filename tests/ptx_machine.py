@@ -9,7 +9,7 @@ what another read, with no bar.warp.sync between. Registers start as NaN.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import chain
@@ -75,6 +75,17 @@ def parse(text: str) -> tuple[list[Statement], dict[str, int]]:
         elif rest:
             raise MachineError(f"not a statement: {rest}")
     return statements, labels
+
+
+def render(statements: Sequence[Statement], labels: Mapping[str, int]) -> str:
+    """The text that `parse` takes apart into these."""
+    lines: list[str] = []
+    for at in range(len(statements) + 1):
+        lines += [f"{label}:" for label, place in labels.items() if place == at]
+        for own in statements[at : at + 1]:
+            guard = f"@{'!' * own.negated}{own.guard} " if own.guard else ""
+            lines.append(f"{guard}{own.op} {', '.join(own.operands)};")
+    return "{\n" + "\n".join(lines) + "\n}"
 
 
 def _shift_right(a: Array, b: Array) -> Array:

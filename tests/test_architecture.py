@@ -1,12 +1,12 @@
-"""Who may import whom; what must not be imported at all; how fast help answers."""
+"""Who may import whom; what must not be imported at all; what tests may not reach into."""
 
 from __future__ import annotations
 
 import ast
 import graphlib
+import json
 import subprocess
 import sys
-import time
 import zipfile
 from pathlib import Path
 
@@ -170,13 +170,46 @@ def test_there_is_no_package_called_kernels() -> None:
     assert run_python(f"import sys; sys.path[:1] = []; {code}") == "None"
 
 
-def test_help_answers_at_once() -> None:
-    best = 9.0
-    for _ in range(3):
-        start = time.perf_counter()
-        subprocess.run([sys.executable, "-m", "turboesm_cli.app", "--help"], capture_output=True, check=True)
-        best = min(best, time.perf_counter() - start)
-    assert best < 1.5  # torch alone takes longer to import; typically 0.25 s
+HELP = """
+import contextlib, io, json, sys, typer.main
+from turboesm_cli.app import app, main
+loaded = {}
+for command in ["", *typer.main.get_command(app).commands]:
+    sys.argv = ["turboesm", *command.split(), "--help"]
+    with contextlib.redirect_stdout(io.StringIO()) as printed, contextlib.suppress(SystemExit):
+        main()
+    assert "--help" in printed.getvalue(), command
+    loaded[command] = sorted({name.split(".")[0] for name in sys.modules})
+print(json.dumps(loaded))
+"""
+SLOW_TO_IMPORT = {"torch", "esm", "numpy", "pandas", "matplotlib", "safetensors", "triton"}
+
+
+def test_help_imports_nothing_slow() -> None:
+    """Of turboesm and of each command: so it answers at once."""
+    loaded = json.loads(run_python(HELP))
+    assert {"", "calibrate", "quantize", "decode", "bench", "report"} <= set(loaded)
+    for command, modules in loaded.items():
+        assert not SLOW_TO_IMPORT & set(modules), command
+
+
+def is_private(name: str) -> bool:
+    return name.startswith("_") and not name.startswith("__")
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "tests").rglob("*.py")), ids=lambda path: path.stem)
+def test_tests_use_what_is_public(path: Path) -> None:
+    """No private name of another file is imported, asked for or replaced: it may go without notice."""
+    nodes = list(ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
+    own = {"self", "cls", *(node.name for node in nodes if isinstance(node, ast.ClassDef))}
+    for node in nodes:
+        if isinstance(node, ast.ImportFrom):
+            assert not any(is_private(alias.name) for alias in node.names), f"line {node.lineno}"
+        if isinstance(node, ast.Attribute) and not (isinstance(node.value, ast.Name) and node.value.id in own):
+            assert not is_private(node.attr), f"line {node.lineno}: {ast.unparse(node)}"
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "setattr":
+            texts = [str(arg.value) for arg in node.args[:2] if isinstance(arg, ast.Constant)]
+            assert not any(is_private(name) for text in texts for name in text.split(".")), f"line {node.lineno}"
 
 
 @pytest.mark.slow

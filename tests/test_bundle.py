@@ -30,9 +30,14 @@ def bundle(request: pytest.FixtureRequest, tiny: EsmModel, calibration_proteins:
     return calibrate(tiny, calibration_proteins[:12], RECIPES[request.param])
 
 
+@pytest.fixture(scope="module")
+def calibrated(tiny: EsmModel, calibration_proteins: list[Protein]) -> Bundle:
+    return calibrate(tiny, calibration_proteins[:12], RECIPES["flat"])
+
+
 @pytest.fixture
-def flat(tiny: EsmModel, calibration_proteins: list[Protein], tmp_path: Path) -> Path:
-    write_bundle(tmp_path / "flat.tqz", calibrate(tiny, calibration_proteins[:12], RECIPES["flat"]))
+def flat(calibrated: Bundle, tmp_path: Path) -> Path:
+    write_bundle(tmp_path / "flat.tqz", calibrated)
     return tmp_path / "flat.tqz"
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from turboesm_kernels import reference
 
 from turboesm_cli.cache.cache_file import CachedProtein, Packfile, StoredProtein, file_sha256, write_packfile
 from turboesm_cli.cache.dense import DenseCache
@@ -121,7 +122,7 @@ def test_attention_over_the_cache_is_attention_over_what_it_gives_back(
     cache, _ = filled(model, spec, 7, [7])
     q = random_keys_values(model, 3, seed=5)[0]
     k, v = cache.keys_values(1)
-    expected = (q.double() @ k.double().mT).softmax(-1) @ v.double()
+    expected = reference.attend(q.double(), k.double(), v.double())
     assert torch.allclose(cache.attend(1, q).double(), expected, atol=1e-5)
 
 
@@ -209,13 +210,13 @@ def test_decoding_goes_on_from_disk_as_from_memory(on_disk, tiny: EsmModel) -> N
     assert items[0].cached == back.cached
 
 
-def test_caches_of_another_bundle_are_refused(on_disk, tiny: EsmModel) -> None:  # type: ignore[no-untyped-def]
+def test_caches_of_another_bundle_are_refused(on_disk) -> None:  # type: ignore[no-untyped-def]
     folder, bundle, _items = on_disk
     with pytest.raises(BundleError, match="packed with another bundle"):
         Packfile(folder / "c.tqkv", bundle, "0" * 64)
 
 
-def test_caches_that_do_not_fit_are_refused(on_disk, tiny: EsmModel) -> None:  # type: ignore[no-untyped-def]
+def test_caches_that_do_not_fit_are_refused(on_disk) -> None:  # type: ignore[no-untyped-def]
     folder, bundle, items = on_disk
     wrong = CachedProtein(Protein("x", "", "MKTAYIAKQRQISF"), 5, items[2].tensors)  # 7 tokens called 5
     write_packfile(folder / "d.tqkv", bundle, file_sha256(folder / "b.tqz"), [wrong])

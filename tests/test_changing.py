@@ -21,6 +21,8 @@ from test_inputs import CALIBRATION, Place, bundle, check_stopped, place  # noqa
 
 from turboesm_cli.sequences.identifiers import Seen
 
+pytestmark = pytest.mark.slow
+
 COUNT = 24
 """Proteins in a file of 190 kB, more than is read at once."""
 

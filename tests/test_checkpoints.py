@@ -28,6 +28,8 @@ from turboesm_cli.models.loading import load_model
 from turboesm_cli.sequences.fasta import Protein
 from turboesm_cli.statistics.batching import to_tokens
 
+pytestmark = pytest.mark.slow
+
 VOCABULARY = ESM2_ALPHABET.vocabulary
 ROOT = Path(__file__).resolve().parents[1]
 CALIBRATION = str(ROOT / "data" / "calibration" / "calibration.fasta")

@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[1]
 PEPTIDES = str(ROOT / "data" / "evaluation" / "peptide.fasta")
 CALIBRATION = str(ROOT / "data" / "calibration" / "calibration.fasta")
@@ -222,14 +224,14 @@ def test_a_bench_needs_no_cache_folder(tiny_path: Path) -> None:
     assert done.returncode == 0, done.stderr
 
 
-def test_proteins_seen_in_calibration_are_refused(run: Run, home: Path, bundle: Path, tiny_path: Path) -> None:
+def test_proteins_seen_in_calibration_are_refused(run: Run, bundle: Path, tiny_path: Path) -> None:
     arguments = ("bench", "--families", CALIBRATION, "--bundle", str(bundle), "--max-proteins", "3", "-o", "s.csv")
     assert_one_line_error(run(*arguments, "--model", str(tiny_path)), 3, "calibration set")
     allowed = run(*arguments, "--allow-seen", "--model", str(tiny_path))
     assert allowed.returncode == 0 and "NOT AN HONEST EVALUATION" in allowed.stderr
 
 
-def test_models_have_exit_code_4(run: Run, bundle: Path) -> None:
+def test_models_have_exit_code_4(run: Run) -> None:
     assert_one_line_error(run("calibrate", "esm9", PEPTIDES), 4, "esm9")
     assert_one_line_error(run("calibrate", "esm2_t33_650M", PEPTIDES, "-o", "x.tqz"), 4, "esm2_t33_650M_UR50D.pt")
 

@@ -282,6 +282,7 @@ def decoding_errors(model: EsmModel, proteins: list[Protein], specs: dict[str, C
     return {name: 1 - float(cosine.mean()) for name, cosine in cosines.items()}
 
 
+@pytest.mark.slow
 def test_on_a_real_model_auto_is_better_than_flat_than_paper(
     embedded: EsmModel, calibration_proteins: list[Protein], peptides: list[Protein]
 ) -> None:

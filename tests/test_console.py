@@ -51,7 +51,7 @@ def test_what_an_earlier_run_did_is_not_left_and_says_nothing_of_the_pace(monkey
     ]
 
 
-def test_work_that_an_earlier_run_finished_ends_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_work_that_an_earlier_run_finished_ends_at_once() -> None:
     lines: list[str] = []
     tick = console.Pace("decoding", 2, lines.append)
     tick(2, again=True)

@@ -43,7 +43,7 @@ def test_every_protein_has_its_source() -> None:
     with (DATA / "SOURCES.tsv").open(encoding="utf-8") as stream:
         listed = {(row["file"], row["accession"]) for row in csv.DictReader(stream, delimiter="\t")}
     for path in [calibration_path(), *map(family_path, (*FAMILIES, HELDOUT))]:
-        name = str(path.relative_to(DATA))
+        name = str(path.resolve().relative_to(DATA))
         assert {(name, protein.accession) for protein in read(path)} <= listed
 
 

@@ -18,7 +18,7 @@ from turboesm_cli.codec.bundle import Bundle
 from turboesm_cli.codec.calibration import calibrate
 from turboesm_cli.codec.fit import CodecSpec
 from turboesm_cli.codec.recipes import RECIPES, parse_recipe
-from turboesm_cli.commands.decode import _Run
+from turboesm_cli.commands.decode import Decoding
 from turboesm_cli.engine import batch as batches
 from turboesm_cli.engine.batch import Batch, Job, Stepper
 from turboesm_cli.engine.jobs import Prompt, run
@@ -299,7 +299,7 @@ def test_the_command_says_that_it_halved_the_batch(
 ) -> None:
     failing.at_steps = [3]
     work = of_proteins(lambda: peptides[:9], lambda protein: 5, bundle)
-    command = _Run(bundle, tiny, work, NOTHING_KEPT, "packed", 4, work.longest)
+    command = Decoding(bundle, tiny, work, NOTHING_KEPT, "packed", 4, work.longest)
     batch = command.batch(lambda slots: failing.of(tiny, slots, work.longest), lambda done=1: None)
     done = run(batch, work.prompts, lambda prompt, found: found, NOTHING_KEPT)
     accessions = [prompt.protein.accession for prompt, _ in done]
@@ -308,7 +308,7 @@ def test_the_command_says_that_it_halved_the_batch(
 
 
 def test_results_of_a_batch_are_compared_in_the_order_of_the_input(
-    tiny: EsmModel, bundle: Bundle, peptides: list[Protein]
+    tiny: EsmModel, peptides: list[Protein]
 ) -> None:
     prompts = [Prompt(protein, 1 + index % 5, tiny.alphabet) for index, protein in enumerate(peptides[:8])]
     longest = max(protein.residues for protein in peptides[:8]) + 2

@@ -357,6 +357,7 @@ def test_markdown_report(rows_csv: Path, tmp_path: Path) -> None:
     assert all((tmp_path / link.replace("%20", " ")).is_file() for link in linked)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("suffix", ["html", "md"])
 def test_the_same_input_gives_the_same_bytes(rows_csv: Path, tmp_path: Path, suffix: str) -> None:
     def files(folder: str, seed: str) -> dict[str, bytes]:
@@ -417,12 +418,13 @@ def test_imports_are_light() -> None:
     script = (
         "import sys, turboesm_cli.commands.report;"
         "assert not {'pandas', 'matplotlib', 'torch'} & set(sys.modules);"
-        "import turboesm_cli.figures, turboesm_cli.pages, turboesm_cli.results;"
+        "from turboesm_cli.reporting import pages, plots, results;"
         "assert not {'torch', 'esm', 'matplotlib'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", script], check=True)
 
 
+@pytest.mark.slow
 def test_a_report_needs_no_torch(rows_csv: Path, tmp_path: Path) -> None:
     script = (
         "import sys; sys.modules['torch'] = sys.modules['esm'] = None; from pathlib import Path;"

@@ -119,6 +119,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, tiny_path: Path) -> Path:
     return path
 
 
+@pytest.mark.slow
 @given(arguments=command_lines())
 @searching
 def test_made_up_command_lines_end_in_a_line(

@@ -16,6 +16,8 @@ from turboesm_cli.errors import InputError
 from turboesm_cli.reporting.grouping import gathered
 from turboesm_cli.reporting.results import ResultRow, csv_rows, read_csv, write_csv
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[1]
 CALIBRATION = str(ROOT / "data" / "calibration" / "calibration.fasta")
 SEQUENCES = [

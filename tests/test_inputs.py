@@ -21,6 +21,8 @@ from typer.testing import CliRunner, Result
 
 from turboesm_cli.app import app
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[1]
 CALIBRATION = str(ROOT / "data" / "calibration" / "calibration.fasta")
 SEQUENCE = "MKWVTFISLLFLFSSAYSRGVFRR"

@@ -17,6 +17,8 @@ from pathlib import Path
 import pytest
 from interruption import Command, finish, interrupt, moments
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[1]
 CALIBRATION = str(ROOT / "data" / "calibration" / "calibration.fasta")
 PEPTIDES = str(ROOT / "data" / "evaluation" / "peptide.fasta")
@@ -104,13 +106,13 @@ def test_a_signal_saves_and_has_its_own_exit_code(
         assert process.poll() is None
         time.sleep(0.01)
     process.send_signal(number)
-    _, said = process.communicate(timeout=60)
+    _, said = process.communicate()
     assert process.returncode == code, said
     assert "Traceback" not in said
     assert said.splitlines()[-1].startswith("error: ") and "run the same command again to go on" in said
     assert [path.name for path in folder.iterdir()] == ["out.tqz.partial"]
     again = start(command, folder)
-    _, said = again.communicate(timeout=120)
+    _, said = again.communicate()
     assert again.returncode == 0 and "going on with the unfinished work" in said
     assert [path.name for path in folder.iterdir()] == ["out.tqz"]
     assert command.result(folder) == expected
@@ -123,12 +125,12 @@ def test_a_full_disk_is_one_line_and_loses_nothing(commands: dict[str, Command],
     folder = tmp_path / "full"
     folder.mkdir()
     full = start(command, folder, limit=len(expected) // 2)
-    _, said = full.communicate(timeout=120)
+    _, said = full.communicate()
     assert full.returncode == 7 and "Traceback" not in said, said
     assert "File too large" in said.splitlines()[-1] and "run the same command again" in said.splitlines()[-1]
     assert [path.name for path in folder.iterdir()] == ["out.tqkv.partial"]
     again = start(command, folder)
-    _, said = again.communicate(timeout=120)
+    _, said = again.communicate()
     assert again.returncode == 0 and "going on with" in said
     assert command.result(folder) == expected
 
@@ -140,9 +142,9 @@ def test_two_at_once_on_one_output(commands: dict[str, Command], tmp_path: Path)
         time.sleep(0.01)
     first.send_signal(signal.SIGSTOP)  # so that it is still there when the second has loaded its model
     second = start(commands["calibrate"], tmp_path)
-    _, said = second.communicate(timeout=60)
+    _, said = second.communicate()
     first.send_signal(signal.SIGCONT)
     assert second.returncode == 7 and f"worked on by process {first.pid}" in said.splitlines()[-1]
-    _, said = first.communicate(timeout=120)
+    _, said = first.communicate()
     assert first.returncode == 0, said
     assert [path.name for path in tmp_path.iterdir()] == ["out.tqz"]

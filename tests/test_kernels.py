@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from kernel_cases import Case, make, make_spec, relative_error
 from turboesm_kernels import dispatch, reference, token_layer
 from turboesm_kernels.dispatch import BackendError
 from turboesm_kernels.layout import Profile
@@ -28,9 +29,6 @@ from turboesm_cli.models.esm2_alphabet import ESM2_ALPHABET
 from turboesm_cli.models.loading import load_model
 from turboesm_cli.sequences.fasta import Protein
 from turboesm_cli.statistics.batching import to_tokens
-
-sys.path.insert(0, str(Path(__file__).parent))
-from kernel_cases import Case, make, make_spec, relative_error
 
 TOLERANCE = {torch.float32: 1e-3, torch.float16: 1e-3, torch.bfloat16: 5e-3}
 """Relative error; bfloat16's own rounding is 2e-3."""
@@ -180,6 +178,7 @@ def test_strided_query() -> None:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(INTERPRETED, reason="the child process")
 def test_interpreter() -> None:
     """Run the tests above on the CPU: Triton reads TRITON_INTERPRET when it is imported."""
@@ -427,12 +426,9 @@ def test_selfcheck_sees_every_kind_of_layer(one: Case, other: Case, monkeypatch:
     from turboesm_kernels import verify
 
     layers = [PreparedLayer.of(make_spec("k", case), make_spec("v", case)) for case in (one, other, one)]
-    seen: list[PreparedLayer] = []
-    monkeypatch.setattr(verify, "_problem", lambda layer, dtype, sinks: seen.append(layer))
-    assert verify.problem(layers) is None
-    assert len(seen) == 2
+    assert len(verify.kinds_of(layers)) == 2
     answers = iter((None, "wrong"))
-    monkeypatch.setattr(verify, "_problem", lambda layer, dtype, sinks: next(answers))
+    monkeypatch.setattr(verify, "layer_problem", lambda layer, dtype, sinks: next(answers))
     assert verify.problem(layers) == "wrong"
 
 
@@ -449,13 +445,13 @@ def test_selfcheck_compiles_in_threads(monkeypatch: pytest.MonkeyPatch) -> None:
         if not alone:
             raise RuntimeError("another thread loads this kernel")
 
-    monkeypatch.setattr(verify._Run, "of", run)
-    verify._compile(layers, torch.float32, 1)
+    monkeypatch.setattr(verify.KernelRun, "of", run)
+    verify.compile_all(layers, torch.float32, 1)
     assert runs[0] == (layers[0], True)
     assert {(id(layer), alone) for layer, alone in runs[1:]} == {(id(layer), False) for layer in layers[1:]}
-    monkeypatch.setattr(verify._Run, "of", None)
+    monkeypatch.setattr(verify.KernelRun, "of", None)
     with pytest.raises(TypeError):
-        verify._compile(layers, torch.float32, 1)
+        verify.compile_all(layers, torch.float32, 1)
 
 
 @interpreted

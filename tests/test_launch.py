@@ -65,7 +65,7 @@ def test_what_was_launched_before_is_launched_directly(monkeypatch: pytest.Monke
     monkeypatch.setattr(triton, "JITFunction", Stub)
     monkeypatch.setattr(torch.version, "hip", None)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    monkeypatch.setattr(launching, "_compiled", {})
+    monkeypatch.setattr(launching, "compiled_kernels", {})
     stub, x = Stub(), torch.zeros(64)
     launch(stub, (3,), x, 7, SIZE=32, FLAG=True, num_warps=4)
     launch(stub, (5, 2), x[16:], 9, FLAG=True, SIZE=32, num_warps=4)  # in another order: another key
@@ -124,8 +124,8 @@ def test_launches_of_all_kinds_on_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
     for case in cases:
         check(case, 2.0)
-    known = dict(launching._compiled)
+    known = dict(launching.compiled_kernels)
     monkeypatch.setattr(triton.JITFunction, "run", None)  # what looks at each argument anew
     for case in reversed(cases):
         check(case, 4.0)
-    assert launching._compiled == known
+    assert launching.compiled_kernels == known

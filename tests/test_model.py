@@ -50,6 +50,7 @@ def test_hidden_states_equal_fair_esm_on_the_embedded_model(
     assert_parity(embedded, calibration_proteins[:count], masked)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["esm2_t6_8M_refit", "esm2_t8_25M_hd64.pt"])
 def test_hidden_states_equal_fair_esm_on_other_checkpoints(
     name: str, calibration_proteins: list[Protein], checkpoint_path: Callable[[str], Path]

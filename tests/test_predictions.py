@@ -18,6 +18,8 @@ from turboesm_cli.models.loading import load_model
 from turboesm_cli.sequences.fasta import Protein
 from turboesm_cli.statistics.batching import to_tokens
 
+pytestmark = pytest.mark.slow
+
 LETTERS = "ACDEFGHIKLMNPQRSTVWY"
 CHANCE = 17.0
 """Of uniformly random residues nobody has a perplexity below 20 in the long run; some 300 leave 15 %."""

@@ -242,19 +242,19 @@ def test_commit_of_a_checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     (tmp_path / "turboesm_cli").mkdir()
     source = tmp_path / "turboesm_cli" / "a.py"
     source.write_text("1")
-    assert results._describe(tmp_path) == ""
+    assert results.commit_of(tmp_path) == ""
     git(tmp_path, "init", "-q")
-    assert results._describe(tmp_path) == ""  # no commit yet
+    assert results.commit_of(tmp_path) == ""  # no commit yet
     git(tmp_path, "add", ".")
     git(tmp_path, "commit", "-qm", "a")
     git(tmp_path, "tag", "-a", "v1", "-m", "v1")
     head = git(tmp_path, "rev-parse", "HEAD")
     monkeypatch.setenv("GIT_DIR", str(tmp_path / "elsewhere"))
-    assert results._describe(tmp_path) == head
+    assert results.commit_of(tmp_path) == head
     source.write_text("2")
-    assert results._describe(tmp_path) == head + "+dirty"
+    assert results.commit_of(tmp_path) == head + "+dirty"
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert results._describe(tmp_path) == ""  # no git
+    assert results.commit_of(tmp_path) == ""  # no git
 
 
 def test_commit_is_empty_where_git_hangs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -265,12 +265,12 @@ def test_commit_is_empty_where_git_hangs(tmp_path: Path, monkeypatch: pytest.Mon
     program.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
     monkeypatch.setattr(results, "GIT_SECONDS", 0.2)
-    assert results._describe(tmp_path) == ""
+    assert results.commit_of(tmp_path) == ""
 
 
 def test_reading_results_needs_no_torch(written: Path) -> None:
     script = (
-        "import sys; from pathlib import Path; from turboesm_cli.results import read_csv;"
+        "import sys; from pathlib import Path; from turboesm_cli.reporting.results import read_csv;"
         "read_csv([Path(sys.argv[1])]);"
         "assert not {'torch', 'esm', 'matplotlib'} & set(sys.modules)"
     )

@@ -97,15 +97,15 @@ def test_what_was_interrupted_goes_on_to_the_same_bytes(
     assert quantized(12).exit_code == 0
     whole = (tmp_path / "c.tqkv").read_bytes()
     (tmp_path / "c.tqkv").unlink()
-    pack, done = prefill._packed, [0]
+    prefilled, done = prefill.cache_protein, [0]
 
     def some(*arguments: Any) -> Any:
         done[0] += 1
         if done[0] == 6:
             raise KeyboardInterrupt
-        return pack(*arguments)
+        return prefilled(*arguments)
 
-    monkeypatch.setattr(prefill, "_packed", some)
+    monkeypatch.setattr(prefill, "cache_protein", some)
     assert quantized(12).exit_code == 130 and not (tmp_path / "c.tqkv").exists()
     assert "5 units are done" in quantized(12).stderr
     assert (tmp_path / "c.tqkv").read_bytes() == whole and done[0] == 6 + 7
@@ -129,6 +129,7 @@ def growth(work: Callable[[int], object], few: int, many: int) -> float:
     return (peaks[1] - peaks[0]) / (many - few)
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_proteins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for module in (archive, cache_file):
         monkeypatch.setattr(module, "CHUNK", 4096)  # what is held of the lines, at most
@@ -142,6 +143,7 @@ def test_memory_does_not_grow_with_the_proteins(tmp_path: Path, monkeypatch: pyt
     assert growth(there_and_back, 500, 5000) < 100  # it was 6,600
 
 
+@pytest.mark.slow
 def test_a_journal_takes_some_bytes_a_record(tmp_path: Path) -> None:
     def there_and_back(count: int) -> None:
         path = tmp_path / f"{count}"
@@ -157,12 +159,13 @@ def test_a_journal_takes_some_bytes_a_record(tmp_path: Path) -> None:
 
 def test_a_journal_knows_names_of_any_order_and_kind(tmp_path: Path) -> None:
     names = ["7", "run", "0", "007", "-1", "²", "a-3", "99999999999999999999", "700000", "3", "7"]
+    latest = {name: number for number, name in enumerate(names)}
     for last in range(2):
         journal = Journal(tmp_path / "journal")
-        for name in names if not last else ():
-            journal.append(name, f"{name} of {journal._end}".encode())
+        for number, name in enumerate(names if not last else ()):
+            journal.append(name, f"{name} of {number}".encode())
         assert len(journal) == len(set(names)) and "1" not in journal and "70" not in journal
-        assert all(journal.read(name).decode().startswith(f"{name} of") for name in names)
+        assert all(journal.read(name) == f"{name} of {number}".encode() for name, number in latest.items())
         with pytest.raises(KeyError):
             journal.read("5")
         journal.close()
@@ -240,7 +243,7 @@ def test_what_readers_refuse_is_refused_before_the_work(
         monkeypatch.setattr(cache_file, "check_storable", short_names)
     else:
         monkeypatch.setattr(cache_file, limit, 9)
-    monkeypatch.setattr(prefill, "_packed", lambda *_: pytest.fail("work was done"))
+    monkeypatch.setattr(prefill, "cache_protein", lambda *_: pytest.fail("work was done"))
     message = refused(quantized(3), 3)
     assert {"TEXT_LIMIT": "p2", "RECORD_CAP": "over 9", "PART_LIMIT": "over 9"}[limit] in message
     assert not (tmp_path / "c.tqkv").exists()

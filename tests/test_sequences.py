@@ -399,6 +399,7 @@ STREAMS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("head, block, megabytes, text", STREAMS.values(), ids=STREAMS.keys())
 def test_memory_stays_bounded(head: bytes, block: bytes, megabytes: int, text: str) -> None:
     stream = SimpleNamespace(buffer=Endless(head, block, megabytes * 1_000_000))

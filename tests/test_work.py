@@ -297,6 +297,7 @@ with saved_work(Path(sys.argv[1]), {"command": "test", "seed": "1"}) as work:
 """
 
 
+@pytest.mark.slow
 def test_a_lock_ends_with_its_process(tmp_path: Path) -> None:
     path = tmp_path / "out"
     process = subprocess.Popen([sys.executable, "-c", HOLD, str(path)], stdout=subprocess.PIPE, text=True)
@@ -323,6 +324,7 @@ def test_where_there_are_no_locks_work_goes_on(tmp_path: Path, monkeypatch: pyte
         pass
 
 
+@pytest.mark.slow
 def test_where_there_are_no_locks_a_live_process_of_this_host_holds_its_output(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -409,7 +411,7 @@ def test_what_another_process_was_writing_is_cleared(tmp_path: Path) -> None:
         raise KeyboardInterrupt
 
 
-def test_work_that_is_not_kept_is_computed(tmp_path: Path) -> None:
+def test_work_that_is_not_kept_is_computed() -> None:
     assert float(NOTHING_KEPT.under("a").unit("x", lambda: number(2))["x"]) == 2
     assert NOTHING_KEPT.total("x") == {}
     assert not isinstance(NOTHING_KEPT, SavedWork)

@@ -18,7 +18,8 @@ from turboesm_kernels.available import on_nvidia
 ALIGNMENT = 16
 """What Triton compiles for apart: pointers (bytes) and integers that are multiples of it."""
 
-_compiled: dict[Hashable, tuple[Any, list[str]]] = {}
+compiled_kernels: dict[Hashable, tuple[Any, list[str]]] = {}
+"""By kernel, device and kinds of arguments: what Triton compiled, and the names of its constants."""
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **named: Any) -> None:
@@ -31,9 +32,9 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **named: Any) -> None
         kernel[grid](*args, **named)
         return
     key = (id(kernel), torch.cuda.current_device(), *map(kind, args), *named, *named.values())
-    if (found := _compiled.get(key)) is None:
+    if (found := compiled_kernels.get(key)) is None:
         if (compiled := kernel[grid](*args, **named)) is not None:
-            _compiled[key] = compiled, kernel.arg_names[len(args) :]
+            compiled_kernels[key] = compiled, kernel.arg_names[len(args) :]
         return
     compiled, constants = found
     compiled[(*grid, 1, 1)[:3]](*args, *[named[name] for name in constants])

@@ -158,13 +158,13 @@ def _split(
         partials.top, partials.mass, partials.weight, partials.out, held.tokens, chunk, held.sinks,
         HEADS=heads, DIM=dim, K_WORDS=k.codes.shape[2], V_WORDS=v.codes.shape[2] // FIELD_LANES,
         HAS_BIAS=layer.k.centred, HAS_LENGTHS=held.lengths is not None, ONE_BLOCK=chunk == TURN,
-        **_code(dim, k_fields.shape, v_fields.shape, layer.k.centred, chunk == TURN),
+        **kernel_code(dim, k_fields.shape, v_fields.shape, layer.k.centred, chunk == TURN),
         EARLY=early, num_warps=1, **early_launch(early),
     )  # fmt: skip
 
 
 @lru_cache(maxsize=256)
-def _code(
+def kernel_code(
     dim: int, keys: tuple[int, ...], values: tuple[int, ...], centred: bool, one_block: bool
 ) -> dict[str, str | int]:
     """The PTX of the kernel for fields of these shapes, the kinds of its operands, and sizes, by its names."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -38,29 +38,34 @@ def problem(layers: Sequence[PreparedLayer], dtype: torch.dtype = torch.float32,
     Of a layer of each shape for which other kernels are compiled, where Triton serves it. Raises
     torch.OutOfMemoryError.
     """
-    served = (layer for layer in layers if not (layer.k.spec.residual_axes or layer.v.spec.residual_axes))
-    kinds = list({(_kind(layer.k), _kind(layer.v)): layer for layer in served}.values())
+    kinds = kinds_of(layers)
     try:
         if kinds and kinds[0].k.map.is_cuda:
-            _compile(kinds, dtype, sinks)
-        return next(filter(None, (_problem(layer, dtype, sinks) for layer in kinds)), None)
+            compile_all(kinds, dtype, sinks)
+        return next(filter(None, (layer_problem(layer, dtype, sinks) for layer in kinds)), None)
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # Triton and its compilers raise anything
         return f"a kernel does not compile or start ({type(error).__name__}: {error})"
 
 
-def _compile(kinds: Sequence[PreparedLayer], dtype: torch.dtype, sinks: int) -> None:
+def kinds_of(layers: Iterable[PreparedLayer]) -> list[PreparedLayer]:
+    """One layer of each kind for which other kernels are compiled, of those that Triton serves."""
+    served = (layer for layer in layers if not (layer.k.spec.residual_axes or layer.v.spec.residual_axes))
+    return list({(_kind(layer.k), _kind(layer.v)): layer for layer in served}.values())
+
+
+def compile_all(kinds: Sequence[PreparedLayer], dtype: torch.dtype, sinks: int) -> None:
     """Run each layer's kernels, many layers at a time. What fails in a thread counts if it does so alone.
 
     First one layer's: a kernel that another thread is still loading cannot be launched (Triton 3.6 to 3.9), and
     some serve all layers. The checks are not done here: each thread that multiplies matrices leaves cuBLAS a
     workspace of 32 MiB.
     """
-    _Run.of(kinds[0], dtype, sinks)
+    KernelRun.of(kinds[0], dtype, sinks)
     with ThreadPoolExecutor(min(MOST_THREADS, os.cpu_count() or 1)) as pool:
         for layer in kinds[1:]:
-            pool.submit(_Run.of, layer, dtype, sinks)
+            pool.submit(KernelRun.of, layer, dtype, sinks)
 
 
 def _kind(side: PreparedSide) -> Hashable:
@@ -75,7 +80,7 @@ def _kind(side: PreparedSide) -> Hashable:
 
 
 @dataclass(frozen=True)
-class _Run:
+class KernelRun:
     """What the kernels made of random numbers: k, v [B, H, T, d] packed into `held`; attention of q over it."""
 
     k: Tensor
@@ -86,7 +91,7 @@ class _Run:
 
     @classmethod
     @torch.no_grad()
-    def of(cls, layer: PreparedLayer, dtype: torch.dtype, sinks: int) -> _Run:
+    def of(cls, layer: PreparedLayer, dtype: torch.dtype, sinks: int) -> KernelRun:
         dim, device = layer.k.head_dim, layer.k.centre.device
         if device.type == "cuda":
             torch.cuda.set_device(device)  # of this thread
@@ -99,10 +104,13 @@ class _Run:
 
 
 @torch.no_grad()
-def _problem(layer: PreparedLayer, dtype: torch.dtype, sinks: int) -> str | None:
-    """Codes, then attention; then that of a sequence whose weights rise by 8 octaves after a block, whatever its
-    codes are: there the fast path has to empty its sums."""
-    run = _Run.of(layer, dtype, sinks)
+def layer_problem(layer: PreparedLayer, dtype: torch.dtype, sinks: int) -> str | None:
+    """What is wrong with a layer's codes, else with its attention, or None.
+
+    Then with that of a sequence whose weights rise by 8 octaves after a block, whatever its codes are: there the
+    fast path has to empty its sums.
+    """
+    run = KernelRun.of(layer, dtype, sinks)
     differing = max(
         _differing(layer.k, run.held.k, reference.compress(run.k, layer.k.spec, run.held.rope)),
         _differing(layer.v, run.held.v, reference.compress(run.v, layer.v.spec)),

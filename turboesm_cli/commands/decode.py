@@ -121,7 +121,7 @@ def decode(
         if kept is not None and kept.is_done(whole):
             return
         with kept.work(whole) if kept is not None else nullcontext(NOTHING_KEPT) as saved:
-            run = _Run(codec, loaded, work, saved, kv, _slots(batch, own, work, loaded), own.context)
+            run = Decoding(codec, loaded, work, saved, kv, _slots(batch, own, work, loaded), own.context)
             if generate:
                 show = _generate(run, generate, temperature, top_p, seed, output)
             else:
@@ -205,7 +205,7 @@ def _slots(wanted: int | None, plan: Plan, work: Workload, model: Model) -> int:
 
 
 @dataclass(frozen=True)
-class _Run:
+class Decoding:
     """All that decoding needs."""
 
     bundle: Bundle
@@ -236,7 +236,7 @@ class _Run:
         )
 
 
-def _compare(run: _Run, output: Path | None, as_json: bool) -> Callable[[], None]:
+def _compare(run: Decoding, output: Path | None, as_json: bool) -> Callable[[], None]:
     """Figures, in a file if there is `output`; what prints them is given back."""
     from turboesm_cli.evaluation.rows import Context, Summary
     from turboesm_cli.reporting.results import csv_rows, to_record, write_csv
@@ -261,7 +261,7 @@ def _compare(run: _Run, output: Path | None, as_json: bool) -> Callable[[], None
     return show
 
 
-def _compared(run: _Run, summary: Summary) -> Iterator[ResultRow]:
+def _compared(run: Decoding, summary: Summary) -> Iterator[ResultRow]:
     """Rows protein by protein, in the order of the input, then those of all together."""
     from turboesm_cli.engine.jobs import run as decoded
     from turboesm_cli.engine.tasks import Forced
@@ -284,7 +284,7 @@ def _compared(run: _Run, summary: Summary) -> Iterator[ResultRow]:
 
 
 def _generate(
-    run: _Run, count: int, temperature: float, top_p: float, seed: int, output: Path | None
+    run: Decoding, count: int, temperature: float, top_p: float, seed: int, output: Path | None
 ) -> Callable[[], None]:
     """As `_compare`, of sampled sequences: printed where there is no `output`."""
     from turboesm_cli.models.sampling import Sampling
@@ -303,7 +303,7 @@ def _generate(
     return show
 
 
-def _sampled(run: _Run, count: int, sampling: Sampling, seed: int) -> Iterator[Protein]:
+def _sampled(run: Decoding, count: int, sampling: Sampling, seed: int) -> Iterator[Protein]:
     """Prompts with `count` sampled residues, in the order of the input."""
     from turboesm_cli.engine.jobs import run as decoded
     from turboesm_cli.engine.tasks import Sampled

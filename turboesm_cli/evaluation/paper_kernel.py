@@ -14,6 +14,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from turboesm_kernels import reference
 
 BLOCK = 64
 
@@ -106,4 +107,4 @@ class PaperCache:
         signs = ((self.k_signs[..., None] >> ones) & 1).flatten(-2).double() * 2 - 1
         k = self.k_table.double()[heads, k_codes] + signs * self.residual.double()[:, None, None]
         turned = torch.einsum("bhqd,hde->bhqe", q.double(), rotation.double())
-        return (turned @ k.mT).softmax(-1) @ self.v_table.double()[heads, v_codes]
+        return reference.attend(turned, k, self.v_table.double()[heads, v_codes])

@@ -136,10 +136,10 @@ def measure(model: Model, kind: Kind, load: Load, repeats: int = REPEATS, prefil
     took = [timing.once(first_token, device)]
     more = max(prefills, min(repeats, int(PREFILLING / took[0]))) - 1
     took += [timing.once(first_token, device) for _ in range(more)]
-    prefill_peak = _peak(device)
+    prefill_peak = peak_memory(device)
     cache.rewind()
     steps = _time(Graph(step, cache, 0), cache, device, repeats)
-    return Throughput(kind, load, steps, timing.Timing.of(took), prefill_peak, _peak(device), cache.nbytes)
+    return Throughput(kind, load, steps, timing.Timing.of(took), prefill_peak, peak_memory(device), cache.nbytes)
 
 
 def _step(stepper: Stepper, tokens: Tensor) -> Callable[[], None]:
@@ -176,7 +176,7 @@ def largest_batch(model: Model, kind: Kind, context: int, memory: int, planned: 
     What is beside the model grows with the batch: each try is where the one before says that memory is full.
     """
     free_memory(model.device)
-    fixed = _peak(model.device)
+    fixed = peak_memory(model.device)
     if fixed >= memory:
         return None
     best: Throughput | None = None
@@ -211,7 +211,7 @@ def free_memory(device: torch.device) -> None:
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
 
 
-def _peak(device: torch.device) -> int:
+def peak_memory(device: torch.device) -> int:
     """Most bytes in use since `free_memory`: of tensors on a GPU, of the process on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)

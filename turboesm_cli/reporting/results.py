@@ -155,10 +155,11 @@ def commit_of_source() -> str:
     $TURBOESM_COMMIT where it is set, for copies of a checkout without its history; "" where turboesm
     is not run from a git checkout of its own, or git is missing, slow or fails.
     """
-    return os.environ.get("TURBOESM_COMMIT") or _describe(Path(__file__).resolve().parents[2])
+    return os.environ.get("TURBOESM_COMMIT") or commit_of(Path(__file__).resolve().parents[2])
 
 
-def _describe(root: Path) -> str:
+def commit_of(root: Path) -> str:
+    """The git commit of the checkout at `root`, as in `commit_of_source`; "" where none can be told."""
     if not (root / ".git").exists() or not (root / "turboesm_cli").is_dir():
         return ""
     command = ["git", "-C", str(root), "describe", "--always", "--dirty=+dirty", "--abbrev=40", "--exclude=*"]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import os
 import re
-import resource
 import shlex
 import signal
 import sys
@@ -15,13 +14,12 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import typer
-import typer.core
 
 from turboesm_cli import __version__, console, streams, threads
 from turboesm_cli.commands.bench import bench
 from turboesm_cli.commands.calibrate import calibrate
+from turboesm_cli.commands.checks import Command, Group
 from turboesm_cli.commands.decode import decode
-from turboesm_cli.commands.options import check_values
 from turboesm_cli.commands.quantize import quantize
 from turboesm_cli.commands.report import report
 from turboesm_cli.errors import DeviceError, OutputError, TurboESMError
@@ -31,22 +29,14 @@ INTERRUPTED, TERMINATED = 130, 143
 TERMINATING = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU)
 """What schedulers send before they kill: Slurm what --signal names, Grid Engine SIGUSR1, SIGUSR2 and SIGXCPU."""
 
-LEAST_ADDRESS_SPACE = 700 << 20
-"""Bytes. With less, libraries that torch loads end the process, each in its own words."""
-
 EPILOG = (
     "Exit codes: 0 success, 1 a defect of turboesm, 2 wrong command line, 3 unusable input file, 4 model, "
     "5 bundle or cache file, 6 device, 7 output, 130 interrupted, 143 terminated."
 )
 
 
-class _Commands(typer.core.TyperGroup):
+class _Commands(Group):
     """Commands whose errors end in one line on stderr; --debug (or TURBOESM_DEBUG=1) shows the traceback."""
-
-    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        rest = super().parse_args(ctx, args)
-        check_values(ctx, self.params)
-        return rest
 
     def invoke(self, ctx: Any) -> Any:
         try:
@@ -71,24 +61,6 @@ class _Commands(typer.core.TyperGroup):
             console.fail("; ".join([message, *getattr(error, "__notes__", ())]))
             console.log(f"finished: exit code {code}")
             raise typer.Exit(code) from error
-
-
-class _Command(typer.core.TyperCommand):
-    """A command whose options are checked as one, and that has the room to run at all."""
-
-    def invoke(self, ctx: Any) -> Any:
-        limit, _ = resource.getrlimit(resource.RLIMIT_AS)
-        if 0 <= limit < LEAST_ADDRESS_SPACE:
-            raise DeviceError(
-                f"this shell allows {limit >> 20:,} MiB of memory, and torch alone takes about "
-                f"{LEAST_ADDRESS_SPACE >> 20:,}: raise the limit (ulimit -v, or the job's memory)"
-            )
-        return super().invoke(ctx)
-
-    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        rest = super().parse_args(ctx, args)
-        check_values(ctx, self.params)
-        return rest
 
 
 def _known(error: BaseException) -> tuple[str, int] | None:
@@ -123,8 +95,10 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (calibrate, quantize, decode, bench, report):
-    app.command(cls=_Command)(command)
+for command in (calibrate, quantize, decode):
+    app.command(cls=Command)(command)
+app.add_typer(bench, name="bench")
+app.command(cls=Command)(report)
 
 
 def _print_version(wanted: bool) -> None:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -60,6 +59,30 @@ MaxProteins = Annotated[
 ]
 BitsK = Annotated[float | None, typer.Option("--bits-k", help="Bits a key value.", show_default=False)]
 BitsV = Annotated[float | None, typer.Option("--bits-v", help="Bits a value's value.", show_default=False)]
+
+
+Families = Annotated[
+    str,
+    typer.Option("--families", help="Families (tm, idr, enzyme, globular, peptide) or FASTA files, by comma."),
+]
+EVERY_FAMILY = "tm,idr,enzyme,globular,peptide"
+Calibration = Annotated[
+    Path | None,
+    typer.Option("--calibration", help="Proteins to calibrate on. Default: the bundled 900.", show_default=False),
+]
+MaxCalibration = Annotated[
+    int | None,
+    typer.Option("--max-calibration", min=1, help="Calibrate on the first N proteins.", show_default=False),
+]
+MaxEvaluated = Annotated[
+    int | None,
+    typer.Option("--max-proteins", min=1, help="Evaluate on the first N of each family.", show_default=False),
+]
+MaxResidues = Annotated[int, typer.Option("--max-residues", min=1, help="Leave out longer evaluation proteins.")]
+BundleFiles = Annotated[
+    list[Path] | None,
+    typer.Option("--bundle", help="A ready bundle, in place of --recipes; repeatable.", show_default=False),
+]
 
 
 DtypeName = Literal["fp32", "bf16", "fp16"]
@@ -142,42 +165,6 @@ def run_of(command: str, model: Model, proteins: str, **options: object) -> dict
         "proteins": proteins[:16],
         "version": f"turboesm {__version__} ({code_digest()[:8]}), torch {torch.__version__}",
     }
-
-
-def check_values(ctx: Any, parameters: Sequence[Any]) -> None:
-    """What holds for the options and arguments of every command, once they are read.
-
-    `~` and `~user` mean a home folder wherever a path may begin, which shells leave alone in `--output=~/x`.
-    `inf` and `nan` are numbers to the command line, but not to what is done with them. Raises BadParameter.
-    """
-    for parameter in parameters:
-        if parameter.name in ctx.params and parameter.name not in _PLAIN_TEXT:
-            try:
-                ctx.params[parameter.name] = _checked(ctx.params[parameter.name])
-            except ValueError as error:
-                raise typer.BadParameter(str(error), ctx=ctx, param=parameter) from error
-
-
-_PLAIN_TEXT = {"title"}
-
-
-def _checked(value: Any) -> Any:
-    if isinstance(value, list | tuple):
-        return type(value)(_checked(item) for item in value)
-    if isinstance(value, float) and not math.isfinite(value):
-        raise ValueError(f"{value} is no finite number")
-    if isinstance(value, Path):
-        return Path(_at_home(str(value)))
-    if type(value) is str and "~" in value:
-        return ",".join(_at_home(part) for part in value.split(","))
-    return value
-
-
-def _at_home(path: str) -> str:
-    found = os.path.expanduser(path)  # noqa: PTH111 - which leaves alone what it does not know
-    if found == path and path.startswith("~"):
-        raise ValueError(f"{path}: there is no user of that name; write ./{path} for a file of that name")
-    return found
 
 
 def default_output(source: str, suffix: str) -> Path:

@@ -118,3 +118,28 @@ def hashed_bundle(path: Path) -> tuple[Bundle, str]:
     if file_sha256(path) != before:
         raise BundleError(f"{path} changed while it was read; run the command again")
     return bundle, before
+
+
+def digest_of(sets: list[list[Protein]]) -> str:
+    """sha256 of the proteins of several sets, in their order."""
+    from turboesm_cli.sequences.fasta import digest_in_order
+
+    return digest_in_order(protein for proteins in sets for protein in proteins)
+
+
+def families_of(reading: Reading, names: str, limit: int | None, max_residues: int) -> dict[str, list[Protein]]:
+    """Evaluation proteins by family: the first `limit` of each, without those that are too long."""
+    from turboesm_cli.sequences.datasets import family_label, family_path
+
+    sets = {}
+    for name in filter(None, names.split(",")):
+        label = family_label(name)
+        if label in sets or label == "all":
+            raise InputError(f"two families are called {label!r}, or one 'all'; rename a file")
+        proteins = reading.proteins(str(family_path(name)))
+        short = [protein for protein in proteins if protein.residues <= min(max_residues, MAX_RESIDUES)]
+        console.say(f"{label}: {len(short)} of {len(proteins)} proteins, up to {max_residues} residues")
+        sets[label] = short[:limit]
+    if not sets or not all(sets.values()):
+        raise InputError("no proteins to evaluate on; name families with --families, or raise --max-residues")
+    return sets

@@ -1,15 +1,18 @@
-"""`turboesm bench --throughput`: tokens a second and memory of whole models, for each kind of cache."""
+"""`turboesm bench throughput`: tokens a second and memory of whole models, for each kind of cache."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
+
+import typer
 
 from turboesm_cli import console
 from turboesm_cli.commands import options
 from turboesm_cli.commands.reading import Reading
 from turboesm_cli.errors import InputError
+from turboesm_cli.outputs.files import check_output
 
 if TYPE_CHECKING:
     from turboesm_cli.codec.fit import CodecSpec
@@ -39,7 +42,38 @@ class Wanted:
     output: Path
 
 
-def bench_throughput(wanted: Wanted) -> None:
+def throughput(
+    batch: Annotated[str, typer.Option(help="Sequences at once, by comma.")] = "1,8",
+    context: Annotated[str, typer.Option(help="Tokens of a sequence, by comma.")] = "256,1024",
+    kinds: Annotated[
+        str, typer.Option(help="Caches by comma; packed ones are of --recipes or --bundle.")
+    ] = "fp16,bf16,int8,fp8,packed",
+    recipes: Annotated[
+        str, typer.Option(help="Recipes by comma; NAME@BITS or NAME@BITS_K/BITS_V sets a budget.")
+    ] = "auto",
+    bundle: options.BundleFiles = None,
+    memory: Annotated[
+        str | None,
+        typer.Option(help="Find the largest batch in so much, such as 24GiB.", show_default=False),
+    ] = None,
+    plan: Annotated[bool, typer.Option("--plan", help="Say what memory it would take; stop.")] = False,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Figures, as CSV.")] = Path("throughput.csv"),
+    dtype: options.Dtype = "fp32",
+    model: options.ModelName = None,
+    device: options.Device = "auto",
+    json: options.Json = False,
+    force: options.Force = False,
+) -> None:
+    """Measure tokens per second, time to the first token and memory of whole models, cache by cache.
+
+    Example: turboesm bench throughput --model random:esm2_t33_650M --dtype bf16 --batch 1,64 --context 1024
+    """
+    if not plan:
+        check_output(output, force)
+    _bench(Wanted(batch, context, kinds, memory, recipes, bundle or [], dtype, plan, model, device, json, output))
+
+
+def _bench(wanted: Wanted) -> None:
     """Measure, write the rows, show the tables."""
     from turboesm_cli.codec.bundle import read_bundle
     from turboesm_cli.engine.memory_plan import device_memory, parse_memory

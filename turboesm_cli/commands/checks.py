@@ -1,0 +1,86 @@
+"""What holds for every command, whatever it does."""
+
+from __future__ import annotations
+
+import math
+import os
+import resource
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import typer
+import typer.core
+
+from turboesm_cli.errors import DeviceError
+
+LEAST_ADDRESS_SPACE = 700 << 20
+"""Bytes. With less, libraries that torch loads end the process, each in its own words."""
+
+
+class Command(typer.core.TyperCommand):
+    """A command whose options are checked as one, and that has the room to run at all."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        rest = super().parse_args(ctx, args)
+        check_values(ctx, self.params)
+        return rest
+
+    def invoke(self, ctx: Any) -> Any:
+        check_room()
+        return super().invoke(ctx)
+
+
+class Group(typer.core.TyperGroup):
+    """Commands, with options of their own that are checked likewise."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        rest = super().parse_args(ctx, args)
+        check_values(ctx, self.params)
+        return rest
+
+
+def check_room() -> None:
+    """Raise DeviceError where torch cannot even be loaded."""
+    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+    if 0 <= limit < LEAST_ADDRESS_SPACE:
+        raise DeviceError(
+            f"this shell allows {limit >> 20:,} MiB of memory, and torch alone takes about "
+            f"{LEAST_ADDRESS_SPACE >> 20:,}: raise the limit (ulimit -v, or the job's memory)"
+        )
+
+
+def check_values(ctx: Any, parameters: Sequence[Any]) -> None:
+    """What holds for the options and arguments of every command, once they are read.
+
+    `~` and `~user` mean a home folder wherever a path may begin, which shells leave alone in `--output=~/x`.
+    `inf` and `nan` are numbers to the command line, but not to what is done with them. Raises BadParameter.
+    """
+    for parameter in parameters:
+        if parameter.name in ctx.params and parameter.name not in _PLAIN_TEXT:
+            try:
+                ctx.params[parameter.name] = _checked(ctx.params[parameter.name])
+            except ValueError as error:
+                raise typer.BadParameter(str(error), ctx=ctx, param=parameter) from error
+
+
+_PLAIN_TEXT = {"title"}
+
+
+def _checked(value: Any) -> Any:
+    if isinstance(value, list | tuple):
+        return type(value)(_checked(item) for item in value)
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"{value} is no finite number")
+    if isinstance(value, Path):
+        return Path(_at_home(str(value)))
+    if type(value) is str and "~" in value:
+        return ",".join(_at_home(part) for part in value.split(","))
+    return value
+
+
+def _at_home(path: str) -> str:
+    found = os.path.expanduser(path)  # noqa: PTH111 - which leaves alone what it does not know
+    if found == path and path.startswith("~"):
+        raise ValueError(f"{path}: there is no user of that name; write ./{path} for a file of that name")
+    return found

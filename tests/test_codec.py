@@ -59,7 +59,7 @@ def statistics(tiny: EsmModel, calibration_proteins: list[Protein]) -> Statistic
 
 
 def payload(spec: CodecSpec) -> float:
-    """Mean payload bits a value over all layers."""
+    """Mean payload bits per value over all layers."""
     sides = [side for layer in spec.layers if layer for side in (layer.k, layer.v)]
     return sum(8 * side.nbytes for side in sides) / (2 * len(spec.layers) * spec.head_dim)
 

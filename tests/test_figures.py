@@ -96,7 +96,7 @@ def section(tmp_path_factory: pytest.TempPathFactory) -> Section:
 
 def test_table_of_errors(section: Section) -> None:
     table = table_of(section, "Error (1 minus mean cosine): final hidden state")
-    assert table.columns == ("recipe", "K bits", "V bits", "bits a value", "tm", "all", "paper / this")
+    assert table.columns == ("recipe", "K bits", "V bits", "bits per value", "tm", "all", "paper / this")
     assert table.rows == (
         ("paper", "4", "4", "–", "0.02000", "0.03000", "1.000×"),
         ("flat", "3", "3", "3.250", "0.004000", "0.01000", "3.000×"),
@@ -114,7 +114,7 @@ def test_tables_of_cosines(section: Section) -> None:
 def test_table_of_memory(section: Section) -> None:
     table = table_of(section, "Memory")
     assert table.columns[3:] == (
-        "bits a value",
+        "bits per value",
         "512 tokens",
         "1,024 tokens",
         "fp32 / this",

@@ -1,4 +1,4 @@
-"""`bench --throughput`: what it derives from what it measures, and the command on a tiny model."""
+"""`bench throughput`: what it derives from what it measures, and the command on a tiny model."""
 
 from __future__ import annotations
 
@@ -143,7 +143,7 @@ def test_a_step_without_a_gpu_is_no_graph(tiny: EsmModel) -> None:
 @pytest.mark.slow
 def test_the_command(tiny: EsmModel, tiny_path: Path, calibration_proteins: list[Protein], tmp_path: Path) -> None:
     write_bundle(tmp_path / "t.tqz", calibrate(tiny, calibration_proteins[:12], RECIPES["flat"]))
-    command = [sys.executable, "-m", "turboesm_cli.app", "bench", "--throughput", "--bundle", "t.tqz"]
+    command = [sys.executable, "-m", "turboesm_cli.app", "bench", "throughput", "--bundle", "t.tqz"]
     command += ["--context", "24,32", "--batch", "1,2", "--device", "cpu"]
     env = os.environ | {"COLUMNS": "220"}
 

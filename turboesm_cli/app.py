@@ -89,7 +89,7 @@ class _Terminated(SystemExit):
 
 app = typer.Typer(
     cls=_Commands,
-    help="Compress the key/value cache of ESM-2 protein language models to about 3 bits a value.",
+    help="Compress the key/value cache of ESM-2 protein language models to about 3 bits per value.",
     epilog=EPILOG,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -121,7 +121,7 @@ def root(
         False, "--version", callback=_print_version, is_eager=True, help="Print the version and exit."
     ),
 ) -> None:
-    """Compress the key/value cache of ESM-2 protein language models to about 3 bits a value.
+    """Compress the key/value cache of ESM-2 protein language models to about 3 bits per value.
 
     In this order: calibrate a model on proteins, quantize or decode with the bundle, bench recipes, report.
     """

@@ -6,7 +6,7 @@ vector has a weight of its own for a query, and each byte a table of 256 sums of
     score_j = n_j sum_b table_b[byte_bj]        table_b[x] = sum_s weight_bs bit_s(x)
 
 The weighted sum of values goes the other way: add up the softmax's weights by the value of each byte, then by
-bit. A byte is looked up once and never unpacked: for `B` bytes a vector that is B operations, not head_dim.
+bit. A byte is looked up once and never unpacked: for `B` bytes per vector that is B operations, not head_dim.
 """
 
 from __future__ import annotations

@@ -129,7 +129,7 @@ def lanes_for(head_dim: int) -> int:
 
 
 def bytes_for(head_dim: int, bits: float) -> int:
-    """Bytes of a head's vector at `bits` payload bits a value: the largest whole number of lanes within them."""
+    """Bytes of a head's vector at `bits` payload bits per value: the largest whole number of lanes within them."""
     lanes = lanes_for(head_dim)
     return int(head_dim * bits / BYTE + 1e-9) // lanes * lanes
 

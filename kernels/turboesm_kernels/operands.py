@@ -44,7 +44,7 @@ class Held:
 
     @property
     def tokens(self) -> int:
-        """Packed tokens a sequence has room for, T."""
+        """Packed tokens that a sequence has room for, T."""
         return self.v.codes.shape[3]
 
     @property

@@ -22,7 +22,7 @@ from turboesm_kernels.reference import SCALE_STEPS_PER_OCTAVE, SCALE_ZERO, Packe
 STEPS = tl.constexpr(SCALE_STEPS_PER_OCTAVE)
 ZERO = tl.constexpr(SCALE_ZERO)
 STEP_ROWS, PROMPT_ROWS = 16, 32
-"""Rows of a head that a program packs: few where a step brings one token a sequence.
+"""Rows of a head that a program packs: few where a step brings one token per sequence.
 
 Fewer than 64, so that products are `mma` and not `wgmma`: in blocks of 64, two products added up in `wgmma` lost
 what the second added (Triton 3.6, H200), which `test_pack_on_gpu` saw."""

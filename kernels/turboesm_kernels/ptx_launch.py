@@ -37,7 +37,7 @@ LARGEST_STRIDE = 1 << 29
 def unsupported_reason(q: Tensor, held: Held, layer: PreparedLayer) -> str | None:
     """Why the fast path cannot run on these inputs, or None."""
     if q.shape[2] != 1:
-        return f"it serves one query token a sequence, not {q.shape[2]}"
+        return f"it serves one query token per sequence, not {q.shape[2]}"
     if layer.k.fields is None or layer.v.fields is None:
         return "it needs codes on a uniform grid, and a head_dim that is a multiple of 64"
     if max(layer.k.fields.count, layer.v.fields.count) > MAX_FIELDS:

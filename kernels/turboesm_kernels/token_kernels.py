@@ -1,5 +1,5 @@
 # mypy: disable-error-code="no-untyped-def,untyped-decorator"
-"""A layer that keeps the kind of each token alone, on a GPU: one program a sequence and head, one launch."""
+"""A layer that keeps the kind of each token alone, on a GPU: one program per sequence and head, one launch."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def tokens_kernel(
 
 
 def attend(q: Tensor, ids: Tensor, tables: TokenTables, unmasked: Tensor, rope: Rope, lengths: Tensor) -> Tensor:
-    """`token_layer.attend_tokens` for one query a sequence, in float32. A sequence of length 0 gets 0.
+    """`token_layer.attend_tokens` for one query per sequence, in float32. A sequence of length 0 gets 0.
 
     Nothing is synchronized: safe in a CUDA graph.
     """

@@ -22,7 +22,7 @@ FASTEST = [
     SDPBackend.EFFICIENT_ATTENTION,
     SDPBackend.MATH,
 ]
-"""Backends of torch's attention, the fastest at one query a sequence first (see `bench --kernels`)."""
+"""Backends of torch's attention, the fastest at one query per sequence first (see `bench kernels`)."""
 
 MASKED = [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 """Those that take a mask of any shape."""

@@ -15,7 +15,7 @@ from turboesm_cli.codec.fit import CodecSpec
 from turboesm_cli.outputs.archive import Archive, kind_of, printable
 
 TOKENS = 1024
-"""Length of the sequence whose bits a value are told."""
+"""Length of the sequence whose bits per value are told."""
 
 Facts = dict[str, Any]
 Shown = tuple[str, list[str], list[list[str]]]
@@ -38,8 +38,8 @@ def tables_of(facts: Facts) -> list[Shown]:
             "layer",
             "side",
             "allocation",
-            "bytes a vector",
-            "bits a value",
+            "bytes per vector",
+            "bits per value",
             "scale",
             "predicted error",
             "others",
@@ -109,8 +109,8 @@ def _codec(spec: CodecSpec) -> list[Facts]:
                     "layer": index,
                     "side": side,
                     "allocation": choice.get("allocation", ""),
-                    "bytes_a_vector": code.nbytes,
-                    "bits_a_value": code.nbytes * 8 / spec.head_dim,
+                    "bytes_per_vector": code.nbytes,
+                    "bits_per_value": code.nbytes * 8 / spec.head_dim,
                     "scale": code.scale,
                     "predicted": choice.get("predicted", {}),
                 }
@@ -124,8 +124,8 @@ def _codec_row(row: Facts) -> list[str]:
     predicted = dict(row["predicted"])
     own = predicted.pop(row["allocation"], None)
     others = ", ".join(f"{name} {value:.3g}" for name, value in predicted.items())
-    cells = [str(row["layer"]), row["side"], row["allocation"], str(row["bytes_a_vector"])]
-    return [*cells, f"{row['bits_a_value']:g}", row["scale"], "" if own is None else f"{own:.3g}", others]
+    cells = [str(row["layer"]), row["side"], row["allocation"], str(row["bytes_per_vector"])]
+    return [*cells, f"{row['bits_per_value']:g}", row["scale"], "" if own is None else f"{own:.3g}", others]
 
 
 def _of_caches(path: Path) -> Facts:

@@ -3,7 +3,7 @@
 manifest: model {name, fingerprint, layers, width, heads}; recipe (every field); calibration {sha256, proteins,
 tokens, sequences: the first 16 hex digits of each sequence's sha256}; layers: for each, null (the layer keeps
 tokens) or {"k": SIDE, "v": SIDE} with SIDE {profiles: [{widths, nbytes, lanes}], profile_of_head, scale};
-choices: for each coded layer and side its bytes a vector, its allocation and the errors predicted.
+choices: for each coded layer and side its bytes per vector, its allocation and the errors predicted.
 codec.safetensors: layers.I.{k,v}.{centre,analysis,deviation,synthesis,levels,thresholds}, see
 `turboesm_kernels.reference.SideSpec`.
 """

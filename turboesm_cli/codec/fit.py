@@ -36,7 +36,7 @@ class LayerSpec:
 class CodecSpec:
     """The codec of a model: a LayerSpec for each layer, or None where a layer keeps tokens instead.
 
-    choices  for each coded layer and side: layer, side, bytes a vector, allocation, and predicted: what each
+    choices  for each coded layer and side: layer, side, bytes per vector, allocation, and predicted: what each
              allocation that was tried is expected to add to the mean 1 - cosine of final hidden states
     """
 
@@ -118,7 +118,7 @@ def _sizes(model: Model, statistics: Statistics, recipe: Recipe) -> list[tuple[i
 
 
 def _errors_by_size(side: Side, moments: Moments, recipe: Recipe) -> list[float]:
-    """Expected error of a side, in units of its metric, with 0, 1, 2, ... lanes of bytes a vector."""
+    """Expected error of a side, in units of its metric, with 0, 1, 2, ... lanes of bytes per vector."""
     basis = basis_of(side, moments, recipe)
     rows = [basis.pooled()] if recipe.profile == "layer" else basis.weighted()
     return [sum(parts) for parts in zip(*(_errors_of_axes(row, recipe) for row in rows), strict=True)]

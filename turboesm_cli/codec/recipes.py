@@ -23,7 +23,7 @@ Allocation = Literal["flat", "waterfill"]
 class Recipe:
     """Everything that decides how a cache is coded.
 
-    bits_k, bits_v  payload bits a value, a mean over all layers; scales, sinks and layer 0's tokens not counted
+    bits_k, bits_v  payload bits per value, a mean over all layers; scales, sinks and layer 0's tokens not counted
     centre          take out each head's mean (of keys before RoPE), add it back on reading
     rotation_k/_v   orthogonal axes of keys after RoPE and of values; svd: those of their second moment
     metric          what "least squares" means: plain; attention: keys in the queries' second moment, values in
@@ -121,7 +121,7 @@ def with_bits(recipe: Recipe, bits_k: float | None, bits_v: float | None) -> Rec
     """The recipe at other bit budgets: 2 to 4 in steps of 0.5. Raises InputError."""
     for value in (bits_k, bits_v):
         if value is not None and (not 2 <= value <= 4 or value * 2 != int(value * 2)):
-            raise InputError(f"{value:g} bits a value: choose 2 to 4 in steps of 0.5")
+            raise InputError(f"{value:g} bits per value: choose 2 to 4 in steps of 0.5")
     changed = replace(
         recipe,
         bits_k=recipe.bits_k if bits_k is None else bits_k,

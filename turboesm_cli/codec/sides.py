@@ -63,14 +63,14 @@ def basis_of(side: Side, moments: Moments, recipe: Recipe) -> Basis:
 
 
 def side_bytes(head_dim: int, bits: float, recipe: Recipe) -> int:
-    """Bytes of a head's vector at `bits` payload bits a value."""
+    """Bytes of a head's vector at `bits` payload bits per value."""
     if recipe.allocation == "flat" and bits == int(bits):
         return uniform(head_dim, int(bits)).nbytes
     return bytes_for(head_dim, bits)
 
 
 def fit_side(side: Side, moments: Moments, nbytes: int, recipe: Recipe) -> SideSpec:
-    """The code of `nbytes` bytes a vector that a recipe makes of a side's moments."""
+    """The code of `nbytes` bytes per vector that a recipe makes of a side's moments."""
     if recipe.residual_of(side) == "qjl":
         plain = replace(recipe, residual="none")
         head_dim = moments.mean.shape[-1]

@@ -31,7 +31,7 @@ def calibrate(
         str, typer.Option(help="How to code: paper, flat, waterfill or auto; NAME@BITS sets the budget.")
     ] = "auto",
     bits: Annotated[
-        float | None, typer.Option(help="Bits a value, of keys and values.", show_default=False)
+        float | None, typer.Option(help="Bits per value, of keys and values.", show_default=False)
     ] = None,
     bits_k: options.BitsK = None,
     bits_v: options.BitsV = None,

@@ -57,8 +57,12 @@ Rejects = Annotated[
 MaxProteins = Annotated[
     int | None, typer.Option("--max-proteins", min=1, help="Use the first N proteins.", show_default=False)
 ]
-BitsK = Annotated[float | None, typer.Option("--bits-k", help="Bits a key value.", show_default=False)]
-BitsV = Annotated[float | None, typer.Option("--bits-v", help="Bits a value's value.", show_default=False)]
+BitsK = Annotated[
+    float | None, typer.Option("--bits-k", help="Bits per value, of keys alone.", show_default=False)
+]
+BitsV = Annotated[
+    float | None, typer.Option("--bits-v", help="Bits per value, of values alone.", show_default=False)
+]
 
 
 Families = Annotated[

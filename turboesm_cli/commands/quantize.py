@@ -96,7 +96,7 @@ def _print_json(path: Path, spec: CodecSpec) -> None:
 
 def _show(tally: Tally, recipe: str, codec_tables: int) -> None:
     rows = [line.cells() for line in [*tally.first, tally.total]]
-    columns = ["protein", "tokens", "bytes", "bits a value", "fp32 bytes", "x fp32", "x fp16"]
+    columns = ["protein", "tokens", "bytes", "bits per value", "fp32 bytes", "x fp32", "x fp16"]
     console.print_table(f"Packed caches, recipe {recipe}", columns, rows)
     if tally.count > len(tally.first):
         console.say(f"the first {len(tally.first)} of {tally.count} proteins are shown; --json prints all")

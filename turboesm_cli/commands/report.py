@@ -38,7 +38,7 @@ def report(
 ) -> None:
     """Show result files as tables and plots, in one page; or what a bundle or a file of caches holds.
 
-    Accuracy by protein family, memory, time and drift, one section a model. Prints the path of the page. Of a
+    Accuracy by protein family, memory, time and drift, one section per model. Prints the path of the page. Of a
     bundle it prints model, recipe, calibration, how each layer is coded and what error that is predicted to
     make, sizes and sha256, with everything in the file checked.
 

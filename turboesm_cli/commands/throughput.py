@@ -1,4 +1,4 @@
-"""`turboesm bench throughput`: tokens a second and memory of whole models, for each kind of cache."""
+"""`turboesm bench throughput`: tokens per second and memory of whole models, for each kind of cache."""
 
 from __future__ import annotations
 

@@ -64,7 +64,15 @@ class Plan:
         return [self.kind, *(f"{size / 2**20:,.1f}" for size in sizes), f"{self.batch:,}"]
 
 
-COLUMNS = ["cache", "weights MiB", "shared MiB", "workspace MiB", "MiB a sequence", "beside MiB", "largest batch"]
+COLUMNS = [
+    "cache",
+    "weights MiB",
+    "shared MiB",
+    "workspace MiB",
+    "MiB per sequence",
+    "beside MiB",
+    "largest batch",
+]
 
 
 def plans(
@@ -127,7 +135,7 @@ def _available() -> int:
 def _workspace(shape: Shape, dtype: torch.dtype, context: int) -> int:
     """Activations of a prefill of `PREFILL_TOKENS` tokens at its widest, the feed-forward layer, and cuBLAS's own.
 
-    With bf16 weights 30 bytes a token and channel: peaks measured on an H200 held 23 to 30 (64 and 256 x 1024).
+    With bf16 weights 30 bytes per token and channel: peaks measured on an H200 held 23 to 30 (64 and 256 x 1024).
     """
     tokens = max(PREFILL_TOKENS, context)
     return tokens * shape.width * 15 * dtype.itemsize + LIBRARIES

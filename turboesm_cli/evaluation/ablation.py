@@ -70,8 +70,8 @@ def variants(head_dim: int) -> tuple[Variant, ...]:
         ("metric of waterfill", "sensitivity", replace(waterfill, metric="sensitivity")),
         ("levels of waterfill", "uniform", waterfill),
         ("levels of waterfill", "Lloyd-Max", replace(waterfill, grid="lloyd-max")),
-        ("widths of waterfill", "one profile a layer", waterfill),
-        ("widths of waterfill", "one a head", replace(waterfill, profile="head")),
+        ("widths of waterfill", "one profile per layer", waterfill),
+        ("widths of waterfill", "one per head", replace(waterfill, profile="head")),
         ("auto without", "(all of it)", auto),
         ("auto without", "tokens in layer 0", replace(auto, exact_first=False)),
         ("auto without", "choice of flat or waterfill", replace(auto, choose=False)),
@@ -167,4 +167,4 @@ def ablation_table(rows: Sequence[ResultRow]) -> tuple[list[str], list[list[str]
         first = base.setdefault(name.split(": ")[0], mean)
         spread = f"{min(values):.3g} - {max(values):.3g}"
         cells.append([name, f"{bits[name]:.3f}", f"{mean:.4g}", spread, f"{mean / first:.3f}"])
-    return ["part: setting", "bits a value", "error", "over subsets", "x first setting"], cells
+    return ["part: setting", "bits per value", "error", "over subsets", "x first setting"], cells

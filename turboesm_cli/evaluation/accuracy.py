@@ -146,7 +146,7 @@ def first_layer(
 
 
 def memory(model: Model, entries: Sequence[Entry], formats: Sequence[str] = ()) -> Iterator[ResultRow]:
-    """Rows of the protocol memory: bytes a sequence holds at some lengths, everything counted, and ratios."""
+    """Rows of the protocol memory: bytes that a sequence holds at some lengths, everything counted, and ratios."""
     context = Context(model)
     for tokens in MEMORY_LENGTHS:
         spec = entries[0].spec

@@ -72,7 +72,7 @@ def _crossing(points: Sequence[tuple[int, float]]) -> float:
 
 
 def speed_ratio(item: Throughput, found: Sequence[Throughput]) -> float | None:
-    """Tokens a second over those of fp16 under the same load, where that was measured."""
+    """Tokens per second over those of fp16 under the same load, where that was measured."""
     peer = _peer(item, found)
     return None if peer is None else item.tokens_per_second / peer.tokens_per_second
 
@@ -122,8 +122,8 @@ def rows(model: Model, found: Sequence[Throughput], largest: Sequence[Throughput
 
 
 COLUMNS = [
-    "cache", "batch", "context", "us a step", "tokens/s", "x fp16", "first token s", "x fp16",
-    "prefill peak GiB", "peak GiB", "MiB a sequence",
+    "cache", "batch", "context", "us per step", "tokens/s", "x fp16", "first token s", "x fp16",
+    "prefill peak GiB", "peak GiB", "MiB per sequence",
 ]  # fmt: skip
 
 

@@ -256,7 +256,15 @@ def bench_tables(
             value(cache, "", "time", "us_per_token", 256),
         ]
         cost.append([_label(cache), *map(_number, figures)])
-    columns = ["cache", "bytes at 1024 tokens", "bits a value", "x fp32", "x fp16", "tables", "us a token at 256"]
+    columns = [
+        "cache",
+        "bytes at 1024 tokens",
+        "bits per value",
+        "x fp32",
+        "x fp16",
+        "tables",
+        "us per token at 256",
+    ]
     return [*tables, ("Memory of a sequence, everything counted, and time", columns, cost)]
 
 

@@ -17,12 +17,12 @@ ROTATED_BYTES = 400e6
 
 MOST_COPIES = 12
 FALL = 4.0
-"""Octaves by which the deviation of a head's axes falls from first to last, give or take one a head."""
+"""Octaves by which the deviation of a head's axes falls from first to last, give or take one per head."""
 
 
 @dataclass(frozen=True)
 class Shape:
-    """One layer's decode step: B sequences of T tokens, H heads of head_dim d, payload bits a value."""
+    """One layer's decode step: B sequences of T tokens, H heads of head_dim d, payload bits per value."""
 
     batch: int
     tokens: int

@@ -1,4 +1,4 @@
-"""Tokens a second of whole models, and the memory they take, for each kind of cache.
+"""Tokens per second of whole models, and the memory they take, for each kind of cache.
 
 A batch is prefilled with random residues up to the context's last token; that token is then decoded again and
 again: on a GPU one CUDA graph of the whole step, language-model head and sampling included. Sequences are full and

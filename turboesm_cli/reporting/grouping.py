@@ -182,7 +182,7 @@ def families_of(rows: Rows) -> list[str]:
 
 
 def bits_held(rows: Rows) -> dict[Hashable, float]:
-    """Bits a value, everything counted, by recipe and bits; at the longest context if at several."""
+    """Bits per value, everything counted, by recipe and bits; at the longest context if at several."""
     chosen = [row for row in rows if row.metric == "bits_per_value" and not row.accession]
     return {code_of(variant_of(row)): row.value for row in sorted(chosen, key=lambda row: row.tokens)}
 

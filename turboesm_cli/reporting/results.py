@@ -1,4 +1,4 @@
-"""Measurements as a tidy table: one row a figure, with its unit, spread, device, version and commit.
+"""Measurements as a tidy table: one row per figure, with its unit, spread, device, version and commit.
 
 `write_csv` and `to_records` put rows out; `read_csv` reads CSV files, and the JSON that `--json` prints, back
 into one checked data frame, row by row: files may be of any size, since what writes them knows no limit. Nothing

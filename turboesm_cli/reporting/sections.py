@@ -1,4 +1,4 @@
-"""Frame of results → sections of tables and plots, one section a model.
+"""Frame of results → sections of tables and plots, one section per model.
 
 Needs neither torch nor a GPU: everything shown comes from the frame.
 """

@@ -121,7 +121,7 @@ def drift_table(rows: Rows) -> Table | None:
 
 
 def worst_table(rows: Rows) -> Table | None:
-    """The proteins with the lowest mean cosine, ten a recipe."""
+    """The proteins with the lowest mean cosine, ten per recipe."""
     proteins: dict[Variant, list[ResultRow]] = {}
     for row in rows:
         if row.accession and row.metric == "cosine_mean" and row.protocol == "decode":
@@ -160,7 +160,7 @@ def cosine(value: float | None) -> str:
     return f"{value:.{decimals}f}"
 
 
-LEAD = ("recipe", "K bits", "V bits", "bits a value")
+LEAD = ("recipe", "K bits", "V bits", "bits per value")
 
 
 def _lead(

@@ -29,7 +29,7 @@ identifiers (24 bytes each at most) and the report. What it meets, and what it t
 | over `max_residues`, policy `window`                     | accept: windows `ID/1-1022`, `ID/1023-2044`.. |
 | `*` or `.` elsewhere, any other letter or symbol         | reject                                        |
 | other blanks or digits; prose; words such as `null`      | reject: cannot be sequence                    |
-| `MetLysTrp`, `ac-MKWV-NH2`                               | reject: write one letter a residue, no more   |
+| `MetLysTrp`, `ac-MKWV-NH2`                               | reject: write one letter per residue, no more   |
 | PIR (`>P1;`), `>ss_pred`, `>ID:secstr`                   | reject by name                                |
 | structure or topology in place of residues, or in the    | reject: such strings are made of H, E, C, of  |
 | latter half of a record's lines (SignalP's third line)   | S, I, M, O, in runs                           |
@@ -186,7 +186,7 @@ def digest_in_order(proteins: Iterable[Protein]) -> str:
 
 
 def write_fasta(path: Path, proteins: Iterable[Protein], width: int = 80) -> None:
-    """Write `proteins` to `path`, `width` residues a line, whole or not at all. Raises OutputError."""
+    """Write `proteins` to `path`, `width` residues per line, whole or not at all. Raises OutputError."""
     with atomic_output(path) as partial, partial.open("w", encoding="utf-8", newline="\n") as stream:
         for protein in proteins:
             stream.write(f">{protein.accession} {protein.description}".rstrip() + "\n")

@@ -119,7 +119,7 @@ class Lines:
         if self._is_word(text):
             raise NotSequence(f"line {piece.line} is {text!r}, which looks like a word")
         if len(text) > 5 and _THREE_LETTERS(text):
-            raise NotSequence(f"three-letter codes at {place(piece, 0)}; write one letter a residue")
+            raise NotSequence(f"three-letter codes at {place(piece, 0)}; write one letter per residue")
         if len(text) <= 60 and "-" in text and _MODIFIED(text):
             raise NotSequence(f"line {piece.line} looks like a peptide with modified ends; write residues alone")
 

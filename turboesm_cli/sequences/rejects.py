@@ -1,4 +1,4 @@
-"""Records that were skipped, as a table: tab-separated, one row a record."""
+"""Records that were skipped, as a table: tab-separated, one row per record."""
 
 from __future__ import annotations
 

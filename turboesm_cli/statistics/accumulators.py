@@ -108,7 +108,7 @@ class Sample:
 class Statistics:
     """What calibration knows of a model.
 
-    layers, sample    sums a layer, and tokens, over the proteins to fit to
+    layers, sample    sums per layer, and tokens, over the proteins to fit to
     sensitivity, held gradients, and tokens, over the proteins held back
     proteins, tokens  how much went in, both kinds together
     """

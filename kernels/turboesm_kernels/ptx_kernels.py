@@ -1,8 +1,8 @@
 # mypy: disable-error-code="no-untyped-def,untyped-decorator,assignment"
 """Decode attention over a uniform grid, with inline PTX: one warp a program, every tensor one value a lane.
 
-For one query token per sequence and codes in 4 byte lanes. Levels are step (code - middle), so there is no table: a
-mask takes 4 codes out of a word, where they lie, and the tensor cores multiply them as bytes, keys by the query,
+For one query token per sequence and codes in 4 byte lanes. Levels are step (code - middle), so there is no table;
+a mask takes 4 codes out of a word, where they lie, and the tensor cores multiply them as bytes, keys by the query,
 values by the softmax's weights. Both are integers cut into bytes, digits: the right side of a product m16n8k32 has
 8 columns, of which digits take few; the others let lanes have tokens of their own. Of a block of 128 tokens lane l
 = 4 g + t has

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import pytest
+from typer.testing import CliRunner
 
-from turboesm_cli import console
+from turboesm_cli import __version__, console
+from turboesm_cli.app import app
 
 
 def told(monkeypatch: pytest.MonkeyPatch, total: int, ticks: list[tuple[float, int]]) -> list[str]:
@@ -56,3 +58,17 @@ def test_work_that_an_earlier_run_finished_ends_at_once() -> None:
     tick = console.Pace("decoding", 2, lines.append)
     tick(2, again=True)
     assert lines == ["decoding: 0 of 0 left by an earlier run, which did 2, 0 s, done"]
+
+
+def test_a_defect_is_one_line_that_says_what_a_report_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(_path: object) -> None:
+        raise ZeroDivisionError("no\nsuch number")
+
+    monkeypatch.setattr("turboesm_cli.cache.inventory.facts_of", broken)
+    monkeypatch.setattr("sys.argv", ["turboesm", "report", "a file.tqz"])
+    done = CliRunner().invoke(app, ["report", "a file.tqz"])
+    assert done.exit_code == 1 and len(done.stderr.splitlines()) == 1
+    for word in ("ZeroDivisionError: no such number", __version__, "report 'a file.tqz'", "turboesm --debug"):
+        assert word in done.stderr
+    debugged = CliRunner().invoke(app, ["--debug", "report", "a file.tqz"])
+    assert isinstance(debugged.exception, ZeroDivisionError)

@@ -25,7 +25,7 @@ from turboesm_cli.commands.report import report
 from turboesm_cli.errors import DeviceError, OutputError, TurboESMError
 from turboesm_cli.streams import NoResultsWanted, ReaderGone, ResultsLost
 
-INTERRUPTED, TERMINATED = 130, 143
+DEFECT, INTERRUPTED, TERMINATED = 1, 130, 143
 TERMINATING = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU)
 """What schedulers send before they kill: Slurm what --signal names, Grid Engine SIGUSR1, SIGUSR2 and SIGXCPU."""
 
@@ -52,12 +52,16 @@ class _Commands(Group):
                 console.warn(f"standard output is closed; {', '.join(map(str, console.files))} is complete")
                 console.log("finished: exit code 0")
                 raise typer.Exit(0) from error
-            known = _known(error)
-            if known is None or (_debugging(ctx) and isinstance(error, Exception)):
-                is_of_typer = hasattr(error, "exit_code")  # a wrong command line, --help
-                console.log(f"stopped: {error}" if is_of_typer else "".join(traceback.format_exception(error)))
+            if hasattr(error, "exit_code") and not isinstance(error, TurboESMError):  # typer's own: --help, ...
+                console.log(f"stopped: {error}")
                 raise
-            message, code = known
+            if not isinstance(error, Exception) and _known(error) is None:
+                raise
+            if _known(error) is None or (_debugging(ctx) and isinstance(error, Exception)):
+                console.log("".join(traceback.format_exception(error)))
+            if _debugging(ctx) and isinstance(error, Exception):
+                raise
+            message, code = _known(error) or (_defect(error), DEFECT)
             console.fail("; ".join([message, *getattr(error, "__notes__", ())]))
             console.log(f"finished: exit code {code}")
             raise typer.Exit(code) from error
@@ -77,6 +81,15 @@ def _known(error: BaseException) -> tuple[str, int] | None:
     if isinstance(error, KeyboardInterrupt):
         return "interrupted; no output was written", INTERRUPTED
     return None
+
+
+def _defect(error: BaseException) -> str:
+    """What the user of a version with a defect is told: one line, and what a report should contain."""
+    words = " ".join(str(error).split())[:300]
+    return (
+        f"a defect of turboesm ({type(error).__name__}: {words}); please report it with this version "
+        f"({__version__}), the command line ({shlex.join(sys.argv[1:])}), and what `turboesm --debug ...` prints"
+    )
 
 
 class _Terminated(SystemExit):

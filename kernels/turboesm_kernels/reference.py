@@ -227,6 +227,15 @@ def attend(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None = None) -> Te
     return scores.softmax(-1) @ v
 
 
+ROPE_BASE = 10000
+"""Of the angles in ESM-2 and most models with RoPE."""
+
+
+def rope_frequencies(dim: int, device: torch.device) -> Tensor:
+    """RoPE's inverse frequencies float32 [dim / 2]."""
+    return float(ROPE_BASE) ** (-torch.arange(0, dim, 2, device=device) / dim)
+
+
 @dataclass(frozen=True)
 class Rope:
     """Cosines and sines of RoPE's angles at some positions, float32 [..., T, d] (both halves alike)."""

@@ -19,7 +19,7 @@ from torch import Tensor
 from turboesm_kernels import dispatch, reference
 from turboesm_kernels.operands import Held, PreparedLayer
 from turboesm_kernels.prepared import PreparedSide
-from turboesm_kernels.reference import TURN, Packed, Rope, SideSpec
+from turboesm_kernels.reference import TURN, Packed, Rope, SideSpec, rope_frequencies
 
 SEQUENCES, TOKENS = 3, 3 * TURN
 RUBBISH = 0xA5
@@ -147,7 +147,7 @@ def _attend(q: Tensor, held: Held, layer: PreparedLayer) -> list[Tensor]:
 def _blank(layer: PreparedLayer, sinks: int) -> Held:
     """A cache of `TOKENS` packed tokens, full of rubbish."""
     dim, device = layer.k.head_dim, layer.k.centre.device
-    rope = Rope.at(torch.arange(TOKENS, device=device) + sinks, _frequencies(dim, device))
+    rope = Rope.at(torch.arange(TOKENS, device=device) + sinks, rope_frequencies(dim, device))
     if device.type == "cuda":  # kernels read these before they wait for earlier work
         _ = rope.turns, rope.block_turn
         layer.k.ready()
@@ -194,7 +194,3 @@ def _as_projected(shape: tuple[int, int, int, int], layer: PreparedLayer, dtype:
 def _random(shape: tuple[int, ...], layer: PreparedLayer) -> Tensor:
     numbers = torch.randn(shape, generator=torch.Generator().manual_seed(len(shape)))
     return numbers.to(layer.k.centre.device)
-
-
-def _frequencies(dim: int, device: torch.device) -> Tensor:
-    return 10000.0 ** (-torch.arange(0, dim, 2, device=device) / dim)

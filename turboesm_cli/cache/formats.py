@@ -1,11 +1,16 @@
-"""Dense cache formats, those of general LLM stacks: plain dtypes, int8 and fp8."""
+"""The formats that a cache may have: packed ones, and dense ones of general LLM stacks (plain dtypes, int8, fp8).
+
+The names are known without torch, so that the command line and its help read them from here.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 INT8_TOP = 127
 
@@ -15,13 +20,24 @@ class Format:
     """A dense cache's dtype; `scaled`: each token and head has a float16 scale, a 127th of its largest number."""
 
     name: str
-    dtype: torch.dtype
+    dtype_name: str
     scaled: bool = False
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the numbers that are kept."""
+        import torch
+
+        found = getattr(torch, self.dtype_name)
+        assert isinstance(found, torch.dtype)
+        return found
 
     def store(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """Numbers [..., d] in the format, and scales [...] where it has them."""
         if not self.scaled:
             if self.dtype.itemsize == 1:  # fp8 has no infinity: beyond its range lies NaN
+                import torch
+
                 x = x.clamp(-torch.finfo(self.dtype).max, torch.finfo(self.dtype).max)
             return x.to(self.dtype), None
         scale = (x.float().abs().amax(-1) / INT8_TOP).clamp_min(1e-7).half()
@@ -42,10 +58,14 @@ class Format:
 FORMATS = {
     form.name: form
     for form in (
-        Format("fp32", torch.float32),
-        Format("fp16", torch.float16),
-        Format("bf16", torch.bfloat16),
-        Format("int8", torch.int8, scaled=True),
-        Format("fp8", torch.float8_e4m3fn),
+        Format("fp32", "float32"),
+        Format("fp16", "float16"),
+        Format("bf16", "bfloat16"),
+        Format("int8", "int8", scaled=True),
+        Format("fp8", "float8_e4m3fn"),
     )
 }
+
+PACKED = "packed"
+KINDS = (*FORMATS, PACKED)
+"""All kinds of cache, by the names that the command line takes."""

@@ -10,9 +10,10 @@ from turboesm_cli.cache.cache_file import Packfile, file_sha256
 from turboesm_cli.cache.memory import memory_of
 from turboesm_cli.cache.packed import bytes_per_sequence, codec_nbytes
 from turboesm_cli.codec.bundle import KIND as BUNDLE
-from turboesm_cli.codec.bundle import SIDES, VERSION, Bundle, read_bundle
+from turboesm_cli.codec.bundle import VERSION, Bundle, read_bundle
 from turboesm_cli.codec.fit import CodecSpec
 from turboesm_cli.outputs.archive import Archive, kind_of, printable
+from turboesm_cli.statistics.sensitivity import SIDES
 
 TOKENS = 1024
 """Length of the sequence whose bits per value are told."""

@@ -31,11 +31,11 @@ from turboesm_cli.models.shapes import Shape, check_shape
 from turboesm_cli.outputs.archive import Archive, new_archive, printable, to_bytes
 from turboesm_cli.outputs.files import check_output
 from turboesm_cli.sequences.fasta import Protein
+from turboesm_cli.statistics.sensitivity import SIDES
 
 KIND = "turboesm-bundle"
 VERSION = 1
 PART = "codec.safetensors"
-SIDES: tuple[Side, Side] = ("k", "v")
 PROTEINS_LIMIT = 2_000_000
 """Calibration proteins: each takes 23 bytes of a manifest, which has to stay below `archive.MANIFEST_LIMIT`."""
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from turboesm_cli import console
+from turboesm_cli.cache.formats import FORMATS
 from turboesm_cli.commands import options
 from turboesm_cli.commands.ablation import ablation
 from turboesm_cli.commands.checks import Command, Group, check_room
@@ -61,7 +62,7 @@ def accuracy(
         str,
         typer.Option(
             help="Recipes by comma; NAME@BITS or NAME@BITS_K/BITS_V sets a budget. "
-            "Dense caches too: fp16, bf16, int8, fp8.",
+            f"Dense caches too: {', '.join(name for name in FORMATS if name != 'fp32')}.",
         ),
     ] = "paper,flat,auto@2,auto",
     bundle: options.BundleFiles = None,
@@ -175,8 +176,6 @@ def _refuse_twins(entries: list[Entry]) -> None:
 
 def _split_recipes(names: str) -> tuple[str, list[str]]:
     """Recipes, and the dense formats named among them."""
-    from turboesm_cli.cache.formats import FORMATS
-
     parts = list(dict.fromkeys(filter(None, names.split(","))))
     dense = [name for name in parts if name in FORMATS]
     return ",".join(name for name in parts if name not in dense), dense

@@ -6,11 +6,12 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from turboesm_cli import console
+from turboesm_cli.cache.formats import FORMATS, PACKED
 from turboesm_cli.commands import options
 from turboesm_cli.commands.reading import Reading, hashed_bundle
 from turboesm_cli.errors import InputError
@@ -29,7 +30,6 @@ if TYPE_CHECKING:
     from turboesm_cli.outputs.work import Tensors, Work
     from turboesm_cli.reporting.results import ResultRow
 
-KV = Literal["packed", "fp32", "fp16", "bf16", "int8", "fp8"]
 _OF_OUTPUTS = ["--if-done", "--resume-anywhere"]
 LARGEST_BATCH = 256
 """Sequences at once that a GPU is given where --batch does not say."""
@@ -47,7 +47,7 @@ def decode(
             show_default=False,
         ),
     ] = None,
-    kv: Annotated[KV, typer.Option(help="What the cache holds.")] = "packed",
+    kv: options.CacheKind = PACKED,
     generate: Annotated[int, typer.Option(min=0, help="Sample N residues after the prompt; FASTA on stdout.")] = 0,
     temperature: Annotated[float, typer.Option(min=0, help="Of sampling; 0 takes the likeliest.")] = 1.0,
     top_p: Annotated[float, typer.Option(min=0, max=1, help="Sample from the likeliest that make up this.")] = 1.0,
@@ -135,7 +135,7 @@ def _workload(
     bundle: Bundle,
     source: str,
     prompt: str | None,
-    kv: KV,
+    kv: str,
     reading: Reading,
 ) -> Workload:
     from turboesm_cli.cache.cache_file import Packfile, is_packfile
@@ -146,7 +146,7 @@ def _workload(
     packed = source != "-" and is_packfile(Path(source))
     if packed and prompt:
         raise InputError(f"{source} holds prompts already; leave --prompt out, or name the FASTA file")
-    if packed and kv != "packed":
+    if packed and kv != PACKED:
         raise InputError(f"{source} holds packed caches; --kv {kv} needs the proteins' FASTA file")
     if packed:
         return of_packfile(stack, Packfile(Path(source), bundle, sha256), reading.limit, bundle)
@@ -170,7 +170,6 @@ def _check_generated(bundle: Bundle, work: Workload, generate: int) -> None:
 
 def _plans(bundle: Bundle, work: Workload, generate: int, device: str, dtype: options.DtypeName) -> list[Plan]:
     """What each kind of cache would take for this work."""
-    from turboesm_cli.cache.formats import FORMATS
     from turboesm_cli.engine.memory_plan import device_memory, plans
     from turboesm_cli.models.loading import pick_device
 
@@ -212,7 +211,7 @@ class Decoding:
     model: Model
     work: Workload
     saved: Work
-    kv: KV
+    kv: str
     slots: int
     capacity: int
 
@@ -230,7 +229,7 @@ class Decoding:
             new_task,
             self.slots,
             self.capacity,
-            self.bundle.spec.recipe.sinks if self.kv == "packed" else 0,
+            self.bundle.spec.recipe.sinks if self.kv == PACKED else 0,
             on_step=tick,
             on_shrink=shrunk,
         )
@@ -243,7 +242,7 @@ def _compare(run: Decoding, output: Path | None, as_json: bool) -> Callable[[], 
 
     recipe = run.bundle.spec.recipe
     context = Context(run.model, 0, run.work.sha256[:16], run.work.prompt, run.saved.devices)
-    summary = Summary(context, recipe if run.kv == "packed" else run.kv)
+    summary = Summary(context, recipe if run.kv == PACKED else run.kv)
     rows = _compared(run, summary)
     if output is not None:
         write_csv(output, rows)

@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from turboesm_cli import console
+from turboesm_cli.cache.formats import FORMATS, KINDS
 from turboesm_cli.outputs.files import check_output, overwrites, work_folder
+from turboesm_cli.sequences.datasets import FAMILIES
 from turboesm_cli.sequences.fasta import LongPolicy
 
 if TYPE_CHECKING:
@@ -67,9 +69,9 @@ BitsV = Annotated[
 
 Families = Annotated[
     str,
-    typer.Option("--families", help="Families (tm, idr, enzyme, globular, peptide) or FASTA files, by comma."),
+    typer.Option("--families", help=f"Families ({', '.join(FAMILIES)}) or FASTA files, by comma."),
 ]
-EVERY_FAMILY = "tm,idr,enzyme,globular,peptide"
+EVERY_FAMILY = ",".join(FAMILIES)
 Calibration = Annotated[
     Path | None,
     typer.Option("--calibration", help="Proteins to calibrate on. Default: the bundled 900.", show_default=False),
@@ -89,6 +91,22 @@ BundleFiles = Annotated[
 ]
 
 
+def _kind_of_cache(name: str) -> str:
+    if name not in KINDS:
+        raise typer.BadParameter(f"{name!r} is not one of {', '.join(KINDS)}")
+    return name
+
+
+CacheKind = Annotated[
+    str,
+    typer.Option(
+        "--kv",
+        help=f"What the cache holds: {', '.join(KINDS)}.",
+        callback=_kind_of_cache,
+        autocompletion=lambda: list(KINDS),
+    ),
+]
+
 DtypeName = Literal["fp32", "bf16", "fp16"]
 Dtype = Annotated[DtypeName, typer.Option("--dtype", help="Of the model's weights.")]
 
@@ -97,7 +115,6 @@ def open_model(name: str | None, device: str, bundle: Bundle | None = None, dtyp
     """Load the model of --model or $TURBOESM_MODEL, else the bundle's if it is official, else the embedded one."""
     import torch
 
-    from turboesm_cli.cache.formats import FORMATS
     from turboesm_cli.models.checkpoints import EMBEDDED
     from turboesm_cli.models.loading import load_model
     from turboesm_cli.models.shapes import official_name

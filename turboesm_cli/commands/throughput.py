@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from turboesm_cli import console
+from turboesm_cli.cache.formats import FORMATS, KINDS
 from turboesm_cli.commands import options
 from turboesm_cli.commands.reading import Reading
 from turboesm_cli.errors import InputError
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from turboesm_cli.models.protocol import Model
     from turboesm_cli.models.shapes import Shape
 
+_ALL_BUT_FP32 = ",".join(name for name in KINDS if name != "fp32")
 CALIBRATION_PROTEINS = 8
 """Enough for a codec that only time and memory are measured with."""
 
@@ -47,7 +49,7 @@ def throughput(
     context: Annotated[str, typer.Option(help="Tokens of a sequence, by comma.")] = "256,1024",
     kinds: Annotated[
         str, typer.Option(help="Caches by comma; packed ones are of --recipes or --bundle.")
-    ] = "fp16,bf16,int8,fp8,packed",
+    ] = _ALL_BUT_FP32,
     recipes: Annotated[
         str, typer.Option(help="Recipes by comma; NAME@BITS or NAME@BITS_K/BITS_V sets a budget.")
     ] = "auto",
@@ -151,7 +153,6 @@ def _show(model: Model, found: list[Throughput], largest: list[Throughput]) -> N
 
 
 def _show_plans(wanted: Wanted, shape: Shape, spec: CodecSpec, loads: list[Load], memory: int) -> None:
-    from turboesm_cli.cache.formats import FORMATS
     from turboesm_cli.engine.memory_plan import COLUMNS, plans
 
     made = [
@@ -167,7 +168,6 @@ def _show_plans(wanted: Wanted, shape: Shape, spec: CodecSpec, loads: list[Load]
 
 
 def _largest(wanted: Wanted, model: Model, kind: Kind, context: int, memory: int) -> Throughput | None:
-    from turboesm_cli.cache.formats import FORMATS
     from turboesm_cli.engine.memory_plan import plans
     from turboesm_cli.evaluation.throughput import largest_batch
 
@@ -178,7 +178,6 @@ def _largest(wanted: Wanted, model: Model, kind: Kind, context: int, memory: int
 
 def _model_and_codecs(wanted: Wanted) -> tuple[Model, list[CodecSpec]]:
     """The model in its dtype, and the codecs of --bundle or --recipes, calibrated in float32."""
-    from turboesm_cli.cache.formats import FORMATS
     from turboesm_cli.codec.bundle import read_bundle
     from turboesm_cli.codec.recipes import parse_recipe
     from turboesm_cli.evaluation.accuracy import calibrated
@@ -205,8 +204,6 @@ def _kinds(forms: list[str], specs: list[CodecSpec]) -> list[Kind]:
 
 
 def _forms(names: str) -> list[str]:
-    from turboesm_cli.engine.memory_plan import KINDS
-
     forms = list(dict.fromkeys(filter(None, names.split(","))))
     if not forms or not set(forms) <= set(KINDS):
         raise InputError(f"--kinds {names}: name some of {', '.join(KINDS)}")

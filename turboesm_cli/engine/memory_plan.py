@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from turboesm_cli.cache.formats import FORMATS
+from turboesm_cli.cache.formats import FORMATS, KINDS
 from turboesm_cli.cache.packed import bytes_per_sequence, codec_nbytes
 from turboesm_cli.codec.fit import CodecSpec
 from turboesm_cli.engine.batch import PREFILL_TOKENS
@@ -17,7 +17,6 @@ from turboesm_cli.errors import InputError
 from turboesm_cli.models.families import parameter_count
 from turboesm_cli.models.shapes import Shape
 
-KINDS = ("fp32", "fp16", "bf16", "int8", "fp8", "packed")
 RESERVED = 0.06
 """Share of a device's memory that is left alone: contexts of libraries, graphs, fragments."""
 

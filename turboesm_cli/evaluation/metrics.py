@@ -41,6 +41,11 @@ class Divergence:
     perplexity: float
     reference_perplexity: float
 
+    @property
+    def perplexity_ratio(self) -> float:
+        """Candidate's over reference's."""
+        return self.perplexity / self.reference_perplexity
+
 
 def cosines(reference: Tensor, candidate: Tensor) -> Tensor:
     """Cosine float64 [...] of vectors [..., E]."""

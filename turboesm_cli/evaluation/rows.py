@@ -15,6 +15,7 @@ from turboesm_cli.evaluation import metrics
 from turboesm_cli.evaluation.protein_results import ProteinResult
 from turboesm_cli.evaluation.streaming import RunningAgreement, RunningDivergence
 from turboesm_cli.models.protocol import Model
+from turboesm_cli.reporting.metric_names import ACCURACY, LANGUAGE, Metric
 from turboesm_cli.reporting.results import ResultRow, commit_of_source
 from turboesm_cli.sequences.fasta import Protein, digest
 
@@ -54,29 +55,25 @@ class Context:
         self, recipe: Recipe | str, family: str, protocol: str, found: metrics.Agreement
     ) -> list[ResultRow]:
         """The rows of an agreement."""
-        figures = {
-            "cosine_mean": found.mean,
-            "cosine_p05": found.p05,
-            "cosine_min": found.minimum,
-            "error": found.error,
-        }
-        return [self.row(recipe, family, protocol, name, value, "1", found.n) for name, value in figures.items()]
+        return self._figures(ACCURACY, recipe, family, protocol, found)
 
     def language(
         self, recipe: Recipe | str, family: str, protocol: str, found: metrics.Divergence
     ) -> list[ResultRow]:
         """The rows of a divergence: distributions over the next residue, the 20 amino acids."""
-        figures = {
-            "residue_kl_mean": (found.kl_mean, "nat"),
-            "residue_kl_p95": (found.kl_p95, "nat"),
-            "residue_top1_agreement": (found.top1_agreement, "1"),
-            "residue_perplexity": (found.perplexity, "1"),
-            "residue_perplexity_fp32": (found.reference_perplexity, "1"),
-            "residue_perplexity_ratio": (found.perplexity / found.reference_perplexity, "1"),
-        }
+        return self._figures(LANGUAGE, recipe, family, protocol, found)
+
+    def _figures(
+        self,
+        wanted: Sequence[Metric],
+        recipe: Recipe | str,
+        family: str,
+        protocol: str,
+        found: metrics.Agreement | metrics.Divergence,
+    ) -> list[ResultRow]:
         return [
-            self.row(recipe, family, protocol, name, value, unit, found.n)
-            for name, (value, unit) in figures.items()
+            self.row(recipe, family, protocol, metric.name, getattr(found, metric.field), metric.unit, found.n)
+            for metric in wanted
         ]
 
     def of_proteins(

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 import torch
 from turboesm_kernels.layout import bytes_for
 from turboesm_kernels.operands import Held, PreparedLayer
-from turboesm_kernels.reference import Packed, Rope, Side, SideSpec, table_size, table_slice
+from turboesm_kernels.reference import Packed, Rope, Side, SideSpec, rope_frequencies, table_size, table_slice
 
 from turboesm_cli.codec.bit_allocation import waterfill
+from turboesm_cli.statistics.sensitivity import SIDES
 
 ROTATED_BYTES = 400e6
 """Caches are made until they hold this much, several times an H200's L2."""
@@ -46,7 +47,7 @@ def copies_for(nbytes: float) -> int:
 
 def make_layer(shape: Shape, device: torch.device) -> PreparedLayer:
     """A codec with two water-filled profiles on a uniform grid."""
-    return PreparedLayer.of(*(_spec(side, shape).to(device) for side in ("k", "v")))
+    return PreparedLayer.of(*(_spec(side, shape).to(device) for side in SIDES))
 
 
 def make_caches(shape: Shape, device: torch.device) -> tuple[PreparedLayer, list[Held]]:
@@ -73,8 +74,7 @@ def _random_packed(spec: SideSpec, shape: Shape) -> Packed:
 
 def rope_of(tokens: int, dim: int, device: torch.device) -> Rope:
     """ESM-2's angles from position 1 on."""
-    frequencies = 10000.0 ** (-torch.arange(0, dim, 2, device=device) / dim)
-    return Rope.at(torch.arange(tokens, device=device) + 1, frequencies)
+    return Rope.at(torch.arange(tokens, device=device) + 1, rope_frequencies(dim, device))
 
 
 def _spec(side: Side, shape: Shape) -> SideSpec:

@@ -10,6 +10,7 @@ import re
 
 import torch
 from torch import Tensor, nn
+from turboesm_kernels.reference import ROPE_BASE
 
 from turboesm_cli.errors import ModelError
 from turboesm_cli.models.checkpoints import empty_net
@@ -61,7 +62,7 @@ def _fill_in(net: nn.Module, weights: dict[str, Tensor], shape: Shape) -> None:
     channels = torch.arange(0, shape.head_dim, 2).float() / shape.head_dim
     for name, expected in net.state_dict().items():
         if name.endswith("rot_emb.inv_freq"):
-            weights.setdefault(name, 1.0 / 10000**channels)
+            weights.setdefault(name, 1.0 / ROPE_BASE**channels)
         elif name.startswith(("contact_head.", "lm_head.")):
             weights.setdefault(name, torch.zeros(expected.shape))
 

@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from turboesm_kernels.reference import ROPE_BASE
+
 from turboesm_cli.errors import ModelError
 from turboesm_cli.models.esm2_alphabet import ESM2_ALPHABET
 from turboesm_cli.models.weights import one_line, sign_of
@@ -38,7 +40,7 @@ FREE = {
 }  # fmt: skip
 """Fields that change nothing in evaluation (dropout, labels, sampling, bookkeeping), and those that are read."""
 
-ROPE = ({"rope_type": "default"}, {"type": "default"}, {"rope_type": "default", "rope_theta": 10000})
+ROPE = ({"rope_type": "default"}, {"type": "default"}, {"rope_type": "default", "rope_theta": ROPE_BASE})
 
 FIXED: dict[str, tuple[Any, ...]] = {
     "add_cross_attention": (False,),
@@ -57,7 +59,7 @@ FIXED: dict[str, tuple[Any, ...]] = {
     "pruned_heads": ({},),
     "rope_parameters": ROPE,
     "rope_scaling": ROPE,
-    "rope_theta": (10000,),
+    "rope_theta": (ROPE_BASE,),
     "tie_encoder_decoder": (False,),
     "unk_token_id": (UNKNOWN,),
     "vocab_list": (list(_TOKENS.vocabulary),),

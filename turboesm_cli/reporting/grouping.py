@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import TypeVar
 
 from turboesm_cli.errors import InputError
+from turboesm_cli.reporting.metric_names import BY_NAME
 from turboesm_cli.reporting.results import ResultRow
 
 Rows = Sequence[ResultRow]
@@ -68,7 +69,7 @@ def gathered(rows: Rows) -> Gathered:
     for group in groups.values():
         different = _of_different_inputs(group)
         again += len(group) - len(different)
-        join = _TOGETHER.get(different[0].metric)
+        join = _joining(different[0].metric)
         if different[0].metric in RETIRED or (len(different) > 1 and join is None):
             left_out.append(different[0].metric)
             continue
@@ -91,7 +92,8 @@ def _with_all_families(kept: list[ResultRow], groups: Mapping[Hashable, Rows]) -
     for row in kept:
         if row.family == "all" and len({other.inputs for other in groups[_identity(row)]}) > 1:
             families = [x for x in kept if x.family not in ("", "all") and _but_family(x) == _but_family(row)]
-            row = replace(_TOGETHER[row.metric](families), family="all") if families else row
+            join = _joining(row.metric)
+            row = replace(join(families), family="all") if families and join else row
         found.append(row)
     return found
 
@@ -144,17 +146,16 @@ def _joined(rows: Rows, value: float) -> ResultRow:
     return replace(rows[-1], value=value, n=sum(row.n for row in rows), inputs="")
 
 
-_TOGETHER: dict[str, Callable[[Rows], ResultRow]] = {
-    "cosine_mean": _mean,
-    "error": _mean,
-    "cosine_min": _minimum,
-    "residue_kl_mean": _mean,
-    "residue_top1_agreement": _mean,
-    "residue_perplexity": _geometric_mean,
-    "residue_perplexity_fp32": _geometric_mean,
-    "residue_perplexity_ratio": _geometric_mean,
+_JOINS: dict[str, Callable[[Rows], ResultRow]] = {
+    "mean": _mean,
+    "geometric mean": _geometric_mean,
+    "minimum": _minimum,
 }
-"""How figures of several sets of proteins make the figure of all."""
+
+
+def _joining(metric: str) -> Callable[[Rows], ResultRow] | None:
+    """What makes the figure of all out of those of several sets of proteins, if anything does."""
+    return _JOINS.get(BY_NAME[metric].joins) if metric in BY_NAME else None
 
 
 def labels(variants: Iterable[Variant]) -> dict[Variant, str]:

@@ -22,25 +22,14 @@ from turboesm_cli.reporting.grouping import (
     seen,
     variant_of,
 )
+from turboesm_cli.reporting.metric_names import ACCURACY, BY_NAME, LANGUAGE
 from turboesm_cli.reporting.results import ResultRow
 
 TIMES = "\N{MULTIPLICATION SIGN}"
 MIB = 2**20
 WORST = 10
-LANGUAGE = (
-    "residue_kl_mean",
-    "residue_kl_p95",
-    "residue_top1_agreement",
-    "residue_perplexity",
-    "residue_perplexity_fp32",
-    "residue_perplexity_ratio",
-)
-ACCURACY = {
-    "error": "Error (1 minus mean cosine)",
-    "cosine_mean": "Mean cosine",
-    "cosine_p05": "5th percentile of the cosine",
-    "cosine_min": "Lowest cosine",
-}
+_SHOWN_FIRST = ("error", *(metric.name for metric in ACCURACY if metric.name != "error"))
+_LANGUAGE = tuple(metric.name for metric in LANGUAGE)
 OUTPUTS = {
     "decode": "final hidden state, whole model decoded",
     "paper": "attention output of layer 0 alone",
@@ -75,7 +64,7 @@ def tables(rows: Rows) -> list[Table]:
 def accuracy_tables(rows: Rows, protocol: str) -> list[Table]:
     """A table a metric, families across; the error table also says how many times less than the paper's."""
     chosen = [row for row in rows if row.protocol == protocol and not row.accession]
-    made = [_accuracy_table(rows, chosen, metric, protocol) for metric in ACCURACY]
+    made = [_accuracy_table(rows, chosen, metric, protocol) for metric in _SHOWN_FIRST]
     return [table for table in made if table is not None]
 
 
@@ -106,10 +95,10 @@ def time_tables(rows: Rows) -> list[Table]:
 
 def language_table(rows: Rows) -> Table | None:
     """How far the language model's predictions move."""
-    chosen = [row for row in rows if row.metric in LANGUAGE and row.protocol != "drift" and not row.accession]
+    chosen = [row for row in rows if row.metric in _LANGUAGE and row.protocol != "drift" and not row.accession]
     title = "Predictions of the next residue, against an fp32 cache"
     note = "At a mask in the residue's place, over the 20 amino acids: the model has not seen the residue."
-    return _metric_table(title, chosen, LANGUAGE, note)
+    return _metric_table(title, chosen, _LANGUAGE, note)
 
 
 def drift_table(rows: Rows) -> Table | None:
@@ -182,7 +171,7 @@ def _accuracy_table(rows: Rows, chosen: Rows, metric: str, protocol: str) -> Tab
     families = families_of([row for row in chosen if row.metric == metric])
     show: Callable[[float | None], str] = number if metric == "error" else cosine
     body = [(*_lead(v, names, held), *(show(cells.get((v, family))) for family in families)) for v in names]
-    title, columns, note = f"{ACCURACY[metric]}: {OUTPUTS[protocol]}", (*LEAD, *families), ""
+    title, columns, note = f"{BY_NAME[metric].title}: {OUTPUTS[protocol]}", (*LEAD, *families), ""
     gains = _gains_on_paper(cells, families[-1]) if metric == "error" else {}
     if gains:
         columns = (*columns, "paper / this")

@@ -88,7 +88,7 @@ def calibrated(model: Path, folder: Path) -> Path:
 
 def test_a_model_that_copies_predicts_nothing(copying: Path, fasta: Path, tmp_path: Path) -> None:
     model = load_model(str(copying), "cpu")
-    tokens = to_tokens([Protein("r", "", random_sequences()[0])], model.device)
+    tokens = to_tokens([Protein("r", "", random_sequences()[0])], model)
     with torch.no_grad():
         seen = model.logits(forward.teacher_forced(model, tokens, [0], None))[0, 1:-1]
     assert seen.argmax(-1).eq(tokens[0, 1:-1]).all()  # the head at a residue that was fed

@@ -98,6 +98,16 @@ def test_imports_go_down(path: Path) -> None:
         )
 
 
+FAMILIES_OWN = ("models.esm", "models.fair_esm", "models.hugging_face", "models.checkpoints", "models.weights")
+
+
+@pytest.mark.parametrize("path", CODE, ids=module_of)
+def test_models_are_known_by_their_protocol(path: Path) -> None:
+    here = module_of(path)
+    if not here.startswith("models.") and here != "commands.options":  # which names the model of the demo
+        assert not [name for name in own_imports(path) if name.startswith(FAMILIES_OWN)]
+
+
 def test_nothing_imports_in_a_circle() -> None:
     graphlib.TopologicalSorter({module_of(path): own_imports(path) for path in CODE}).prepare()  # or CycleError
 

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
+
 import pytest
 import torch
 
 from turboesm_cli.cache.dense import DenseCache, DenseCodec
 from turboesm_cli.cache.formats import FORMATS
 from turboesm_cli.cache.packed import PackedCache, PackedCodec
-from turboesm_cli.codec.fit import CodecSpec
+from turboesm_cli.codec.fit import CodecSpec, fit
 from turboesm_cli.codec.recipes import RECIPES
 from turboesm_cli.models import forward
 from turboesm_cli.models.esm2 import EsmModel
 from turboesm_cli.models.esm2_alphabet import ESM2_ALPHABET
 from turboesm_cli.sequences.fasta import Protein
 from turboesm_cli.statistics.batching import to_tokens
+from turboesm_cli.statistics.collect import collect
 
 PROMPTS = [0, 1, 4, 9]
 
@@ -194,3 +197,39 @@ def test_layer_0_follows_from_the_token(tiny: EsmModel, peptides: list[Protein])
         rope = forward.rope_at(tiny, 0, tokens.shape[1])
     assert torch.allclose(rope.rotate(keys[:, :, tokens[0]]), seen[0][0], atol=1e-5)
     assert torch.allclose(values[:, :, tokens[0]], seen[0][1], atol=1e-5)
+
+
+class CausalModel(EsmModel):
+    """ESM-2's weights as a model whose tokens see earlier ones alone."""
+
+    @property
+    def causal(self) -> bool:
+        return True
+
+
+@pytest.fixture(scope="module")
+def causal(precise: EsmModel) -> CausalModel:
+    return CausalModel(**{field.name: getattr(precise, field.name) for field in fields(EsmModel)})
+
+
+@pytest.mark.parametrize("prompt", [0, 1, 7])
+def test_a_causal_model_does_not_drift(causal: CausalModel, peptides: list[Protein], prompt: int) -> None:
+    tokens = to_tokens(peptides[:1], causal)
+    with torch.no_grad():
+        encoded = forward.encode(causal, tokens)
+        passed = forward.teacher_forced(causal, tokens, [prompt], None)
+        stepped = one_by_one(causal, tokens, prompt, DenseCache(causal, 1, tokens.shape[1], FORMATS["fp32"]))
+    assert torch.allclose(passed, encoded, atol=1e-9) and torch.allclose(stepped, encoded, atol=1e-4)
+
+
+def test_a_causal_model_is_calibrated_and_decoded(
+    causal: CausalModel, calibration_proteins: list[Protein]
+) -> None:
+    spec = fit(causal, collect(causal, calibration_proteins[:12]), RECIPES["auto"])
+    tokens = to_tokens(calibration_proteins[20:22], causal)
+    lengths = causal.alphabet.lengths(tokens).tolist()
+    with torch.no_grad():
+        codec = PackedCodec(spec, causal.device)
+        exact, found = (forward.teacher_forced(causal, tokens, [5, 9], each) for each in (None, codec))
+    for row, length in enumerate(lengths):
+        assert torch.cosine_similarity(exact[row, :length], found[row, :length], dim=-1).mean() > 0.98

@@ -89,7 +89,7 @@ def test_the_engines_queries_keys_and_values_are_those_of_fair_esms_hooks(
     tokens = to_tokens(peptides[:3], model)
     hooked: list[list[torch.Tensor]] = []
     own = []
-    exact = forward.bidirectional(model, tokens)
+    exact = forward.own_attention(model, tokens)
 
     def observe(layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         own.append([q, k, v])

@@ -103,7 +103,7 @@ def test_samples_do_not_grow_without_bound(tiny: EsmModel, whole: Statistics) ->
 
 
 def test_sums_are_those_of_decoding(tiny: EsmModel, calibration_proteins: list[Protein]) -> None:
-    protein = next(p for p in calibration_proteins if prompt_lengths([p], 999) == [0])
+    protein = next(p for p in calibration_proteins if prompt_lengths([p], 999, tiny) == [0])
     tokens = to_tokens([protein], tiny)
     recorder = Recorder()
     with torch.no_grad():
@@ -124,7 +124,7 @@ def test_sums_are_those_of_decoding(tiny: EsmModel, calibration_proteins: list[P
 def test_sensitivity_predicts_the_effect_of_noise(
     tiny: EsmModel, calibration_proteins: list[Protein], layer: int, side: str
 ) -> None:
-    empty = [p for p in calibration_proteins if p.residues < 120 and prompt_lengths([p], 999) == [0]][:3]
+    empty = [p for p in calibration_proteins if p.residues < 120 and prompt_lengths([p], 999, tiny) == [0]][:3]
     metric = measure(tiny, empty).metric(layer, "k" if side == "k" else "v")
     size = 0.01
     predicted = size**2 * float(metric.diagonal(dim1=-2, dim2=-1).sum())
@@ -158,8 +158,8 @@ def test_few_proteins_are_held_back_and_at_least_one(calibration_proteins: list[
     assert hold_back(one) == (one, one)
 
 
-def test_batches_hold_each_protein_once(calibration_proteins: list[Protein]) -> None:
-    found = [p for batch in batches(calibration_proteins, 1000) for p in batch]
+def test_batches_hold_each_protein_once(tiny: EsmModel, calibration_proteins: list[Protein]) -> None:
+    found = [p for batch in batches(calibration_proteins, 1000, tiny.alphabet) for p in batch]
     assert sorted(p.accession for p in found) == sorted(p.accession for p in calibration_proteins)
 
 

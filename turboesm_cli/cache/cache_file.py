@@ -232,8 +232,9 @@ class Packfile:
             raise ValueError("a count is of the wrong type")
         self._alphabet.tokenize(sequence)
         protein = Protein(item["accession"], "", sequence, source=str(self._path))
-        if not 0 < cached <= protein.residues + 1:
-            raise ValueError(f"{cached} tokens cached of {protein.residues + 2}")
+        tokens = protein.residues + self._alphabet.control
+        if not 0 < cached < tokens:
+            raise ValueError(f"{cached} tokens cached of {tokens}")
         return StoredProtein(protein, cached, nbytes, partial(self._read, read, cached))
 
     def _read(self, read: Callable[[], Tensors], cached: int) -> Tensors:

@@ -32,6 +32,11 @@ class Format:
         assert isinstance(found, torch.dtype)
         return found
 
+    @property
+    def bits(self) -> float:
+        """Of a number, scales not counted."""
+        return 8.0 * self.dtype.itemsize
+
     def store(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """Numbers [..., d] in the format, and scales [...] where it has them."""
         if not self.scaled:

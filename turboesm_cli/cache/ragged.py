@@ -17,7 +17,7 @@ class Ragged:
     A step is: `begin` (how many tokens each sequence gets), then for each layer what stores and reads them.
     `lengths` and `starts` int32 [B] are on the device, for kernels and CUDA graphs; the same numbers are kept on
     the host, so that nothing needs to ask the device. `unmasked` float32 [B, 1, 1] is each prompt's
-    `decode.unmasked_fraction`: token dropout's factor stays what it was at prefill.
+    `Model.unmasked_fraction`: token dropout's factor stays what it was at prefill.
     """
 
     lengths: Tensor

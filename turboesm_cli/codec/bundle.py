@@ -25,7 +25,7 @@ from turboesm_cli.codec.fit import CodecSpec, LayerSpec
 from turboesm_cli.codec.recipes import Recipe
 from turboesm_cli.errors import BundleError, InputError, ModelError
 from turboesm_cli.models.alphabet import Alphabet
-from turboesm_cli.models.families import alphabet_of
+from turboesm_cli.models.families import ALPHABETS, FIRST, alphabet_of
 from turboesm_cli.models.protocol import Model
 from turboesm_cli.models.shapes import Shape, check_shape
 from turboesm_cli.outputs.archive import Archive, new_archive, printable, to_bytes
@@ -59,11 +59,12 @@ class Bundle:
     shape: Shape
     calibration: Calibration
     spec: CodecSpec
+    family: str = FIRST
 
     @property
     def alphabet(self) -> Alphabet:
         """Tokens of the models that it serves."""
-        return alphabet_of()
+        return alphabet_of(self.family)
 
     def save(self, path: str | Path, *, overwrite: bool = False) -> None:
         """Write it as a .tqz file, whole or not at all. Raises OutputError where there is one, or none can be."""
@@ -107,7 +108,8 @@ def write_bundle(path: Path, bundle: Bundle, devices: str = "") -> None:
     """
     calibration = asdict(bundle.calibration) | {"sequences": sorted(bundle.calibration.sequences)}
     described = {
-        "model": {"name": bundle.model_name, "fingerprint": bundle.fingerprint, **asdict(bundle.shape)},
+        "model": {"name": bundle.model_name, "fingerprint": bundle.fingerprint, **asdict(bundle.shape)}
+        | ({"family": bundle.family} if bundle.family != FIRST else {}),
         "recipe": bundle.spec.recipe.as_dict(),
         "calibration": calibration,
         "layers": [None if layer is None else _describe(layer) for layer in bundle.spec.layers],
@@ -167,7 +169,15 @@ def _bundle(path: Path, manifest: dict[str, Any], tensors: dict[str, Tensor]) ->
             shape.head_dim,
             tuple(_choice(choice) for choice in manifest.get("choices", ())),
         ),
+        _family(model),
     )
+
+
+def _family(model: dict[str, Any]) -> str:
+    family = printable(model.get("family", FIRST))
+    if family not in ALPHABETS:
+        raise ValueError(f"models of family {family!r}, which this version of turboesm does not know")
+    return family
 
 
 _LIKE = Recipe("", bits_k=3, bits_v=3)

@@ -40,4 +40,5 @@ def bundle_of(model: Model, proteins: Sequence[Protein], statistics: Statistics,
             frozenset(sequence_key(protein) for protein in proteins),
         ),
         fit(model, statistics, recipe),
+        model.family,
     )

@@ -79,6 +79,10 @@ def fit(model: Model, statistics: Statistics, recipe: Recipe) -> CodecSpec:
     return CodecSpec(recipe, tuple(layers), model.shape.heads, model.shape.head_dim, tuple(choices))
 
 
+MOST_TOKENS = 256
+"""Kinds of token that a cache can keep in place of keys and values."""
+
+
 def _check(model: Model, statistics: Statistics, recipe: Recipe) -> None:
     needed = 16 * model.shape.head_dim
     if statistics.tokens < needed:
@@ -89,6 +93,11 @@ def _check(model: Model, statistics: Statistics, recipe: Recipe) -> None:
         raise InputError("a budget for the whole model needs the metric 'sensitivity'; no other has one unit")
     if recipe.residual != "none" and (recipe.allocation != "flat" or recipe.choose or recipe.budget == "model"):
         raise InputError(f"a residual bit ({recipe.residual}) goes with flat codes of a fixed size only")
+    if recipe.exact_first and len(model.alphabet) > MOST_TOKENS:
+        raise InputError(
+            f"recipe {recipe.name} keeps layer 0's tokens in a byte each, and {model.name} has "
+            f"{len(model.alphabet):,} kinds; choose one that codes layer 0"
+        )
     if recipe.residual == "qjl" and model.shape.head_dim % BYTE:
         raise InputError(f"residual 'qjl' needs a head_dim that is a multiple of 8, not {model.shape.head_dim}")
 

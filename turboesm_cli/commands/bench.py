@@ -128,7 +128,7 @@ def _refuse_options(ctx: typer.Context) -> None:
         if source is not None and source.name == "COMMANDLINE":
             option = name.replace("_", "-")
             raise typer.BadParameter(
-                f"is an option of `bench` alone; `bench {ctx.invoked_subcommand} --help` says what that takes",
+                f"it applies to `bench` alone; see `bench {ctx.invoked_subcommand} --help` for what that takes",
                 param_hint=f"--{option}",
             )
 

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from turboesm_cli import console
+from turboesm_cli.codec.recipes import RECIPES
 from turboesm_cli.commands import options
 from turboesm_cli.commands.reading import Reading
 from turboesm_cli.sequences.fasta import LongPolicy, digest
@@ -28,7 +29,7 @@ def calibrate(
         typer.Option("--output", "-o", help="Bundle to write. Default: MODEL-RECIPE.tqz.", show_default=False),
     ] = None,
     recipe: Annotated[
-        str, typer.Option(help="How to code: paper, flat, waterfill or auto; NAME@BITS sets the budget.")
+        str, typer.Option(help=f"How to code: {', '.join(RECIPES)}; NAME@BITS sets the budget.")
     ] = "auto",
     bits: Annotated[
         float | None, typer.Option(help="Bits per value, of keys and values.", show_default=False)

@@ -49,9 +49,13 @@ def decode(
     ] = None,
     kv: options.CacheKind = PACKED,
     generate: Annotated[int, typer.Option(min=0, help="Sample N residues after the prompt; FASTA on stdout.")] = 0,
-    temperature: Annotated[float, typer.Option(min=0, help="Of sampling; 0 takes the likeliest.")] = 1.0,
-    top_p: Annotated[float, typer.Option(min=0, max=1, help="Sample from the likeliest that make up this.")] = 1.0,
-    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Of sampling.")] = 0,
+    temperature: Annotated[
+        float, typer.Option(min=0, help="Sampling temperature; 0 always takes the most likely residue.")
+    ] = 1.0,
+    top_p: Annotated[
+        float, typer.Option(min=0, max=1, help="Sample from the most likely residues that add up to this.")
+    ] = 1.0,
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Random seed of sampling.")] = 0,
     output: Annotated[
         Path | None,
         typer.Option("--output", "-o", help="Write figures as CSV, or sampled FASTA, here.", show_default=False),

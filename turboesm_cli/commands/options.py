@@ -38,15 +38,15 @@ IfDone = Annotated[
     Literal["refuse", "skip"],
     typer.Option(
         "--if-done",
-        help="What to do where this very run has written the output before: skip ends with exit code 0. "
-        "With skip, OUTPUT.done says of which run an output is.",
+        help="What to do if the same run has written the output before: skip ends with exit code 0. "
+        "With skip, OUTPUT.done records which run wrote it.",
     ),
 ]
 ResumeAnywhere = Annotated[
     bool,
     typer.Option(
         "--resume-anywhere",
-        help="Go on with work that was begun on another device, or with other threads; results name both.",
+        help="Continue work that was begun on another device or with other threads; results name both.",
     ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print results as JSON on stdout instead of tables.")]
@@ -108,7 +108,7 @@ CacheKind = Annotated[
 ]
 
 DtypeName = Literal["fp32", "bf16", "fp16"]
-Dtype = Annotated[DtypeName, typer.Option("--dtype", help="Of the model's weights.")]
+Dtype = Annotated[DtypeName, typer.Option("--dtype", help="Data type of the model's weights.")]
 
 
 def open_model(name: str | None, device: str, bundle: Bundle | None = None, dtype: DtypeName = "fp32") -> Model:

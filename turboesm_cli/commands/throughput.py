@@ -46,9 +46,9 @@ class Wanted:
 
 def throughput(
     batch: Annotated[str, typer.Option(help="Sequences at once, by comma.")] = "1,8",
-    context: Annotated[str, typer.Option(help="Tokens of a sequence, by comma.")] = "256,1024",
+    context: Annotated[str, typer.Option(help="Tokens per sequence, by comma.")] = "256,1024",
     kinds: Annotated[
-        str, typer.Option(help="Caches by comma; packed ones are of --recipes or --bundle.")
+        str, typer.Option(help="Cache formats by comma; packed caches use --recipes or --bundle.")
     ] = _ALL_BUT_FP32,
     recipes: Annotated[
         str, typer.Option(help="Recipes by comma; NAME@BITS or NAME@BITS_K/BITS_V sets a budget.")
@@ -56,9 +56,9 @@ def throughput(
     bundle: options.BundleFiles = None,
     memory: Annotated[
         str | None,
-        typer.Option(help="Find the largest batch in so much, such as 24GiB.", show_default=False),
+        typer.Option(help="Also find the largest batch in this much memory, such as 24GiB.", show_default=False),
     ] = None,
-    plan: Annotated[bool, typer.Option("--plan", help="Say what memory it would take; stop.")] = False,
+    plan: Annotated[bool, typer.Option("--plan", help="Print the memory it would take, and exit.")] = False,
     output: Annotated[Path, typer.Option("--output", "-o", help="Figures, as CSV.")] = Path("throughput.csv"),
     dtype: options.Dtype = "fp32",
     model: options.ModelName = None,

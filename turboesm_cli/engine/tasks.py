@@ -1,4 +1,4 @@
-"""What a batch's slots decode (`engine.Task`): tokens that are given, or tokens that are sampled."""
+"""What a batch's slots decode (`batch.Task`): tokens that are given, or tokens that are sampled."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ class Forced:
 
 @dataclass
 class Sampled:
-    """Sampled residues (see `generation`): the result is `ids`, their token ids int64 [steps].
+    """Sampled residues (see `models.sampling`): the result is `ids`, their token ids int64 [steps].
 
     Each job has random numbers of its own, from `seed` and its number, whatever the batch.
     """

@@ -176,7 +176,7 @@ def times(
 ) -> Iterator[ResultRow]:
     """Rows of the protocol time: microseconds to decode one token of one sequence after 256 cached ones."""
     context = Context(model, devices=work.devices)
-    tokens = torch.randint(4, 24, (1, TIMED_CONTEXT), generator=torch.Generator().manual_seed(0)).to(model.device)
+    tokens = model.alphabet.random(1, TIMED_CONTEXT).to(model.device)
     variants: list[tuple[Recipe | str, CodecSpec, str]] = [(kv, entries[0].spec, kv) for kv in ("fp32", "fp16")]
     variants += [(entry.spec.recipe, entry.spec, "packed") for entry in entries]
     for index, (recipe, spec, kv) in enumerate(variants):

@@ -201,7 +201,7 @@ def _cells(name: str, results: Totals, drift: Totals) -> list[str]:
 
 def _identity(recipe: Recipe | str) -> tuple[str, float, float]:
     if isinstance(recipe, str):
-        bits = 8.0 * FORMATS[recipe].dtype.itemsize
+        bits = FORMATS[recipe].bits
         return recipe, bits, bits
     return recipe.name, recipe.bits_k, recipe.bits_v
 

@@ -51,7 +51,7 @@ def compare_decoding(
     which must not see it, would take a pass per residue. `work` keeps each batch's results of each codec; `tick`
     hears of each result.
     """
-    for number, proteins_of_batch in enumerate(batches(proteins, tokens_per_batch)):
+    for number, proteins_of_batch in enumerate(batches(proteins, tokens_per_batch, model.alphabet)):
         batch = _Batch(model, proteins_of_batch, prompt)
         units: dict[str, Callable[[], list[ProteinResult]]] = {DRIFT: batch.drift}
         units |= {name: partial(batch.quantized, codec) for name, codec in codecs.items()}
@@ -158,7 +158,7 @@ def first_layer_cosines(
     cosine of each head on its own (`heads`).
     """
     spec = on_device(spec, model.device)
-    for number, batch in enumerate(batches(proteins, 4096)):
+    for number, batch in enumerate(batches(proteins, 4096, model.alphabet)):
         saved = work.unit(str(number), partial(_first_layer_cosines, model, batch, spec))
         yield FirstLayer(saved["joined"], saved["heads"])
 
@@ -181,7 +181,7 @@ def _first_layer_cosines(model: Model, batch: Sequence[Protein], spec: CodecSpec
 def _first_layer(model: Model, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Layer 0's q, k, v [B, H, T, d] when ESM-2 encodes tokens [B, T]."""
     found: list[tuple[Tensor, Tensor, Tensor]] = []
-    attention = forward.bidirectional(model, tokens)
+    attention = forward.own_attention(model, tokens)
 
     def observe(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         if layer == 0:

@@ -44,7 +44,7 @@ class Load:
 
 @dataclass(frozen=True)
 class Kind:
-    """A kind of cache (`plan.KINDS`), the codec where it is packed, and the name it goes by in tables."""
+    """A kind of cache (`formats.KINDS`), the codec where it is packed, and the name it goes by in tables."""
 
     form: str
     spec: CodecSpec
@@ -116,9 +116,7 @@ def measure(model: Model, kind: Kind, load: Load, repeats: int = REPEATS, prefil
     A part is prefilled and decoded first: kernels are compiled and chosen.
     """
     device = model.device
-    tokens = torch.randint(4, 24, (load.batch, load.context), generator=torch.Generator().manual_seed(0)).to(
-        device
-    )
+    tokens = model.alphabet.random(load.batch, load.context).to(device)
     cache = new_cache(model, kind.spec, kind.form, load.batch, load.context)
     free_memory(device)  # of what checked the kernels
     if isinstance(cache, DenseCache):

@@ -69,6 +69,11 @@ class Alphabet:
         rows = [torch.tensor(self.tokenize(sequence)) for sequence in sequences]
         return self.padded(rows)
 
+    def random(self, batch: int, length: int) -> Tensor:
+        """Ids int64 [batch, length] of random residues, the same at every call: to measure time with."""
+        drawn = torch.randint(len(self.residues), (batch, length), generator=torch.Generator().manual_seed(0))
+        return torch.tensor(self.residues)[drawn]
+
     def padded(self, rows: Sequence[Tensor]) -> Tensor:
         """Rows of ids as one tensor int64 [B, T]."""
         return torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True, padding_value=self.padding)

@@ -43,7 +43,7 @@ WEIGHTS_URL = "https://dl.fbaipublicfiles.com/fair-esm/models/{name}.pt"
 
 
 def read_checkpoint(name: str) -> Checkpoint:
-    """What `name` names, see `model.load_model`. Raises ModelError where it cannot be found or read."""
+    """What `name` names, see `loading.load_model`. Raises ModelError where it cannot be found or read."""
     try:
         found = _read(name)
     except OSError as error:

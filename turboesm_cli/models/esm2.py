@@ -52,6 +52,11 @@ class EsmModel:
         return self.net.embed_tokens.weight.dtype
 
     @property
+    def family(self) -> str:
+        """As `families` calls it."""
+        return "esm2"
+
+    @property
     def alphabet(self) -> Alphabet:
         """ESM-2's tokens."""
         return ESM2_ALPHABET

@@ -33,7 +33,7 @@ Projection = Callable[[int, Tensor], tuple[Tensor, Tensor, Tensor]]
 
 
 class Cache(Protocol):
-    """What decoding needs of a key/value cache of B sequences (see `lengths.Ragged`)."""
+    """What decoding needs of a key/value cache of B sequences (see `ragged.Ragged`)."""
 
     lengths: Tensor
     starts: Tensor
@@ -71,14 +71,24 @@ def encode(
 
     `observe` replaces the attention, see `Attention`. `joint` projects at once, from where `joint.at` said.
     """
-    attention = observe or bidirectional(model, tokens)
+    attention = observe or own_attention(model, tokens)
     project = joint or _projection(model, rope_at(model, 0, tokens.shape[1]))
     with _over_sequences(model):
         return _layers(model, tokens, project, model.unmasked_fraction(tokens), attention)
 
 
-def bidirectional(model: Model, tokens: Tensor) -> Attention:
-    """An encoder's attention: every token sees all that is not padding. On a CPU, fair-esm's result to the bit."""
+def own_attention(model: Model, tokens: Tensor) -> Attention:
+    """What the model attends with when it encodes tokens int64 [B, T]."""
+    return _causal if model.causal else _bidirectional(model, tokens)
+
+
+def _causal(_layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Every token sees itself and earlier ones: none of these is padding, which is on the right."""
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=1.0)
+
+
+def _bidirectional(model: Model, tokens: Tensor) -> Attention:
+    """Every token sees all that is not padding. On a CPU, fair-esm's result to the bit."""
     lengths = model.alphabet.lengths(tokens)
     mask = None
     if not bool((lengths == tokens.shape[1]).all()):
@@ -102,7 +112,7 @@ def prefill(model: Model, tokens: Tensor, cache: Cache, joint: JointProjection |
     cache.unmasked.copy_(model.unmasked_fraction(tokens))
     if joint is not None:
         joint.at(cache.starts)
-    exact = bidirectional(model, tokens)
+    exact = own_attention(model, tokens)
 
     def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         cache.append(layer, k, v, tokens)
@@ -190,7 +200,7 @@ class _TeacherForced:
     ) -> None:
         self.rope = rope_at(model, 0, tokens.shape[1])
         self._codec, self._trace, self._longest = codec, trace, max(prompts)
-        self._in_prompt, self._visible = _teacher_masks(tokens, prompts)
+        self._in_prompt, self._visible = _teacher_masks(tokens, prompts, model.causal)
 
     def tokens(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """`Attention` of the tokens."""
@@ -275,11 +285,13 @@ class JointProjection:
         return rotate(F.linear(x, *self._weights[index]), self._heads, self._scaling, self._rope, self._starts)
 
 
-def _teacher_masks(tokens: Tensor, prompts: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """Which tokens [B, T] are prompt, and which keys each may see, [B, 1, T, T]."""
+def _teacher_masks(tokens: Tensor, prompts: Sequence[int], causal: bool) -> tuple[Tensor, Tensor]:
+    """Which tokens [B, T] are prompt, and which keys each may see, [B or 1, 1, T, T]."""
     positions = torch.arange(tokens.shape[1], device=tokens.device)
     in_prompt = positions < torch.tensor(list(prompts), device=tokens.device)[:, None]
-    visible = (positions <= positions[:, None]) | (in_prompt[:, None] & in_prompt[:, :, None])
+    visible = (positions <= positions[:, None])[None]
+    if not causal:  # an encoder's prompt sees all of itself
+        visible = visible | (in_prompt[:, None] & in_prompt[:, :, None])
     return in_prompt, visible[:, None]
 
 

@@ -1,4 +1,4 @@
-"""What everything else needs of a protein language model: the seam behind which each family is one file.
+"""What everything else needs of a protein language model: the seam that each family is behind.
 
 `forward` runs any such model over a cache. Shapes: B sequences, T tokens, E channels of a hidden state, H heads of
 d channels, V kinds of token.
@@ -21,6 +21,7 @@ class Model(Hashable, Protocol):
     """A loaded model.
 
     name         as it appears in bundles and results
+    family       as `families` calls it
     shape        its size
     alphabet     its tokens
     causal       whether a token sees earlier ones alone when the model encodes a sequence
@@ -32,6 +33,8 @@ class Model(Hashable, Protocol):
 
     @property
     def name(self) -> str: ...
+    @property
+    def family(self) -> str: ...
     @property
     def shape(self) -> Shape: ...
     @property

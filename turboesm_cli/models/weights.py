@@ -22,12 +22,14 @@ from turboesm_cli.models.shapes import Shape
 LAYER_NORM_EPS = 1e-5
 """The epsilon of ESM-2's layer norms, which fair-esm gives every model."""
 
-HOW_TO_SAVE = 'save it with its settings: `model.save_pretrained(FOLDER)`, or as README shows under "Models"'
+HOW_TO_SAVE = (
+    "save it with its settings: `model.save_pretrained(FOLDER)`, or as the guide models.md (README: Models) shows"
+)
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """Weights by fair-esm's names, in their own dtypes; see `model.EsmModel` for the rest.
+    """Weights by fair-esm's names, in their own dtypes; see `esm2.EsmModel` for the rest.
 
     tied  whether the language-model head's output matrix is the embedding
     """

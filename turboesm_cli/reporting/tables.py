@@ -1,6 +1,6 @@
 """Result rows → tables of text, ready to show. A table whose rows were not measured is left out.
 
-Each function takes the rows of one model, no figure twice (`variants.gathered`).
+Each function takes the rows of one model, no figure twice (`grouping.gathered`).
 """
 
 from __future__ import annotations

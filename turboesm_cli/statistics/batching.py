@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 import torch
 from torch import Tensor
 
+from turboesm_cli.models.alphabet import Alphabet
 from turboesm_cli.models.protocol import Model
 from turboesm_cli.sequences.fasta import Protein
 
@@ -15,7 +16,7 @@ HELD_BACK = 16
 """One protein in 16 is held back from fitting."""
 
 
-def batches(proteins: Iterable[Protein], tokens_per_batch: int) -> Iterator[list[Protein]]:
+def batches(proteins: Iterable[Protein], tokens_per_batch: int, alphabet: Alphabet) -> Iterator[list[Protein]]:
     """Proteins by length, in batches of at most `tokens_per_batch` tokens, padding counted.
 
     Beyond 512 tokens, where attention's score matrices outgrow everything else, batches shrink with the length,
@@ -23,7 +24,7 @@ def batches(proteins: Iterable[Protein], tokens_per_batch: int) -> Iterator[list
     """
     batch: list[Protein] = []
     for protein in sorted(proteins, key=lambda p: (p.residues, p.sequence, p.accession)):
-        length = protein.residues + 2
+        length = protein.residues + alphabet.control
         if batch and (len(batch) + 1) * length * max(1.0, length / 512) > tokens_per_batch:
             yield batch
             batch = []
@@ -47,9 +48,13 @@ def hold_back(proteins: Sequence[Protein]) -> tuple[list[Protein], list[Protein]
     return [p for p in proteins if p.sequence not in chosen] or list(proteins), held
 
 
-def prompt_lengths(proteins: Sequence[Protein], longest: int) -> list[int]:
-    """Tokens of each protein's prompt in calibration: by its hash none, or half of its first `longest` tokens."""
-    return [0 if digest(p)[-1] % 2 else min(p.residues + 2, longest) // 2 for p in proteins]
+def prompt_lengths(proteins: Sequence[Protein], longest: int, model: Model) -> list[int]:
+    """Tokens of each protein's prompt in calibration: by its hash none, or half of its first `longest` tokens.
+
+    Those of a causal model have none: there a prompt's tokens see what they see without one.
+    """
+    control, halves = model.alphabet.control, not model.causal
+    return [min(p.residues + control, longest) // 2 if halves and digest(p)[-1] % 2 == 0 else 0 for p in proteins]
 
 
 def visible_keys(prompts: Sequence[int], tokens: Tensor) -> Tensor:

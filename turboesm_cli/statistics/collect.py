@@ -1,8 +1,8 @@
 """Activations of calibration proteins -> streaming, mergeable statistics of every head.
 
 The proteins run as they will in use: half of them are decoded from an empty cache, half after a prompt of half
-their length (see `decode`). Keys and values of ESM-2 run on whole proteins are distributed otherwise: a codec
-fitted to those alone made 1.3 to 2.4 times the error.
+their length (see `models.forward`). Keys and values of ESM-2 run on whole proteins are distributed otherwise: a
+codec fitted to those alone made 1.3 to 2.4 times the error.
 
 For each layer and head, sums over tokens in float64, of keys before and after RoPE, queries, values and RoPE's
 phases; and a fixed number of keys and values, those of the tokens with the smallest hash. Memory depends on
@@ -59,9 +59,9 @@ def collect(
     fitted, held = hold_back(proteins)
     size = sample_size(model.shape.head_dim)
     kept, kept_held = _Keeper(model.shape, size), _Keeper(model.shape, size // HELD_PART)
-    todo = list(batches(fitted, tokens_per_batch))
+    todo = list(batches(fitted, tokens_per_batch, model.alphabet))
     sums = _added_up(partial(_sum_batch, model), todo, kept, work.under("fitted"), tick)
-    todo = list(batches(held, min(tokens_per_batch, BACKWARD_TOKENS)))
+    todo = list(batches(held, min(tokens_per_batch, BACKWARD_TOKENS), model.alphabet))
     gradients = _added_up(partial(_measure_batch, model), todo, kept_held, work.under("held"), tick)
     return Statistics(
         LayerSums.of_layers(sums),
@@ -69,7 +69,7 @@ def collect(
         Sensitivity(gradients["gram"], int(gradients["tokens"])),
         kept_held.merged(),
         len(proteins),
-        sum(protein.residues + 2 for protein in proteins),
+        sum(protein.residues + model.alphabet.control for protein in proteins),
     )
 
 
@@ -151,7 +151,7 @@ def _sum_batch(model: Model, proteins: Sequence[Protein], limit: int) -> tuple[T
     order = hashes.argsort()[: sample_size(model.shape.head_dim)]
     order = order[hashes[order] <= limit]
     rope = rope_at(model, 0, tokens.shape[1])
-    visible = visible_keys(prompt_lengths(proteins, tokens.shape[1]), tokens)
+    visible = visible_keys(prompt_lengths(proteins, tokens.shape[1], model), tokens)
     layers: list[LayerSums] = []
     keys: list[Tensor] = []
     values: list[Tensor] = []

@@ -57,23 +57,23 @@ class Sensitivity:
 def measure(model: Model, proteins: Sequence[Protein]) -> Sensitivity:
     """Gradients over a batch of proteins, with prompts as in `prompt_lengths`."""
     tokens = to_tokens(proteins, model)[:, :MOST_TOKENS]
-    prompts = prompt_lengths(proteins, tokens.shape[1])
+    prompts = prompt_lengths(proteins, tokens.shape[1], model)
     decoded = model.alphabet.real(tokens) & ~in_prompt(prompts, tokens)
     unit, zeros = _unit_hidden(model, tokens, prompts)
     total = torch.zeros((), dtype=torch.float64)
-    for draw, u in enumerate(_draws(proteins, unit)):
+    for draw, u in enumerate(_draws(proteins, unit, model.alphabet.control)):
         loss = (unit * u * decoded[..., None]).sum()
         gradients = torch.autograd.grad(loss, zeros, retain_graph=draw + 1 < DRAWS)
         total = total + torch.stack([_outer(g[:, :, 1:]) for g in gradients])  # `<cls>` is a sink: never coded
     return Sensitivity(total.unflatten(0, (-1, 2)), int(decoded.sum()) * DRAWS)
 
 
-def _draws(proteins: Sequence[Protein], unit: Tensor) -> Tensor:
+def _draws(proteins: Sequence[Protein], unit: Tensor, control: int) -> Tensor:
     """u of N(0, 1), [DRAWS, B, T, E]: a protein's own, whatever batch it is in."""
     rows = []
     for protein in proteins:
         generator = torch.Generator().manual_seed(int.from_bytes(digest(protein)[:4], "little"))
-        length = min(protein.residues + 2, unit.shape[1])
+        length = min(protein.residues + control, unit.shape[1])
         rows.append(torch.randn(length, DRAWS, unit.shape[2], generator=generator))
     return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).movedim(2, 0).to(unit.device)
 

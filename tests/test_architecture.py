@@ -38,6 +38,8 @@ FLOORS = (
 shares a line imports nothing of each other. Imports inside functions and for type checkers count, too."""
 WITHOUT_TORCH = {
     "app",
+    "cache.formats",
+    "codec.recipes",
     "console",
     "errors",
     "outputs.files",

@@ -7,11 +7,12 @@ worth having. `paper` is TurboESM (arXiv 2603.26110), the others are ours, each 
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Literal
-
-from turboesm_kernels.reference import Scale, Side
+from typing import TYPE_CHECKING, Any, Literal
 
 from turboesm_cli.errors import InputError
+
+if TYPE_CHECKING:
+    from turboesm_kernels.reference import Scale, Side
 
 Rotation = Literal["none", "hadamard", "svd", "hadamard-svd"]
 Metric = Literal["plain", "attention", "sensitivity"]

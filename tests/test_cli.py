@@ -264,6 +264,10 @@ def test_old_flags_of_bench_still_work_and_say_what_they_became(run: Run) -> Non
         (("bench", "--ablate", "--recipes", "flat"), "--recipes"),
         (("bench", "kernels", "--if-done", "skip"), "--if-done"),
         (("bench", "--dtype", "bf16"), "--dtype"),
+        (("bench", "--bundle", "b.tqz", "--recipes", "auto"), "--recipes"),
+        (("bench", "throughput", "--plan", "--batch", "500"), "--batch"),
+        (("bench", "throughput", "--plan", "--kinds", "packed"), "--kinds"),
+        (("bench", "throughput", "--plan", "--recipes", "auto@2,auto@3"), "--recipes"),
     ],
 )
 def test_options_that_would_be_ignored_are_refused(run: Run, arguments: tuple[str, ...], option: str) -> None:

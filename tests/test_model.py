@@ -274,6 +274,12 @@ def test_unknown_names_and_devices() -> None:
             pick_device("cuda")
 
 
+@pytest.mark.parametrize("name", ["embedded", "random:t6_8M"])
+def test_models_are_found_by_the_name_that_bundles_give_them(name: str) -> None:
+    model = load_model(name, "cpu")
+    assert load_model(model.name, "cpu").fingerprint == model.fingerprint
+
+
 def test_random_weights_are_flagged() -> None:
     model = load_model("random:t6_8M", "cpu")
     assert model.is_random and "never for accuracy" in model.note

@@ -144,7 +144,7 @@ def test_a_step_without_a_gpu_is_no_graph(tiny: EsmModel) -> None:
 def test_the_command(tiny: EsmModel, tiny_path: Path, calibration_proteins: list[Protein], tmp_path: Path) -> None:
     write_bundle(tmp_path / "t.tqz", calibrate(tiny, calibration_proteins[:12], RECIPES["flat"]))
     command = [sys.executable, "-m", "turboesm_cli.app", "bench", "throughput", "--bundle", "t.tqz"]
-    command += ["--context", "24,32", "--batch", "1,2", "--device", "cpu"]
+    command += ["--context", "24,32", "--device", "cpu"]
     env = os.environ | {"COLUMNS": "220"}
 
     def call(*more: str) -> subprocess.CompletedProcess[str]:
@@ -153,7 +153,7 @@ def test_the_command(tiny: EsmModel, tiny_path: Path, calibration_proteins: list
     planned = call("--plan", "--json", "--memory", "1GiB", "--model", "there-is-none")
     assert {line["memory"] for line in json.loads(planned.stdout)} == {2**30}
     assert {line["context"] for line in json.loads(planned.stdout)} == {24, 32}
-    done = call("--kinds", "fp16,packed", "--model", str(tiny_path), "--dtype", "bf16", "-o", "t.csv")
+    done = call("--kinds", "fp16,packed", "--batch", "1,2", "--model", str(tiny_path), "--dtype", "bf16", "-o", "t.csv")
     assert done.returncode == 0, done.stderr
     rows = list(csv.DictReader((tmp_path / "t.csv").open()))
     assert {row["dtype"] for row in rows} == {"bfloat16"}

@@ -182,7 +182,11 @@ class Packfile:
         self.archive = Archive(path, KIND, VERSION)
         try:
             if bundle and self.archive.manifest.get("bundle_sha256") != bundle_sha256:
-                raise BundleError(f"{path} was packed with another bundle; name the one that it was packed with")
+                packed = str(self.archive.manifest.get("bundle_sha256"))[:16]
+                raise BundleError(
+                    f"{path} was packed with another bundle: name that of sha256 {packed}..., this one has "
+                    f"{bundle_sha256[:16]}..."
+                )
             self._count = _count_of_parts(self.archive) if self.archive.version == 1 else _count(self.archive)
         except BaseException:
             self.archive.__exit__()

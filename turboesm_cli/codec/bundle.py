@@ -23,7 +23,7 @@ from turboesm_kernels.reference import Side, SideSpec, table_size, table_slice
 
 from turboesm_cli.codec.fit import CodecSpec, LayerSpec
 from turboesm_cli.codec.recipes import Recipe
-from turboesm_cli.errors import BundleError, InputError, ModelError
+from turboesm_cli.errors import BundleError, InputError, ModelError, OutputError
 from turboesm_cli.models.alphabet import Alphabet
 from turboesm_cli.models.families import ALPHABETS, FIRST, alphabet_of
 from turboesm_cli.models.protocol import Model
@@ -68,7 +68,9 @@ class Bundle:
 
     def save(self, path: str | Path, *, overwrite: bool = False) -> None:
         """Write it as a .tqz file, whole or not at all. Raises OutputError where there is one, or none can be."""
-        check_output(Path(path), overwrite)
+        if Path(path).exists() and not overwrite:
+            raise OutputError(f"{path} exists; pass overwrite=True, or choose another path")
+        check_output(Path(path), may_exist=True)
         write_bundle(Path(path), self)
 
     def check_model(self, model: Model, where: Path | str) -> None:

@@ -12,7 +12,7 @@ from turboesm_cli import console
 from turboesm_cli.cache.formats import FORMATS
 from turboesm_cli.commands import options
 from turboesm_cli.commands.ablation import ablation
-from turboesm_cli.commands.checks import Command, Group, check_room
+from turboesm_cli.commands.checks import Command, Group, check_room, refuse_options
 from turboesm_cli.commands.kernels import kernels
 from turboesm_cli.commands.reading import Reading, digest_of, families_of
 from turboesm_cli.commands.throughput import throughput
@@ -71,7 +71,7 @@ def accuracy(
     max_calibration: options.MaxCalibration = None,
     max_proteins: options.MaxEvaluated = None,
     max_residues: options.MaxResidues = 500,
-    allow_seen: Annotated[bool, typer.Option(help="Flag, do not refuse, proteins seen in calibration.")] = False,
+    allow_seen: Annotated[bool, typer.Option(help="Only warn of proteins seen in calibration.")] = False,
     rejects: options.Rejects = None,
     model: options.ModelName = None,
     device: options.Device = "auto",
@@ -89,8 +89,11 @@ def accuracy(
     Example: turboesm bench --families tm,idr,peptide --recipes paper,auto -o results.csv
     """
     if ctx.invoked_subcommand is not None:
-        _refuse_options(ctx)
+        what = f"it applies to `bench` alone; see `bench {ctx.invoked_subcommand} --help` for what that takes"
+        refuse_options(ctx, list(ctx.params), what)
         return
+    if bundle:
+        refuse_options(ctx, ("recipes",), "--bundle takes the place of --recipes; leave one out")
     check_room()
     from turboesm_cli.reporting.results import to_records, write_csv
 
@@ -119,18 +122,6 @@ def accuracy(
         for title, columns, cells in tables:
             console.print_table(title, columns, cells)
     console.say(f"{len(rows)} figures in {output}; `turboesm report {output}` shows them")
-
-
-def _refuse_options(ctx: typer.Context) -> None:
-    """Options before a subcommand would be ignored."""
-    for name in ctx.params:
-        source = ctx.get_parameter_source(name)
-        if source is not None and source.name == "COMMANDLINE":
-            option = name.replace("_", "-")
-            raise typer.BadParameter(
-                f"it applies to `bench` alone; see `bench {ctx.invoked_subcommand} --help` for what that takes",
-                param_hint=f"--{option}",
-            )
 
 
 def _sources(recipes: str, bundles: list[Path] | None) -> list[str]:
@@ -198,7 +189,7 @@ def _check_seen(entries: list[Entry], sets: dict[str, list[Protein]], allow: boo
     except InputError as error:
         if not allow:
             raise
-        console.warn(f"NOT AN HONEST EVALUATION: {error}")
+        console.warn(f"NOT AN HONEST EVALUATION: {str(error).split(';')[0]}")
 
 
 def _measure(

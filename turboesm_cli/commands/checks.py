@@ -84,3 +84,11 @@ def _at_home(path: str) -> str:
     if found == path and path.startswith("~"):
         raise ValueError(f"{path}: there is no user of that name; write ./{path} for a file of that name")
     return found
+
+
+def refuse_options(ctx: typer.Context, names: Sequence[str], why: str) -> None:
+    """Raise BadParameter where the user gave one of these options, which would be ignored."""
+    for name in names:
+        source = ctx.get_parameter_source(name)
+        if source is not None and source.name == "COMMANDLINE":
+            raise typer.BadParameter(why, param_hint=f"--{name.replace('_', '-')}")

@@ -69,7 +69,8 @@ def decode(
         ),
     ] = None,
     plan: Annotated[
-        bool, typer.Option("--plan", help="Say what memory it would take and the largest batch that fits; stop.")
+        bool,
+        typer.Option("--plan", help="Print memory per sequence and the largest batch, and exit."),
     ] = False,
     model: options.ModelName = None,
     dtype: options.Dtype = "fp32",
@@ -185,15 +186,15 @@ def _plans(bundle: Bundle, work: Workload, generate: int, device: str, dtype: op
 
 
 def _show_plans(plans: list[Plan], as_json: bool) -> None:
-    from turboesm_cli.engine.memory_plan import COLUMNS
+    from turboesm_cli.engine.memory_plan import COLUMNS, LEGEND, RESERVED
 
     if as_json:
         console.print_json([item.as_dict() for item in plans])
         return
-    title = (
-        f"Memory for sequences of up to {plans[0].context:,} tokens; {plans[0].memory / 2**30:.1f} GiB are free"
-    )
+    free = f"{plans[0].memory / 2**30:.1f} GiB of this device are free, of which {RESERVED:.0%} stay so"
+    title = f"Memory for sequences of up to {plans[0].context:,} tokens; {free}"
     console.print_table(title, COLUMNS, [item.cells() for item in plans])
+    console.say(LEGEND)
 
 
 def _slots(wanted: int | None, plan: Plan, work: Workload, model: Model) -> int:

@@ -26,7 +26,8 @@ ModelName = Annotated[
     typer.Option(
         "--model",
         help="Official name (esm2_t33_650M), fair-esm .pt file, Hugging Face folder, OWNER/MODEL or 'embedded'. "
-        "Default: $TURBOESM_MODEL, else the embedded ESM-2 8M trunk.",
+        "random:NAME has random weights. Default: $TURBOESM_MODEL, else the bundle's if that is official, "
+        "else the embedded ESM-2 8M trunk.",
         show_default=False,
     ),
 ]

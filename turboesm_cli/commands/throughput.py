@@ -11,6 +11,7 @@ import typer
 from turboesm_cli import console
 from turboesm_cli.cache.formats import FORMATS, KINDS
 from turboesm_cli.commands import options
+from turboesm_cli.commands.checks import refuse_options
 from turboesm_cli.commands.reading import Reading
 from turboesm_cli.errors import InputError
 from turboesm_cli.outputs.files import check_output
@@ -45,6 +46,7 @@ class Wanted:
 
 
 def throughput(
+    ctx: typer.Context,
     batch: Annotated[str, typer.Option(help="Sequences at once, by comma.")] = "1,8",
     context: Annotated[str, typer.Option(help="Tokens per sequence, by comma.")] = "256,1024",
     kinds: Annotated[
@@ -58,7 +60,7 @@ def throughput(
         str | None,
         typer.Option(help="Also find the largest batch in this much memory, such as 24GiB.", show_default=False),
     ] = None,
-    plan: Annotated[bool, typer.Option("--plan", help="Print the memory it would take, and exit.")] = False,
+    plan: Annotated[bool, typer.Option("--plan", help="Print memory and largest batches, and exit.")] = False,
     output: Annotated[Path, typer.Option("--output", "-o", help="Figures, as CSV.")] = Path("throughput.csv"),
     dtype: options.Dtype = "fp32",
     model: options.ModelName = None,
@@ -70,7 +72,11 @@ def throughput(
 
     Example: turboesm bench throughput --model random:esm2_t33_650M --dtype bf16 --batch 1,64 --context 1024
     """
-    if not plan:
+    if plan:
+        refuse_options(ctx, ("batch", "kinds"), "--plan says how much each batch takes, for every kind of cache")
+        if len(list(filter(None, recipes.split(",")))) > 1 or len(bundle or []) > 1:
+            raise typer.BadParameter("--plan is of one codec: name one", param_hint="--recipes, --bundle")
+    else:
         check_output(output, force)
     _bench(Wanted(batch, context, kinds, memory, recipes, bundle or [], dtype, plan, model, device, json, output))
 
@@ -153,7 +159,7 @@ def _show(model: Model, found: list[Throughput], largest: list[Throughput]) -> N
 
 
 def _show_plans(wanted: Wanted, shape: Shape, spec: CodecSpec, loads: list[Load], memory: int) -> None:
-    from turboesm_cli.engine.memory_plan import COLUMNS, plans
+    from turboesm_cli.engine.memory_plan import COLUMNS, LEGEND, RESERVED, plans
 
     made = [
         plan
@@ -164,7 +170,9 @@ def _show_plans(wanted: Wanted, shape: Shape, spec: CodecSpec, loads: list[Load]
         console.print_json([plan.as_dict() for plan in made])
     else:
         lines = [[plan.kind, f"{plan.context:,}", *plan.cells()[1:]] for plan in made]
-        console.print_table(f"Memory, of {memory / 2**30:.1f} GiB", [COLUMNS[0], "context", *COLUMNS[1:]], lines)
+        title = f"Memory, of {memory / 2**30:.1f} GiB, of which {RESERVED:.0%} are left free"
+        console.print_table(title, [COLUMNS[0], "context", *COLUMNS[1:]], lines)
+        console.say(LEGEND)
 
 
 def _largest(wanted: Wanted, model: Model, kind: Kind, context: int, memory: int) -> Throughput | None:

@@ -20,6 +20,7 @@ from turboesm_cli.models.shapes import Shape
 RESERVED = 0.06
 """Share of a device's memory that is left alone: contexts of libraries, graphs, fragments."""
 
+LEGEND = "shared: tables, held once; workspace: of a prefill; beside: per sequence while decoding"
 LIBRARIES = 64 << 20
 """Bytes of workspace that torch's libraries keep."""
 

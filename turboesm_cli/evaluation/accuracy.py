@@ -88,6 +88,7 @@ def refuse_seen(entries: Sequence[Entry], families: Families) -> None:
             known = seen(entry.bundle, proteins)
             if known:
                 names = ", ".join(protein.accession for protein in known[:3])
+                names += ", ..." if len(known) > 3 else ""
                 raise InputError(
                     f"{len(known)} proteins of {family} ({names}) were in the calibration set of {entry.name}; "
                     "evaluate on others, or pass --allow-seen to flag the figures instead"

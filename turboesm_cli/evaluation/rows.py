@@ -173,7 +173,7 @@ class Summary:
 
     def table(self, kv: str) -> tuple[list[str], list[list[str]]]:
         """Columns and rows for the screen."""
-        columns = ["protein", "decoded", "cosine mean", "p5", "min", "drift mean"]
+        columns = ["protein", "decoded", "cosine mean", "p5", "min", "drift cosine"]
         if self.results.predictions.n:
             columns += ["residue KL (nat)", "residue top-1", "residue perplexity fp32", f"residue perplexity {kv}"]
         more = self.count - len(self._lines)

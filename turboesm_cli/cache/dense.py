@@ -38,7 +38,7 @@ class DenseCache(Ragged):
         super().__init__(batch, capacity, model.device)
         self.form = form
         self.is_full = False
-        shape = (model.shape.layers, 2, batch, model.shape.heads, capacity, model.shape.head_dim)
+        shape = (model.shape.layers, 2, batch, model.shape.key_value_heads, capacity, model.shape.head_dim)
         self._store = torch.zeros(shape, dtype=form.dtype, device=model.device)
         self._scales = torch.zeros(shape[:-1], dtype=torch.float16, device=model.device) if form.scaled else None
         self._index = torch.zeros(batch, dtype=torch.int64, device=model.device)

@@ -110,7 +110,7 @@ def write_bundle(path: Path, bundle: Bundle, devices: str = "") -> None:
     """
     calibration = asdict(bundle.calibration) | {"sequences": sorted(bundle.calibration.sequences)}
     described = {
-        "model": {"name": bundle.model_name, "fingerprint": bundle.fingerprint, **asdict(bundle.shape)}
+        "model": {"name": bundle.model_name, "fingerprint": bundle.fingerprint, **bundle.shape.as_dict()}
         | ({"family": bundle.family} if bundle.family != FIRST else {}),
         "recipe": bundle.spec.recipe.as_dict(),
         "calibration": calibration,
@@ -141,7 +141,8 @@ def read_bundle(path: Path) -> Bundle:
 
 def _bundle(path: Path, manifest: dict[str, Any], tensors: dict[str, Tensor]) -> Bundle:
     model, calibration = manifest["model"], manifest["calibration"]
-    shape = Shape(model["layers"], model["width"], model["heads"])
+    own = (model.get("own_head_dim"), model.get("own_key_value_heads"))
+    shape = Shape(model["layers"], model["width"], model["heads"], *own)
     check_shape(shape, path)
     if len(manifest["layers"]) != shape.layers:
         raise ValueError(f"{len(manifest['layers'])} layers described, {shape.layers} in the model")
@@ -167,7 +168,7 @@ def _bundle(path: Path, manifest: dict[str, Any], tensors: dict[str, Tensor]) ->
         CodecSpec(
             recipe,
             layers,
-            shape.heads,
+            shape.key_value_heads,
             shape.head_dim,
             tuple(_choice(choice) for choice in manifest.get("choices", ())),
         ),
@@ -238,12 +239,12 @@ def _check_side(spec: SideSpec, shape: Shape, where: str) -> None:
     axes = len(spec.profiles[0].widths)
     widest = max(width for profile in spec.profiles for width in profile.widths)
     expected = {
-        "centre": (shape.heads, shape.head_dim),
-        "analysis": (shape.heads, shape.head_dim, axes),
-        "deviation": (shape.heads, axes),
-        "synthesis": (shape.heads, axes, shape.head_dim),
-        "levels": (shape.heads, table_size(widest)),
-        "thresholds": (shape.heads, table_size(widest)),
+        "centre": (shape.key_value_heads, shape.head_dim),
+        "analysis": (shape.key_value_heads, shape.head_dim, axes),
+        "deviation": (shape.key_value_heads, axes),
+        "synthesis": (shape.key_value_heads, axes, shape.head_dim),
+        "levels": (shape.key_value_heads, table_size(widest)),
+        "thresholds": (shape.key_value_heads, table_size(widest)),
     }
     for name, size in expected.items():
         tensor = spec.tensors[name]
@@ -270,7 +271,9 @@ def _check_profiles(spec: SideSpec, shape: Shape, where: str) -> None:
         raise ValueError(
             f"{where}: {len(first.widths)} axes in {first.nbytes} bytes for {shape.head_dim} channels"
         )
-    if len(spec.profile_of_head) != shape.heads or not set(spec.profile_of_head) <= set(range(len(spec.profiles))):
+    if len(spec.profile_of_head) != shape.key_value_heads or not set(spec.profile_of_head) <= set(
+        range(len(spec.profiles))
+    ):
         raise ValueError(f"{where}: profile_of_head does not name a profile for each head")
 
 

@@ -76,7 +76,7 @@ def fit(model: Model, statistics: Statistics, recipe: Recipe) -> CodecSpec:
                 {"layer": index, "side": side, "bytes": nbytes, "allocation": best, "predicted": predicted}
             )
         layers.append(LayerSpec(specs["k"], specs["v"]))
-    return CodecSpec(recipe, tuple(layers), model.shape.heads, model.shape.head_dim, tuple(choices))
+    return CodecSpec(recipe, tuple(layers), model.shape.key_value_heads, model.shape.head_dim, tuple(choices))
 
 
 MOST_TOKENS = 256

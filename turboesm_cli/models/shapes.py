@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from turboesm_cli.errors import ModelError
@@ -10,16 +10,31 @@ from turboesm_cli.errors import ModelError
 
 @dataclass(frozen=True)
 class Shape:
-    """The size of an ESM-2 model."""
+    """The size of a model.
+
+    own_head_dim         where heads do not split the width among them
+    own_key_value_heads  where several query heads share keys and values
+    """
 
     layers: int
     width: int
     heads: int
+    own_head_dim: int | None = None
+    own_key_value_heads: int | None = None
 
     @property
     def head_dim(self) -> int:
         """Channels of an attention head."""
-        return self.width // self.heads
+        return self.own_head_dim or self.width // self.heads
+
+    @property
+    def key_value_heads(self) -> int:
+        """Heads of keys and values, which a cache holds: as many as of queries, or fewer."""
+        return self.own_key_value_heads or self.heads
+
+    def as_dict(self) -> dict[str, int]:
+        """For manifests: what is as usual is left out."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
 
 
 SMALLEST_HEAD, LARGEST_HEAD = 8, 256
@@ -49,6 +64,8 @@ def check_shape(shape: Shape, where: Path) -> None:
         raise ModelError(f"{where}: layers, width and heads must be whole numbers, not {sizes}")
     if not (0 < shape.layers <= 256 and 0 < shape.width <= 32768 and 0 < shape.heads <= 512):
         raise ModelError(f"{where}: {shape.layers} layers, {shape.width} wide, {shape.heads} heads is no ESM-2")
+    if shape.own_head_dim or shape.own_key_value_heads:
+        raise ModelError(f"{where}: heads of their own size, or grouped ones, are of no family that is served yet")
     if shape.width % shape.heads or shape.head_dim % 2:
         raise ModelError(f"{where}: width {shape.width} does not split into {shape.heads} heads of even size")
     if not SMALLEST_HEAD <= shape.head_dim <= LARGEST_HEAD:

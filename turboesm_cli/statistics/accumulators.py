@@ -76,7 +76,7 @@ class Sample:
     def empty(cls, shape: Shape) -> Sample:
         """No tokens of a model of this shape."""
         none = torch.zeros(0, dtype=torch.int64)
-        vectors = (torch.zeros(0, shape.heads, shape.head_dim),) * shape.layers
+        vectors = (torch.zeros(0, shape.key_value_heads, shape.head_dim),) * shape.layers
         return cls(none, none, vectors, vectors)
 
     @classmethod

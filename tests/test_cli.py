@@ -265,6 +265,8 @@ def test_old_flags_of_bench_still_work_and_say_what_they_became(run: Run) -> Non
         (("bench", "kernels", "--if-done", "skip"), "--if-done"),
         (("bench", "--dtype", "bf16"), "--dtype"),
         (("bench", "--bundle", "b.tqz", "--recipes", "auto"), "--recipes"),
+        (("bench", "--bundle", "b.tqz", "--recipes", "auto,int8"), "--recipes"),
+        (("bench", "throughput", "--bundle", "b.tqz", "--recipes", "auto"), "--recipes"),
         (("bench", "throughput", "--plan", "--batch", "500"), "--batch"),
         (("bench", "throughput", "--plan", "--kinds", "packed"), "--kinds"),
         (("bench", "throughput", "--plan", "--recipes", "auto@2,auto@3"), "--recipes"),
@@ -273,6 +275,28 @@ def test_old_flags_of_bench_still_work_and_say_what_they_became(run: Run) -> Non
 def test_options_that_would_be_ignored_are_refused(run: Run, arguments: tuple[str, ...], option: str) -> None:
     done = run(*arguments)
     assert done.returncode == 2 and option in done.stderr
+
+
+def test_dense_caches_stand_beside_a_bundle_and_belong_to_the_run(
+    run: Run, bundle: Path, tiny_path: Path, tmp_path: Path
+) -> None:
+    command = [
+        "bench",
+        "--families",
+        "peptide",
+        "--max-proteins",
+        "2",
+        "--bundle",
+        str(bundle),
+        "--if-done",
+        "skip",
+    ]
+    command += ["--model", str(tiny_path), "-o", str(tmp_path / "b.csv")]
+    done = run(*command, "--recipes", "int8")
+    assert done.returncode == 0, done.stderr
+    recipes = {row["recipe"] for row in csv.DictReader((tmp_path / "b.csv").open()) if row["protocol"] == "decode"}
+    assert recipes == {"auto", "int8"}
+    assert_one_line_error(run(*command, "--recipes", "fp8"), 7, "another run")
 
 
 def test_devices_have_exit_code_6(run: Run, bundle: Path, tiny_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -53,6 +54,11 @@ def test_a_bundle_is_learned_saved_and_decoded_from(
     assert hidden.shape == (2, 5, tiny.shape.width)
     assert turboesm.step(tiny, tokens[:, 5], cache).shape == (2, tiny.shape.width)
     assert not hidden.requires_grad and cache.nbytes > 0
+    for other in (cache, turboesm.PackedCache(tiny, bundle, batch=3, capacity=9)):
+        with pytest.raises(turboesm.InputError, match="empty cache of 2 sequences"):
+            turboesm.prefill(tiny, tokens[:, :5], other)
+    with pytest.raises(turboesm.InputError, match="random weights"):
+        turboesm.evaluate(replace(tiny, is_random=True), bundle, peptides[:3])
     rows = turboesm.evaluate(tiny, bundle, peptides[:3])
     assert {"error", "cosine_mean"} <= set(rows.metric) and set(rows.family) == {"proteins"}
     with pytest.raises(turboesm.InputError, match="were in the calibration set"):

@@ -242,6 +242,7 @@ def test_a_finished_output_is_told_from_all_others(tmp_path: Path) -> None:
         done_record(path).write_text(text)
         with pytest.raises(OutputError, match=r"no out\.done says of which run"):
             is_done(path, RUN)
+    done_record(path).write_text('{"run": {"seed": "0"}, "sha256": "of what was there"}')
     with saved_work(path, RUN, FORCE):
         path.write_text("newer")
     assert list(tmp_path.iterdir()) == [path], "a record that is not true is not left"
@@ -415,3 +416,14 @@ def test_work_that_is_not_kept_is_computed() -> None:
     assert float(NOTHING_KEPT.under("a").unit("x", lambda: number(2))["x"]) == 2
     assert NOTHING_KEPT.total("x") == {}
     assert not isinstance(NOTHING_KEPT, SavedWork)
+
+
+def test_a_file_of_the_users_that_is_called_done_is_left_alone(tmp_path: Path) -> None:
+    path = tmp_path / "out"
+    for mine in ("", "by make", "{}", '{"run": {}}', '{"run": [], "sha256": ""}'):
+        done_record(path).write_text(mine)
+        with saved_work(path, RUN):
+            pass
+        with pytest.raises(OutputError, match="is no record of turboesm"), saved_work(path, RUN, SKIP):
+            pass
+        assert done_record(path).read_text() == mine

@@ -55,13 +55,12 @@ class _Commands(Group):
             if hasattr(error, "exit_code") and not isinstance(error, TurboESMError):  # typer's own: --help, ...
                 console.log(f"stopped: {error}")
                 raise
-            if not isinstance(error, Exception) and _known(error) is None:
-                raise
-            if _known(error) is None or (_debugging(ctx) and isinstance(error, Exception)):
+            known, debugging = _known(error), _debugging(ctx) and isinstance(error, Exception)
+            if known is None or debugging:
                 console.log("".join(traceback.format_exception(error)))
-            if _debugging(ctx) and isinstance(error, Exception):
+            if debugging or (known is None and not isinstance(error, Exception)):
                 raise
-            message, code = _known(error) or (_defect(error), DEFECT)
+            message, code = known or (_defect(error), DEFECT)
             console.fail("; ".join([message, *getattr(error, "__notes__", ())]))
             console.log(f"finished: exit code {code}")
             raise typer.Exit(code) from error

@@ -172,14 +172,14 @@ def _bundle(path: Path, manifest: dict[str, Any], tensors: dict[str, Tensor]) ->
             shape.head_dim,
             tuple(_choice(choice) for choice in manifest.get("choices", ())),
         ),
-        _family(model),
+        _family(path, model),
     )
 
 
-def _family(model: dict[str, Any]) -> str:
+def _family(path: Path, model: dict[str, Any]) -> str:
     family = printable(model.get("family", FIRST))
     if family not in ALPHABETS:
-        raise ValueError(f"models of family {family!r}, which this version of turboesm does not know")
+        raise BundleError(f"{path} is for models of family {family!r}: a later version of turboesm reads it")
     return family
 
 

@@ -92,8 +92,10 @@ def accuracy(
         what = f"it applies to `bench` alone; see `bench {ctx.invoked_subcommand} --help` for what that takes"
         refuse_options(ctx, list(ctx.params), what)
         return
-    if bundle:
-        refuse_options(ctx, ("recipes",), "--bundle takes the place of --recipes; leave one out")
+    named, formats = _split_recipes(recipes)
+    if bundle and named:
+        refuse_options(ctx, ("recipes",), "--bundle takes the place of recipes: name dense caches alone beside it")
+        formats = []
     check_room()
     from turboesm_cli.reporting.results import to_records, write_csv
 
@@ -104,14 +106,13 @@ def accuracy(
     learned = _calibration(replace(reading, limit=max_calibration, max_residues=MAX_RESIDUES), calibration)
     described = {
         "families": ", ".join(f"{len(few)} of {family}" for family, few in sets.items()),
-        "measured": ", ".join(_sources(recipes, bundle)),
+        "measured": ", ".join([*_sources(named, bundle), *formats]),
     }
     inputs = digest_of([learned, *sets.values()])
     run = options.run_of("bench", loaded, inputs, **described)
     if kept.is_done(run):
         return
     with kept.work(run) as work:
-        named, formats = _split_recipes(recipes)
         entries = _entries(loaded, named, bundle, learned, work)
         _check_seen(entries, sets, allow_seen)
         rows, tables = _measure(loaded, entries, sets, formats, work)

@@ -120,7 +120,7 @@ def decode(
         loaded = options.open_model(model, device, codec, dtype)
         codec.check_model(loaded, bundle)
         own = next(item for item in plans if item.kind == kv)
-        sampling = f"{generate} residues, {temperature:g}, {top_p:g}, seed {seed}" if generate else "none"
+        sampling = f"{generate} residues, {temperature!r}, {top_p!r}, seed {seed}" if generate else "none"
         described = {"bundle": sha256[:16], "cache": kv, "dtype": dtype, "sampling": sampling}
         whole = options.run_of("decode", loaded, work.sha256, **described)
         if kept is not None and kept.is_done(whole):

@@ -72,6 +72,8 @@ def throughput(
 
     Example: turboesm bench throughput --model random:esm2_t33_650M --dtype bf16 --batch 1,64 --context 1024
     """
+    if bundle:
+        refuse_options(ctx, ("recipes",), "--bundle takes the place of --recipes; leave one out")
     if plan:
         refuse_options(ctx, ("batch", "kinds"), "--plan says how much each batch takes, for every kind of cache")
         if len(list(filter(None, recipes.split(",")))) > 1 or len(bundle or []) > 1:

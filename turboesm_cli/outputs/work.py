@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import safetensors
 import safetensors.torch
@@ -242,17 +243,13 @@ def is_done(path: Path, run: Run, anywhere: bool = False) -> bool:
     """
     if not path.exists() or work_folder(path).exists():
         return False
-    try:
-        done = json.loads(done_record(path).read_bytes())
-        other = differences(done["run"], run)
-        same = done["sha256"] == _sha256(path)
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
-        raise OutputError(
-            f"{path} exists, and no {done_record(path).name} says of which run it is; {_INSTEAD}"
-        ) from None
+    done = _recorded(path)
+    if done is None:
+        raise OutputError(f"{path} exists, and no {done_record(path).name} says of which run it is; {_INSTEAD}")
+    other = differences(done["run"], run)
     if other and not (anywhere and {*other} == {DEVICE}):
         raise OutputError(f"{path} exists, of another run ({'; '.join(other.values())}); {_INSTEAD}")
-    if not same:
+    if done["sha256"] != _sha256(path):
         raise OutputError(f"{path} was changed since the run that wrote it; {_INSTEAD}")
     return True
 
@@ -263,6 +260,16 @@ _INSTEAD = "pass --force to overwrite it, or choose another output path"
 def done_record(path: Path) -> Path:
     """The file that says of which run a finished output is."""
     return path.with_name(f"{path.name}.done")
+
+
+def _recorded(path: Path) -> dict[str, Any] | None:
+    """What the record of output `path` says; None where there is none, or a file that is no such record."""
+    try:
+        found = json.loads(done_record(path).read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return None
+    ours = isinstance(found, dict) and set(found) == {"run", "sha256"} and isinstance(found["run"], dict)
+    return found if ours else None
 
 
 def _sha256(path: Path) -> str:
@@ -289,8 +296,8 @@ def saved_work(path: Path, run: Run, policy: Policy = NO_LEAVE) -> Iterator[Save
             if policy.skip:
                 done = {"run": dict(run), "sha256": _sha256(path)}
                 write_text(done_record(path), json.dumps(done, indent=1, sort_keys=True) + "\n")
-            else:
-                done_record(path).unlink(missing_ok=True)  # of an earlier output
+            elif _recorded(path) is not None:  # of an earlier output
+                done_record(path).unlink()
         except BaseException as error:
             kept = work.units > 0 and not isinstance(error, _HOPELESS)
             if kept:
@@ -329,6 +336,10 @@ def _opened(folder: Path, path: Path, run: Run, policy: Policy) -> SavedWork:
         # clearing up goes on, and writes it again
         own = going_on and not other and (policy.skip or overwrites(path))
         check_output(path, policy.force or own)
+        if policy.skip and done_record(path).exists() and _recorded(path) is None:
+            raise OutputError(
+                f"{done_record(path)} is no record of turboesm, as --if-done skip writes there; move it"
+            )
         if going_on and policy.anywhere and {*other} == {DEVICE}:
             work.go_on_at(run[DEVICE])
         elif going_on and other:

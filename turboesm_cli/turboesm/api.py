@@ -97,8 +97,11 @@ class PackedCache(packed.PackedCache):
 def prefill(model: Model, tokens: Tensor, cache: packed.PackedCache) -> Tensor:
     """Encode prompts int64 [B, P], padded on the right, into an empty cache of as many sequences.
 
-    Returns their final hidden states [B, P, E], which are exact.
+    Returns their final hidden states [B, P, E], which are exact. Raises InputError where the cache is not empty,
+    or is for another number of sequences.
     """
+    if len(tokens) != cache.batch or bool(cache.lengths.any()):
+        raise InputError(f"prefill takes an empty cache of {len(tokens)} sequences; make one, or call truncate(0)")
     return forward.prefill(model, tokens, cache)
 
 
@@ -114,8 +117,10 @@ def evaluate(
     """What a bundle costs in accuracy on proteins: the rows of `turboesm bench`, see `read_results`.
 
     Every token is decoded from the cache, all layers quantized, against the same decode with an fp32 cache. Raises
-    InputError where a protein was in the bundle's calibration set, unless `allow_seen`.
+    InputError where a protein was in the bundle's calibration set, unless `allow_seen`, or for random weights.
     """
+    if model.is_random:
+        raise InputError(f"{model.name} has random weights, which accuracy cannot be measured on")
     if not proteins:
         raise InputError("no proteins to evaluate on")
     entries, families = [accuracy.Entry("the bundle", bundle)], {"proteins": proteins}

@@ -11,7 +11,7 @@ import pytest
 import torch
 from turboesm_kernels import reference
 
-from turboesm_cli.cache.cache_file import CachedProtein, Packfile, StoredProtein, file_sha256, write_packfile
+from turboesm_cli.cache.cache_file import CachedProtein, Packfile, StoredProtein, write_packfile
 from turboesm_cli.cache.dense import DenseCache
 from turboesm_cli.cache.formats import FORMATS
 from turboesm_cli.cache.packed import (
@@ -31,6 +31,7 @@ from turboesm_cli.errors import BundleError
 from turboesm_cli.models import forward
 from turboesm_cli.models.esm2 import EsmModel
 from turboesm_cli.models.loading import load_model
+from turboesm_cli.outputs.files import file_sha256
 from turboesm_cli.sequences.fasta import Protein
 from turboesm_cli.statistics.batching import to_tokens
 from turboesm_cli.statistics.collect import collect

@@ -12,11 +12,12 @@ import pytest
 import torch
 from turboesm_kernels.reference import Rope, roundtrip
 
-from turboesm_cli.cache.cache_file import CachedProtein, Packfile, file_sha256, write_packfile
+from turboesm_cli.cache.cache_file import CachedProtein, Packfile, write_packfile
 from turboesm_cli.cache.inventory import facts_of
 from turboesm_cli.cache.packed import PackedCache
 from turboesm_cli.codec.bundle import read_bundle
 from turboesm_cli.models.esm2 import EsmModel
+from turboesm_cli.outputs.files import file_sha256
 
 GOLDEN = Path(__file__).parent / "golden"
 BUNDLES = sorted(GOLDEN.glob("*.tqz"))

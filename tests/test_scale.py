@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 
 from turboesm_cli.app import app
 from turboesm_cli.cache import cache_file
-from turboesm_cli.cache.cache_file import CachedProtein, Packfile, file_sha256, write_packfile
+from turboesm_cli.cache.cache_file import CachedProtein, Packfile, write_packfile
 from turboesm_cli.cache.inventory import facts_of
 from turboesm_cli.codec import bundle
 from turboesm_cli.codec.bundle import read_bundle
@@ -26,6 +26,7 @@ from turboesm_cli.commands import decode as decode_command
 from turboesm_cli.engine import prefill
 from turboesm_cli.errors import BundleError
 from turboesm_cli.outputs import archive
+from turboesm_cli.outputs.files import file_sha256
 from turboesm_cli.outputs.journal import Journal
 from turboesm_cli.reporting import json_list, results
 from turboesm_cli.sequences.fasta import Protein

@@ -19,12 +19,13 @@ from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
-from turboesm_cli.cache.cache_file import Packfile, file_sha256
+from turboesm_cli.cache.cache_file import Packfile
 from turboesm_cli.cache.inventory import facts_of, tables_of
 from turboesm_cli.cache.packed import PackedCodec
 from turboesm_cli.codec.bundle import read_bundle
 from turboesm_cli.errors import TurboESMError
 from turboesm_cli.models.esm2_alphabet import ESM2_ALPHABET
+from turboesm_cli.outputs.files import file_sha256
 from turboesm_cli.sequences.fasta import LongPolicy, ReadPolicy, ReadReport, read_fasta
 from turboesm_cli.sequences.lookalikes import is_nucleotides, no_protein, no_residues
 

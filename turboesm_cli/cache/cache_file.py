@@ -82,12 +82,6 @@ class StoredProtein:
     read: Callable[[], Tensors]
 
 
-def file_sha256(path: Path) -> str:
-    """sha256 of a file's bytes."""
-    with Path(path).open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
 def is_packfile(path: Path) -> bool:
     """Whether `path` is a file of caches, or is a zip file that is too damaged to tell; pipes are left alone."""
     try:

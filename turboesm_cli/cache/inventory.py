@@ -6,13 +6,14 @@ from pathlib import Path
 from typing import Any
 
 from turboesm_cli.cache.cache_file import KIND as CACHES
-from turboesm_cli.cache.cache_file import Packfile, file_sha256
+from turboesm_cli.cache.cache_file import Packfile
 from turboesm_cli.cache.memory import memory_of
 from turboesm_cli.cache.packed import bytes_per_sequence, codec_nbytes
 from turboesm_cli.codec.bundle import KIND as BUNDLE
 from turboesm_cli.codec.bundle import VERSION, Bundle, read_bundle
 from turboesm_cli.codec.fit import CodecSpec
 from turboesm_cli.outputs.archive import Archive, kind_of, printable
+from turboesm_cli.outputs.files import file_sha256
 from turboesm_cli.statistics.sensitivity import SIDES
 
 TOKENS = 1024

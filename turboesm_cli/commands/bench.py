@@ -127,7 +127,7 @@ def accuracy(
 
 def _sources(recipes: str, bundles: list[Path] | None) -> list[str]:
     """What the codecs come from: recipes, or bundles by their start of sha256."""
-    from turboesm_cli.cache.cache_file import file_sha256
+    from turboesm_cli.outputs.files import file_sha256
 
     return [f"{path} {file_sha256(path)[:16]}" for path in bundles] if bundles else [recipes]
 

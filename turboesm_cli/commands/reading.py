@@ -107,8 +107,8 @@ def _say(source: str, found: ReadReport) -> None:
 
 def hashed_bundle(path: Path) -> tuple[Bundle, str]:
     """A bundle, and the sha256 of the bytes that it was read from. Raises BundleError."""
-    from turboesm_cli.cache.cache_file import file_sha256
     from turboesm_cli.codec.bundle import read_bundle
+    from turboesm_cli.outputs.files import file_sha256
 
     try:
         before = file_sha256(path)

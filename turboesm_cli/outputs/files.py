@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import errno
 import fcntl
+import hashlib
 import os
 import socket
 import tempfile
@@ -79,6 +80,12 @@ def check_output(path: Path, may_exist: bool) -> None:
         raise OutputError(
             f"cannot write {path}: {parent} is no folder that can be written to; choose another path"
         )
+
+
+def file_sha256(path: Path) -> str:
+    """sha256 of a file's bytes."""
+    with Path(path).open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def work_folder(path: Path) -> Path:

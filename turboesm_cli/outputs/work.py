@@ -15,7 +15,6 @@ with the bytes of one that was never stopped. No pickle: units and totals are sa
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -33,6 +32,7 @@ from turboesm_cli.outputs.files import (
     OVERWRITES,
     atomic_output,
     check_output,
+    file_sha256,
     is_held,
     locked,
     overwrites,
@@ -249,7 +249,7 @@ def is_done(path: Path, run: Run, anywhere: bool = False) -> bool:
     other = differences(done["run"], run)
     if other and not (anywhere and {*other} == {DEVICE}):
         raise OutputError(f"{path} exists, of another run ({'; '.join(other.values())}); {_INSTEAD}")
-    if done["sha256"] != _sha256(path):
+    if done["sha256"] != file_sha256(path):
         raise OutputError(f"{path} was changed since the run that wrote it; {_INSTEAD}")
     return True
 
@@ -272,11 +272,6 @@ def _recorded(path: Path) -> dict[str, Any] | None:
     return found if ours else None
 
 
-def _sha256(path: Path) -> str:
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
 @contextmanager
 def saved_work(path: Path, run: Run, policy: Policy = NO_LEAVE) -> Iterator[SavedWork]:
     """The work on output `path`, locked; `run` is all that the output follows from, in words.
@@ -294,7 +289,7 @@ def saved_work(path: Path, run: Run, policy: Policy = NO_LEAVE) -> Iterator[Save
         try:
             yield work
             if policy.skip:
-                done = {"run": dict(run), "sha256": _sha256(path)}
+                done = {"run": dict(run), "sha256": file_sha256(path)}
                 write_text(done_record(path), json.dumps(done, indent=1, sort_keys=True) + "\n")
             elif _recorded(path) is not None:  # of an earlier output
                 done_record(path).unlink()

@@ -1,4 +1,4 @@
-"""A layer that keeps the kind of each token alone: ESM-2's first, whose keys and values follow from the token."""
+"""A layer that keeps the kind of each token alone: a first one, whose keys and values follow from the token."""
 
 from __future__ import annotations
 
@@ -15,10 +15,13 @@ def attend_tokens(
 ) -> Tensor:
     """Attention of q [B, H, Q, d] (scaled, after RoPE) over tokens of which only the kind is kept; result like q.
 
-    ids uint8 [B, T] of tokens at positions 0.., unmasked float32 [B], rope [T' >= T, d], lengths int [B] or None.
-    Softmax's weights are added up by kind. A GPU does that in a kernel of its own (`token_kernels.py`).
+    ids uint8 or int16 [B, T] of tokens at positions 0.., unmasked float32 [B], rope [T' >= T, d], lengths int [B]
+    or None. Softmax's weights are added up by kind. A GPU does that in a kernel of its own (`token_kernels.py`)
+    where positions are not learned.
     """
-    if q.is_cuda and q.shape[2] == 1 and lengths is not None and has_triton():
+    if tables.across is not None:
+        return _attend_positions(q.to(tables.k.dtype), ids.long(), tables, lengths).to(q.dtype)
+    if q.is_cuda and q.shape[2] == 1 and lengths is not None and has_triton() and ids.dtype == torch.uint8:
         from turboesm_kernels import token_kernels
 
         return token_kernels.attend(q, ids, tables, unmasked, rope, lengths)
@@ -46,3 +49,22 @@ def _attend_kinds(
     by_kind = weights.new_zeros((batch, heads, queries, kinds))
     by_kind.scatter_add_(-1, index[:, None, None].expand(weights.shape), weights)
     return (by_kind * factors[:, None, None]) @ tables.v + tables.v_const[:, None]
+
+
+def _attend_positions(q: Tensor, ids: Tensor, tables: TokenTables, lengths: Tensor | None) -> Tensor:
+    """<q, key> = f (<q, k_t> + <q, k_at_p>) + <q, k_const>: products with tables, of which each token picks two.
+
+    ids int64 [B, T]; no RoPE: positions are learned.
+    """
+    assert tables.k_at is not None and tables.v_at is not None
+    tokens = ids.shape[1]
+    picked = ids[:, None, None].expand(*q.shape[:3], tokens)
+    factor = tables.factors_of(ids, q.new_ones(len(q)))[:, None, None]
+    found = (q @ tables.k.mT).gather(-1, picked) + q @ tables.k_at[:, :tokens].mT
+    found = found * factor + (q * tables.k_const[:, None]).sum(-1, keepdim=True)
+    if lengths is not None:
+        beyond = torch.arange(tokens, device=q.device) >= lengths[:, None, None, None]
+        found = found.masked_fill(beyond, -torch.inf)
+    weights = found.softmax(-1) * factor
+    by_kind = weights.new_zeros((*q.shape[:3], tables.k.shape[1])).scatter_add_(-1, picked, weights)
+    return by_kind @ tables.v + weights @ tables.v_at[:, :tokens] + tables.v_const[:, None]

@@ -1,7 +1,8 @@
 """Packed caches on disk: what `quantize` writes and `decode` goes on from.
 
     caches.bin       the tensors of each protein's `PackedCache` as safetensors, one after another
-    proteins.jsonl   for each, in that order, a line of JSON: accession, sequence, cached: tokens held, bytes: of
+    proteins.jsonl   for each, in that order, a line of JSON: accession, sequence, tags: what the
+                     model is told before it, if anything, cached: tokens held, bytes: of
                      the cache in memory, stored: bytes in caches.bin, sha256: of these
     manifest.json    bundle_sha256, model {name, fingerprint}, proteins: how many
 
@@ -26,7 +27,9 @@ from torch import Tensor
 from turboesm_cli.cache.packed import bytes_per_sequence, check_tensors
 from turboesm_cli.codec.bundle import Bundle
 from turboesm_cli.errors import BundleError, InputError
-from turboesm_cli.models.families import alphabet_of
+from turboesm_cli.models.alphabet import Alphabet
+from turboesm_cli.models.families import FIRST
+from turboesm_cli.models.esm2_alphabet import ESM2_ALPHABET
 from turboesm_cli.outputs.archive import (
     CHUNK,
     MANIFEST,
@@ -135,17 +138,20 @@ def write_packfile(
     with new_archive(path, KIND, VERSION) as archive, tempfile.TemporaryFile(dir=archive.folder) as lines:
         archive.manifest = {
             "bundle_sha256": bundle_sha256,
-            "model": {"name": bundle.model_name, "fingerprint": bundle.fingerprint},
+            "model": {"name": bundle.model_name, "fingerprint": bundle.fingerprint}
+            | ({"family": bundle.family} if bundle.family != FIRST else {}),
             "proteins": 0,
         } | ({"devices": devices} if devices else {})
-        archive.add(CACHES, _stored(caches, lines, archive.manifest))
+        archive.add(CACHES, _stored(caches, lines, archive.manifest, bundle.alphabet))
         if not archive.manifest["proteins"]:
             raise InputError(f"no proteins to write to {path}; check the input")
         lines.seek(0)
         archive.add(PROTEINS, iter(partial(lines.read, CHUNK), b""))
 
 
-def _stored(caches: Iterable[CachedProtein], lines: IO[bytes], manifest: dict[str, Any]) -> Iterator[bytes]:
+def _stored(
+    caches: Iterable[CachedProtein], lines: IO[bytes], manifest: dict[str, Any], alphabet: Alphabet
+) -> Iterator[bytes]:
     """The caches as bytes, and counted; what describes them goes to `lines`, which wait on disk."""
     for item in caches:
         check_storable(item.protein.accession, item.protein.sequence)
@@ -157,7 +163,7 @@ def _stored(caches: Iterable[CachedProtein], lines: IO[bytes], manifest: dict[st
             "bytes": item.nbytes,
             "stored": len(data),
             "sha256": hashlib.sha256(data).hexdigest(),
-        }
+        } | ({"tags": tags} if (tags := alphabet.tags(item.protein)) else {})
         lines.write(json.dumps(described, separators=(",", ":")).encode() + b"\n")
         manifest["proteins"] += 1
         yield data
@@ -172,8 +178,8 @@ class Packfile:
 
     def __init__(self, path: Path, bundle: Bundle | None = None, bundle_sha256: str = "") -> None:
         self._path, self._spec = path, bundle.spec if bundle else None
-        self._alphabet = bundle.alphabet if bundle else alphabet_of()
         self.archive = Archive(path, KIND, VERSION)
+        self._alphabet = bundle.alphabet if bundle else _alphabet_of(self.archive)
         try:
             if bundle and self.archive.manifest.get("bundle_sha256") != bundle_sha256:
                 packed = str(self.archive.manifest.get("bundle_sha256"))[:16]
@@ -228,21 +234,28 @@ class Packfile:
         check_storable(item["accession"], sequence)
         if type(cached) is not int or type(nbytes) is not int or nbytes < 0:
             raise ValueError("a count is of the wrong type")
-        self._alphabet.tokenize(sequence)
-        protein = Protein(item["accession"], "", sequence, source=str(self._path))
-        tokens = protein.residues + self._alphabet.control
-        if not 0 < cached < tokens:
+        tags = printable(item.get("tags", ""))
+        protein = Protein(item["accession"], tags, sequence, source=str(self._path))
+        tokens = len(self._alphabet.tokenize(protein)) if self._alphabet else None
+        if not 0 < cached or (tokens is not None and cached >= tokens):
             raise ValueError(f"{cached} tokens cached of {tokens}")
         return StoredProtein(protein, cached, nbytes, partial(self._read, read, cached))
 
     def _read(self, read: Callable[[], Tensors], cached: int) -> Tensors:
         tensors = read()
         try:
-            if self._spec is not None:
+            if self._spec is not None and self._alphabet is not None:
                 check_tensors(self._spec, self._alphabet, tensors, cached)
         except (ValueError, RuntimeError) as error:
             raise self.archive.broken(str(error)) from error
         return tensors
+
+
+def _alphabet_of(archive: Archive) -> Alphabet | None:
+    """The tokens that a file's proteins are written in, where that is known without a bundle."""
+    model = archive.manifest.get("model")
+    is_other = isinstance(model, dict) and model.get("family", FIRST) != FIRST
+    return None if is_other else ESM2_ALPHABET
 
 
 def _count(archive: Archive) -> int:

@@ -133,7 +133,7 @@ class PackedCache(Ragged):
         start: int | Tensor = self.starts if tokens.shape[1] == 1 else self.common_start()
         prepared, store = self._codec.layers[layer], self._layers[layer]
         if prepared is None:
-            put(store.tokens, tokens.to(torch.uint8), start, 1)
+            put(store.tokens, tokens.to(store.tokens.dtype), start, 1)
             return
         sinks = store.sinks
         if sinks and self.shortest < sinks:
@@ -156,7 +156,7 @@ class PackedCache(Ragged):
         prepared, store = self._codec.layers[layer], self._layers[layer]
         if prepared is None:
             tokens, unmasked = store.tokens[:, :reach], self.unmasked.view(-1)
-            return token_layer.attend_tokens(q, tokens, self._codec.tokens, unmasked, self._rope, lengths)
+            return token_layer.attend_tokens(q, tokens, self._codec.tables, unmasked, self._rope, lengths)
         return dispatch.attend(q, self._held_by(layer, reach, lengths), prepared, self._backend)
 
     def keys_values(self, layer: int) -> tuple[Tensor, Tensor]:
@@ -164,7 +164,8 @@ class PackedCache(Ragged):
         prepared, store = self._codec.layers[layer], self._layers[layer].upto(self.length)
         rope = Rope(self._rope.cos[: self.length], self._rope.sin[: self.length])
         if prepared is None:
-            return self._from_tokens(store.tokens.long(), rope)
+            tokens = store.tokens[:, : self.length].long()
+            return self._codec.tables.keys_values(tokens, self.unmasked.view(-1), rope)
         held = self._held_by(layer, self.length)
         return dispatch.expand(held, prepared)
 
@@ -175,13 +176,6 @@ class PackedCache(Ragged):
             store.packed("k"), store.packed("v"), self._packed_rope, lengths,
             store.tensors.get("k.sinks"), store.tensors.get("v.sinks"),
         )  # fmt: skip
-
-    def _from_tokens(self, tokens: Tensor, rope: Rope) -> tuple[Tensor, Tensor]:
-        keys, values = self._codec.model.first_keys_values(self.unmasked)
-        index = tokens[:, None, :, None].expand(-1, keys.shape[1], -1, keys.shape[3])
-        batch = len(tokens)
-        keys = keys.expand(batch, -1, -1, -1).gather(2, index)
-        return rope.rotate(keys), values.expand(batch, -1, -1, -1).gather(2, index)
 
 
 def check_tensors(
@@ -200,7 +194,7 @@ def check_tensors(
     for name, tensor in tensors.items():
         if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
             raise ValueError(f"{name} is not finite")
-        if name.endswith(".tokens") and int(tensor.max()) >= len(alphabet):
+        if name.endswith(".tokens") and not 0 <= int(tensor.min()) <= int(tensor.max()) < len(alphabet):
             raise ValueError(f"{name} holds what is no token of {alphabet.family}")
     if not bool(((tensors["unmasked"] > 0) & (tensors["unmasked"] <= 1)).all()):
         raise ValueError("the fraction of tokens that are not masked is not in 0..1")
@@ -210,6 +204,11 @@ def on_device(spec: CodecSpec, device: torch.device) -> CodecSpec:
     """The codec with its tensors on `device`; no copy where they are there already."""
     layers = (layer and LayerSpec(layer.k.to(device), layer.v.to(device)) for layer in spec.layers)
     return replace(spec, layers=tuple(layers))
+
+
+def token_dtype(kinds: int) -> torch.dtype:
+    """Of the tokens that a cache keeps in place of keys and values."""
+    return torch.uint8 if kinds <= 256 else torch.int16
 
 
 def codec_nbytes(spec: CodecSpec) -> int:
@@ -236,8 +235,15 @@ class _Prepared:
     model: Model
     spec: CodecSpec
     layers: list[PreparedLayer | None]
-    tokens: TokenTables
+    tokens: TokenTables | None
     pairs: list[cpu_lookup.Pair | None]
+
+
+    @property
+    def tables(self) -> TokenTables:
+        """Of the first layer, which keeps tokens."""
+        assert self.tokens is not None
+        return self.tokens
 
 
 @lru_cache(maxsize=4)
@@ -248,7 +254,8 @@ def _prepare(model: Model, spec: CodecSpec) -> _Prepared:
     if model.device.type == "cuda":
         _check_kernels(model, spec.recipe.sinks, [layer for layer in layers if layer is not None])
     pairs = [cpu_lookup.Pair.of(layer.k, layer.v) if layer and on_cpu else None for layer in layers]
-    return _Prepared(model, spec, layers, model.first_layer_tables(), pairs)
+    tokens = model.first_layer_tables() if None in spec.layers else None
+    return _Prepared(model, spec, layers, tokens, pairs)
 
 
 def _check_kernels(model: Model, sinks: int, layers: list[PreparedLayer]) -> None:
@@ -291,7 +298,7 @@ class _LayerStore:
         cls, layer: LayerSpec | None, spec: CodecSpec, batch: int, capacity: int, device: torch.device
     ) -> _LayerStore:
         if layer is None:
-            return cls({"tokens": torch.zeros(batch, capacity, dtype=torch.uint8, device=device)})
+            return cls({"tokens": torch.zeros(batch, capacity, dtype=token_dtype(spec.kinds), device=device)})
         sinks = min(spec.recipe.sinks, capacity)
         rest = capacity - sinks if device.type != "cuda" else _room(capacity - sinks, device)
         tensors: dict[str, Tensor] = {}

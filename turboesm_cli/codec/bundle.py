@@ -1,6 +1,7 @@
 """A codec on disk: the `.tqz` bundle.
 
-manifest: model {name, fingerprint, layers, width, heads}; recipe (every field); calibration {sha256, proteins,
+manifest: model {name, fingerprint, layers, width, heads; family and further sizes where they are not ESM-2's};
+tokens: those of an autoregressive model, see `decoder_alphabets`; recipe (every field); calibration {sha256, proteins,
 tokens, sequences: the first 16 hex digits of each sequence's sha256}; layers: for each, null (the layer keeps
 tokens) or {"k": SIDE, "v": SIDE} with SIDE {profiles: [{widths, nbytes, lanes}], profile_of_head, scale};
 choices: for each coded layer and side its bytes per vector, its allocation and the errors predicted.
@@ -25,7 +26,8 @@ from turboesm_cli.codec.fit import CodecSpec, LayerSpec
 from turboesm_cli.codec.recipes import Recipe
 from turboesm_cli.errors import BundleError, InputError, ModelError, OutputError
 from turboesm_cli.models.alphabet import Alphabet
-from turboesm_cli.models.families import ALPHABETS, FIRST, alphabet_of
+from turboesm_cli.models.esm2_alphabet import ESM2_ALPHABET
+from turboesm_cli.models.families import FAMILIES, FIRST, alphabet_of
 from turboesm_cli.models.protocol import Model
 from turboesm_cli.models.shapes import Shape, check_shape
 from turboesm_cli.outputs.archive import Archive, new_archive, printable, to_bytes
@@ -52,7 +54,7 @@ class Calibration:
 
 @dataclass(frozen=True)
 class Bundle:
-    """A codec with the identity of its model and of its calibration set."""
+    """A codec with the identity of its model and of its calibration set; the model's family and tokens."""
 
     model_name: str
     fingerprint: str
@@ -60,11 +62,7 @@ class Bundle:
     calibration: Calibration
     spec: CodecSpec
     family: str = FIRST
-
-    @property
-    def alphabet(self) -> Alphabet:
-        """Tokens of the models that it serves."""
-        return alphabet_of(self.family)
+    alphabet: Alphabet = ESM2_ALPHABET
 
     def save(self, path: str | Path, *, overwrite: bool = False) -> None:
         """Write it as a .tqz file, whole or not at all. Raises OutputError where there is one, or none can be."""
@@ -75,6 +73,11 @@ class Bundle:
 
     def check_model(self, model: Model, where: Path | str) -> None:
         """Raise BundleError, naming both models, where this bundle was made for another one."""
+        if model.family != self.family:
+            raise BundleError(
+                f"{where} is for models of family {self.family!r} ({self.model_name}), and {model.name} is of "
+                f"{model.family!r}; name its model with --model, or calibrate again"
+            )
         if model.fingerprint != self.fingerprint:
             raise BundleError(
                 f"{where} was calibrated for {self.model_name}, not for {model.name} (their weights differ); "
@@ -116,7 +119,7 @@ def write_bundle(path: Path, bundle: Bundle, devices: str = "") -> None:
         "calibration": calibration,
         "layers": [None if layer is None else _describe(layer) for layer in bundle.spec.layers],
         "choices": list(bundle.spec.choices),
-    }
+    } | ({"tokens": tokens} if (tokens := bundle.alphabet.described()) else {})
     tensors = {
         f"layers.{index}.{side}.{name}": tensor
         for index, layer in enumerate(bundle.spec.layers)
@@ -139,10 +142,14 @@ def read_bundle(path: Path) -> Bundle:
         raise BundleError(f"{path} is damaged: {error!r}; calibrate again") from error
 
 
+_SIZES = ("own_head_dim", "own_key_value_heads", "context", "own_parameters")
+"""Of a `Shape`, where they are not as usual."""
+
+
 def _bundle(path: Path, manifest: dict[str, Any], tensors: dict[str, Tensor]) -> Bundle:
     model, calibration = manifest["model"], manifest["calibration"]
-    own = (model.get("own_head_dim"), model.get("own_key_value_heads"))
-    shape = Shape(model["layers"], model["width"], model["heads"], *own)
+    own = {name: model[name] for name in _SIZES if name in model}
+    shape = Shape(model["layers"], model["width"], model["heads"], **own)
     check_shape(shape, path)
     if len(manifest["layers"]) != shape.layers:
         raise ValueError(f"{len(manifest['layers'])} layers described, {shape.layers} in the model")
@@ -153,6 +160,8 @@ def _bundle(path: Path, manifest: dict[str, Any], tensors: dict[str, Tensor]) ->
         for index, described in enumerate(manifest["layers"])
     )
     recipe = _recipe(manifest["recipe"])
+    family = _family(path, model)
+    alphabet = alphabet_of(family, manifest.get("tokens"))
     if any(layer is None and not (index == 0 and recipe.exact_first) for index, layer in enumerate(layers)):
         raise ValueError("a layer other than the first has no codec")
     return Bundle(
@@ -171,14 +180,16 @@ def _bundle(path: Path, manifest: dict[str, Any], tensors: dict[str, Tensor]) ->
             shape.key_value_heads,
             shape.head_dim,
             tuple(_choice(choice) for choice in manifest.get("choices", ())),
+            len(alphabet),
         ),
-        _family(path, model),
+        family,
+        alphabet,
     )
 
 
 def _family(path: Path, model: dict[str, Any]) -> str:
     family = printable(model.get("family", FIRST))
-    if family not in ALPHABETS:
+    if family not in FAMILIES:
         raise BundleError(f"{path} is for models of family {family!r}: a later version of turboesm reads it")
     return family
 

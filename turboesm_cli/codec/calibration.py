@@ -41,4 +41,5 @@ def bundle_of(model: Model, proteins: Sequence[Protein], statistics: Statistics,
         ),
         fit(model, statistics, recipe),
         model.family,
+        model.alphabet,
     )

@@ -36,6 +36,8 @@ class LayerSpec:
 class CodecSpec:
     """The codec of a model: a LayerSpec for each layer, or None where a layer keeps tokens instead.
 
+    heads    of keys and values
+    kinds    of tokens that there are, where a layer keeps them
     choices  for each coded layer and side: layer, side, bytes per vector, allocation, and predicted: what each
              allocation that was tried is expected to add to the mean 1 - cosine of final hidden states
     """
@@ -45,6 +47,7 @@ class CodecSpec:
     heads: int
     head_dim: int
     choices: tuple[dict[str, Any], ...] = ()
+    kinds: int = 256
 
 
 def without_residual(side: SideSpec) -> SideSpec:
@@ -76,11 +79,14 @@ def fit(model: Model, statistics: Statistics, recipe: Recipe) -> CodecSpec:
                 {"layer": index, "side": side, "bytes": nbytes, "allocation": best, "predicted": predicted}
             )
         layers.append(LayerSpec(specs["k"], specs["v"]))
-    return CodecSpec(recipe, tuple(layers), model.shape.key_value_heads, model.shape.head_dim, tuple(choices))
+    shape = model.shape
+    return CodecSpec(
+        recipe, tuple(layers), shape.key_value_heads, shape.head_dim, tuple(choices), len(model.alphabet)
+    )
 
 
-MOST_TOKENS = 256
-"""Kinds of token that a cache can keep in place of keys and values."""
+MOST_TOKENS = 4096
+"""Kinds of token that a cache can keep in place of keys and values: beyond, tables outgrow what that saves."""
 
 
 def _check(model: Model, statistics: Statistics, recipe: Recipe) -> None:
@@ -95,8 +101,8 @@ def _check(model: Model, statistics: Statistics, recipe: Recipe) -> None:
         raise InputError(f"a residual bit ({recipe.residual}) goes with flat codes of a fixed size only")
     if recipe.exact_first and len(model.alphabet) > MOST_TOKENS:
         raise InputError(
-            f"recipe {recipe.name} keeps layer 0's tokens in a byte each, and {model.name} has "
-            f"{len(model.alphabet):,} kinds; choose one that codes layer 0"
+            f"recipe {recipe.name} keeps layer 0's tokens, and {model.name} has {len(model.alphabet):,} kinds; "
+            "choose one that codes layer 0"
         )
     if recipe.residual == "qjl" and model.shape.head_dim % BYTE:
         raise InputError(f"residual 'qjl' needs a head_dim that is a multiple of 8, not {model.shape.head_dim}")

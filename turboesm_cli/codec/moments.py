@@ -72,7 +72,10 @@ def _metrics(
 
 
 def _output_gram(model: Model, index: int) -> Tensor:
-    """W^T W [H, d, d] of the output projection's columns of each head: what an error in v does to the layer."""
+    """W^T W [K, d, d] of the output projection's columns, summed over the query heads of a key/value head.
+
+    That is what an error in v does to the layer.
+    """
     weight = model.output_weight(index).double().cpu()
     columns = weight.unflatten(1, (model.shape.heads, -1)).movedim(1, 0)
-    return columns.mT @ columns
+    return (columns.mT @ columns).unflatten(0, (model.shape.key_value_heads, -1)).sum(1)

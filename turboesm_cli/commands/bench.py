@@ -73,6 +73,7 @@ def accuracy(
     max_residues: options.MaxResidues = 500,
     allow_seen: Annotated[bool, typer.Option(help="Only warn of proteins seen in calibration.")] = False,
     rejects: options.Rejects = None,
+    tags: options.Tags = "",
     model: options.ModelName = None,
     device: options.Device = "auto",
     json: options.Json = False,
@@ -100,7 +101,7 @@ def accuracy(
     from turboesm_cli.reporting.results import to_records, write_csv
 
     kept = options.Kept(output, force, if_done, resume_anywhere)
-    reading = Reading(rejects=rejects, max_residues=RECORD_CAP)
+    reading = Reading(rejects=rejects, max_residues=RECORD_CAP, tags=tags)
     sets = families_of(reading, families, max_proteins, max_residues)
     loaded = options.open_model(model, device)
     learned = _calibration(replace(reading, limit=max_calibration, max_residues=MAX_RESIDUES), calibration)

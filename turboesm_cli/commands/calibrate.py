@@ -40,6 +40,7 @@ def calibrate(
     strict: options.Strict = False,
     long: options.Long = LongPolicy.ERROR,
     rejects: options.Rejects = None,
+    tags: options.Tags = "",
     device: options.Device = "auto",
     force: options.Force = False,
     if_done: options.IfDone = "refuse",
@@ -59,7 +60,7 @@ def calibrate(
     chosen = with_bits(with_bits(parse_recipe(recipe), bits, bits), bits_k, bits_v)
     if output is not None:
         options.Kept(output, force, if_done, resume_anywhere)
-    proteins = Reading(strict, long, max_proteins, rejects).proteins(fasta)
+    proteins = Reading(strict, long, max_proteins, rejects, tags=tags).proteins(fasta)
     loaded = options.open_model(model, device)
     path = output or Path(f"{loaded.name}-{chosen.name}.tqz")
     kept = options.Kept(path, force, if_done, resume_anywhere)

@@ -15,8 +15,7 @@ from turboesm_cli.cache.formats import FORMATS, PACKED
 from turboesm_cli.commands import options
 from turboesm_cli.commands.reading import Reading, hashed_bundle
 from turboesm_cli.errors import InputError
-from turboesm_cli.sequences.fasta import MAX_RESIDUES, LongPolicy, Protein
-from turboesm_cli.sequences.records import RECORD_CAP
+from turboesm_cli.sequences.fasta import LongPolicy
 
 if TYPE_CHECKING:
     from turboesm_cli.codec.bundle import Bundle
@@ -26,7 +25,6 @@ if TYPE_CHECKING:
     from turboesm_cli.engine.workload import Workload
     from turboesm_cli.evaluation.rows import Summary
     from turboesm_cli.models.protocol import Model
-    from turboesm_cli.models.sampling import Sampling
     from turboesm_cli.outputs.work import Tensors, Work
     from turboesm_cli.reporting.results import ResultRow
 
@@ -48,12 +46,21 @@ def decode(
         ),
     ] = None,
     kv: options.CacheKind = PACKED,
-    generate: Annotated[int, typer.Option(min=0, help="Sample N residues after the prompt; FASTA on stdout.")] = 0,
+    generate: Annotated[
+        int, typer.Option(min=0, help="Sample up to N tokens (residues) after the prompt; FASTA on stdout.")
+    ] = 0,
+    num_samples: Annotated[
+        int, typer.Option(min=1, max=10**7, help="Samples of each prompt, which is encoded once.")
+    ] = 1,
     temperature: Annotated[
-        float, typer.Option(min=0, help="Sampling temperature; 0 always takes the most likely residue.")
+        float, typer.Option(min=0, help="Sampling temperature; 0 always takes the most likely token.")
     ] = 1.0,
     top_p: Annotated[
-        float, typer.Option(min=0, max=1, help="Sample from the most likely residues that add up to this.")
+        float, typer.Option(min=0, max=1, help="Sample from the most likely tokens that add up to this.")
+    ] = 1.0,
+    top_k: Annotated[int, typer.Option(min=0, help="Sample from so many most likely tokens; 0: from all.")] = 0,
+    repetition_penalty: Annotated[
+        float, typer.Option(min=0.1, max=10, help="Make tokens that are there already less likely.")
     ] = 1.0,
     seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Random seed of sampling.")] = 0,
     output: Annotated[
@@ -78,6 +85,7 @@ def decode(
     strict: options.Strict = False,
     long: options.Long = LongPolicy.ERROR,
     rejects: options.Rejects = None,
+    tags: options.Tags = "",
     device: options.Device = "auto",
     json: options.Json = False,
     force: options.Force = False,
@@ -87,10 +95,11 @@ def decode(
     """Prefill each protein's prompt, then decode token by token from the cache, all layers quantized.
 
     Teacher-forced: the true residues are fed, and the final hidden states are compared with the same decode
-    with an fp32 cache (cosine: what quantization costs) and, as drift, that fp32 decode with encoding the whole
-    protein (what caching an encoder costs). With a language-model head also how well the next residue is
-    predicted, by a mask in its place over the cache of what came before: KL, top-1 and perplexity over the 20
-    amino acids.
+    with an fp32 cache (cosine: what quantization costs). For ESM-2 also, as drift, that fp32 decode with encoding
+    the whole protein (what caching an encoder costs). With a language-model head also how well the next token is
+    predicted: KL, top-1 and perplexity, for ESM-2 over the 20 amino acids by a mask in the residue's place.
+
+    With --generate an autoregressive model writes proteins until their end comes; ESM-2 fills masks one by one.
 
     On a GPU many proteins are decoded at once, and a finished one makes room for the next; results come in the
     order of the input. Files are streamed. Where memory runs out, the batch is halved and the work goes on.
@@ -98,6 +107,8 @@ def decode(
     Example: turboesm decode 650M.tqz proteins.fasta --prompt 0.5
 
     Example: turboesm decode 650M.tqz proteins.fasta --prompt all --generate 50 --seed 1 -o longer.fasta
+
+    Example: turboesm decode progen2.tqz starts.fasta --prompt all --generate 500 --num-samples 1000 -o new.fasta
     """
     from turboesm_cli.outputs.work import NOTHING_KEPT
 
@@ -110,9 +121,16 @@ def decode(
         )
     codec, sha256 = hashed_bundle(bundle)
     with ExitStack() as stack:
-        reading = Reading(strict, long, max_proteins, rejects)
+        reading = Reading(strict, long, max_proteins, rejects, tags=tags)
         work = _workload(stack, sha256, codec, source, prompt, kv, reading)
-        _check_generated(codec, work, generate)
+        wanted = None
+        if generate:
+            from turboesm_cli.commands.generating import Wanted
+
+            wanted = Wanted(generate, num_samples, temperature, top_p, top_k, repetition_penalty, seed)
+            wanted.check(codec, work)
+        elif num_samples > 1:
+            raise typer.BadParameter("samples come with --generate", param_hint="--num-samples")
         plans = _plans(codec, work, generate, device, dtype)
         if plan:
             _show_plans(plans, json)
@@ -120,15 +138,17 @@ def decode(
         loaded = options.open_model(model, device, codec, dtype)
         codec.check_model(loaded, bundle)
         own = next(item for item in plans if item.kind == kv)
-        sampling = f"{generate} residues, {temperature!r}, {top_p!r}, seed {seed}" if generate else "none"
-        described = {"bundle": sha256[:16], "cache": kv, "dtype": dtype, "sampling": sampling}
+        described = {"bundle": sha256[:16], "cache": kv, "dtype": dtype, "sampling": str(wanted or "none")}
         whole = options.run_of("decode", loaded, work.sha256, **described)
         if kept is not None and kept.is_done(whole):
             return
         with kept.work(whole) if kept is not None else nullcontext(NOTHING_KEPT) as saved:
-            run = Decoding(codec, loaded, work, saved, kv, _slots(batch, own, work, loaded), own.context)
-            if generate:
-                show = _generate(run, generate, temperature, top_p, seed, output)
+            slots = _slots(batch, own, work.count * num_samples, loaded)
+            run = Decoding(codec, loaded, work, saved, kv, slots, own.context)
+            if wanted is not None:
+                from turboesm_cli.commands.generating import generated
+
+                show = generated(run, wanted, output)
             else:
                 show = _compare(run, output, json)
         show()
@@ -147,7 +167,7 @@ def _workload(
     from turboesm_cli.engine.prompts import parse_prompt
     from turboesm_cli.engine.workload import of_packfile, of_proteins
 
-    rule = parse_prompt(prompt or "0.5")
+    rule = parse_prompt(prompt or "0.5", bundle.alphabet)
     packed = source != "-" and is_packfile(Path(source))
     if packed and prompt:
         raise InputError(f"{source} holds prompts already; leave --prompt out, or name the FASTA file")
@@ -161,27 +181,17 @@ def _workload(
     return work
 
 
-def _check_generated(bundle: Bundle, work: Workload, generate: int) -> None:
-    """What is sampled has to be readable as FASTA. Raises InputError where it would be too long."""
-    longest = work.longest - bundle.alphabet.control + generate
-    if generate and longest > RECORD_CAP:
-        raise InputError(f"--generate {generate}: up to {longest:,} residues, over {RECORD_CAP:,}; sample fewer")
-    if generate and longest > MAX_RESIDUES:
-        console.warn(
-            f"up to {longest:,} residues in a sequence: ESM-2 was trained on {MAX_RESIDUES:,}, and commands read "
-            "more only with --long"
-        )
-
-
 def _plans(bundle: Bundle, work: Workload, generate: int, device: str, dtype: options.DtypeName) -> list[Plan]:
     """What each kind of cache would take for this work."""
     from turboesm_cli.engine.memory_plan import device_memory, plans
+    from turboesm_cli.models.families import is_causal
     from turboesm_cli.models.loading import pick_device
 
     weights = FORMATS[dtype].dtype
     context = work.longest + generate
-    token = bundle.shape.width * weights.itemsize + 8 + 80  # hidden state, id, logits of 20 amino acids
-    results = generate * 12 if generate else work.longest * token
+    kinds = len(bundle.alphabet) if is_causal(bundle.family) else 20
+    token = bundle.shape.width * weights.itemsize + 8 + (0 if is_causal(bundle.family) else 80)
+    results = generate * 16 + kinds * 48 if generate else work.longest * token  # logits, sorted and summed up
     return plans(bundle.shape, bundle.spec, weights, context, device_memory(pick_device(device)), results)
 
 
@@ -197,15 +207,15 @@ def _show_plans(plans: list[Plan], as_json: bool) -> None:
     console.say(LEGEND)
 
 
-def _slots(wanted: int | None, plan: Plan, work: Workload, model: Model) -> int:
-    """How many proteins to decode at once.
+def _slots(wanted: int | None, plan: Plan, jobs: int, model: Model) -> int:
+    """How many sequences to decode at once.
 
     A CPU takes one at a time: its matrix products round otherwise in batches of another size, and results are
     the same bytes whatever the batch.
     """
     if model.device.type == "cpu":
         return 1
-    return min(wanted or max(1, min(plan.batch, LARGEST_BATCH)), work.count)
+    return min(wanted or max(1, min(plan.batch, LARGEST_BATCH)), jobs)
 
 
 @dataclass(frozen=True)
@@ -267,60 +277,22 @@ def _compare(run: Decoding, output: Path | None, as_json: bool) -> Callable[[], 
 
 def _compared(run: Decoding, summary: Summary) -> Iterator[ResultRow]:
     """Rows protein by protein, in the order of the input, then those of all together."""
+    from turboesm_cli.engine.jobs import rest_of
     from turboesm_cli.engine.jobs import run as decoded
     from turboesm_cli.engine.tasks import Forced
     from turboesm_cli.evaluation.comparison import compare
     from turboesm_cli.evaluation.protein_results import from_tensors, to_tensors
 
-    predict = run.model.has_lm_head
+    predict = run.model.has_lm_head and not run.model.causal
 
     def finish(prompt: Prompt, found: Tensors) -> Tensors:
         return to_tensors(compare(run.model, prompt, found))
 
     with console.progress("decoding tokens", run.work.decoded) as tick:
         batch = run.batch(lambda slots: Forced.of(run.model, slots, run.work.longest, predict), tick)
-        for index, (prompt, held) in enumerate(decoded(batch, run.work.prompts, finish, run.saved)):
+        todo = rest_of(run.work.prompts)
+        for index, (prompt, _, held) in enumerate(decoded(batch, todo, finish, run.saved)):
             if run.saved.resumed(str(index)):
                 tick(prompt.length - prompt.cached, again=True)
-            result, drift = from_tensors(held, [prompt.protein] * 2)
-            yield from summary.add(result, drift)
+            yield from summary.add(*from_tensors(held, [prompt.protein] * (1 if run.model.causal else 2)))
     yield from summary.rows()
-
-
-def _generate(
-    run: Decoding, count: int, temperature: float, top_p: float, seed: int, output: Path | None
-) -> Callable[[], None]:
-    """As `_compare`, of sampled sequences: printed where there is no `output`."""
-    from turboesm_cli.models.sampling import Sampling
-    from turboesm_cli.sequences.fasta import write_fasta
-
-    run.model.require_lm_head("--generate")
-    sampled = _sampled(run, count, Sampling(temperature, top_p), seed)
-    if output is not None:
-        write_fasta(output, sampled)
-        console.say(f"{run.work.count} sequences in {output}")
-
-    def show() -> None:
-        for protein in sampled:
-            console.print_line(f">{protein.accession} {protein.description}\n{protein.sequence}")
-
-    return show
-
-
-def _sampled(run: Decoding, count: int, sampling: Sampling, seed: int) -> Iterator[Protein]:
-    """Prompts with `count` sampled residues, in the order of the input."""
-    from turboesm_cli.engine.jobs import run as decoded
-    from turboesm_cli.engine.tasks import Sampled
-
-    def finish(_prompt: Prompt, found: Tensors) -> Tensors:
-        return {"ids": found["ids"].cpu()}
-
-    with console.progress("sampling residues", run.work.count * count) as tick:
-        batch = run.batch(lambda slots: Sampled.of(run.model, slots, count, sampling, seed), tick)
-        results = decoded(batch, run.work.prompts, finish, run.saved, count)
-        for index, (prompt, held) in enumerate(results):
-            if run.saved.resumed(str(index)):
-                tick(count, again=True)
-            residues = run.model.alphabet.detokenize(held["ids"].tolist())
-            note = f"prompt={prompt.cached - 1} sampled={count} seed={seed + index} kv={run.kv}"
-            yield Protein(prompt.protein.accession, note, prompt.text + residues)

@@ -98,6 +98,14 @@ def _kind_of_cache(name: str) -> str:
     return name
 
 
+Tags = Annotated[
+    str,
+    typer.Option(
+        help="What models want to be told and headers do not say, such as 'chain=HEAVY species=HUMAN' or 'EC=1.1.1.1'.",
+        show_default=False,
+    ),
+]
+
 CacheKind = Annotated[
     str,
     typer.Option(

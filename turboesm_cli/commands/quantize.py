@@ -34,6 +34,7 @@ def quantize(
     strict: options.Strict = False,
     long: options.Long = LongPolicy.ERROR,
     rejects: options.Rejects = None,
+    tags: options.Tags = "",
     device: options.Device = "auto",
     json: options.Json = False,
     force: options.Force = False,
@@ -56,9 +57,9 @@ def quantize(
 
     path = output or options.default_output(fasta, ".tqkv")
     kept = options.Kept(path, force, if_done, resume_anywhere)
-    rule = storable(parse_prompt(prompt))
     codec, source = hashed_bundle(bundle)
-    todo = of_proteins(Reading(strict, long, max_proteins, rejects).stream(fasta), rule, codec)
+    rule = storable(parse_prompt(prompt, codec.alphabet))
+    todo = of_proteins(Reading(strict, long, max_proteins, rejects, tags=tags).stream(fasta), rule, codec)
     check_longest(codec, todo.longest)
     loaded = options.open_model(model, device, codec)
     codec.check_model(loaded, bundle)

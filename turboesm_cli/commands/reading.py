@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import count, islice
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -27,6 +27,7 @@ class Reading:
 
     limit    use the first so many proteins
     rejects  write a row for each skipped record of all files here
+    tags      added to each header, whose own come first
     """
 
     strict: bool = False
@@ -34,6 +35,7 @@ class Reading:
     limit: int | None = None
     rejects: Path | None = None
     max_residues: int = MAX_RESIDUES
+    tags: str = ""
     _rejected: list[Reject] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -79,7 +81,10 @@ class Reading:
 
     def _read(self, opened: Input, found: ReadReport) -> Iterator[Protein]:
         policy = ReadPolicy(strict=self.strict, long=self.long, max_residues=self.max_residues)
-        return islice(read_fasta(opened, policy, found), self.limit)
+        read = islice(read_fasta(opened, policy, found), self.limit)
+        if not self.tags:
+            return read
+        return (replace(each, description=f"{each.description} {self.tags}".strip()) for each in read)
 
     @contextmanager
     def _told(self, source: str) -> Iterator[ReadReport]:

@@ -27,6 +27,9 @@ PREFILL_TOKENS = 16384
 """Tokens that are encoded at once when slots are filled: what bounds the workspace of a prefill. Enough that a GPU
 is not kept waiting for the host."""
 
+LOOK_EVERY = 8
+"""Steps on a GPU between looks at which sequences have ended: each look waits for the device."""
+
 AnyCache = PackedCache | DenseCache
 NewCache = Callable[[int, int], AnyCache]
 """(slots, capacity) -> an empty cache."""
@@ -34,15 +37,29 @@ NewCache = Callable[[int, int], AnyCache]
 
 @dataclass(frozen=True)
 class Job:
-    """Token ids int64 of a protein's prompt; `steps` tokens are decoded after it, `rest` if they are given.
+    """Token ids int64 of a protein's prompt; `steps` tokens are decoded after it, at most; `rest` if they are given.
 
-    `held` gives the tensors of a `PackedCache` that holds the prompt already, or is None.
+    held    gives the tensors of a `PackedCache` that holds the prompt already, or is None
+    shared  what other jobs of the same prompt encode, too, or is None
+    feed    the token to decode first, where tokens are sampled: the prompt's last one, which `prompt` leaves out
+    number  of its prompt, and `sample` of the job among those of that prompt
     """
 
     prompt: Tensor
     steps: int
     rest: Tensor | None = None
     held: Callable[[], Mapping[str, Tensor]] | None = None
+    shared: Shared | None = None
+    feed: int | None = None
+    number: int = 0
+    sample: int = 0
+
+
+@dataclass
+class Shared:
+    """A prompt that several jobs share: it is encoded once, and `tensors` of the cache copied."""
+
+    tensors: Mapping[str, Tensor] | None = None
 
 
 class Task(Protocol):
@@ -54,6 +71,10 @@ class Task(Protocol):
 
     def step(self, stepper: Stepper) -> None:
         """Decode one token of every slot."""
+        ...
+
+    def ended(self) -> Tensor | None:
+        """Which slots are done before their steps are, bool [slots]; None where none ever is."""
         ...
 
     def result(self, slot: int, job: Job) -> Tensors:
@@ -77,19 +98,35 @@ class Stepper:
 
     def enter(self, start: int, jobs: Sequence[Job]) -> None:
         """Fill the slots from `start` on with prompts."""
-        encoded = [job for job in jobs if job.held is None]
-        if len(encoded) == len(jobs):
+        if all(job.held is None and job.shared is None for job in jobs):
             self.prefill(start, [job.prompt for job in jobs])
             return
         for slot, job in enumerate(jobs, start):
             rows = self.cache.rows(slot, slot + 1)
-            if job.held is None or not isinstance(rows, PackedCache):
+            if job.shared is not None:
+                self._enter_shared(slot, job, job.shared)
+            elif job.held is None or not isinstance(rows, PackedCache):
                 raise ValueError("packed caches go on in packed caches only")
-            rows.load(job.held(), len(job.prompt))
+            else:
+                _load(rows, job.held(), job)
+
+    def _enter_shared(self, slot: int, job: Job, shared: Shared) -> None:
+        rows = self.cache.rows(slot, slot + 1)
+        if shared.tensors is None and job.held is not None:
+            shared.tensors = job.held()
+        if shared.tensors is not None:
+            _load(rows, shared.tensors, job)
+            return
+        self.prefill(slot, [job.prompt])
+        if len(job.prompt):
+            shared.tensors = {name: tensor.clone() for name, tensor in rows.leading(len(job.prompt)).items()}
 
     def prefill(self, start: int, prompts: Sequence[Tensor]) -> Tensor:
         """Encode prompts into the slots from `start` on; final hidden states [n, P, E]."""
         tokens = self.model.alphabet.padded(prompts)
+        if not tokens.shape[1]:
+            self.cache.rows(start, start + len(prompts)).truncate(0)
+            return torch.zeros(len(prompts), 0, self.model.shape.width, device=self.model.device)
         rows = self.cache.rows(start, start + len(prompts))
         rows.truncate(0)
         return forward.prefill(self.model, tokens.to(self.model.device), rows, self._joint)
@@ -97,6 +134,13 @@ class Stepper:
     def step(self, tokens: Tensor) -> Tensor:
         """Decode tokens int64 [slots]: final hidden states [slots, E]."""
         return forward.step(self.model, tokens, self.cache, self._joint)
+
+
+def _load(rows: AnyCache, tensors: Mapping[str, Tensor], job: Job) -> None:
+    """A prompt's tensors into its slot; those of a file hold the token that is to be fed, too."""
+    length = len(job.prompt)
+    rows.load(tensors, length + (job.held is not None and job.feed is not None))
+    rows.truncate(length)
 
 
 class Graph:
@@ -157,6 +201,7 @@ class Batch(Generic[TaskT]):
         self._slots, self._sinks = slots, sinks
         self._capacity = max(capacity, sinks + 1)  # a slot that nobody uses stands at the end of its sinks
         self._on_step, self._on_shrink = on_step, on_shrink
+        self._look_every = LOOK_EVERY if model.device.type == "cuda" else 1
 
     @torch.no_grad()
     def run(self, jobs: Iterable[tuple[int, Job]]) -> Iterator[tuple[int, Tensors]]:
@@ -187,6 +232,7 @@ class Batch(Generic[TaskT]):
         stepper = Stepper(self._model, self._new_cache(self._slots, self._capacity))
         task = self._new_task(self._slots)
         graph = Graph(lambda: task.step(stepper), stepper.cache, self._sinks)
+        steps = 0
         while True:
             self._admit(stepper, task, waiting, active)
             if not active:
@@ -194,9 +240,13 @@ class Batch(Generic[TaskT]):
             stepper.cache.park([slot for slot in range(self._slots) if slot not in active], self._sinks)
             graph()
             self._on_step(len(active))
+            steps += 1
+            ended = task.ended() if steps % self._look_every == 0 else None
+            early = ended.tolist() if ended is not None else [False] * self._slots
             for slot, item in list(active.items()):
                 item.left -= 1
-                if item.left == 0:
+                if item.left == 0 or early[slot]:
+                    self._on_step(item.left)
                     result = task.result(slot, item.job)
                     del active[slot]
                     yield item.number, result

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from turboesm_cli.engine.batch import Job, Stepper
 from turboesm_cli.models.protocol import Model
-from turboesm_cli.models.sampling import Sampling, draw, residue_logits, sample
+from turboesm_cli.models.sampling import Sampling, draw, residue_logits, sample, sample_tokens, seed_of
 from turboesm_cli.outputs.work import Tensors
 
 
@@ -30,7 +30,7 @@ class Forced:
     @classmethod
     def of(cls, model: Model, slots: int, steps: int, predict: bool = False) -> Self:
         """For jobs of at most `steps` steps; `predict` needs an LM head."""
-        tokens = torch.full((slots, steps), model.alphabet.mask, device=model.device)
+        tokens = torch.full((slots, steps), model.alphabet.end, device=model.device)
         hidden = torch.zeros((slots, steps, model.shape.width), dtype=model.dtype, device=model.device)
         at = torch.zeros((slots, 1), dtype=torch.int64, device=model.device)
         logits = (
@@ -52,6 +52,10 @@ class Forced:
         self._put(self.hidden, stepper.step(self.tokens.gather(1, self.at)[:, 0]))
         self.at.add_(1).clamp_(max=self.tokens.shape[1] - 1)
 
+    def ended(self) -> Tensor | None:
+        """None: all tokens are decoded."""
+        return None
+
     def result(self, slot: int, job: Job) -> Tensors:
         """`hidden` [steps, E] and, where they were asked for, `logits` [steps, 20]."""
         found = {"hidden": self.hidden[slot, : job.steps].clone()}
@@ -66,9 +70,9 @@ class Forced:
 
 @dataclass
 class Sampled:
-    """Sampled residues (see `models.sampling`): the result is `ids`, their token ids int64 [steps].
+    """Residues that ESM-2 samples (see `models.sampling`): the result is `ids`, their token ids int64 [steps].
 
-    Each job has random numbers of its own, from `seed` and its number, whatever the batch.
+    Each job has random numbers of its own, from the seed, its prompt and its sample, whatever the batch.
     """
 
     chances: Tensor
@@ -87,7 +91,8 @@ class Sampled:
 
     def enter(self, slot: int, number: int, job: Job) -> None:
         """Job `number` starts in `slot`."""
-        self.chances[slot, : job.steps] = draw(self.seed + number, job.steps).to(self.chances.device)
+        seed = seed_of(self.seed, job.number, job.sample)
+        self.chances[slot, : job.steps] = draw(seed, job.steps).to(self.chances.device)
         self.at[slot] = 0
 
     def step(self, stepper: Stepper) -> None:
@@ -98,9 +103,89 @@ class Sampled:
         stepper.step(residues)
         self.at.add_(1).clamp_(max=self.ids.shape[1] - 1)
 
+    def ended(self) -> Tensor | None:
+        """None: ESM-2's samples have no end."""
+        return None
+
     def result(self, slot: int, job: Job) -> Tensors:
         """`ids` int64 [steps]."""
         return {"ids": self.ids[slot, : job.steps].clone()}
+
+
+@dataclass
+class Generated:
+    """Tokens that an autoregressive model samples: the result is `ids` int64 [n], the end last where it came, and
+    `log_p`, their log-likelihood.
+
+    A step decodes the token before the one that it samples, `Job.feed` first. Random numbers as in `Sampled`. A
+    token that the alphabet does not let be sampled never is; log-likelihoods are the model's own all the same.
+    """
+
+    token: Tensor
+    chances: Tensor
+    ids: Tensor
+    log_p: Tensor
+    at: Tensor
+    done: Tensor
+    never: Tensor
+    there: Tensor
+    end: int
+    sampling: Sampling
+    seed: int
+
+    @classmethod
+    def of(cls, model: Model, slots: int, steps: int, sampling: Sampling, seed: int) -> Generated:
+        """For jobs of at most `steps` steps."""
+        device, end = model.device, model.alphabet.end
+        never = torch.ones(len(model.alphabet), dtype=torch.bool, device=device)
+        never[list(model.alphabet.sampled)] = False
+        penalised = len(model.alphabet) if sampling.repetition_penalty != 1 else 0
+        return cls(
+            torch.full((slots,), end, device=device),
+            torch.zeros((slots, steps), device=device),
+            torch.zeros((slots, steps), dtype=torch.int64, device=device),
+            torch.zeros((slots, steps), device=device),
+            torch.zeros((slots, 1), dtype=torch.int64, device=device),
+            torch.zeros(slots, dtype=torch.bool, device=device),
+            never,
+            torch.zeros((slots, penalised), dtype=torch.bool, device=device),
+            end, sampling, seed,
+        )  # fmt: skip
+
+    def enter(self, slot: int, number: int, job: Job) -> None:
+        """Job `number` starts in `slot`. Raises ValueError where it has no token to start from."""
+        if job.feed is None:
+            raise ValueError("a job without a token to start from")
+        seed = seed_of(self.seed, job.number, job.sample)
+        self.chances[slot, : job.steps] = draw(seed, job.steps).to(self.chances.device)
+        self.token[slot], self.at[slot], self.done[slot] = job.feed, 0, False
+        if self.there.shape[1]:
+            self.there[slot] = False
+            self.there[slot, torch.cat((job.prompt, torch.tensor([job.feed]))).to(self.there.device)] = True
+
+    def step(self, stepper: Stepper) -> None:
+        """Sample one token of every slot."""
+        logits = stepper.model.logits(stepper.step(self.token)).float()
+        chances, there = self.chances.gather(1, self.at)[:, 0], self.there if self.there.shape[1] else None
+        token = sample_tokens(logits.masked_fill(self.never, -torch.inf), chances, self.sampling, there)
+        self.ids.scatter_(1, self.at, token[:, None])
+        self.log_p.scatter_(1, self.at, logits.log_softmax(-1).gather(1, token[:, None]))
+        if self.there.shape[1]:
+            self.there.scatter_(1, token[:, None], True)
+        self.token.copy_(token)
+        self.done |= token == self.end
+        self.at.add_(1).clamp_(max=self.ids.shape[1] - 1)
+
+    def ended(self) -> Tensor | None:
+        """Where the end has come."""
+        return self.done
+
+    def result(self, slot: int, job: Job) -> Tensors:
+        """`ids` int64 [n] and `log_p` float64 []."""
+        ids = self.ids[slot, : job.steps]
+        ends = (ids == self.end).nonzero()[:1, 0].tolist() if bool(self.done[slot]) else []
+        count = ends[0] + 1 if ends else job.steps
+        return {"ids": ids[:count].clone(), "log_p": self.log_p[slot, :count].double().sum()}
 
 
 def _next_residue(stepper: Stepper, slots: int) -> Tensor:

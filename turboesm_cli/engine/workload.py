@@ -13,6 +13,7 @@ from turboesm_cli.codec.bundle import Bundle, seen
 from turboesm_cli.engine.jobs import Prompt
 from turboesm_cli.errors import InputError
 from turboesm_cli.sequences.fasta import Protein
+from turboesm_cli.statistics.batching import check_context
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,7 @@ class Workload:
     count     proteins
     decoded   tokens that follow the prompts, all proteins together
     longest   tokens of the longest protein, control tokens counted
+    longest_prompt  of the longest prompt
     known     proteins that were in the bundle's calibration set
     sha256    of names, sequences and lengths of prompts, in their order
     prompt    what of a protein is prompt, in words
@@ -32,6 +34,7 @@ class Workload:
     count: int
     decoded: int
     longest: int
+    longest_prompt: int
     known: int
     sha256: str
     prompt: str
@@ -62,16 +65,17 @@ def of_packfile(stack: ExitStack, file: Packfile, limit: int | None, bundle: Bun
 
 
 def _counted(prompts: Callable[[], Iterator[Prompt]], bundle: Bundle, words: str) -> Workload:
-    count = decoded = longest = known = 0
+    count = decoded = longest = longest_prompt = known = 0
     identity = hashlib.sha256()
     for prompt in prompts():
         tokens = prompt.length
-        count, longest = count + 1, max(longest, tokens)
+        check_context(prompt.protein, tokens, bundle.shape)
+        count, longest, longest_prompt = count + 1, max(longest, tokens), max(longest_prompt, prompt.cached)
         decoded += tokens - prompt.cached
         identity.update(_described(prompt))
         known += len(seen(bundle, [prompt.protein]))
     sha256 = identity.hexdigest()
-    return Workload(count, decoded, longest, known, sha256, words, lambda: _same(prompts(), count, sha256))
+    return Workload(count, decoded, longest, longest_prompt, known, sha256, words, lambda: _same(prompts(), count, sha256))
 
 
 def _same(prompts: Iterable[Prompt], count: int, sha256: str) -> Iterator[Prompt]:
@@ -94,4 +98,5 @@ def _changed() -> InputError:
 
 
 def _described(prompt: Prompt) -> bytes:
-    return f"{prompt.protein.accession}\0{prompt.protein.sequence}\0{prompt.cached}\0".encode()
+    protein = prompt.protein
+    return f"{protein.accession}\0{protein.sequence}\0{prompt.cached}\0{prompt.alphabet.tags(protein)}".encode()

@@ -127,7 +127,9 @@ def accuracy(
 def first_layer(
     model: Model, entries: Sequence[Entry], families: Families, work: Work = NOTHING_KEPT
 ) -> Iterator[ResultRow]:
-    """Rows of the protocols paper (heads joined) and paper_heads (each head on its own)."""
+    """Rows of the protocols paper (heads joined) and paper_heads (each head on its own): of encoders alone."""
+    if model.causal:
+        return
     context = Context(model, devices=work.devices)
     for index, entry in enumerate(entries):
         found = {
@@ -208,7 +210,8 @@ def _accuracy_rows(
     family: str,
     results: Mapping[str, Sequence[ProteinResult]],
 ) -> Iterator[ResultRow]:
-    yield from context.of_proteins("fp32", family, "drift", results[DRIFT])
+    if results[DRIFT]:
+        yield from context.of_proteins("fp32", family, "drift", results[DRIFT])
     for name, recipe in recipes.items():
         yield from context.of_proteins(recipe, family, "decode", results[name])
         yield from context.each_protein(recipe, family, "decode", results[name])

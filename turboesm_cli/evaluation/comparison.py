@@ -7,7 +7,7 @@ import torch
 from turboesm_cli.engine.jobs import Prompt
 from turboesm_cli.evaluation import metrics
 from turboesm_cli.evaluation.protein_results import ProteinResult
-from turboesm_cli.evaluation.teacher_forced import compare_predictions
+from turboesm_cli.evaluation.teacher_forced import compare_next, compare_predictions
 from turboesm_cli.models import forward
 from turboesm_cli.models.protocol import Model
 from turboesm_cli.models.sampling import residue_logits
@@ -15,10 +15,17 @@ from turboesm_cli.outputs.work import Tensors
 
 
 @torch.no_grad()
-def compare(model: Model, prompt: Prompt, found: Tensors) -> tuple[ProteinResult, ProteinResult]:
-    """What `tasks.Forced` gave after a prompt: against an fp32 cache, and (drift) fp32 against ESM-2."""
+def compare(model: Model, prompt: Prompt, found: Tensors) -> list[ProteinResult]:
+    """What `tasks.Forced` gave after a prompt: against an fp32 cache, and for an encoder (drift) fp32 against it."""
     tokens, cached = prompt.tokens[None].to(model.device), prompt.cached
     predictions = None
+    if model.causal:
+        exact = forward.teacher_forced(model, tokens, [cached], None)[0]
+        candidate = torch.cat((exact[:cached], found["hidden"]))  # a prompt is encoded exactly
+        predictions = compare_next(model, tokens[0], exact, candidate, cached) if len(exact) > cached + 1 else None
+        return [
+            ProteinResult(prompt.protein, metrics.cosines(exact[cached:], found["hidden"]).cpu(), predictions)
+        ]
     if "logits" in found:
         exact, masked = (x[0, cached:] for x in forward.teacher_forced_with_masks(model, tokens, [cached], None))
         predictions = compare_predictions(
@@ -28,4 +35,4 @@ def compare(model: Model, prompt: Prompt, found: Tensors) -> tuple[ProteinResult
         exact = forward.teacher_forced(model, tokens, [cached], None)[0, cached:]
     encoded = forward.encode(model, tokens)[0, cached:]
     quantization = ProteinResult(prompt.protein, metrics.cosines(exact, found["hidden"]).cpu(), predictions)
-    return quantization, ProteinResult(prompt.protein, metrics.cosines(encoded, exact).cpu())
+    return [quantization, ProteinResult(prompt.protein, metrics.cosines(encoded, exact).cpu())]

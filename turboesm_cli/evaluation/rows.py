@@ -15,7 +15,7 @@ from turboesm_cli.evaluation import metrics
 from turboesm_cli.evaluation.protein_results import ProteinResult
 from turboesm_cli.evaluation.streaming import RunningAgreement, RunningDivergence
 from turboesm_cli.models.protocol import Model
-from turboesm_cli.reporting.metric_names import ACCURACY, LANGUAGE, Metric
+from turboesm_cli.reporting.metric_names import ACCURACY, LANGUAGE, LANGUAGE_OF_TOKENS, Metric
 from turboesm_cli.reporting.results import ResultRow, commit_of_source
 from turboesm_cli.sequences.fasta import Protein, digest
 
@@ -60,8 +60,9 @@ class Context:
     def language(
         self, recipe: Recipe | str, family: str, protocol: str, found: metrics.Divergence
     ) -> list[ResultRow]:
-        """The rows of a divergence: distributions over the next residue, the 20 amino acids."""
-        return self._figures(LANGUAGE, recipe, family, protocol, found)
+        """The rows of a divergence: distributions over the next residue, the 20 amino acids, or the next token."""
+        wanted = LANGUAGE_OF_TOKENS if self.model.causal else LANGUAGE
+        return self._figures(wanted, recipe, family, protocol, found)
 
     def _figures(
         self,
@@ -154,28 +155,32 @@ class Summary:
     count: int = 0
     _lines: list[list[str]] = field(default_factory=list)
 
-    def add(self, result: ProteinResult, drift: ProteinResult) -> list[ResultRow]:
-        """Take in one protein: its rows."""
+    def add(self, result: ProteinResult, drift: ProteinResult | None = None) -> list[ResultRow]:
+        """Take in one protein: its rows. An autoregressive model has no drift."""
         self.results.add(result)
-        self.drift.add(drift)
         self.count += 1
+        if drift is not None:
+            self.drift.add(drift)
         if self.count <= self.shown:
             alone, drifted = Totals(), Totals()
             alone.add(result)
-            drifted.add(drift)
+            if drift is not None:
+                drifted.add(drift)
             self._lines.append(_cells(result.protein.accession, alone, drifted))
         return self.context.each_protein(self.recipe, "", "prompted", [result])
 
     def rows(self) -> list[ResultRow]:
         """Of all proteins together."""
         prompted = self.results.rows(self.context, self.recipe, "prompted")
-        return prompted + self.drift.rows(self.context, "fp32", "drift")
+        return prompted + (self.drift.rows(self.context, "fp32", "drift") if self.drift.cosines.n else [])
 
     def table(self, kv: str) -> tuple[list[str], list[list[str]]]:
         """Columns and rows for the screen."""
-        columns = ["protein", "decoded", "cosine mean", "p5", "min", "drift cosine"]
+        columns = ["protein", "decoded", "cosine mean", "p5", "min"]
+        columns += ["drift cosine"] if self.drift.cosines.n else []
+        what = "token" if self.context.model.causal else "residue"
         if self.results.predictions.n:
-            columns += ["residue KL (nat)", "residue top-1", "residue perplexity fp32", f"residue perplexity {kv}"]
+            columns += [f"{what} KL (nat)", f"{what} top-1", f"{what} perplexity fp32", f"{what} perplexity {kv}"]
         more = self.count - len(self._lines)
         dots = [[f"... and {more} more"]] if more else []
         lines = [*self._lines, *dots, _cells(f"all {self.count}", self.results, self.drift)]
@@ -183,15 +188,9 @@ class Summary:
 
 
 def _cells(name: str, results: Totals, drift: Totals) -> list[str]:
-    found, drifted = results.cosines.summary(), drift.cosines.summary()
-    cells = [
-        name,
-        str(found.n),
-        f"{found.mean:.5f}",
-        f"{found.p05:.5f}",
-        f"{found.minimum:.5f}",
-        f"{drifted.mean:.4f}",
-    ]
+    found = results.cosines.summary()
+    cells = [name, str(found.n), f"{found.mean:.5f}", f"{found.p05:.5f}", f"{found.minimum:.5f}"]
+    cells += [f"{drift.cosines.summary().mean:.4f}"] if drift.cosines.n else []
     lm = results.predictions.summary()
     if lm is not None:
         cells += [f"{lm.kl_mean:.5f}", f"{lm.top1_agreement:.4f}"]
@@ -232,18 +231,22 @@ def bench_tables(
     overall = [*families, "all"] if len(families) > 1 else list(families)
     tables = []
     if any(row.protocol == "decode" for row in rows):
+        shown = {(row.protocol, row.metric) for row in rows}
+        further = [column for column in _FURTHER if column[:2] in shown]
         accuracy = [
             [_label(recipe)]
             + [_number(value(recipe, family, "decode", "error")) for family in overall]
             + [_number(value(recipe, overall[-1], "decode", f"cosine_{m}")) for m in ("mean", "p05", "min")]
-            + [_number(value(recipe, overall[-1], "paper", "cosine_mean"))]
+            + [_number(value(recipe, overall[-1], protocol, metric)) for protocol, metric, _ in further]
             for recipe in recipes
         ]
         drift = ["drift of fp32"] + [_number(value("fp32", family, "drift", "error")) for family in overall]
         drift += [_number(value("fp32", overall[-1], "drift", f"cosine_{m}")) for m in ("mean", "p05", "min")]
-        columns = ["recipe", *(f"error {name}" for name in overall), "cosine", "p5", "min", "layer 0 cosine"]
+        columns = ["recipe", *(f"error {name}" for name in overall), "cosine", "p5", "min"]
         title = "Decoded hidden states against an fp32 cache: error = 1 - mean cosine"
-        tables.append((title, columns, [*accuracy, [*drift, ""]]))
+        has_drift = any(row.protocol == "drift" for row in rows)
+        lines = [*accuracy, [*drift, *[""] * len(further)]] if has_drift else accuracy
+        tables.append((title, [*columns, *(name for _, _, name in further)], lines))
     cost = []
     caches: list[Recipe | str] = list(dict.fromkeys(["fp32", "fp16", *recipes]))
     for cache in caches:
@@ -264,6 +267,15 @@ def bench_tables(
     ]
     return [*tables, ("Memory of a sequence, everything counted, and time", columns, cost)]
 
+
+_FURTHER = (
+    ("decode", "residue_kl_mean", "residue KL (nat)"),
+    ("decode", "residue_top1_agreement", "residue top-1"),
+    ("decode", "token_kl_mean", "token KL (nat)"),
+    ("decode", "token_top1_agreement", "token top-1"),
+    ("paper", "cosine_mean", "layer 0 cosine"),
+)
+"""Protocol, metric and column of what is shown where there is a language-model head, or an encoder."""
 
 _MEMORY_METRICS = ("bytes", "bits_per_value", "ratio_fp32", "ratio_fp16")
 

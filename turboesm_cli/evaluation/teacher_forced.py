@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property, partial
 
 import torch
@@ -21,6 +21,9 @@ from turboesm_cli.models.sampling import residue_indices, residue_logits
 from turboesm_cli.outputs.work import NOTHING_KEPT, Tensors, Work
 from turboesm_cli.sequences.fasta import Protein
 from turboesm_cli.statistics.batching import batches, to_tokens
+
+LOGITS = 1 << 22
+"""Logits that are compared at once."""
 
 DRIFT = ""
 """Stands for a codec's name where the cache is fp32 and the reference ESM-2 itself."""
@@ -46,14 +49,14 @@ def compare_decoding(
 ) -> Iterator[tuple[str, ProteinResult]]:
     """Each protein decoded with each codec against the same decode with an fp32 cache, teacher-forced.
 
-    Yields (codec's name, result), batch after batch, and under DRIFT the fp32 decode against encoding the
+    Yields (codec's name, result), batch after batch, and for an encoder under DRIFT the fp32 decode against encoding the
     whole protein with ESM-2, of which hidden states alone are compared: ESM-2's own distribution over a residue,
     which must not see it, would take a pass per residue. `work` keeps each batch's results of each codec; `tick`
     hears of each result.
     """
     for number, proteins_of_batch in enumerate(batches(proteins, tokens_per_batch, model.alphabet)):
         batch = _Batch(model, proteins_of_batch, prompt)
-        units: dict[str, Callable[[], list[ProteinResult]]] = {DRIFT: batch.drift}
+        units: dict[str, Callable[[], list[ProteinResult]]] = {} if model.causal else {DRIFT: batch.drift}
         units |= {name: partial(batch.quantized, codec) for name, codec in codecs.items()}
         for index, (name, compute) in enumerate(units.items()):
             unit = f"{number}-{index}"
@@ -104,7 +107,7 @@ class _Batch:
         return list(self._compare(exact, candidate, (self._wanted, found)))
 
     def _decode(self, codec: forward.Codec | None, trace: Callable[[Tensor], None]) -> _Decoded:
-        if self._model.has_lm_head:
+        if self._model.has_lm_head and not self._model.causal:
             return _Decoded(
                 *forward.teacher_forced_with_masks(self._model, self._tokens, self._prompts, codec, trace)
             )
@@ -125,17 +128,22 @@ class _Batch:
             yield ProteinResult(
                 protein,
                 cosines[row, start:stop].cpu(),
-                self._predictions(expected.masked, found.masked, (row, slice(start, stop))),
+                self._predictions(expected, found, row, start, stop),
                 traces
                 and metrics.relative_errors(*([x[row, :, start:stop] for x in side] for side in traces)).cpu(),
             )
 
     def _predictions(
-        self, expected: Tensor | None, found: Tensor | None, at: tuple[int, slice]
+        self, expected: _Decoded, found: _Decoded, row: int, start: int, stop: int
     ) -> metrics.Predictions | None:
-        if expected is None or found is None:
+        if self._model.causal:
+            front = len(self._model.alphabet.front(self._proteins[row]))
+            tokens, hidden = self._tokens[row, :stop], [each.hidden[row, :stop] for each in (expected, found)]
+            return compare_next(self._model, tokens, *hidden, max(start, front - 1))
+        if expected.masked is None or found.masked is None:
             return None
-        logits = (residue_logits(self._model, masked[at]) for masked in (expected, found))
+        at = (row, slice(start, stop))
+        logits = (residue_logits(self._model, masked[at]) for masked in (expected.masked, found.masked))
         return compare_predictions(self._model, self._tokens[at], *logits)
 
 
@@ -192,6 +200,21 @@ def _first_layer(model: Model, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return found[0]
 
 
+def compare_next(model: Model, tokens: Tensor, expected: Tensor, found: Tensor, first: int) -> metrics.Predictions:
+    """Distributions over the next token, all tokens, that hidden states [T, E] from `first` on give.
+
+    tokens int64 [T] of a whole protein. Control tokens before the residues are no targets; the end is one.
+    """
+    each = max(1, LOGITS // len(model.alphabet))
+    parts = []
+    for start in range(first, len(tokens) - 1, each):
+        stop = min(start + each, len(tokens) - 1)
+        logits = [model.logits(hidden[start:stop]).float() for hidden in (expected, found)]
+        parts.append(_on_cpu(metrics.predictions(*logits, tokens[start + 1 : stop + 1])))
+    joined = (torch.cat([getattr(part, f.name) for part in parts]) for f in fields(metrics.Predictions))
+    return metrics.Predictions(*joined)
+
+
 def compare_predictions(model: Model, tokens: Tensor, expected: Tensor, found: Tensor) -> metrics.Predictions:
     """`residue_logits` [n, 20] of masks in the places of tokens int64 [n], where these are amino acids.
 
@@ -199,7 +222,10 @@ def compare_predictions(model: Model, tokens: Tensor, expected: Tensor, found: T
     """
     targets = residue_indices(model.alphabet, tokens)
     known = targets >= 0
-    parts = metrics.predictions(expected[known], found[known], targets[known])
+    return _on_cpu(metrics.predictions(expected[known], found[known], targets[known]))
+
+
+def _on_cpu(parts: metrics.Predictions) -> metrics.Predictions:
     return metrics.Predictions(
         parts.kl.cpu(), parts.same_top.cpu(), parts.log_p.cpu(), parts.reference_log_p.cpu()
     )

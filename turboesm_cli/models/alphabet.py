@@ -1,16 +1,18 @@
-"""Sequences of letters ↔ token ids, where a token is a residue or a control token."""
+"""Proteins ↔ token ids: control tokens in front, a token for each residue, an end."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from turboesm_cli.errors import InputError
-from turboesm_cli.sequences.residues import SPELLED
+from turboesm_cli.sequences.fasta import Protein
+from turboesm_cli.sequences.residues import SPELLED, count, slices
 
 AMINO_ACIDS = "ACDEFGHIKLMNPQRSTVWY"
 """The 20 standard residues, in the order of every distribution over residues."""
@@ -18,13 +20,13 @@ AMINO_ACIDS = "ACDEFGHIKLMNPQRSTVWY"
 
 @dataclass(frozen=True, eq=False)
 class Alphabet:
-    """The tokens of a family of models.
+    """The tokens of a family of models, or of one model.
 
-    family      what messages call the family
+    family      what messages call it
     vocabulary  each token's text, by its id
     start, end  control tokens around a protein's residues
-    padding     what fills up shorter sequences of a batch, on the right
-    mask        stands for a residue that is to be predicted
+    padding     what fills up shorter sequences of a batch, on the right; -1 where it is no token
+    mask        stands for a residue that is to be predicted, or None
     """
 
     family: str
@@ -32,7 +34,7 @@ class Alphabet:
     start: int
     padding: int
     end: int
-    mask: int
+    mask: int | None = None
     residues: tuple[int, ...] = field(init=False)
     """Ids of AMINO_ACIDS."""
 
@@ -42,32 +44,47 @@ class Alphabet:
     def __len__(self) -> int:
         return len(self.vocabulary)
 
-    @property
-    def control(self) -> int:
-        """Control tokens of a sequence: its length in tokens is that of its residues, and these."""
-        return 2
+    def front(self, protein: Protein) -> list[int]:
+        """Ids of the control tokens before a protein's residues. Raises InputError where its header lacks a tag."""
+        return [self.start]
 
-    def tokenize(self, sequence: str) -> list[int]:
-        """Ids of a sequence, its start and its end.
+    def tags(self, protein: Protein) -> str:
+        """What of a protein's header its front follows from, in a form that gives the same front; "" for nothing."""
+        return ""
 
-        Raises InputError at what is no token; `read_fasta` yields no such sequence.
+    def tokenize(self, protein: Protein) -> list[int]:
+        """Ids of a whole protein: its front, its residues, its end.
+
+        Raises InputError at what is no token; of ESM-2's letters `read_fasta` yields no others.
         """
-        try:
-            residues = [self._id_of[text] for text in SPELLED.findall(sequence)]
-        except KeyError as error:
-            raise InputError(
-                f"{error.args[0]!r} is no token of {self.family}; write X for an unknown residue"
-            ) from error
-        return [self.start, *residues, self.end]
+        return [*self.front(protein), *self._body(protein, protein.sequence), self.end]
+
+    def prompt(self, protein: Protein, residues: int | None = None) -> list[int]:
+        """Ids of the front and the first `residues` residues, or all: where sampling goes on."""
+        sequence = protein.sequence
+        if residues is not None and residues < count(sequence):
+            sequence = next(slices(sequence, residues)) if residues else ""
+        return [*self.front(protein), *self._body(protein, sequence)]
+
+    def length(self, protein: Protein) -> int:
+        """Tokens of a whole protein."""
+        return len(self.front(protein)) + protein.residues + 1
+
+    def prompt_length(self, protein: Protein, residues: int | None = None) -> int:
+        """How many of a whole protein's tokens its front and first `residues` residues take, or all but its end."""
+        return len(self.front(protein)) + (protein.residues if residues is None else min(residues, protein.residues))
 
     def detokenize(self, ids: Iterable[int]) -> str:
-        """Text of ids without start, end and padding; the inverse of `tokenize`."""
+        """Residues of ids, control tokens left out; the inverse of `tokenize`."""
         return "".join(self.vocabulary[token] for token in ids if token not in self._silent)
 
-    def batch(self, sequences: Sequence[str]) -> Tensor:
-        """Ids int64 [B, T] of sequences, padded on the right."""
-        rows = [torch.tensor(self.tokenize(sequence)) for sequence in sequences]
-        return self.padded(rows)
+    def described(self) -> dict[str, Any]:
+        """What a bundle keeps of it; see `families.alphabet_from`. Empty where the family tells it."""
+        return {}
+
+    def batch(self, proteins: Sequence[Protein]) -> Tensor:
+        """Ids int64 [B, T] of proteins, padded on the right."""
+        return self.padded([torch.tensor(self.tokenize(protein)) for protein in proteins])
 
     def random(self, batch: int, length: int) -> Tensor:
         """Ids int64 [batch, length] of random residues, the same at every call: to measure time with."""
@@ -85,6 +102,24 @@ class Alphabet:
     def real(self, tokens: Tensor) -> Tensor:
         """Which of tokens [...] are no padding, bool."""
         return tokens.ne(self.padding)
+
+    def _body(self, protein: Protein, sequence: str) -> list[int]:
+        try:
+            return [self._id_of[text] for text in SPELLED.findall(sequence)]
+        except KeyError as error:
+            where = f"record {protein.record} ({protein.accession}): " if protein.record else ""
+            raise InputError(
+                f"{where}{error.args[0]!r} is no token of {self.family}; {self._instead}"
+            ) from error
+
+    @cached_property
+    def sampled(self) -> tuple[int, ...]:
+        """Tokens that sampling may give."""
+        return self.residues
+
+    @property
+    def _instead(self) -> str:
+        return "write X for an unknown residue" if "X" in self._id_of else "remove the record, or the residue"
 
     @cached_property
     def _silent(self) -> frozenset[int]:

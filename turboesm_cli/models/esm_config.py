@@ -70,20 +70,18 @@ FIXED: dict[str, tuple[Any, ...]] = {
 ARCHITECTURES = {"EsmModel", "EsmForMaskedLM", "EsmForSequenceClassification", "EsmForTokenClassification"}
 
 
-def read_config(folder: Path) -> dict[str, Any]:
-    """config.json of an ESM-2. Raises ModelError, naming the field, where it is of any other model."""
-    path = folder / "config.json"
-    if not path.exists():
-        raise ModelError(f"{folder} has no config.json: no Hugging Face model folder; check the path")
-    config = _read_json(path)
+def check_config(config: Any, path: Path) -> None:
+    """Raise ModelError, naming the field, where a config.json is of any other model than ESM-2."""
     if not isinstance(config, dict) or config.get("model_type") != "esm":
-        raise ModelError(f"{path}: model_type is not 'esm'; turboesm reads ESM-2 models only")
+        found = _short(config.get("model_type")) if isinstance(config, dict) else "missing"
+        raise ModelError(
+            f"{path}: model_type is {found}; turboesm reads 'esm' (ESM-2), gpt2, gptj, llama, mistral and progen"
+        )
     if config.get("position_embedding_type") != "rotary" or config.get("emb_layer_norm_before"):
         raise ModelError(f"{path} is an ESM model without rotary positions; turboesm reads ESM-2 models only")
     for name, value in config.items():
         if value is not None:
             _check_field(name, value, config, path)
-    return config
 
 
 def layer_norm_eps(config: dict[str, Any], folder: Path) -> float:
@@ -188,12 +186,13 @@ _CLAIMS = {
 
 def _claimed(path: Path, claims: Any) -> list[tuple[int, Any]]:
     try:
-        return list(claims(_read_json(path)))
+        return list(claims(read_json(path)))
     except (LookupError, TypeError, ValueError, AttributeError) as error:
         raise ModelError(f"{path} is no tokenizer's file ({one_line(error)}); download it again") from error
 
 
-def _read_json(path: Path) -> Any:
+def read_json(path: Path) -> Any:
+    """What a small JSON file beside a model's weights holds. Raises ModelError."""
     try:
         return json.loads(_text(path))
     except (ValueError, RecursionError) as error:

@@ -1,6 +1,7 @@
 """A model's layers over a key/value cache, with explicit positions.
 
-ESM-2, the first family, is a bidirectional encoder. *Prefill* encodes a prompt as ESM-2 does, every token seeing
+An autoregressive model's keys and values never change: decode from an fp32 cache is the model itself. ESM-2 is a
+bidirectional encoder. *Prefill* encodes a prompt as ESM-2 does, every token seeing
 every other, and stores its keys and values. *Decode* lets each further token attend to what is cached and to
 itself, and leaves earlier keys and values as they are; ESM-2 run again on the longer sequence would change them,
 and that difference is the *drift*. With a prompt of one token, decode is ESM-2 under a causal mask.
@@ -26,7 +27,8 @@ OVER_SEQUENCES = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SD
 shape, 70 to 100 ms of the host's time (torch 2.11, H100): proteins are of all lengths."""
 
 Attention = Callable[[int, Tensor, Tensor, Tensor], Tensor]
-"""(layer, q, k, v), each [B, H, T, d] with q scaled and q, k after RoPE -> attention output [B, H, T, d]."""
+"""(layer, q [B, H, T, d] scaled, k, v [B, K, T, d]), q and k after RoPE -> attention output [B, H, T, d]. K heads
+of keys and values each serve H / K query heads, neighbours."""
 
 Projection = Callable[[int, Tensor], tuple[Tensor, Tensor, Tensor]]
 """(layer, normed hidden states [B, T, E]) -> q, k, v as `Attention` takes them."""
@@ -44,11 +46,11 @@ class Cache(Protocol):
         ...
 
     def append(self, layer: int, k: Tensor, v: Tensor, tokens: Tensor) -> None:
-        """Store keys (after RoPE) and values [B, H, T, d] of the tokens int64 [B, T] that were begun."""
+        """Store keys (after RoPE) and values [B, K, T, d] of the tokens int64 [B, T] that were begun."""
         ...
 
     def attend(self, layer: int, q: Tensor) -> Tensor:
-        """Attention of q [B, H, Q, d] over all that `layer` holds; result like q."""
+        """Attention of q [B, K, Q, d] over all that `layer` holds; result like q."""
         ...
 
     def rewind(self, count: int = 1) -> None:
@@ -60,21 +62,21 @@ class Codec(Protocol):
     """What a cache does to keys and values, without the cache."""
 
     def roundtrip(self, layer: int, k: Tensor, v: Tensor, rope: Rope) -> tuple[Tensor, Tensor]:
-        """Keys and values [B, H, T, d] of whole sequences as they come back from the cache."""
+        """Keys and values [B, K, T, d] of whole sequences as they come back from the cache."""
         ...
 
 
 def encode(
     model: Model, tokens: Tensor, observe: Attention | None = None, joint: JointProjection | None = None
 ) -> Tensor:
-    """Final hidden states [B, T, E] of ESM-2 run on tokens int64 [B, T] (padding allowed), as fair-esm gives them.
+    """Final hidden states [B, T, E] of the model run on tokens int64 [B, T] (padding allowed).
 
     `observe` replaces the attention, see `Attention`. `joint` projects at once, from where `joint.at` said.
     """
     attention = observe or own_attention(model, tokens)
     project = joint or _projection(model, rope_at(model, 0, tokens.shape[1]))
     with _over_sequences(model):
-        return _layers(model, tokens, project, model.unmasked_fraction(tokens), attention)
+        return _layers(model, tokens, _upto(tokens), project, model.unmasked_fraction(tokens), attention)
 
 
 def own_attention(model: Model, tokens: Tensor) -> Attention:
@@ -84,7 +86,18 @@ def own_attention(model: Model, tokens: Tensor) -> Attention:
 
 def _causal(_layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Every token sees itself and earlier ones: none of these is padding, which is on the right."""
-    return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=1.0)
+    return _attention(q, k, v, is_causal=True)
+
+
+def _attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+    """torch's attention of q [B, H, Q, d], scaled already, to k and v [B, K, T, d]."""
+    k, v = (shared(x, q.shape[1]) for x in (k, v))
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal, scale=1.0)
+
+
+def shared(x: Tensor, heads: int) -> Tensor:
+    """Keys or values [B, K, T, d] for each of `heads` query heads [B, heads, T, d]."""
+    return x if x.shape[1] == heads else x.repeat_interleave(heads // x.shape[1], 1)
 
 
 def _bidirectional(model: Model, tokens: Tensor) -> Attention:
@@ -133,11 +146,12 @@ def step(model: Model, tokens: Tensor, cache: Cache, joint: JointProjection | No
 
     def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         cache.append(layer, k, v, tokens)
-        return cache.attend(layer, q)
+        side_by_side = q.unflatten(1, (k.shape[1], -1)).flatten(2, 3)  # query heads of one key/value head
+        return cache.attend(layer, side_by_side).view(q.shape)
 
     if joint is not None:
         joint.at(cache.starts)
-    return _layers(model, tokens, project, cache.unmasked, attend)[:, 0]
+    return _layers(model, tokens, cache.starts[:, None], project, cache.unmasked, attend)[:, 0]
 
 
 def replay(model: Model, tokens: Tensor, cache: Cache) -> Tensor:
@@ -160,9 +174,8 @@ def teacher_forced(
     """
     attend = _TeacherForced(model, tokens, prompts, codec, trace)
     with _over_sequences(model):
-        return _layers(
-            model, tokens, _projection(model, attend.rope), _prompt_unmasked(model, tokens, prompts), attend.tokens
-        )
+        unmasked = _prompt_unmasked(model, tokens, prompts)
+        return _layers(model, tokens, _upto(tokens), _projection(model, attend.rope), unmasked, attend.tokens)
 
 
 def teacher_forced_with_masks(
@@ -183,7 +196,8 @@ def teacher_forced_with_masks(
     rope = Rope(*(torch.cat((part, part)) for part in (attend.rope.cos, attend.rope.sin)))
     unmasked = _prompt_unmasked(model, tokens, prompts)
     with _over_sequences(model):
-        hidden = _layers(model, both, _projection(model, rope), unmasked, attend.tokens_and_masks)
+        positions = _upto(tokens).repeat(2)
+        hidden = _layers(model, both, positions, _projection(model, rope), unmasked, attend.tokens_and_masks)
     return hidden[:, : tokens.shape[1]], hidden[:, tokens.shape[1] :]
 
 
@@ -213,23 +227,28 @@ class _TeacherForced:
         keys, values = (torch.cat(pair, 2) for pair in zip(stored, self._stored(layer, own_k, own_v), strict=True))
         every = torch.ones(q.shape[2], q.shape[2], dtype=torch.bool, device=q.device)
         visible = torch.cat((every.tril(-1), torch.eye(len(every), dtype=torch.bool, device=q.device)), 1)
-        masks = F.scaled_dot_product_attention(of_masks, keys, values, attn_mask=visible, scale=1.0)
+        masks = _attention(of_masks, keys, values, visible)
         return torch.cat((self._attend(q, k, v, *stored), masks), 2)
 
     def _stored(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         return (k, v) if self._codec is None else self._codec.roundtrip(layer, k, v, self.rope)
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, stored_k: Tensor, stored_v: Tensor) -> Tensor:
-        decoded = F.scaled_dot_product_attention(q, stored_k, stored_v, attn_mask=self._visible, scale=1.0)
+        decoded = _attention(q, stored_k, stored_v, self._visible)
         longest = self._longest
         if self._codec is not None and longest:  # prefill attends to what it computed, not to what it stored
             visible = self._visible[:, :, :longest]
-            exact = F.scaled_dot_product_attention(q[:, :, :longest], k, v, visible, scale=1.0)
+            exact = _attention(q[:, :, :longest], k, v, visible)
             rows = self._in_prompt[:, None, :longest, None]
             decoded[:, :, :longest] = torch.where(rows, exact, decoded[:, :, :longest])
         if self._trace:
             self._trace(decoded)
         return decoded
+
+
+def _upto(tokens: Tensor) -> Tensor:
+    """Positions int64 [T] of whole sequences [B, T]."""
+    return torch.arange(tokens.shape[1], device=tokens.device)
 
 
 def rope_at(model: Model, start: int, count: int) -> Rope:
@@ -238,8 +257,10 @@ def rope_at(model: Model, start: int, count: int) -> Rope:
     return Rope.at(positions, model.inverse_frequencies)
 
 
-def _layers(model: Model, tokens: Tensor, project: Projection, unmasked: Tensor, attention: Attention) -> Tensor:
-    x = model.embed(tokens, unmasked)
+def _layers(
+    model: Model, tokens: Tensor, positions: Tensor, project: Projection, unmasked: Tensor, attention: Attention
+) -> Tensor:
+    x = model.embed(tokens, positions, unmasked)
     for layer in range(model.shape.layers):
         attended = attention(layer, *project(layer, model.attention_input(layer, x)))
         x = model.after_attention(layer, x, attended)
@@ -268,7 +289,7 @@ class JointProjection:
     """
 
     def __init__(self, model: Model, capacity: int) -> None:
-        self._heads = model.shape.heads
+        self._heads = (model.shape.heads, model.shape.key_value_heads)
         self._scaling = model.shape.head_dim**-0.5
         self._rope = rope_at(model, 0, capacity)
         self._starts = torch.zeros(0, dtype=torch.int32)
@@ -279,7 +300,7 @@ class JointProjection:
         self._starts = starts
 
     def __call__(self, index: int, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """q (scaled), k (both after RoPE) and v [B, H, T, d] of normed hidden states [B, T, E]."""
+        """q [B, H, T, d] (scaled), k (both after RoPE) and v [B, K, T, d] of normed hidden states [B, T, E]."""
         from turboesm_kernels.rotary import rotate
 
         return rotate(F.linear(x, *self._weights[index]), self._heads, self._scaling, self._rope, self._starts)

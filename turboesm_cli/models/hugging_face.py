@@ -16,11 +16,15 @@ import re
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
 from turboesm_cli.errors import ModelError
-from turboesm_cli.models.esm_config import check_tokenizer, flag, layer_norm_eps, read_config
+from turboesm_cli.models.decoder_config import FAMILIES, read_layout
+from turboesm_cli.models.decoder_tokens import read_alphabet
+from turboesm_cli.models.decoder_weights import DecoderCheckpoint
+from turboesm_cli.models.esm_config import check_config, check_tokenizer, flag, layer_norm_eps, read_json
 from turboesm_cli.models.shapes import Shape, check_shape, official_name
 from turboesm_cli.models.weights import Checkpoint, load_tensors, one_line, renamed
 
@@ -35,12 +39,19 @@ NOT_READ = re.compile(
 ADAPTER = re.compile(r"(.*[^a-z])?(adapters?|lora|loha|lokr|ia3)([^a-z].*)?\.(json|safetensors|bin|pt|pth)", re.I)
 
 
-def read_folder(folder: Path, name: str = "", note: str = "") -> Checkpoint:
-    """The checkpoint in a Hugging Face ESM folder. Raises ModelError where it is not ESM-2, or more than that."""
+def read_folder(folder: Path, name: str = "", note: str = "") -> Checkpoint | DecoderCheckpoint:
+    """The checkpoint in a Hugging Face folder. Raises ModelError where its model is not served, or more than that."""
     if (folder / "snapshots").is_dir() and folder.resolve().name.startswith("models--"):
         return read_folder(_snapshot(folder), name, note)
     _refuse_adapters(folder)
-    config = read_config(folder)
+    path = folder / "config.json"
+    if not path.exists():
+        raise ModelError(f"{folder} has no config.json: no Hugging Face model folder; check the path")
+    config = read_json(path)
+    family = config.get("model_type") if isinstance(config, dict) else None
+    if family in FAMILIES:
+        return _decoder(folder, path, config, name or folder_name(folder), note)
+    check_config(config, path)
     try:
         shape = Shape(config["num_hidden_layers"], config["hidden_size"], config["num_attention_heads"])
     except KeyError as error:
@@ -58,6 +69,12 @@ def read_folder(folder: Path, name: str = "", note: str = "") -> Checkpoint:
     )
 
 
+def _decoder(folder: Path, path: Path, config: dict[str, Any], name: str, note: str) -> DecoderCheckpoint:
+    layout = read_layout(config, path)
+    alphabet = read_alphabet(folder, layout.family, name, layout.vocabulary)
+    return DecoderCheckpoint(name, layout, alphabet, renamed(_weights(folder), str, folder), note=note)
+
+
 def folder_name(folder: Path) -> str:
     """A model's name by its folder; in the hub's cache that of the repository, where folders are commits."""
     real = folder.resolve()
@@ -65,7 +82,7 @@ def folder_name(folder: Path) -> str:
     return repository.split("--")[-1] if repository.startswith("models--") else real.name
 
 
-def read_from_hub_cache(name: str) -> Checkpoint:
+def read_from_hub_cache(name: str) -> Checkpoint | DecoderCheckpoint:
     """The model `name` (OWNER/MODEL) of the hub, from its cache. Raises ModelError where it is not there."""
     folder = _hub_cache() / f"models--{name.replace('/', '--')}"
     if folder.is_dir():

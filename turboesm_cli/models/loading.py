@@ -6,7 +6,8 @@ import torch
 
 from turboesm_cli.errors import DeviceError
 from turboesm_cli.models.checkpoints import EMBEDDED, read_checkpoint
-from turboesm_cli.models.esm2_weights import build
+from turboesm_cli.models import decoder_weights, esm2_weights
+from turboesm_cli.models.weights import Checkpoint
 from turboesm_cli.models.protocol import Model
 
 
@@ -19,8 +20,10 @@ def load_model(name: str = EMBEDDED, device: str = "auto", dtype: torch.dtype = 
     or is no plain ESM-2, DeviceError where the device is not there.
     """
     target = pick_device(device)
+    found = read_checkpoint(name)
     with torch.no_grad():
-        return build(read_checkpoint(name)).to(target, dtype)
+        model = esm2_weights.build(found) if isinstance(found, Checkpoint) else decoder_weights.build(found)
+        return model.to(target, dtype)
 
 
 def pick_device(name: str) -> torch.device:

@@ -77,8 +77,11 @@ class Model(Hashable, Protocol):
         """What embeddings of a prompt's tokens [B, T] are divided by, float32 [B, 1, 1]: 1 in most families."""
         ...
 
-    def embed(self, tokens: Tensor, unmasked: Tensor) -> Tensor:
-        """The first layer's input [B, T, E] of tokens int64 [B, T]; `unmasked` as `unmasked_fraction` gives it."""
+    def embed(self, tokens: Tensor, positions: Tensor, unmasked: Tensor) -> Tensor:
+        """The first layer's input [B, T, E] of tokens int64 [B, T] at positions int [T] or [B, T].
+
+        `unmasked` as `unmasked_fraction` gives it.
+        """
         ...
 
     def attention_input(self, layer: int, x: Tensor) -> Tensor:
@@ -86,11 +89,11 @@ class Model(Hashable, Protocol):
         ...
 
     def project(self, layer: int, normed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """q (scaled), k and v [B, H, T, d] of `attention_input`, before RoPE."""
+        """q [B, H, T, d] (scaled), k and v [B, K, T, d] of `attention_input`, before RoPE; K key/value heads."""
         ...
 
-    def joint_projection(self, layer: int) -> tuple[Tensor, Tensor]:
-        """Weight [3 E, E] and bias [3 E] of queries (not scaled), keys, values; the own ones become views."""
+    def joint_projection(self, layer: int) -> tuple[Tensor, Tensor | None]:
+        """Weight [(H + 2 K) d, E] and bias of queries (not scaled), keys, values; the own ones become views."""
         ...
 
     def after_attention(self, layer: int, x: Tensor, attended: Tensor) -> Tensor:
@@ -105,12 +108,8 @@ class Model(Hashable, Protocol):
         """Logits [..., V] of final hidden states [..., E]. Raises ModelError without a language-model head."""
         ...
 
-    def first_keys_values(self, unmasked: Tensor) -> tuple[Tensor, Tensor]:
-        """Layer 0's keys before RoPE and values of every kind of token, each [B, H, V, d]."""
-        ...
-
     def first_layer_tables(self) -> TokenTables:
-        """The same for all prompts at once, in float32 at least."""
+        """Layer 0's keys and values of every kind of token, for all prompts, in float32 at least."""
         ...
 
     def output_weight(self, layer: int) -> Tensor:

@@ -1,6 +1,6 @@
 """The language model's distribution over the next residue, and samples of it.
 
-ESM-2 predicts masked residues. For the residue at the next position `<mask>` is decoded there, the LM head's
+An autoregressive model predicts the next token. ESM-2 predicts masked residues. For the residue at the next position `<mask>` is decoded there, the LM head's
 distribution is taken over the 20 amino acids, the mask is forgotten, and the residue that was given or sampled is
 decoded in its place (`tasks`). Two steps per residue, and no promise that sampled sequences are proteins: ESM-2
 was not trained to generate.
@@ -8,6 +8,7 @@ was not trained to generate.
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 from functools import cache
 
@@ -23,13 +24,15 @@ COLDEST = 1e-3
 
 @dataclass(frozen=True)
 class Sampling:
-    """temperature 0 takes the most likely residue; top_p keeps the likeliest residues that make up this mass.
-
-    At least one residue is always kept.
+    """temperature 0 takes the most likely token; top_p keeps the likeliest tokens that make up this mass, top_k so
+    many of them, 0 all; at least one is always kept. repetition_penalty divides the logits of tokens that are there
+    already, those below 0 times it (Keskar et al., arXiv 1909.05858); 1 leaves them.
     """
 
     temperature: float = 1.0
     top_p: float = 1.0
+    top_k: int = 0
+    repetition_penalty: float = 1.0
 
 
 def residue_logits(model: Model, hidden: Tensor) -> Tensor:
@@ -68,6 +71,44 @@ def sample(alphabet: Alphabet, logits: Tensor, chances: Tensor, sampling: Sampli
     upto = weights.cumsum(-1)
     chosen = (upto <= chances[:, None] * upto[:, -1:]).sum(-1).clamp(max=weights.shape[-1] - 1)
     return tokens[order.gather(1, chosen[:, None])[:, 0]]
+
+
+def sample_tokens(logits: Tensor, chances: Tensor, sampling: Sampling, there: Tensor | None = None) -> Tensor:
+    """One token id int64 [B] for each row of logits float32 [B, V] by random numbers [B] in 0..1; -inf is never taken.
+
+    there [B, V] bool: tokens that the sequence has already, for the penalty. The order of penalty, temperature, top
+    k and top p is that of transformers' `generate`. Nothing is synchronized: safe in a CUDA graph.
+    """
+    if there is not None:
+        less = torch.where(logits > 0, logits / sampling.repetition_penalty, logits * sampling.repetition_penalty)
+        logits = torch.where(there, less, logits)
+    if sampling.temperature < COLDEST:
+        return logits.argmax(-1)
+    logits = logits / sampling.temperature
+    if 0 < sampling.top_k < logits.shape[-1]:
+        lowest = logits.topk(sampling.top_k).values[:, -1:]
+        logits = logits.masked_fill(logits < lowest, -torch.inf)
+    weights = logits.softmax(-1)
+    if sampling.top_p < 1:
+        ordered, order = weights.sort(dim=-1, descending=True, stable=True)
+        kept = ordered.cumsum(-1) - ordered < sampling.top_p
+        kept[:, 0] = True
+        weights = weights * torch.zeros_like(kept).scatter(-1, order, kept)
+    upto = weights.double().cumsum(-1)
+    chosen = (upto <= chances[:, None].double() * upto[:, -1:]).sum(-1)
+    last = weights.shape[-1] - 1 - weights.flip(-1).gt(0).to(torch.int8).argmax(-1)  # rounding never passes it
+    return torch.minimum(chosen, last)
+
+
+def seed_of(seed: int, number: int, sample: int) -> int:
+    """The seed of one sample of one prompt: streams of different ones are never the same.
+
+    The first sample of prompt `number` has seed + number.
+    """
+    if sample == 0:
+        return seed + number
+    described = f"{seed} {number} {sample}".encode()
+    return int.from_bytes(hashlib.sha256(described).digest()[:8], "little") >> 1
 
 
 @cache

@@ -1,4 +1,4 @@
-"""The sizes of ESM-2 models."""
+"""The sizes of models."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ class Shape:
 
     own_head_dim         where heads do not split the width among them
     own_key_value_heads  where several query heads share keys and values
+    context              the most tokens that it takes; None: as long as one likes
+    own_parameters       its weights, where they do not follow from the rest
     """
 
     layers: int
@@ -21,6 +23,8 @@ class Shape:
     heads: int
     own_head_dim: int | None = None
     own_key_value_heads: int | None = None
+    context: int | None = None
+    own_parameters: int | None = None
 
     @property
     def head_dim(self) -> int:
@@ -58,15 +62,19 @@ def official_name(name: str) -> str | None:
 
 
 def check_shape(shape: Shape, where: Path) -> None:
-    """Refuse sizes that no ESM-2 has before any memory is taken for them."""
-    sizes = (shape.layers, shape.width, shape.heads)
-    if any(type(size) is not int for size in sizes):
-        raise ModelError(f"{where}: layers, width and heads must be whole numbers, not {sizes}")
+    """Refuse sizes that no model has, or the kernels do not serve, before any memory is taken for them."""
+    named = shape.as_dict()
+    if any(type(size) is not int for size in named.values()):
+        raise ModelError(f"{where}: layers, width and heads must be whole numbers, not {tuple(named.values())}")
     if not (0 < shape.layers <= 256 and 0 < shape.width <= 32768 and 0 < shape.heads <= 512):
-        raise ModelError(f"{where}: {shape.layers} layers, {shape.width} wide, {shape.heads} heads is no ESM-2")
-    if shape.own_head_dim or shape.own_key_value_heads:
-        raise ModelError(f"{where}: heads of their own size, or grouped ones, are of no family that is served yet")
-    if shape.width % shape.heads or shape.head_dim % 2:
+        raise ModelError(
+            f"{where}: {shape.layers} layers, {shape.width} wide, {shape.heads} heads: no protein language model's"
+        )
+    if any(size <= 0 for size in named.values()) or (shape.own_parameters or 0) > 2**40:
+        raise ModelError(f"{where}: a size below 1, or over a million million weights: {named}")
+    if shape.heads % shape.key_value_heads:
+        raise ModelError(f"{where}: {shape.heads} query heads do not share {shape.key_value_heads} key/value heads")
+    if (shape.own_head_dim is None and shape.width % shape.heads) or shape.head_dim % 2:
         raise ModelError(f"{where}: width {shape.width} does not split into {shape.heads} heads of even size")
     if not SMALLEST_HEAD <= shape.head_dim <= LARGEST_HEAD:
         raise ModelError(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 
@@ -43,4 +43,12 @@ LANGUAGE = (
 )
 """Of the distribution over the next residue, the 20 amino acids."""
 
-BY_NAME = {metric.name: metric for metric in (*ACCURACY, *LANGUAGE)}
+LANGUAGE_OF_TOKENS = tuple(
+    replace(
+        metric, name=metric.name.replace("residue", "token"), title=metric.title.replace("residues", "tokens")
+    )
+    for metric in LANGUAGE
+)
+"""Of the distribution of an autoregressive model over the next token, all of its tokens."""
+
+BY_NAME = {metric.name: metric for metric in (*ACCURACY, *LANGUAGE, *LANGUAGE_OF_TOKENS)}

@@ -8,8 +8,10 @@ from collections.abc import Iterable, Iterator, Sequence
 import torch
 from torch import Tensor
 
+from turboesm_cli.errors import InputError
 from turboesm_cli.models.alphabet import Alphabet
 from turboesm_cli.models.protocol import Model
+from turboesm_cli.models.shapes import Shape
 from turboesm_cli.sequences.fasta import Protein
 
 HELD_BACK = 16
@@ -24,7 +26,7 @@ def batches(proteins: Iterable[Protein], tokens_per_batch: int, alphabet: Alphab
     """
     batch: list[Protein] = []
     for protein in sorted(proteins, key=lambda p: (p.residues, p.sequence, p.accession)):
-        length = protein.residues + alphabet.control
+        length = alphabet.length(protein)
         if batch and (len(batch) + 1) * length * max(1.0, length / 512) > tokens_per_batch:
             yield batch
             batch = []
@@ -34,8 +36,24 @@ def batches(proteins: Iterable[Protein], tokens_per_batch: int, alphabet: Alphab
 
 
 def to_tokens(proteins: Sequence[Protein], model: Model) -> Tensor:
-    """Token ids int64 [B, T] of proteins, control tokens included, padded on the right."""
-    return model.alphabet.batch([protein.sequence for protein in proteins]).to(model.device)
+    """Token ids int64 [B, T] of proteins, control tokens included, padded on the right.
+
+    Raises InputError for one that is longer than the model's context.
+    """
+    tokens = model.alphabet.batch(proteins)
+    if model.shape.context is not None and tokens.shape[1] > model.shape.context:
+        longest = max(proteins, key=model.alphabet.length)
+        check_context(longest, model.alphabet.length(longest), model.shape)
+    return tokens.to(model.device)
+
+
+def check_context(protein: Protein, tokens: int, shape: Shape) -> None:
+    """Raise InputError where a protein has more tokens than a model takes."""
+    if shape.context is not None and tokens > shape.context:
+        where = f"{protein.source}: record {protein.record} ({protein.accession})"
+        raise InputError(
+            f"{where}: {tokens:,} tokens, control tokens counted; the model takes {shape.context:,}: cut or remove it"
+        )
 
 
 def hold_back(proteins: Sequence[Protein]) -> tuple[list[Protein], list[Protein]]:
@@ -53,8 +71,11 @@ def prompt_lengths(proteins: Sequence[Protein], longest: int, model: Model) -> l
 
     Those of a causal model have none: there a prompt's tokens see what they see without one.
     """
-    control, halves = model.alphabet.control, not model.causal
-    return [min(p.residues + control, longest) // 2 if halves and digest(p)[-1] % 2 == 0 else 0 for p in proteins]
+    halves = [not model.causal and digest(protein)[-1] % 2 == 0 for protein in proteins]
+    return [
+        min(model.alphabet.length(protein), longest) // 2 if half else 0
+        for protein, half in zip(proteins, halves, strict=True)
+    ]
 
 
 def visible_keys(prompts: Sequence[int], tokens: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ from turboesm_kernels.reference import Rope
 
 from turboesm_cli.console import Tick
 from turboesm_cli.errors import InputError
-from turboesm_cli.models.forward import encode, rope_at
+from turboesm_cli.models.forward import encode, rope_at, shared
 from turboesm_cli.models.protocol import Model
 from turboesm_cli.models.shapes import Shape
 from turboesm_cli.outputs.work import NOTHING_KEPT, Tensors, Work
@@ -69,7 +69,7 @@ def collect(
         Sensitivity(gradients["gram"], int(gradients["tokens"])),
         kept_held.merged(),
         len(proteins),
-        sum(protein.residues + model.alphabet.control for protein in proteins),
+        sum(model.alphabet.length(protein) for protein in proteins),
     )
 
 
@@ -160,7 +160,7 @@ def _sum_batch(model: Model, proteins: Sequence[Protein], limit: int) -> tuple[T
         layers.append(_sum_layer(q, k, v, real, rope))
         keys.append(_pick(k, real)[order].float().cpu())
         values.append(_pick(v, real)[order].float().cpu())
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=visible, scale=1.0)
+        return F.scaled_dot_product_attention(q, shared(k, q.shape[1]), shared(v, q.shape[1]), visible, scale=1.0)
 
     with torch.no_grad():
         encode(model, tokens, attend)
@@ -174,7 +174,10 @@ def _pick(x: Tensor, real: Tensor) -> Tensor:
 
 
 def _sum_layer(q: Tensor, k: Tensor, v: Tensor, real: Tensor, rope: Rope) -> LayerSums:
-    """Both groups' sums over one batch of q, k (after RoPE) and v [B, H, T, d]: float32 products, float64 sums."""
+    """Both groups' sums over one batch of q [B, H, T, d], k and v [B, K, T, d]: float32 products, float64 sums.
+
+    q and k after RoPE; query heads of one key/value head are summed up together.
+    """
     d = k.shape[-1]
     phase = torch.cat((rope.cos[:, : d // 2], rope.sin[:, : d // 2]), -1)
     groups = []
@@ -188,7 +191,7 @@ def _sum_layer(q: Tensor, k: Tensor, v: Tensor, real: Tensor, rope: Rope) -> Lay
             _pick(before, keep).sum(0),
             values.sum(0),
             _gram(keys, keys),
-            _gram(asked, asked),
+            _gram(asked, asked).unflatten(0, (k.shape[1], -1)).sum(1),
             _gram(values, values),
             torch.einsum("nhd,ne->hde", keys, p),
             p.T @ p,

@@ -21,7 +21,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from turboesm_kernels.reference import Side
 
-from turboesm_cli.models.forward import encode
+from turboesm_cli.models.alphabet import Alphabet
+from turboesm_cli.models.forward import encode, shared
 from turboesm_cli.models.protocol import Model
 from turboesm_cli.sequences.fasta import Protein
 from turboesm_cli.statistics.batching import digest, in_prompt, prompt_lengths, to_tokens, visible_keys
@@ -61,19 +62,19 @@ def measure(model: Model, proteins: Sequence[Protein]) -> Sensitivity:
     decoded = model.alphabet.real(tokens) & ~in_prompt(prompts, tokens)
     unit, zeros = _unit_hidden(model, tokens, prompts)
     total = torch.zeros((), dtype=torch.float64)
-    for draw, u in enumerate(_draws(proteins, unit, model.alphabet.control)):
+    for draw, u in enumerate(_draws(proteins, unit, model.alphabet)):
         loss = (unit * u * decoded[..., None]).sum()
         gradients = torch.autograd.grad(loss, zeros, retain_graph=draw + 1 < DRAWS)
         total = total + torch.stack([_outer(g[:, :, 1:]) for g in gradients])  # `<cls>` is a sink: never coded
     return Sensitivity(total.unflatten(0, (-1, 2)), int(decoded.sum()) * DRAWS)
 
 
-def _draws(proteins: Sequence[Protein], unit: Tensor, control: int) -> Tensor:
+def _draws(proteins: Sequence[Protein], unit: Tensor, alphabet: Alphabet) -> Tensor:
     """u of N(0, 1), [DRAWS, B, T, E]: a protein's own, whatever batch it is in."""
     rows = []
     for protein in proteins:
         generator = torch.Generator().manual_seed(int.from_bytes(digest(protein)[:4], "little"))
-        length = min(protein.residues + control, unit.shape[1])
+        length = min(alphabet.length(protein), unit.shape[1])
         rows.append(torch.randn(length, DRAWS, unit.shape[2], generator=generator))
     return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).movedim(2, 0).to(unit.device)
 
@@ -89,9 +90,10 @@ def _unit_hidden(model: Model, tokens: Tensor, prompts: Sequence[int]) -> tuple[
 
     def attend(_layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         zeros.extend(torch.zeros_like(x, requires_grad=True) for x in (k, v))
-        prefilled = F.scaled_dot_product_attention(q, k, v, attn_mask=visible, scale=1.0)
+        heads = q.shape[1]
+        prefilled = F.scaled_dot_product_attention(q, shared(k, heads), shared(v, heads), visible, scale=1.0)
         k, v = k + zeros[-2], v + zeros[-1]
-        decoded = F.scaled_dot_product_attention(q, k, v, attn_mask=visible, scale=1.0)
+        decoded = F.scaled_dot_product_attention(q, shared(k, heads), shared(v, heads), visible, scale=1.0)
         return torch.where(exact, prefilled, decoded)
 
     with torch.enable_grad():

@@ -1,0 +1,231 @@
+"""Autoregressive transformers behind the seam of `protocol`: GPT-2, GPT-J, ProGen, Llama and Mistral in one body.
+
+They differ in norms, in where positions come in, in the feed-forward part and in whether that runs beside
+attention: all of it is data here, and `decoder_weights` reads it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from turboesm_kernels.token_tables import TokenTables
+
+from turboesm_cli.models.alphabet import Alphabet
+from turboesm_cli.models.shapes import Shape
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "gelu": F.gelu,
+    "gelu_new": lambda x: F.gelu(x, approximate="tanh"),
+    "gelu_pytorch_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "relu": F.relu,
+    "silu": F.silu,
+    "swish": F.silu,
+}
+"""By the names that Hugging Face's configurations give them."""
+
+
+class Linear(NamedTuple):
+    """Weight [out, in] and bias [out] or None."""
+
+    weight: Tensor
+    bias: Tensor | None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight, self.bias)
+
+
+class Norm(NamedTuple):
+    """Layer norm, or where there is no bias RMS norm."""
+
+    weight: Tensor
+    bias: Tensor | None
+    epsilon: float
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if self.bias is None:
+            return F.rms_norm(x, x.shape[-1:], self.weight, self.epsilon)
+        return F.layer_norm(x, x.shape[-1:], self.weight, self.bias, self.epsilon)
+
+
+@dataclass(frozen=True)
+class Block:
+    """A layer's weights.
+
+    norm      before attention
+    joint     queries, keys and values beside each other, [(H + 2 K) d, E]
+    out       attention's output projection
+    mlp_norm  before the feed-forward part; None where that runs beside attention, on the same input
+    up        its first matrix; where it is `gated`, gate and value below each other
+    down      its second matrix
+    """
+
+    norm: Norm
+    joint: Linear
+    out: Linear
+    mlp_norm: Norm | None
+    up: Linear
+    down: Linear
+
+
+@dataclass(frozen=True, eq=False)
+class Decoder:
+    """A loaded autoregressive model; see `protocol.Model` for what is not told here.
+
+    embedding   [V, E]
+    positions   learned ones [P, E], or None
+    frequencies RoPE's inverse frequencies float32 [d / 2], 0 where a pair of channels is not turned
+    blocks      of the layers
+    last_norm   after them
+    head        the language-model head
+    activation  of the feed-forward part, by name; `gated`: times a second projection
+    """
+
+    name: str
+    family: str
+    shape: Shape
+    alphabet: Alphabet
+    fingerprint: str
+    embedding: Tensor
+    positions: Tensor | None
+    frequencies: Tensor
+    blocks: tuple[Block, ...]
+    last_norm: Norm
+    head: Linear
+    activation: str
+    gated: bool
+    is_random: bool = False
+    note: str = ""
+    causal: bool = True
+    has_lm_head: bool = True
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.embedding.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the weights."""
+        return self.embedding.dtype
+
+    @property
+    def inverse_frequencies(self) -> Tensor:
+        """RoPE's inverse frequencies float32 [d / 2], the same in every layer."""
+        return self.frequencies
+
+    def to(self, device: torch.device, dtype: torch.dtype = torch.float32) -> Decoder:
+        """The model on another device or in another dtype (RoPE's frequencies stay float32)."""
+        moved = _moved(self, device, dtype)
+        tied = self.head.weight is self.embedding
+        head = moved.head._replace(weight=moved.embedding) if tied else moved.head
+        return replace(moved, frequencies=self.frequencies.to(device), head=head)
+
+    def require_lm_head(self, purpose: str) -> None:
+        """There always is one."""
+
+    def unmasked_fraction(self, tokens: Tensor) -> Tensor:
+        """1: embeddings are not scaled."""
+        return torch.ones(len(tokens), 1, 1, device=tokens.device)
+
+    def embed(self, tokens: Tensor, positions: Tensor, unmasked: Tensor) -> Tensor:
+        """Embeddings [B, T, E]; of padding anything finite."""
+        x = F.embedding(tokens.clamp_min(0), self.embedding)
+        return x if self.positions is None else x + F.embedding(positions, self.positions)
+
+    def attention_input(self, layer: int, x: Tensor) -> Tensor:
+        """Hidden states [B, T, E], normed."""
+        return self.blocks[layer].norm(x)
+
+    def project(self, layer: int, normed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """q [B, H, T, d] (scaled), k and v [B, K, T, d], before RoPE."""
+        return self._split(self.blocks[layer].joint(normed))
+
+    def _split(self, joint: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        heads, shared = self.shape.heads, self.shape.key_value_heads
+        x = joint.unflatten(-1, (heads + 2 * shared, -1)).transpose(1, 2)
+        q, k, v = x.split((heads, shared, shared), 1)
+        return q * self.shape.head_dim**-0.5, k, v
+
+    def joint_projection(self, layer: int) -> tuple[Tensor, Tensor | None]:
+        """Weight [(H + 2 K) d, E] and bias of queries, keys and values."""
+        return self.blocks[layer].joint
+
+    def after_attention(self, layer: int, x: Tensor, attended: Tensor) -> Tensor:
+        """The layer's output [B, T, E]."""
+        own = self.blocks[layer]
+        added = x + own.out(attended.transpose(1, 2).flatten(2))
+        before = own.norm(x) if own.mlp_norm is None else own.mlp_norm(added)
+        inner, activation = own.up(before), ACTIVATIONS[self.activation]
+        if self.gated:
+            gate, value = inner.chunk(2, -1)
+            return added + own.down(activation(gate) * value)
+        return added + own.down(activation(inner))
+
+    def finish(self, x: Tensor) -> Tensor:
+        """Final hidden states [B, T, E]."""
+        return self.last_norm(x)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Logits [..., V]."""
+        return self.head(hidden)
+
+    @torch.no_grad()
+    def first_layer_tables(self) -> TokenTables:
+        """Layer 0's keys and values of all kinds of token, in float32 at least.
+
+        With learned positions the norm sees the sum of two embeddings: centred, of token t and position p, their
+        variance is (|t|^2 + |p|^2 + 2 t.p) / E, and but for it keys and values are sums of what t and p give.
+        """
+        block = self.blocks[0]
+        wide = _widened(self.embedding)
+        if self.positions is None:
+            _, k, v = self._split(_wide(block.joint)(_wide(block.norm)(wide))[None])
+            nothing = k.new_zeros(k.shape[1], k.shape[3])
+            return TokenTables(
+                k[0].contiguous(), v[0].contiguous(), nothing, nothing, k.new_ones(len(wide)), 0.0, False
+            )
+        norm, joint, at = _wide(block.norm), _wide(block.joint), _widened(self.positions)
+        token, place = (x - x.mean(-1, keepdim=True) for x in (wide, at))
+        squares = token.square().sum(-1)[:, None] + place.square().sum(-1) + 2 * token @ place.T
+        across = (squares / wide.shape[1] + norm.epsilon).rsqrt()
+        assert norm.bias is not None
+        (_, k, v), (_, k_at, v_at) = (
+            self._split(F.linear(x * norm.weight, joint.weight)[None]) for x in (token, place)
+        )
+        _, k_const, v_const = self._split(joint(norm.bias)[None, None])
+        own = [x[0].contiguous() for x in (k, v)]
+        constant = [x[0, :, 0].contiguous() for x in (k_const, v_const)]
+        return TokenTables(
+            *own, *constant, wide.new_ones(len(wide)), 0.0, False, k_at[0].contiguous(), v_at[0].contiguous(), across
+        )
+
+    def output_weight(self, layer: int) -> Tensor:
+        """Weight [E, H d] of the attention's output projection."""
+        return self.blocks[layer].out.weight
+
+
+def _widened(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def _wide(part: Any) -> Any:
+    """A Linear or Norm in float32 at least."""
+    return part._replace(**{n: _widened(x) for n, x in part._asdict().items() if isinstance(x, Tensor)})
+
+
+def _moved(part: Any, device: torch.device, dtype: torch.dtype) -> Any:
+    """A part with all its tensors on `device` in `dtype`."""
+    if isinstance(part, Tensor):
+        return part.to(device=device, dtype=dtype)
+    if isinstance(part, Linear | Norm):
+        return type(part)(*(_moved(each, device, dtype) for each in part))
+    if isinstance(part, tuple):
+        return tuple(_moved(each, device, dtype) for each in part)
+    if isinstance(part, Block | Decoder):
+        return replace(part, **{f.name: _moved(getattr(part, f.name), device, dtype) for f in fields(part)})
+    return part

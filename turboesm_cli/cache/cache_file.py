@@ -28,8 +28,7 @@ from turboesm_cli.cache.packed import bytes_per_sequence, check_tensors
 from turboesm_cli.codec.bundle import Bundle
 from turboesm_cli.errors import BundleError, InputError
 from turboesm_cli.models.alphabet import Alphabet
-from turboesm_cli.models.families import FIRST
-from turboesm_cli.models.esm2_alphabet import ESM2_ALPHABET
+from turboesm_cli.models.families import FIRST, alphabet_of
 from turboesm_cli.outputs.archive import (
     CHUNK,
     MANIFEST,
@@ -237,7 +236,7 @@ class Packfile:
         tags = printable(item.get("tags", ""))
         protein = Protein(item["accession"], tags, sequence, source=str(self._path))
         tokens = len(self._alphabet.tokenize(protein)) if self._alphabet else None
-        if not 0 < cached or (tokens is not None and cached >= tokens):
+        if not cached > 0 or (tokens is not None and cached >= tokens):
             raise ValueError(f"{cached} tokens cached of {tokens}")
         return StoredProtein(protein, cached, nbytes, partial(self._read, read, cached))
 
@@ -255,7 +254,7 @@ def _alphabet_of(archive: Archive) -> Alphabet | None:
     """The tokens that a file's proteins are written in, where that is known without a bundle."""
     model = archive.manifest.get("model")
     is_other = isinstance(model, dict) and model.get("family", FIRST) != FIRST
-    return None if is_other else ESM2_ALPHABET
+    return None if is_other else alphabet_of()
 
 
 def _count(archive: Archive) -> int:

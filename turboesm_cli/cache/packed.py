@@ -238,7 +238,6 @@ class _Prepared:
     tokens: TokenTables | None
     pairs: list[cpu_lookup.Pair | None]
 
-
     @property
     def tables(self) -> TokenTables:
         """Of the first layer, which keeps tokens."""

@@ -1,9 +1,9 @@
 """A codec on disk: the `.tqz` bundle.
 
 manifest: model {name, fingerprint, layers, width, heads; family and further sizes where they are not ESM-2's};
-tokens: those of an autoregressive model, see `decoder_alphabets`; recipe (every field); calibration {sha256, proteins,
-tokens, sequences: the first 16 hex digits of each sequence's sha256}; layers: for each, null (the layer keeps
-tokens) or {"k": SIDE, "v": SIDE} with SIDE {profiles: [{widths, nbytes, lanes}], profile_of_head, scale};
+tokens: those of an autoregressive model, see `decoder_alphabets`; recipe (every field); calibration {sha256,
+proteins, tokens, sequences: the first 16 hex digits of each sequence's sha256}; layers: for each, null (the layer
+keeps tokens) or {"k": SIDE, "v": SIDE} with SIDE {profiles: [{widths, nbytes, lanes}], profile_of_head, scale};
 choices: for each coded layer and side its bytes per vector, its allocation and the errors predicted.
 codec.safetensors: layers.I.{k,v}.{centre,analysis,deviation,synthesis,levels,thresholds}, see
 `turboesm_kernels.reference.SideSpec`.
@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,6 @@ from turboesm_cli.codec.fit import CodecSpec, LayerSpec
 from turboesm_cli.codec.recipes import Recipe
 from turboesm_cli.errors import BundleError, InputError, ModelError, OutputError
 from turboesm_cli.models.alphabet import Alphabet
-from turboesm_cli.models.esm2_alphabet import ESM2_ALPHABET
 from turboesm_cli.models.families import FAMILIES, FIRST, alphabet_of
 from turboesm_cli.models.protocol import Model
 from turboesm_cli.models.shapes import Shape, check_shape
@@ -62,7 +61,7 @@ class Bundle:
     calibration: Calibration
     spec: CodecSpec
     family: str = FIRST
-    alphabet: Alphabet = ESM2_ALPHABET
+    alphabet: Alphabet = field(default_factory=alphabet_of)
 
     def save(self, path: str | Path, *, overwrite: bool = False) -> None:
         """Write it as a .tqz file, whole or not at all. Raises OutputError where there is one, or none can be."""

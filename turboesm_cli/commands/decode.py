@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -13,19 +12,19 @@ import typer
 from turboesm_cli import console
 from turboesm_cli.cache.formats import FORMATS, PACKED
 from turboesm_cli.commands import options
+from turboesm_cli.commands.decoding import Decoding
 from turboesm_cli.commands.reading import Reading, hashed_bundle
 from turboesm_cli.errors import InputError
 from turboesm_cli.sequences.fasta import LongPolicy
 
 if TYPE_CHECKING:
     from turboesm_cli.codec.bundle import Bundle
-    from turboesm_cli.engine.batch import Batch, TaskT
     from turboesm_cli.engine.jobs import Prompt
     from turboesm_cli.engine.memory_plan import Plan
     from turboesm_cli.engine.workload import Workload
     from turboesm_cli.evaluation.rows import Summary
     from turboesm_cli.models.protocol import Model
-    from turboesm_cli.outputs.work import Tensors, Work
+    from turboesm_cli.outputs.work import Tensors
     from turboesm_cli.reporting.results import ResultRow
 
 _OF_OUTPUTS = ["--if-done", "--resume-anywhere"]
@@ -216,38 +215,6 @@ def _slots(wanted: int | None, plan: Plan, jobs: int, model: Model) -> int:
     if model.device.type == "cpu":
         return 1
     return min(wanted or max(1, min(plan.batch, LARGEST_BATCH)), jobs)
-
-
-@dataclass(frozen=True)
-class Decoding:
-    """All that decoding needs."""
-
-    bundle: Bundle
-    model: Model
-    work: Workload
-    saved: Work
-    kv: str
-    slots: int
-    capacity: int
-
-    def batch(self, new_task: Callable[[int], TaskT], tick: console.Tick) -> Batch[TaskT]:
-        """The engine; `tick` hears of decoded tokens."""
-        from turboesm_cli.engine.batch import Batch
-        from turboesm_cli.engine.jobs import new_cache
-
-        def shrunk(slots: int) -> None:
-            console.warn(f"out of memory: the batch is halved to {slots}, and the proteins under way start again")
-
-        return Batch(
-            self.model,
-            lambda slots, capacity: new_cache(self.model, self.bundle.spec, self.kv, slots, capacity),
-            new_task,
-            self.slots,
-            self.capacity,
-            self.bundle.spec.recipe.sinks if self.kv == PACKED else 0,
-            on_step=tick,
-            on_shrink=shrunk,
-        )
 
 
 def _compare(run: Decoding, output: Path | None, as_json: bool) -> Callable[[], None]:

@@ -14,7 +14,7 @@ from turboesm_cli.sequences.records import RECORD_CAP
 
 if TYPE_CHECKING:
     from turboesm_cli.codec.bundle import Bundle
-    from turboesm_cli.commands.decode import Decoding
+    from turboesm_cli.commands.decoding import Decoding
     from turboesm_cli.engine.batch import Job
     from turboesm_cli.engine.jobs import Prompt
     from turboesm_cli.engine.workload import Workload

@@ -101,7 +101,7 @@ def _kind_of_cache(name: str) -> str:
 Tags = Annotated[
     str,
     typer.Option(
-        help="What models want to be told and headers do not say, such as 'chain=HEAVY species=HUMAN' or 'EC=1.1.1.1'.",
+        help="What a model is told and headers do not say: 'chain=HEAVY species=HUMAN', 'EC=1.1.1.1'.",
         show_default=False,
     ),
 ]

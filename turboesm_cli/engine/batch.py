@@ -37,7 +37,7 @@ NewCache = Callable[[int, int], AnyCache]
 
 @dataclass(frozen=True)
 class Job:
-    """Token ids int64 of a protein's prompt; `steps` tokens are decoded after it, at most; `rest` if they are given.
+    """Token ids int64 of a protein's prompt; up to `steps` tokens are decoded after it, `rest` if they are given.
 
     held    gives the tensors of a `PackedCache` that holds the prompt already, or is None
     shared  what other jobs of the same prompt encode, too, or is None

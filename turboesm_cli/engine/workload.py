@@ -75,7 +75,9 @@ def _counted(prompts: Callable[[], Iterator[Prompt]], bundle: Bundle, words: str
         identity.update(_described(prompt))
         known += len(seen(bundle, [prompt.protein]))
     sha256 = identity.hexdigest()
-    return Workload(count, decoded, longest, longest_prompt, known, sha256, words, lambda: _same(prompts(), count, sha256))
+    return Workload(
+        count, decoded, longest, longest_prompt, known, sha256, words, lambda: _same(prompts(), count, sha256)
+    )
 
 
 def _same(prompts: Iterable[Prompt], count: int, sha256: str) -> Iterator[Prompt]:

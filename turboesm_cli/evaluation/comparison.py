@@ -16,16 +16,14 @@ from turboesm_cli.outputs.work import Tensors
 
 @torch.no_grad()
 def compare(model: Model, prompt: Prompt, found: Tensors) -> list[ProteinResult]:
-    """What `tasks.Forced` gave after a prompt: against an fp32 cache, and for an encoder (drift) fp32 against it."""
+    """What `tasks.Forced` gave after a prompt, against an fp32 cache; for an encoder also (drift) fp32 against it."""
     tokens, cached = prompt.tokens[None].to(model.device), prompt.cached
     predictions = None
     if model.causal:
         exact = forward.teacher_forced(model, tokens, [cached], None)[0]
         candidate = torch.cat((exact[:cached], found["hidden"]))  # a prompt is encoded exactly
         predictions = compare_next(model, tokens[0], exact, candidate, cached) if len(exact) > cached + 1 else None
-        return [
-            ProteinResult(prompt.protein, metrics.cosines(exact[cached:], found["hidden"]).cpu(), predictions)
-        ]
+        return [ProteinResult(prompt.protein, metrics.cosines(exact[cached:], found["hidden"]).cpu(), predictions)]
     if "logits" in found:
         exact, masked = (x[0, cached:] for x in forward.teacher_forced_with_masks(model, tokens, [cached], None))
         predictions = compare_predictions(

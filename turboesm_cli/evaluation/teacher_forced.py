@@ -49,8 +49,8 @@ def compare_decoding(
 ) -> Iterator[tuple[str, ProteinResult]]:
     """Each protein decoded with each codec against the same decode with an fp32 cache, teacher-forced.
 
-    Yields (codec's name, result), batch after batch, and for an encoder under DRIFT the fp32 decode against encoding the
-    whole protein with ESM-2, of which hidden states alone are compared: ESM-2's own distribution over a residue,
+    Yields (codec's name, result), batch after batch, and for an encoder under DRIFT the fp32 decode against encoding
+    the whole protein with ESM-2, of which hidden states alone are compared: ESM-2's own distribution over a residue,
     which must not see it, would take a pass per residue. `work` keeps each batch's results of each codec; `tick`
     hears of each result.
     """
@@ -138,8 +138,9 @@ class _Batch:
     ) -> metrics.Predictions | None:
         if self._model.causal:
             front = len(self._model.alphabet.front(self._proteins[row]))
-            tokens, hidden = self._tokens[row, :stop], [each.hidden[row, :stop] for each in (expected, found)]
-            return compare_next(self._model, tokens, *hidden, max(start, front - 1))
+            exact, candidate = (each.hidden[row, :stop] for each in (expected, found))
+            first = max(start, front - 1)
+            return compare_next(self._model, self._tokens[row, :stop], exact, candidate, first)
         if expected.masked is None or found.masked is None:
             return None
         at = (row, slice(start, stop))
@@ -209,8 +210,8 @@ def compare_next(model: Model, tokens: Tensor, expected: Tensor, found: Tensor, 
     parts = []
     for start in range(first, len(tokens) - 1, each):
         stop = min(start + each, len(tokens) - 1)
-        logits = [model.logits(hidden[start:stop]).float() for hidden in (expected, found)]
-        parts.append(_on_cpu(metrics.predictions(*logits, tokens[start + 1 : stop + 1])))
+        exact, candidate = (model.logits(hidden[start:stop]).float() for hidden in (expected, found))
+        parts.append(_on_cpu(metrics.predictions(exact, candidate, tokens[start + 1 : stop + 1])))
     joined = (torch.cat([getattr(part, f.name) for part in parts]) for f in fields(metrics.Predictions))
     return metrics.Predictions(*joined)
 

@@ -26,7 +26,7 @@ class Alphabet:
     vocabulary  each token's text, by its id
     start, end  control tokens around a protein's residues
     padding     what fills up shorter sequences of a batch, on the right; -1 where it is no token
-    mask        stands for a residue that is to be predicted, or None
+    mask        stands for a residue that is to be predicted; -1 where there is none
     """
 
     family: str
@@ -34,7 +34,7 @@ class Alphabet:
     start: int
     padding: int
     end: int
-    mask: int | None = None
+    mask: int = -1
     residues: tuple[int, ...] = field(init=False)
     """Ids of AMINO_ACIDS."""
 
@@ -45,11 +45,11 @@ class Alphabet:
         return len(self.vocabulary)
 
     def front(self, protein: Protein) -> list[int]:
-        """Ids of the control tokens before a protein's residues. Raises InputError where its header lacks a tag."""
+        """Ids of the control tokens before a protein's residues. Raises InputError where its header lacks them."""
         return [self.start]
 
     def tags(self, protein: Protein) -> str:
-        """What of a protein's header its front follows from, in a form that gives the same front; "" for nothing."""
+        """What of a protein's header its front follows from, in a form that gives the same front, or ""."""
         return ""
 
     def tokenize(self, protein: Protein) -> list[int]:
@@ -72,7 +72,9 @@ class Alphabet:
 
     def prompt_length(self, protein: Protein, residues: int | None = None) -> int:
         """How many of a whole protein's tokens its front and first `residues` residues take, or all but its end."""
-        return len(self.front(protein)) + (protein.residues if residues is None else min(residues, protein.residues))
+        return len(self.front(protein)) + (
+            protein.residues if residues is None else min(residues, protein.residues)
+        )
 
     def detokenize(self, ids: Iterable[int]) -> str:
         """Residues of ids, control tokens left out; the inverse of `tokenize`."""
@@ -108,9 +110,7 @@ class Alphabet:
             return [self._id_of[text] for text in SPELLED.findall(sequence)]
         except KeyError as error:
             where = f"record {protein.record} ({protein.accession}): " if protein.record else ""
-            raise InputError(
-                f"{where}{error.args[0]!r} is no token of {self.family}; {self._instead}"
-            ) from error
+            raise InputError(f"{where}{error.args[0]!r} is no token of {self.family}; {self._instead}") from error
 
     @cached_property
     def sampled(self) -> tuple[int, ...]:

@@ -92,8 +92,8 @@ def _read(name: str) -> Checkpoint | DecoderCheckpoint:
         return read_from_hub_cache(name)
     known = ", ".join(key.removesuffix("_UR50D") for key in OFFICIAL)
     raise ModelError(
-        f"no model {name!r}: neither a file nor a folder, nor one of {known}, {EMBEDDED}, {', '.join(IGLM)}; check "
-        "the name or path"
+        f"no model {name!r}: neither a file nor a folder, nor one of {known}, {EMBEDDED}, {', '.join(IGLM)}; "
+        "check the name or path"
     )
 
 

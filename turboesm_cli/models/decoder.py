@@ -198,11 +198,9 @@ class Decoder:
             self._split(F.linear(x * norm.weight, joint.weight)[None]) for x in (token, place)
         )
         _, k_const, v_const = self._split(joint(norm.bias)[None, None])
-        own = [x[0].contiguous() for x in (k, v)]
-        constant = [x[0, :, 0].contiguous() for x in (k_const, v_const)]
-        return TokenTables(
-            *own, *constant, wide.new_ones(len(wide)), 0.0, False, k_at[0].contiguous(), v_at[0].contiguous(), across
-        )
+        k, v, k_at, v_at, k_const, v_const = (x[0].contiguous() for x in (k, v, k_at, v_at, k_const, v_const))
+        nothing = wide.new_ones(len(wide))
+        return TokenTables(k, v, k_const[:, 0], v_const[:, 0], nothing, 0.0, False, k_at, v_at, across)
 
     def output_weight(self, layer: int) -> Tensor:
         """Weight [E, H d] of the attention's output projection."""

@@ -129,14 +129,16 @@ class Zymctrl(Tokenized):
         number = tag(protein, "EC")
         if number is None or not re.fullmatch(r"\d+(\.(\d+|n\d+|-)){1,3}", number):
             raise InputError(
-                f"{protein.accession}: {self.family} is told each enzyme's number, EC=1.1.1.1, in the header or by "
-                "--tags 'EC=...'"
+                f"{protein.accession}: {self.family} is told each enzyme's number, EC=1.1.1.1, in the header or "
+                "by --tags 'EC=...'"
             )
         return number
 
     @cached_property
     def _silent(self) -> frozenset[int]:
-        return frozenset(token for token, text in enumerate(self.vocabulary) if len(text) > 1 or not text.isupper())
+        return frozenset(
+            token for token, text in enumerate(self.vocabulary) if len(text) > 1 or not text.isupper()
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -248,5 +250,9 @@ def alphabet_from(described: dict[str, Any]) -> Plain:
         raise ValueError("a vocabulary that is no list of text")
     if not all(type(token) is int and 0 <= token < len(vocabulary) for token in (start, end)):
         raise ValueError("a start or an end that is no token")
-    extra = {"tokenizer": str(described["tokenizer"])} if issubclass(FORMS[form], Tokenized) else {}
-    return FORMS[form](str(described["name"]), tuple(vocabulary), start, NO_TOKEN, end, form=form, **extra)
+    name, kind = str(described["name"]), FORMS[form]
+    if issubclass(kind, Tokenized):
+        return kind(
+            name, tuple(vocabulary), start, NO_TOKEN, end, form=form, tokenizer=str(described["tokenizer"])
+        )
+    return kind(name, tuple(vocabulary), start, NO_TOKEN, end, form=form)

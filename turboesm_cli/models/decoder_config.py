@@ -32,8 +32,8 @@ _BOOKKEEPING = {
 _GPT_SIZES = {"n_embd", "n_head", "n_inner", "n_layer", "n_positions", "vocab_size", "activation_function"}
 _LLAMA_SIZES = {
     "hidden_act", "hidden_size", "intermediate_size", "num_attention_heads", "num_hidden_layers",
-    "num_key_value_heads", "head_dim", "max_position_embeddings", "rms_norm_eps", "rope_parameters", "rope_scaling",
-    "rope_theta", "vocab_size", "attention_bias", "mlp_bias", "sliding_window",
+    "num_key_value_heads", "head_dim", "max_position_embeddings", "rms_norm_eps", "rope_parameters",
+    "rope_scaling", "rope_theta", "vocab_size", "attention_bias", "mlp_bias", "sliding_window",
 }  # fmt: skip
 _READ = {
     "gpt2": _GPT_SIZES,
@@ -106,7 +106,9 @@ def _check_field(family: str, name: str, value: Any, path: Path) -> None:
             f"{path}: turboesm does not know the field {name!r} ({json.dumps(value)[:60]}); if the model computes "
             "the same without it, take it out of a copy of the folder"
         )
-    if name == "architectures" and not all(str(item).endswith("ForCausalLM") or item == "GPT2LMHeadModel" for item in value):
+    if name == "architectures" and not all(
+        str(item).endswith("ForCausalLM") or item == "GPT2LMHeadModel" for item in value
+    ):
         raise ModelError(f"{path}: architectures is {json.dumps(value)[:60]}, no language model with its head")
 
 
@@ -134,7 +136,9 @@ def _interleaved(shape: Shape, config: dict[str, Any], path: Path) -> tuple[Tens
     """GPT-J's RoPE turns channels 2 i and 2 i + 1 of the first `rotary_dim`, others not at all."""
     turned = config.get("rotary_dim", 64 if config["model_type"] == "gptj" else None)
     if type(turned) is not int or not 0 < turned <= shape.head_dim or turned % 2:
-        raise ModelError(f"{path}: rotary_dim is {turned!r:.60}, no even number up to the head_dim {shape.head_dim}")
+        raise ModelError(
+            f"{path}: rotary_dim is {turned!r:.60}, no even number up to the head_dim {shape.head_dim}"
+        )
     channels = torch.arange(shape.head_dim)
     frequencies = torch.zeros(shape.head_dim // 2)
     frequencies[: turned // 2] = 1.0 / 10000 ** (torch.arange(0, turned, 2) / turned)
@@ -158,7 +162,8 @@ def _llama(config: dict[str, Any], path: Path) -> Layout:
         family, shape, _size(config, "vocab_size", path), _size(config, "intermediate_size", path),
         _activation(config.get("hidden_act", "silu"), path), _epsilon(config.get("rms_norm_eps", 1e-6), path),
         frequencies, torch.arange(shape.head_dim), tied=flag(config, "tie_word_embeddings", False, folder),
-        attention_bias=flag(config, "attention_bias", False, folder), mlp_bias=flag(config, "mlp_bias", False, folder),
+        attention_bias=flag(config, "attention_bias", False, folder),
+        mlp_bias=flag(config, "mlp_bias", False, folder),
     )  # fmt: skip
 
 
@@ -173,7 +178,9 @@ def _theta(config: dict[str, Any], path: Path) -> float:
         if kind != "default" or not set(found) <= {"rope_type", "type", "rope_theta", "partial_rotary_factor"}:
             raise ModelError(f"{path}: {name} is {json.dumps(found)[:60]}; turboesm computes RoPE unscaled")
         if found.get("partial_rotary_factor", 1) != 1:
-            raise ModelError(f"{path}: {name} turns a part of each head, which turboesm does not compute for Llama")
+            raise ModelError(
+                f"{path}: {name} turns a part of each head, which turboesm does not compute for Llama"
+            )
         theta = found.get("rope_theta", theta)
     theta = 10000.0 if theta is None else theta
     if type(theta) not in (int, float) or not 1 < theta < 1e12:

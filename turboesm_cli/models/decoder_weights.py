@@ -95,7 +95,9 @@ def build(found: DecoderCheckpoint) -> Decoder:
     layout, weights = found.layout, _Weights(found)
     width, vocabulary = layout.shape.width, layout.vocabulary
     if len(found.alphabet) > vocabulary:
-        raise ModelError(f"{found.name}: its tokenizer has {len(found.alphabet)} tokens, its embedding {vocabulary}")
+        raise ModelError(
+            f"{found.name}: its tokenizer has {len(found.alphabet)} tokens, its embedding {vocabulary}"
+        )
     read = _BLOCKS[layout.family]
     gated = layout.gated
     embedding = weights.take("embed_tokens.weight" if gated else "wte.weight", vocabulary, width)
@@ -117,7 +119,7 @@ def build(found: DecoderCheckpoint) -> Decoder:
 
 
 def _head(weights: _Weights, layout: Layout, embedding: Tensor, name: str) -> Linear:
-    """The language-model head: the embedding where it is tied. Raises ModelError where the two differ all the same."""
+    """The language-model head: the embedding where it is tied. Raises ModelError where the two differ."""
     bias = layout.family in ("gptj", "progen")
     if not layout.tied:
         return weights.linear("lm_head", layout.vocabulary, layout.shape.width, bias)

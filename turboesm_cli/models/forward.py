@@ -303,7 +303,8 @@ class JointProjection:
         """q [B, H, T, d] (scaled), k (both after RoPE) and v [B, K, T, d] of normed hidden states [B, T, E]."""
         from turboesm_kernels.rotary import rotate
 
-        return rotate(F.linear(x, *self._weights[index]), self._heads, self._scaling, self._rope, self._starts)
+        joint = F.linear(x, *self._weights[index])
+        return rotate(joint, *self._heads, self._scaling, self._rope, self._starts)
 
 
 def _teacher_masks(tokens: Tensor, prompts: Sequence[int], causal: bool) -> tuple[Tensor, Tensor]:

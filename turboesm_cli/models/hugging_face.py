@@ -40,7 +40,7 @@ ADAPTER = re.compile(r"(.*[^a-z])?(adapters?|lora|loha|lokr|ia3)([^a-z].*)?\.(js
 
 
 def read_folder(folder: Path, name: str = "", note: str = "") -> Checkpoint | DecoderCheckpoint:
-    """The checkpoint in a Hugging Face folder. Raises ModelError where its model is not served, or more than that."""
+    """The checkpoint in a Hugging Face folder. Raises ModelError where its model is not served, or is more."""
     if (folder / "snapshots").is_dir() and folder.resolve().name.startswith("models--"):
         return read_folder(_snapshot(folder), name, note)
     _refuse_adapters(folder)

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 
 from turboesm_cli.errors import DeviceError
-from turboesm_cli.models.checkpoints import EMBEDDED, read_checkpoint
 from turboesm_cli.models import decoder_weights, esm2_weights
-from turboesm_cli.models.weights import Checkpoint
+from turboesm_cli.models.checkpoints import EMBEDDED, read_checkpoint
 from turboesm_cli.models.protocol import Model
+from turboesm_cli.models.weights import Checkpoint
 
 
 def load_model(name: str = EMBEDDED, device: str = "auto", dtype: torch.dtype = torch.float32) -> Model:

@@ -1,9 +1,9 @@
 """The language model's distribution over the next residue, and samples of it.
 
-An autoregressive model predicts the next token. ESM-2 predicts masked residues. For the residue at the next position `<mask>` is decoded there, the LM head's
-distribution is taken over the 20 amino acids, the mask is forgotten, and the residue that was given or sampled is
-decoded in its place (`tasks`). Two steps per residue, and no promise that sampled sequences are proteins: ESM-2
-was not trained to generate.
+An autoregressive model predicts the next token. ESM-2 predicts masked residues: for the residue at the next
+position `<mask>` is decoded there, the LM head's distribution is taken over the 20 amino acids, the mask is
+forgotten, and the residue that was given or sampled is decoded in its place (`tasks`). Two steps per residue, and
+no promise that sampled sequences are proteins: ESM-2 was not trained to generate.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ COLDEST = 1e-3
 @dataclass(frozen=True)
 class Sampling:
     """temperature 0 takes the most likely token; top_p keeps the likeliest tokens that make up this mass, top_k so
-    many of them, 0 all; at least one is always kept. repetition_penalty divides the logits of tokens that are there
-    already, those below 0 times it (Keskar et al., arXiv 1909.05858); 1 leaves them.
+    many of them, 0 all; at least one is always kept. repetition_penalty divides the logits of tokens that are
+    there already, those below 0 times it (Keskar et al., arXiv 1909.05858); 1 leaves them.
     """
 
     temperature: float = 1.0
@@ -74,10 +74,10 @@ def sample(alphabet: Alphabet, logits: Tensor, chances: Tensor, sampling: Sampli
 
 
 def sample_tokens(logits: Tensor, chances: Tensor, sampling: Sampling, there: Tensor | None = None) -> Tensor:
-    """One token id int64 [B] for each row of logits float32 [B, V] by random numbers [B] in 0..1; -inf is never taken.
+    """One token id int64 [B] for each row of logits float32 [B, V] by random numbers [B] in 0..1; never one of -inf.
 
-    there [B, V] bool: tokens that the sequence has already, for the penalty. The order of penalty, temperature, top
-    k and top p is that of transformers' `generate`. Nothing is synchronized: safe in a CUDA graph.
+    there [B, V] bool: tokens that the sequence has already, for the penalty. The order of penalty, temperature,
+    top k and top p is that of transformers' `generate`. Nothing is synchronized: safe in a CUDA graph.
     """
     if there is not None:
         less = torch.where(logits > 0, logits / sampling.repetition_penalty, logits * sampling.repetition_penalty)

@@ -73,7 +73,9 @@ def check_shape(shape: Shape, where: Path) -> None:
     if any(size <= 0 for size in named.values()) or (shape.own_parameters or 0) > 2**40:
         raise ModelError(f"{where}: a size below 1, or over a million million weights: {named}")
     if shape.heads % shape.key_value_heads:
-        raise ModelError(f"{where}: {shape.heads} query heads do not share {shape.key_value_heads} key/value heads")
+        raise ModelError(
+            f"{where}: {shape.heads} query heads do not share {shape.key_value_heads} key/value heads"
+        )
     if (shape.own_head_dim is None and shape.width % shape.heads) or shape.head_dim % 2:
         raise ModelError(f"{where}: width {shape.width} does not split into {shape.heads} heads of even size")
     if not SMALLEST_HEAD <= shape.head_dim <= LARGEST_HEAD:

@@ -44,9 +44,7 @@ LANGUAGE = (
 """Of the distribution over the next residue, the 20 amino acids."""
 
 LANGUAGE_OF_TOKENS = tuple(
-    replace(
-        metric, name=metric.name.replace("residue", "token"), title=metric.title.replace("residues", "tokens")
-    )
+    replace(metric, name=metric.name.replace("residue", "token"), title=metric.title.replace("residues", "tokens"))
     for metric in LANGUAGE
 )
 """Of the distribution of an autoregressive model over the next token, all of its tokens."""

@@ -46,8 +46,8 @@ def rotate(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """q [B, H, T, d] (scaled), k (both after RoPE), v [B, K, T, d] of a joint projection [B, T, (H + 2 K) d].
 
-    That is dense, and v is a view of it. rope float32 [T', d], starts int32 [B]: the positions of the first tokens,
-    rows of it. One launch, nothing synchronized.
+    That is dense, and v is a view of it. rope float32 [T', d], starts int32 [B]: the positions of the first
+    tokens, rows of it. One launch, nothing synchronized.
     """
     (batch, tokens, _), dim = joint.shape, joint.shape[-1] // (heads + 2 * shared)
     flat = joint.view(batch, tokens, heads + 2 * shared, dim)

@@ -71,6 +71,9 @@ FORMATS = {
     )
 }
 
+PEERS = (*(name for name in FORMATS if name != "fp32"), "int4", "quanto4", "quanto2")
+"""Names of what accuracy is compared with: see `evaluation.peers`."""
+
 PACKED = "packed"
 KINDS = (*FORMATS, PACKED)
 """All kinds of cache, by the names that the command line takes."""

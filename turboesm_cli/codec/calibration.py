@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from turboesm_cli.codec.bundle import Bundle, Calibration, check_storable, sequence_key
-from turboesm_cli.codec.fit import fit
+from turboesm_cli.codec.fit import MOST_TOKENS, fit
 from turboesm_cli.codec.recipes import Recipe
 from turboesm_cli.console import Tick
 from turboesm_cli.models.protocol import Model
@@ -13,6 +14,7 @@ from turboesm_cli.outputs.work import NOTHING_KEPT, Work
 from turboesm_cli.sequences.fasta import Protein, digest
 from turboesm_cli.statistics.accumulators import Statistics
 from turboesm_cli.statistics.collect import collect
+from turboesm_cli.statistics.sinks import choose_sinks
 
 
 def calibrate(
@@ -27,6 +29,18 @@ def calibrate(
     return bundle_of(model, proteins, collect(model, proteins, tick=tick, work=work), recipe)
 
 
+def adapted(model: Model, proteins: Sequence[Protein], recipe: Recipe) -> Recipe:
+    """The recipe with what depends on the model: sinks of an autoregressive one, and whether layer 0 keeps tokens.
+
+    A vocabulary may be too large for that: then layer 0 is coded, as it is without.
+    """
+    if len(model.alphabet) > MOST_TOKENS:
+        recipe = replace(recipe, exact_first=False)
+    if model.causal and recipe.metric == "sensitivity":
+        recipe = replace(recipe, sinks=choose_sinks(model, proteins, least=1))
+    return recipe
+
+
 def bundle_of(model: Model, proteins: Sequence[Protein], statistics: Statistics, recipe: Recipe) -> Bundle:
     """The bundle of statistics that were collected over `proteins`."""
     return Bundle(
@@ -39,7 +53,7 @@ def bundle_of(model: Model, proteins: Sequence[Protein], statistics: Statistics,
             statistics.tokens,
             frozenset(sequence_key(protein) for protein in proteins),
         ),
-        fit(model, statistics, recipe),
+        fit(model, statistics, adapted(model, proteins, recipe)),
         model.family,
         model.alphabet,
     )

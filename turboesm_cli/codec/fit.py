@@ -123,13 +123,33 @@ def _sizes(model: Model, statistics: Statistics, recipe: Recipe) -> list[tuple[i
     errors: list[list[float]] = []
     for index in coded:
         moments = layer_moments(model, statistics, index, recipe)
-        errors += [_errors_by_size(side, moments[side], recipe) for side in SIDES]
+        for side in SIDES:
+            expected = _errors_by_size(side, moments[side], recipe)
+            ratio = _coupling(model, statistics, index, side, moments[side], expected, recipe)
+            errors.append([ratio * error for error in expected])
     if not errors:  # one layer, and it keeps tokens
         return []
     lanes = lanes_for(head_dim)
     budget = model.shape.layers * head_dim * (recipe.bits_k + recipe.bits_v) / BYTE
     sizes = [lanes * steps for steps in bit_allocation.share_out(errors, int(budget / lanes))]
     return list(zip(sizes[::2], sizes[1::2], strict=True))
+
+
+def _coupling(
+    model: Model,
+    statistics: Statistics,
+    index: int,
+    side: Side,
+    moments: Moments,
+    expected: list[float],
+    recipe: Recipe,
+) -> float:
+    """How many times its expected error a code adds, by each held token's own gradients; 1 where there are none."""
+    if not statistics.held.gradients:
+        return 1.0
+    nbytes = side_bytes(model.shape.head_dim, recipe.bits(side), recipe)
+    predicted = _predict(model, statistics, index, fit_side(side, moments, nbytes, recipe), recipe)
+    return predicted / max(expected[nbytes // lanes_for(model.shape.head_dim)], 1e-30)
 
 
 def _errors_by_size(side: Side, moments: Moments, recipe: Recipe) -> list[float]:
@@ -158,13 +178,19 @@ def _candidates(side: Side, moments: Moments, nbytes: int, recipe: Recipe) -> di
 
 
 def _predict(model: Model, statistics: Statistics, index: int, spec: SideSpec, recipe: Recipe) -> float:
-    """What a code is expected to add to the mean 1 - cosine: E[e^T S e] over tokens held back, S sensitivity."""
+    """What a code is expected to add to the mean 1 - cosine: E[e^T S e] over tokens held back, S sensitivity.
+
+    Where each token's own gradients g are known, E[(g . e)^2] / 2: the errors are largest where much depends on them.
+    """
     held = statistics.held
     body = held.positions >= recipe.sinks
     vectors = held.keys[index] if spec.side == "k" else held.values[index]
     x = vectors[body].transpose(0, 1)[None]
     rope = Rope.at(held.positions[body], model.inverse_frequencies.cpu())
     error = (roundtrip(x, spec, rope) - x)[0]
+    if held.gradients:
+        own = held.gradients[2 * index + SIDES.index(spec.side)][body]
+        return float(torch.einsum("hnd,nkhd->nkh", error, own).square().sum(-1).mean()) / 2
     cost = _quadratic(error, statistics.sensitivity.metric(index, spec.side).float())
     return float(cost.sum(0).mean())
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from turboesm_cli import console
-from turboesm_cli.cache.formats import FORMATS
+from turboesm_cli.cache.formats import PEERS
 from turboesm_cli.commands import options
 from turboesm_cli.commands.ablation import ablation
 from turboesm_cli.commands.checks import Command, Group, check_room, refuse_options
@@ -60,11 +60,15 @@ def accuracy(
     families: options.Families = options.EVERY_FAMILY,
     recipes: Annotated[
         str,
-        typer.Option(
-            help="Recipes by comma; NAME@BITS or NAME@BITS_K/BITS_V sets a budget. "
-            f"Dense caches too: {', '.join(name for name in FORMATS if name != 'fp32')}.",
-        ),
+        typer.Option(help="Recipes by comma; NAME@BITS or NAME@BITS_K/BITS_V sets a budget."),
     ] = "paper,flat,auto@2,auto",
+    peers: Annotated[
+        str,
+        typer.Option(
+            help=f"What others do, by comma, or all: {', '.join(PEERS)}; for accuracy and memory.",
+            show_default=False,
+        ),
+    ] = "",
     bundle: options.BundleFiles = None,
     output: Annotated[Path, typer.Option("--output", "-o", help="Figures, as CSV.")] = Path("bench.csv"),
     calibration: options.Calibration = None,
@@ -93,10 +97,9 @@ def accuracy(
         what = f"it applies to `bench` alone; see `bench {ctx.invoked_subcommand} --help` for what that takes"
         refuse_options(ctx, list(ctx.params), what)
         return
-    named, formats = _split_recipes(recipes)
+    named, formats = _split_recipes(recipes, peers)
     if bundle and named:
-        refuse_options(ctx, ("recipes",), "--bundle takes the place of recipes: name dense caches alone beside it")
-        formats = []
+        refuse_options(ctx, ("recipes",), "--bundle takes the place of recipes: name others with --peers")
     check_room()
     from turboesm_cli.reporting.results import to_records, write_csv
 
@@ -167,11 +170,15 @@ def _refuse_twins(entries: list[Entry]) -> None:
             raise InputError(f"recipe {name} K{bits_k:g} V{bits_v:g} is there twice; measure one at a time")
 
 
-def _split_recipes(names: str) -> tuple[str, list[str]]:
-    """Recipes, and the dense formats named among them."""
+def _split_recipes(names: str, peers: str) -> tuple[str, list[str]]:
+    """Recipes, and peers: those named as such, and among the recipes."""
     parts = list(dict.fromkeys(filter(None, names.split(","))))
-    dense = [name for name in parts if name in FORMATS]
-    return ",".join(name for name in parts if name not in dense), dense
+    others = list(PEERS) if peers == "all" else list(filter(None, peers.split(",")))
+    unknown = [name for name in others if name not in PEERS]
+    if unknown:
+        raise InputError(f"--peers {unknown[0]}: name some of {', '.join(PEERS)}, or all")
+    found = dict.fromkeys([*(name for name in parts if name in PEERS), *others])
+    return ",".join(name for name in parts if name not in PEERS), list(found)
 
 
 def _recipes(names: str) -> dict[str, Recipe]:

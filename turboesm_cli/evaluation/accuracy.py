@@ -20,8 +20,6 @@ import platformdirs
 import torch
 
 from turboesm_cli import __version__
-from turboesm_cli.cache.dense import DenseCodec
-from turboesm_cli.cache.formats import FORMATS
 from turboesm_cli.cache.packed import PackedCodec, bytes_per_sequence, codec_nbytes, dense_bytes_per_sequence
 from turboesm_cli.codec.bundle import Bundle, read_bundle, seen, write_bundle
 from turboesm_cli.codec.calibration import bundle_of
@@ -31,6 +29,7 @@ from turboesm_cli.console import Tick
 from turboesm_cli.engine.jobs import new_cache
 from turboesm_cli.errors import BundleError, InputError, OutputError
 from turboesm_cli.evaluation import metrics, timing
+from turboesm_cli.evaluation.peers import peer, peer_nbytes
 from turboesm_cli.evaluation.protein_results import ProteinResult
 from turboesm_cli.evaluation.rows import Context
 from turboesm_cli.evaluation.teacher_forced import DRIFT, compare_decoding, first_layer_cosines
@@ -103,10 +102,10 @@ def accuracy(
     formats: Sequence[str] = (),
     work: Work = NOTHING_KEPT,
 ) -> Iterator[ResultRow]:
-    """Rows of the protocols decode and drift: families, proteins, all; `formats` of dense caches."""
+    """Rows of the protocols decode and drift: families, proteins, all; `formats`: names of `peers`."""
     context = Context(model, devices=work.devices)
     codecs: dict[str, Codec] = {entry.name: PackedCodec(entry.spec, model.device) for entry in entries}
-    codecs |= {name: DenseCodec(FORMATS[name]) for name in formats}
+    codecs |= {name: peer(name) for name in formats}
     recipes: dict[str, Recipe | str] = {entry.name: entry.spec.recipe for entry in entries}
     recipes |= {name: name for name in formats}
     by_name: dict[str, list[ProteinResult]] = {name: [] for name in (DRIFT, *codecs)}
@@ -151,12 +150,12 @@ def first_layer(
 def memory(model: Model, entries: Sequence[Entry], formats: Sequence[str] = ()) -> Iterator[ResultRow]:
     """Rows of the protocol memory: bytes that a sequence holds at some lengths, everything counted, and ratios."""
     context = Context(model)
-    for tokens in MEMORY_LENGTHS:
+    for tokens in (length for length in MEMORY_LENGTHS if length <= (model.shape.context or length)):
         spec = entries[0].spec
         fp32 = dense_bytes_per_sequence(spec, tokens, torch.float32)
         dense = dict.fromkeys(("fp32", "fp16", *formats))
         held: list[tuple[Recipe | str, int]] = [
-            (name, FORMATS[name].nbytes(fp32 // 4, spec.head_dim)) for name in dense
+            (name, peer_nbytes(name, fp32 // 4, spec.head_dim)) for name in dense
         ]
         held += [(entry.spec.recipe, bytes_per_sequence(entry.spec, tokens)) for entry in entries]
         for recipe, nbytes in held:

@@ -9,9 +9,9 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from turboesm_cli import __version__
-from turboesm_cli.cache.formats import FORMATS
 from turboesm_cli.codec.recipes import Recipe
 from turboesm_cli.evaluation import metrics
+from turboesm_cli.evaluation.peers import peer_bits
 from turboesm_cli.evaluation.protein_results import ProteinResult
 from turboesm_cli.evaluation.streaming import RunningAgreement, RunningDivergence
 from turboesm_cli.models.protocol import Model
@@ -200,7 +200,7 @@ def _cells(name: str, results: Totals, drift: Totals) -> list[str]:
 
 def _identity(recipe: Recipe | str) -> tuple[str, float, float]:
     if isinstance(recipe, str):
-        bits = FORMATS[recipe].bits
+        bits = peer_bits(recipe)
         return recipe, bits, bits
     return recipe.name, recipe.bits_k, recipe.bits_v
 
@@ -249,8 +249,9 @@ def bench_tables(
         tables.append((title, [*columns, *(name for _, _, name in further)], lines))
     cost = []
     caches: list[Recipe | str] = list(dict.fromkeys(["fp32", "fp16", *recipes]))
+    longest = max((row.tokens for row in rows if row.protocol == "memory"), default=0)
     for cache in caches:
-        figures = [value(cache, "", "memory", name, 1024) for name in _MEMORY_METRICS]
+        figures = [value(cache, "", "memory", name, longest) for name in _MEMORY_METRICS]
         figures += [
             value(cache, "", "memory", "bytes_model_tables"),
             value(cache, "", "time", "us_per_token", 256),
@@ -258,7 +259,7 @@ def bench_tables(
         cost.append([_label(cache), *map(_number, figures)])
     columns = [
         "cache",
-        "bytes at 1024 tokens",
+        f"bytes at {longest} tokens",
         "bits per value",
         "x fp32",
         "x fp16",

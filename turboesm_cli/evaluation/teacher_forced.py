@@ -49,8 +49,8 @@ def compare_decoding(
 ) -> Iterator[tuple[str, ProteinResult]]:
     """Each protein decoded with each codec against the same decode with an fp32 cache, teacher-forced.
 
-    Yields (codec's name, result), batch after batch, and for an encoder under DRIFT the fp32 decode against encoding
-    the whole protein with ESM-2, of which hidden states alone are compared: ESM-2's own distribution over a residue,
+    Yields (codec's name, result), batch after batch, and for an encoder under DRIFT the fp32 decode against
+    encoding the whole protein, of which hidden states alone are compared: ESM-2's own distribution over a residue,
     which must not see it, would take a pass per residue. `work` keeps each batch's results of each codec; `tick`
     hears of each result.
     """

@@ -71,7 +71,7 @@ class Alphabet:
         return len(self.front(protein)) + protein.residues + 1
 
     def prompt_length(self, protein: Protein, residues: int | None = None) -> int:
-        """How many of a whole protein's tokens its front and first `residues` residues take, or all but its end."""
+        """How many of a whole protein's tokens its front and first residues are; None: all but its end."""
         return len(self.front(protein)) + (
             protein.residues if residues is None else min(residues, protein.residues)
         )

@@ -65,7 +65,8 @@ def _weights(layout: Layout) -> dict[str, Tensor]:
             at = f"layers.{index}"
             for name, out, into in (
                 ("self_attn.q_proj", own, width), ("self_attn.k_proj", few, width),
-                ("self_attn.v_proj", few, width), ("self_attn.o_proj", width, own), ("mlp.gate_proj", inner, width), ("mlp.up_proj", inner, width),
+                ("self_attn.v_proj", few, width), ("self_attn.o_proj", width, own),
+                ("mlp.gate_proj", inner, width), ("mlp.up_proj", inner, width),
                 ("mlp.down_proj", width, inner),
             ):  # fmt: skip
                 matrix(f"{at}.{name}", out, into)

@@ -74,7 +74,7 @@ def sample(alphabet: Alphabet, logits: Tensor, chances: Tensor, sampling: Sampli
 
 
 def sample_tokens(logits: Tensor, chances: Tensor, sampling: Sampling, there: Tensor | None = None) -> Tensor:
-    """One token id int64 [B] for each row of logits float32 [B, V] by random numbers [B] in 0..1; never one of -inf.
+    """One token id int64 [B] for each row of logits float32 [B, V] by random numbers [B] in 0..1; none of -inf.
 
     there [B, V] bool: tokens that the sequence has already, for the penalty. The order of penalty, temperature,
     top k and top p is that of transformers' `generate`. Nothing is synchronized: safe in a CUDA graph.

@@ -64,20 +64,23 @@ def stacked(layers: Sequence[LayerSums]) -> dict[str, Tensor]:
 class Sample:
     """Keys (after RoPE) and values of the tokens with the smallest hashes, ascending.
 
-    hashes int64 [S]; positions int64 [S]; keys, values float32, one [S, H, d] a layer.
+    hashes int64 [S]; positions int64 [S]; keys, values float32, one [S, H, d] a layer. Of an autoregressive model
+    `gradients` float32 [S, draws, H, d] too, two a layer, keys' and values' (see `sensitivity`); else ().
     """
 
     hashes: Tensor
     positions: Tensor
     keys: tuple[Tensor, ...]
     values: tuple[Tensor, ...]
+    gradients: tuple[Tensor, ...] = ()
 
     @classmethod
-    def empty(cls, shape: Shape) -> Sample:
-        """No tokens of a model of this shape."""
-        none = torch.zeros(0, dtype=torch.int64)
-        vectors = (torch.zeros(0, shape.key_value_heads, shape.head_dim),) * shape.layers
-        return cls(none, none, vectors, vectors)
+    def empty(cls, shape: Shape, draws: int = 0) -> Sample:
+        """No tokens of a model of this shape; with gradients where there are draws."""
+        none, size = torch.zeros(0, dtype=torch.int64), (shape.key_value_heads, shape.head_dim)
+        vectors = (torch.zeros(0, *size),) * shape.layers
+        gradients = (torch.zeros(0, draws, *size),) * (2 * shape.layers if draws else 0)
+        return cls(none, none, vectors, vectors, gradients)
 
     @classmethod
     def of(cls, tensors: Mapping[str, Tensor], layers: int) -> Sample:
@@ -85,13 +88,16 @@ class Sample:
         keys, values = (
             tuple(tensors[f"{name}.{layer}"] for layer in range(layers)) for name in ("keys", "values")
         )
-        return cls(tensors["hashes"], tensors["positions"], keys, values)
+        names = [f"gradients.{index}" for index in range(2 * layers)]
+        gradients = tuple(tensors[name] for name in names if name in tensors)
+        return cls(tensors["hashes"], tensors["positions"], keys, values, gradients)
 
     @property
     def tensors(self) -> dict[str, Tensor]:
         """By name, to be saved."""
         vectors = {f"keys.{layer}": x for layer, x in enumerate(self.keys)}
         vectors |= {f"values.{layer}": x for layer, x in enumerate(self.values)}
+        vectors |= {f"gradients.{index}": x for index, x in enumerate(self.gradients)}
         return {"hashes": self.hashes, "positions": self.positions, **vectors}
 
     def merged(self, other: Sample, size: int) -> Sample:
@@ -99,9 +105,13 @@ class Sample:
         hashes, order = torch.sort(torch.cat((self.hashes, other.hashes)), stable=True)
         order = order[:size]
         positions = torch.cat((self.positions, other.positions))[order]
-        keys = tuple(torch.cat(pair)[order] for pair in zip(self.keys, other.keys, strict=True))
-        values = tuple(torch.cat(pair)[order] for pair in zip(self.values, other.values, strict=True))
-        return Sample(hashes[:size], positions, keys, values)
+        keys, values, gradients = (
+            tuple(torch.cat(pair)[order] for pair in zip(own, others, strict=True))
+            for own, others in (
+                (self.keys, other.keys), (self.values, other.values), (self.gradients, other.gradients)
+            )
+        )  # fmt: skip
+        return Sample(hashes[:size], positions, keys, values, gradients)
 
 
 @dataclass(frozen=True)

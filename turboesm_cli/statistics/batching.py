@@ -52,8 +52,8 @@ def check_context(protein: Protein, tokens: int, shape: Shape) -> None:
     if shape.context is not None and tokens > shape.context:
         where = f"{protein.source}: record {protein.record} ({protein.accession})"
         raise InputError(
-            f"{where}: {tokens:,} tokens, control tokens counted, and the model takes {shape.context:,}; cut it, or "
-            "remove it"
+            f"{where}: {tokens:,} tokens, control tokens counted, and the model takes {shape.context:,}; cut "
+            "or remove it"
         )
 
 

@@ -36,7 +36,7 @@ from turboesm_cli.statistics.accumulators import (
     stacked,
 )
 from turboesm_cli.statistics.batching import batches, digest, hold_back, prompt_lengths, to_tokens, visible_keys
-from turboesm_cli.statistics.sensitivity import Sensitivity, measure
+from turboesm_cli.statistics.sensitivity import DRAWS, MOST_TOKENS, Sensitivity, measure
 
 BACKWARD_TOKENS = 512
 """Tokens of a batch at most where gradients are taken."""
@@ -58,7 +58,7 @@ def collect(
         raise InputError("no proteins to calibrate on; name a FASTA file with at least one")
     fitted, held = hold_back(proteins)
     size = sample_size(model.shape.head_dim)
-    kept, kept_held = _Keeper(model.shape, size), _Keeper(model.shape, size // HELD_PART)
+    kept, kept_held = _Keeper(model.shape, size), _Keeper(model.shape, size // HELD_PART, DRAWS * model.causal)
     todo = list(batches(fitted, tokens_per_batch, model.alphabet))
     sums = _added_up(partial(_sum_batch, model), todo, kept, work.under("fitted"), tick)
     todo = list(batches(held, min(tokens_per_batch, BACKWARD_TOKENS), model.alphabet))
@@ -114,8 +114,8 @@ def _tokens_of(measure: Measure, batch: Sequence[Protein], limit: int) -> Tensor
 class _Keeper:
     """The tokens with the smallest hashes so far; merges only now and then, since a merge copies them all."""
 
-    def __init__(self, shape: Shape, size: int) -> None:
-        self._kept, self._size, self.layers = Sample.empty(shape), size, shape.layers
+    def __init__(self, shape: Shape, size: int, draws: int = 0) -> None:
+        self._kept, self._size, self.layers = Sample.empty(shape, draws), size, shape.layers
         self._pending: list[Sample] = []
 
     @property
@@ -139,13 +139,24 @@ class _Keeper:
 
 def _measure_batch(model: Model, proteins: Sequence[Protein], limit: int) -> tuple[Tensors, Sample]:
     """Gradients of a batch, and of its tokens with hashes up to `limit` those with the smallest."""
-    found = measure(model, proteins)
-    return {"gram": found.gram, "tokens": torch.tensor(found.tokens)}, _sum_batch(model, proteins, limit)[1]
+    found, gradients = measure(model, proteins)
+    longest = MOST_TOKENS if gradients else None
+    sample = _sum_batch(model, proteins, limit, gradients, longest)[1]
+    return {"gram": found.gram, "tokens": torch.tensor(found.tokens)}, sample
 
 
-def _sum_batch(model: Model, proteins: Sequence[Protein], limit: int) -> tuple[Tensors, Sample]:
-    """Sums over a batch, and of its tokens with hashes up to `limit` those with the smallest."""
-    tokens = to_tokens(proteins, model)
+def _sum_batch(
+    model: Model,
+    proteins: Sequence[Protein],
+    limit: int,
+    gradients: Sequence[Tensor] = (),
+    longest: int | None = None,
+) -> tuple[Tensors, Sample]:
+    """Sums over a batch, and of its tokens with hashes up to `limit` those with the smallest.
+
+    `gradients` [B, T, ...] of the tokens go with them; `longest`: proteins are cut here.
+    """
+    tokens = to_tokens(proteins, model)[:, :longest]
     real = model.alphabet.real(tokens)
     hashes = _hashes(proteins, tokens.shape[1]).to(model.device)[real]
     order = hashes.argsort()[: sample_size(model.shape.head_dim)]
@@ -165,7 +176,8 @@ def _sum_batch(model: Model, proteins: Sequence[Protein], limit: int) -> tuple[T
     with torch.no_grad():
         encode(model, tokens, attend)
     positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)[real]
-    return stacked(layers), Sample(hashes[order].cpu(), positions[order].cpu(), tuple(keys), tuple(values))
+    own = tuple(gradient[real][order].float().cpu() for gradient in gradients)
+    return stacked(layers), Sample(hashes[order].cpu(), positions[order].cpu(), tuple(keys), tuple(values), own)
 
 
 def _pick(x: Tensor, real: Tensor) -> Tensor:

@@ -60,20 +60,42 @@ class Sensitivity:
         return self.gram[layer, SIDES.index(side)] / (2 * self.tokens)
 
 
-def measure(model: Model, proteins: Sequence[Protein]) -> Sensitivity:
-    """Gradients over a batch of proteins, with prompts as in `prompt_lengths`."""
+def measure(model: Model, proteins: Sequence[Protein]) -> tuple[Sensitivity, list[Tensor]]:
+    """Gradients over a batch of proteins, with prompts as in `prompt_lengths`; an autoregressive model's one by one.
+
+    Those are [B, T, DRAWS, K, d], two a layer.
+    """
     tokens = to_tokens(proteins, model)[:, :MOST_TOKENS]
     prompts = prompt_lengths(proteins, tokens.shape[1], model)
     decoded = model.alphabet.real(tokens) & ~in_prompt(prompts, tokens)
     unit, zeros, energy = _unit_hidden(model, tokens, prompts)
     total = torch.zeros((), dtype=torch.float64)
+    each: list[tuple[Tensor, ...]] = []
     for draw, u in enumerate(_draws(proteins, unit, model.alphabet)):
         loss = (unit * u * decoded[..., None]).sum()
         gradients = torch.autograd.grad(loss, zeros, retain_graph=draw + 1 < DRAWS)
         if model.causal:
+            each.append(gradients)
             gradients = tuple(g * n.sqrt()[..., None] for g, n in zip(gradients, energy, strict=True))
         total = total + torch.stack([_outer(g[:, :, 1:]) for g in gradients])  # the first is a sink: never coded
-    return Sensitivity(total.unflatten(0, (-1, 2)), int(decoded.sum()) * DRAWS)
+    apart = [torch.stack(draws, 1).movedim(3, 1) for draws in zip(*each, strict=True)]
+    return Sensitivity(total.unflatten(0, (-1, 2)), int(decoded.sum()) * DRAWS), apart
+
+
+def cost_by_position(model: Model, proteins: Sequence[Protein]) -> Tensor:
+    """What an error in proportion to a token's own vectors costs, summed over layers, float64 [T], in any unit."""
+    total = torch.zeros(MOST_TOKENS, dtype=torch.float64)
+    seen = torch.zeros(MOST_TOKENS)
+    for protein in proteins:
+        tokens = to_tokens([protein], model)[:, :MOST_TOKENS]
+        count = tokens.shape[1]
+        unit, zeros, energy = _unit_hidden(model, tokens, [0])
+        for u in _draws([protein], unit, model.alphabet):
+            gradients = torch.autograd.grad((unit * u).sum(), zeros, retain_graph=True)
+            for gradient, own in zip(gradients, energy, strict=True):
+                total[:count] += (gradient.square().sum(-1) * own).sum((0, 1)).double().cpu()
+        seen[:count] += 1
+    return (total / seen.clamp_min(1))[seen > 0]
 
 
 def _draws(proteins: Sequence[Protein], unit: Tensor, alphabet: Alphabet) -> Tensor:
@@ -91,14 +113,14 @@ def _unit_hidden(
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     """h / |h| of decoding, [B, T, E], and zeros added to k and v of each layer in turn, to differentiate by.
 
-    Beside them the energy n^2 / E[n^2] of those k and v, [B, K, T]; the first token counts for nothing. Prompts attend to what they computed, not to what the cache gives back: no zeros for them.
+    Beside them the energy n^2 / E[n^2] of those k and v, [B, K, T], the mean without the first token.
+    Prompts attend to what they computed, not to what the cache gives back: no zeros for them.
     """
     visible = visible_keys(prompts, tokens)
     exact = in_prompt(prompts, tokens)[:, None, :, None]
     zeros: list[Tensor] = []
     energy: list[Tensor] = []
     rope, real = rope_at(model, 0, tokens.shape[1]), model.alphabet.real(tokens)[:, None, :, None]
-    real = real & (torch.arange(tokens.shape[1], device=tokens.device) > 0)[:, None]
 
     def attend(_layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         energy.extend(_energy(x.detach(), real) for x in (rope.rotate_back(k), v))
@@ -116,10 +138,11 @@ def _unit_hidden(
 
 def _energy(x: Tensor, real: Tensor) -> Tensor:
     """Squared distances [B, K, T] of vectors [B, K, T, d] from each head's mean, over their mean; 0 of padding."""
-    count = real.sum().clamp_min(1)
-    mean = (x * real).sum((0, 2), keepdim=True) / count
+    rest = real[:, :, 1:]
+    count = rest.sum().clamp_min(1)
+    mean = (x[:, :, 1:] * rest).sum((0, 2), keepdim=True) / count
     squares = ((x - mean).square().sum(-1) * real[..., 0]).float()
-    return squares / (squares.sum((0, 2), keepdim=True) / count).clamp_min(1e-30)
+    return squares / (squares[:, :, 1:].sum((0, 2), keepdim=True) / count).clamp_min(1e-30)
 
 
 def _outer(gradient: Tensor) -> Tensor:

@@ -28,6 +28,8 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 """By the names that Hugging Face's configurations give them."""
 
+TANH_GELU = {"gelu_new", "gelu_pytorch_tanh"}
+
 
 class Linear(NamedTuple):
     """Weight [out, in] and bias [out] or None."""
@@ -57,7 +59,7 @@ class Block:
     """A layer's weights.
 
     norm      before attention
-    joint     queries, keys and values beside each other, [(H + 2 K) d, E]
+    joint     queries (scaled), keys and values beside each other, [(H + 2 K) d, E]
     out       attention's output projection
     mlp_norm  before the feed-forward part; None where that runs beside attention, on the same input
     up        its first matrix; where it is `gated`, gate and value below each other
@@ -149,22 +151,33 @@ class Decoder:
         heads, shared = self.shape.heads, self.shape.key_value_heads
         x = joint.unflatten(-1, (heads + 2 * shared, -1)).transpose(1, 2)
         q, k, v = x.split((heads, shared, shared), 1)
-        return q * self.shape.head_dim**-0.5, k, v
+        return q, k, v
 
     def joint_projection(self, layer: int) -> tuple[Tensor, Tensor | None]:
         """Weight [(H + 2 K) d, E] and bias of queries, keys and values."""
         return self.blocks[layer].joint
+
+    @property
+    def query_scale(self) -> float:
+        """1: the weights are scaled."""
+        return 1.0
 
     def after_attention(self, layer: int, x: Tensor, attended: Tensor) -> Tensor:
         """The layer's output [B, T, E]."""
         own = self.blocks[layer]
         added = x + own.out(attended.transpose(1, 2).flatten(2))
         before = own.norm(x) if own.mlp_norm is None else own.mlp_norm(added)
-        inner, activation = own.up(before), ACTIVATIONS[self.activation]
         if self.gated:
-            gate, value = inner.chunk(2, -1)
-            return added + own.down(activation(gate) * value)
-        return added + own.down(activation(inner))
+            gate, value = own.up(before).chunk(2, -1)
+            return added + own.down(ACTIVATIONS[self.activation](gate) * value)
+        return added + own.down(self._activated(own.up, before))
+
+    def _activated(self, up: Linear, x: Tensor) -> Tensor:
+        """The activation of a product; on a GPU cuBLAS applies GELU's tanh form as it writes the product."""
+        if x.is_cuda and up.bias is not None and self.activation in TANH_GELU:
+            flat = torch._addmm_activation(up.bias, x.flatten(0, 1), up.weight.T, use_gelu=True)
+            return flat.unflatten(0, x.shape[:2])
+        return ACTIVATIONS[self.activation](up(x))
 
     def finish(self, x: Tensor) -> Tensor:
         """Final hidden states [B, T, E]."""

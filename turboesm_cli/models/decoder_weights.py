@@ -15,6 +15,7 @@ from turboesm_cli.errors import ModelError
 from turboesm_cli.models.alphabet import Alphabet
 from turboesm_cli.models.decoder import Block, Decoder, Linear, Norm
 from turboesm_cli.models.decoder_config import Layout
+from turboesm_cli.models.shapes import Shape
 from turboesm_cli.models.weights import same
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -114,6 +115,7 @@ def build(found: DecoderCheckpoint) -> Decoder:
         layout.activation, gated, found.is_random, found.note,
     )  # fmt: skip
     weights.finish()
+    model = replace(model, blocks=tuple(_with_scaled_queries(block, layout.shape) for block in model.blocks))
     shape = replace(layout.shape, own_parameters=sum(x.numel() for _, x in _tensors(model, "", {})))
     return replace(model, shape=shape, fingerprint=_fingerprint(model))
 
@@ -191,6 +193,16 @@ def _llama(weights: _Weights, layout: Layout, index: int) -> Block:
         _below(mlp),
         weights.linear(f"{at}.mlp.down_proj", width, layout.inner, layout.mlp_bias),
     )
+
+
+def _with_scaled_queries(block: Block, shape: Shape) -> Block:
+    """The block with queries multiplied by d^-1/2 once and for all, in float32 at least."""
+    rows = torch.ones(len(block.joint.weight), device=block.joint.weight.device)
+    rows[: shape.heads * shape.head_dim] = shape.head_dim**-0.5
+    weight, bias = block.joint
+    weight, bias = (None if x is None else x if x.dtype == torch.float64 else x.float() for x in (weight, bias))
+    assert weight is not None
+    return replace(block, joint=Linear(weight * rows[:, None], None if bias is None else bias * rows))
 
 
 def _below(parts: list[Linear]) -> Linear:

@@ -122,6 +122,11 @@ class EsmModel:
         weight, bias = (_join(linears, name) for name in ("weight", "bias"))
         return weight, bias
 
+    @property
+    def query_scale(self) -> float:
+        """Of the joint projection's queries."""
+        return float(self.shape.head_dim**-0.5)
+
     def after_attention(self, layer: int, x: Tensor, attended: Tensor) -> Tensor:
         """The layer's output [B, T, E]."""
         own = self.net.layers[layer]

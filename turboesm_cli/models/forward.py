@@ -290,7 +290,8 @@ class JointProjection:
 
     def __init__(self, model: Model, capacity: int) -> None:
         self._heads = (model.shape.heads, model.shape.key_value_heads)
-        self._scaling = model.shape.head_dim**-0.5
+        self._scaling = model.query_scale
+        self._turns = bool(model.inverse_frequencies.any())
         self._rope = rope_at(model, 0, capacity)
         self._starts = torch.zeros(0, dtype=torch.int32)
         self._weights = [model.joint_projection(layer) for layer in range(model.shape.layers)]
@@ -301,9 +302,15 @@ class JointProjection:
 
     def __call__(self, index: int, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """q [B, H, T, d] (scaled), k (both after RoPE) and v [B, K, T, d] of normed hidden states [B, T, E]."""
+        joint = F.linear(x, *self._weights[index])
+        if not self._turns and self._scaling == 1:
+            heads, shared = self._heads
+            q, k, v = (
+                joint.unflatten(-1, (heads + 2 * shared, -1)).transpose(1, 2).split((heads, shared, shared), 1)
+            )
+            return q, k, v
         from turboesm_kernels.rotary import rotate
 
-        joint = F.linear(x, *self._weights[index])
         return rotate(joint, *self._heads, self._scaling, self._rope, self._starts)
 
 

@@ -93,7 +93,12 @@ class Model(Hashable, Protocol):
         ...
 
     def joint_projection(self, layer: int) -> tuple[Tensor, Tensor | None]:
-        """Weight [(H + 2 K) d, E] and bias of queries (not scaled), keys, values; the own ones become views."""
+        """Weight [(H + 2 K) d, E] and bias of queries, keys, values; the model's own become views of them."""
+        ...
+
+    @property
+    def query_scale(self) -> float:
+        """What the joint projection's queries are still to be multiplied by."""
         ...
 
     def after_attention(self, layer: int, x: Tensor, attended: Tensor) -> Tensor:

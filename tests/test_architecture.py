@@ -100,7 +100,15 @@ def test_imports_go_down(path: Path) -> None:
         )
 
 
-FAMILIES_OWN = ("models.esm", "models.fair_esm", "models.hugging_face", "models.checkpoints", "models.weights")
+FAMILIES_OWN = (
+    "models.esm",
+    "models.fair_esm",
+    "models.decoder",
+    "models.random_decoders",
+    "models.hugging_face",
+    "models.checkpoints",
+    "models.weights",
+)
 
 
 @pytest.mark.parametrize("path", CODE, ids=module_of)

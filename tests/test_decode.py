@@ -193,10 +193,10 @@ def test_layer_0_follows_from_the_token(tiny: EsmModel, peptides: list[Protein])
 
     with torch.no_grad():
         forward.encode(tiny, tokens, observe)
-        keys, values = tiny.first_keys_values(tiny.unmasked_fraction(tokens))
-        rope = forward.rope_at(tiny, 0, tokens.shape[1])
-    assert torch.allclose(rope.rotate(keys[:, :, tokens[0]]), seen[0][0], atol=1e-5)
-    assert torch.allclose(values[:, :, tokens[0]], seen[0][1], atol=1e-5)
+        unmasked, rope = tiny.unmasked_fraction(tokens).view(-1), forward.rope_at(tiny, 0, tokens.shape[1])
+        keys, values = tiny.first_layer_tables().keys_values(tokens, unmasked, rope)
+    assert torch.allclose(keys, seen[0][0], atol=1e-5)
+    assert torch.allclose(values, seen[0][1], atol=1e-5)
 
 
 class CausalModel(EsmModel):

@@ -21,7 +21,7 @@ from turboesm_cli.codec.recipes import RECIPES, parse_recipe
 from turboesm_cli.commands.decode import Decoding
 from turboesm_cli.engine import batch as batches
 from turboesm_cli.engine.batch import Batch, Job, Stepper
-from turboesm_cli.engine.jobs import Prompt, run
+from turboesm_cli.engine.jobs import Prompt, rest_of, run
 from turboesm_cli.engine.tasks import Forced, Sampled
 from turboesm_cli.engine.workload import of_proteins
 from turboesm_cli.evaluation.comparison import compare
@@ -56,11 +56,11 @@ def cache_maker(model: EsmModel, specs: dict[str, CodecSpec], kind: str) -> NewC
 def jobs(calibration_proteins: list[Protein]) -> list[Job]:
     """Prompts of many lengths, one of `<cls>` alone after one with masks; they end at different times."""
     made = []
-    for protein, prompt in zip(calibration_proteins, PROMPTS, strict=False):
-        tokens = ESM2_ALPHABET.batch([protein.sequence])[0, : prompt + 3 + len(made) * 5 % 14]
+    for number, (protein, prompt) in enumerate(zip(calibration_proteins, PROMPTS, strict=False)):
+        tokens = ESM2_ALPHABET.batch([protein])[0, : prompt + 3 + len(made) * 5 % 14]
         if prompt in (4, 9):
             tokens[2] = ESM2_ALPHABET.mask
-        made.append(Job(tokens[:prompt], len(tokens) - prompt, tokens[prompt:]))
+        made.append(Job(tokens[:prompt], len(tokens) - prompt, tokens[prompt:], number=number))
     return made
 
 
@@ -301,8 +301,8 @@ def test_the_command_says_that_it_halved_the_batch(
     work = of_proteins(lambda: peptides[:9], lambda protein: 5, bundle)
     command = Decoding(bundle, tiny, work, NOTHING_KEPT, "packed", 4, work.longest)
     batch = command.batch(lambda slots: failing.of(tiny, slots, work.longest), lambda done=1: None)
-    done = run(batch, work.prompts, lambda prompt, found: found, NOTHING_KEPT)
-    accessions = [prompt.protein.accession for prompt, _ in done]
+    done = run(batch, rest_of(work.prompts), lambda prompt, found: found, NOTHING_KEPT)
+    accessions = [prompt.protein.accession for prompt, _, _ in done]
     assert accessions == [protein.accession for protein in peptides[:9]]
     assert "out of memory: the batch is halved to 2" in capsys.readouterr().err
 
@@ -314,10 +314,15 @@ def test_results_of_a_batch_are_compared_in_the_order_of_the_input(
     longest = max(protein.residues for protein in peptides[:8]) + 2
     batch = Batch(tiny, cache_maker(tiny, {}, "fp32"), lambda slots: Forced.of(tiny, slots, longest), 3, longest)
     found = list(
-        run(batch, lambda: prompts, lambda prompt, found: to_tensors(compare(tiny, prompt, found)), NOTHING_KEPT)
+        run(
+            batch,
+            rest_of(lambda: prompts),
+            lambda prompt, found: to_tensors(compare(tiny, prompt, found)),
+            NOTHING_KEPT,
+        )
     )
-    assert [prompt for prompt, _ in found] == prompts
-    assert all(held["0.cosines"].min() > 1 - 1e-6 for _, held in found)
+    assert [prompt for prompt, _, _ in found] == prompts
+    assert all(held["0.cosines"].min() > 1 - 1e-6 for _, _, held in found)
 
 
 def test_what_is_saved_is_not_decoded_again_and_takes_its_place_in_the_order(
@@ -332,13 +337,13 @@ def test_what_is_saved_is_not_decoded_again_and_takes_its_place_in_the_order(
             entered.append(number)
             super().enter(slot, number, job)
 
-    def all_of(work: Work) -> Iterator[tuple[Prompt, dict[str, Tensor]]]:
+    def all_of(work: Work) -> Iterator[tuple[Prompt, Job, dict[str, Tensor]]]:
         batch = Batch(
             tiny, cache_maker(tiny, {}, "fp32"), lambda slots: Counting.of(tiny, slots, longest), 2, longest
         )
-        return run(batch, lambda: prompts, lambda prompt, found: found, work)
+        return run(batch, rest_of(lambda: prompts), lambda prompt, found: found, work)
 
-    expected = [held["hidden"] for _, held in all_of(NOTHING_KEPT)]
+    expected = [held["hidden"] for _, _, held in all_of(NOTHING_KEPT)]
     with pytest.raises(KeyboardInterrupt), saved_work(tmp_path / "out", {}) as work:
         for _ in zip(range(3), all_of(work), strict=False):
             pass
@@ -348,8 +353,8 @@ def test_what_is_saved_is_not_decoded_again_and_takes_its_place_in_the_order(
         saved = {number for number in range(7) if str(number) in work}
         found = list(all_of(work))
     assert len(saved) >= 3 and set(entered) == set(range(7)) - saved
-    assert [prompt for prompt, _ in found] == prompts
-    for (_, held), hidden in zip(found, expected, strict=True):
+    assert [prompt for prompt, _, _ in found] == prompts
+    for (_, _, held), hidden in zip(found, expected, strict=True):
         assert torch.allclose(held["hidden"], hidden, atol=1e-5)
 
 
@@ -397,7 +402,7 @@ def test_residues_are_the_20_amino_acids(tiny: EsmModel) -> None:
         found = residue_logits(tiny, hidden)
     order = [ESM2_ALPHABET.vocabulary.index(letter) for letter in "ACDEFGHIKLMNPQRSTVWY"]
     assert torch.equal(found, whole[:, order])
-    tokens = torch.tensor(ESM2_ALPHABET.tokenize("AYXBUZO<mask>C"))
+    tokens = torch.tensor(ESM2_ALPHABET.tokenize(Protein("", "", "AYXBUZO<mask>C")))
     assert residue_indices(ESM2_ALPHABET, tokens).tolist() == [-1, 0, 19, -1, -1, -1, -1, -1, -1, 1, -1]
 
 

@@ -87,7 +87,7 @@ def jobs(calibration_proteins: list[Protein]) -> list[Job]:
     """Proteins of many lengths, prompts from `<cls>` alone to most of the protein."""
     made = []
     for index, protein in enumerate(calibration_proteins[:14]):
-        tokens = ESM2_ALPHABET.batch([protein.sequence])[0, : 12 + 11 * index]
+        tokens = ESM2_ALPHABET.batch([protein])[0, : 12 + 11 * index]
         prompt = 1 + 9 * index % (len(tokens) - 3)
         made.append(Job(tokens[:prompt], len(tokens) - prompt, tokens[prompt:]))
     return made

@@ -200,7 +200,7 @@ def test_bad_checkpoints_are_one_line_errors(
     [
         ({"model_type": "bert"}, "model_type"),
         ({"position_embedding_type": "absolute"}, "rotary"),
-        ({"num_hidden_layers": 10**9}, "no ESM-2"),
+        ({"num_hidden_layers": 10**9}, "no protein language model's"),
         ({"num_hidden_layers": "2"}, "whole numbers"),
         ({"hidden_size": 33}, "does not split"),
         ({"hidden_size": 64}, "no ESM-2 checkpoint"),
@@ -287,10 +287,30 @@ def test_random_weights_are_flagged() -> None:
     assert hidden.isfinite().all() and hidden.std() > 0.1
 
 
-def test_heads_of_keys_and_values_may_be_others_but_are_not_served_yet(tmp_path: Path) -> None:
+def test_heads_of_keys_and_values_may_be_others(tmp_path: Path) -> None:
     usual, grouped = Shape(2, 64, 4), Shape(2, 64, 8, own_head_dim=16, own_key_value_heads=2)
     assert (usual.head_dim, usual.key_value_heads) == (16, 4) and "own_head_dim" not in usual.as_dict()
     assert (grouped.head_dim, grouped.key_value_heads) == (16, 2) and Shape(**grouped.as_dict()) == grouped
     check_shape(usual, tmp_path)
-    with pytest.raises(ModelError, match="no family that is served yet"):
-        check_shape(grouped, tmp_path)
+    check_shape(grouped, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("shape", "reason"),
+    [
+        (Shape(2, 64, 8, own_key_value_heads=3), "8 query heads do not share 3 key/value heads"),
+        (Shape(2, 64, 8, own_key_value_heads=16), "8 query heads do not share 16 key/value heads"),
+        (Shape(2, 64, 8, own_key_value_heads=0), "a size below 1"),
+        (Shape(2, 64, 8, own_key_value_heads=True), "whole numbers"),
+        (Shape(2, 64, 8, own_head_dim=15), "heads of even size"),
+        (Shape(2, 64, 8, own_head_dim=-8), "a size below 1"),
+        (Shape(2, 64, 8, own_head_dim=512), "serves 8 to 256"),
+        (Shape(2, 64, 8, context=0), "a size below 1"),
+        (Shape(2, 64, 8, own_parameters=2**41), "over a million million weights"),
+        (Shape(2, 64, None), "whole numbers"),  # type: ignore[arg-type]
+        (Shape(None, 64, 8), "whole numbers"),  # type: ignore[arg-type]
+    ],
+)
+def test_sizes_that_no_model_has_are_refused(shape: Shape, reason: str, tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=reason):
+        check_shape(shape, tmp_path)

@@ -22,7 +22,7 @@ from turboesm_cli.cache.cache_file import CachedProtein, Packfile, write_packfil
 from turboesm_cli.cache.inventory import facts_of
 from turboesm_cli.codec import bundle
 from turboesm_cli.codec.bundle import read_bundle
-from turboesm_cli.commands import decode as decode_command
+from turboesm_cli.commands import generating
 from turboesm_cli.engine import prefill
 from turboesm_cli.errors import BundleError
 from turboesm_cli.outputs import archive
@@ -286,8 +286,8 @@ def test_as_many_calibration_proteins_as_are_taken_fit_a_manifest() -> None:
 def test_no_more_is_sampled_than_can_be_read(
     cap: int, said: str, tmp_path: Path, tiny_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(decode_command, "RECORD_CAP", cap)
-    monkeypatch.setattr(decode_command, "MAX_RESIDUES", 40)
+    monkeypatch.setattr(generating, "RECORD_CAP", cap)
+    monkeypatch.setattr(generating, "MAX_RESIDUES", 40)
     fasta = write_fasta(tmp_path / "p.fasta", 1)
     found = run("decode", BUNDLE, fasta, "--model", tiny_path, "--prompt", "all", "--generate", "41")
     assert found.exit_code == (3 if cap == 50 else 0) and said in found.stderr

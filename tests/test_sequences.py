@@ -503,7 +503,7 @@ def check_proteins(data: bytes, **policy: Any) -> None:
     assert len({protein.accession for protein in proteins}) == len(proteins)
     for protein in proteins:
         assert not set(protein.sequence.replace("<mask>", "")) - set(RESIDUES)
-        assert 1 <= protein.residues == len(ESM2_ALPHABET.tokenize(protein.sequence)) - 2
+        assert 1 <= protein.residues == len(ESM2_ALPHABET.tokenize(protein)) - 2
         assert protein.residues <= policy.get("max_residues", fasta.MAX_RESIDUES)
 
 
@@ -526,28 +526,32 @@ def test_vocabulary_is_that_of_fair_esm(alphabet: Any) -> None:
     assert ids == (own.start, own.padding, own.end, own.vocabulary.index("<unk>"), own.mask)
 
 
+def tokenized(sequence: str) -> list[int]:
+    return ESM2_ALPHABET.tokenize(Protein("", "", sequence))
+
+
 @given(sequence=st.lists(st.sampled_from([*RESIDUES, "-", ".", "<mask>"]), max_size=60).map("".join))
 @settings(deadline=None)
 def test_tokens_are_those_of_fair_esm(alphabet: Any, sequence: str) -> None:
     _, _, expected = alphabet.get_batch_converter()([("a", sequence)])
-    assert ESM2_ALPHABET.tokenize(sequence) == expected[0].tolist()
+    assert tokenized(sequence) == expected[0].tolist()
 
 
 def test_known_tokens() -> None:
-    assert ESM2_ALPHABET.tokenize("MK<mask>X") == [0, 20, 15, 32, 24, 2]
+    assert tokenized("MK<mask>X") == [0, 20, 15, 32, 24, 2]
     assert ESM2_ALPHABET.detokenize([0, 20, 15, 32, 24, 2, 1, 1]) == "MK<mask>X"
-    assert ESM2_ALPHABET.tokenize("") == [0, 2]
+    assert tokenized("") == [0, 2]
 
 
 @given(st.lists(st.integers(3, 32)))
 def test_detokenize_is_the_inverse(residues: list[int]) -> None:
-    assert ESM2_ALPHABET.tokenize(ESM2_ALPHABET.detokenize([0, *residues, 2, 1])) == [0, *residues, 2]
+    assert tokenized(ESM2_ALPHABET.detokenize([0, *residues, 2, 1])) == [0, *residues, 2]
 
 
 @pytest.mark.parametrize("sequence", ["MJK", "mk", "M<mask", "M<cls>", "M K", "M\n"])
 def test_what_is_no_token_is_refused(sequence: str) -> None:
     with pytest.raises(InputError, match="is no token of ESM-2"):
-        ESM2_ALPHABET.tokenize(sequence)
+        tokenized(sequence)
 
 
 def test_digest_is_of_the_multiset_of_sequences() -> None:

@@ -59,7 +59,7 @@ def fasta(data: bytes) -> None:
     assert len({protein.accession for protein in proteins}) == len(proteins)
     assert not (policy.strict and (report.mended or report.rejects))
     for protein in proteins:
-        assert 1 <= protein.residues == len(ESM2_ALPHABET.tokenize(protein.sequence)) - 2 <= policy.max_residues
+        assert 1 <= protein.residues == len(ESM2_ALPHABET.tokenize(protein)) - 2 <= policy.max_residues
         assert f"{protein.accession}{protein.description}".isprintable()
         assert not no_protein(protein.accession) and "." not in protein.sequence
         if protein.residues < policy.max_residues:  # not a part

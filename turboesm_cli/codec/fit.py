@@ -144,7 +144,7 @@ def _coupling(
     expected: list[float],
     recipe: Recipe,
 ) -> float:
-    """How many times its expected error a code adds, by each held token's own gradients; 1 where there are none."""
+    """How many times its expected error a code adds, by the held tokens' own gradients; 1 where there are none."""
     if not statistics.held.gradients:
         return 1.0
     nbytes = side_bytes(model.shape.head_dim, recipe.bits(side), recipe)
@@ -180,7 +180,7 @@ def _candidates(side: Side, moments: Moments, nbytes: int, recipe: Recipe) -> di
 def _predict(model: Model, statistics: Statistics, index: int, spec: SideSpec, recipe: Recipe) -> float:
     """What a code is expected to add to the mean 1 - cosine: E[e^T S e] over tokens held back, S sensitivity.
 
-    Where each token's own gradients g are known, E[(g . e)^2] / 2: the errors are largest where much depends on them.
+    Where each token's own gradients g are known, E[(g . e)^2] / 2: errors are largest where much depends on them.
     """
     held = statistics.held
     body = held.positions >= recipe.sinks

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
@@ -15,9 +15,6 @@ from turboesm_cli.commands import options
 from turboesm_cli.commands.reading import Reading, hashed_bundle
 from turboesm_cli.errors import InputError
 from turboesm_cli.sequences.fasta import LongPolicy
-
-if TYPE_CHECKING:
-    from turboesm_cli.evaluation.scoring import Score
 
 
 def score(

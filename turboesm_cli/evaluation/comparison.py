@@ -16,7 +16,7 @@ from turboesm_cli.outputs.work import Tensors
 
 @torch.no_grad()
 def compare(model: Model, prompt: Prompt, found: Tensors) -> list[ProteinResult]:
-    """What `tasks.Forced` gave after a prompt, against an fp32 cache; an encoder's also (drift) fp32 against it."""
+    """What `tasks.Forced` gave, against an fp32 cache; for an encoder also drift, fp32 against the encoder."""
     tokens, cached = prompt.tokens[None].to(model.device), prompt.cached
     predictions = None
     if model.causal:

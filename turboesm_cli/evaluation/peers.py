@@ -1,11 +1,12 @@
-"""What others do to keys and values, to compare accuracy with: formulas of theirs, written anew, no caches.
+"""What others do to keys and values, to compare accuracy with: their formulas, without caches.
 
-| name             | what it is                                                                                     |
-|------------------|------------------------------------------------------------------------------------------------|
-| int8, fp8, ...   | the dense formats of `cache.formats`                                                           |
-| int4             | as int8, of 4 bits: each token and head has a float16 scale, a seventh of its largest number    |
-| quanto4, quanto2 | transformers' QuantizedCache with optimum-quanto (axis 0, q_group_size 64, residual_length 1):  |
-|                  | groups of 64 numbers evenly from lowest to highest, a float16 scale and shift each              |
+| name             | what it is                                                                                |
+|------------------|-------------------------------------------------------------------------------------------|
+| int8, fp8, ...   | the dense formats of `cache.formats`                                                      |
+| int4             | as int8, of 4 bits: each token and head has a float16 scale, a 7th of its largest number  |
+| quanto4, quanto2 | transformers' QuantizedCache with optimum-quanto (axis 0, q_group_size 64,                |
+|                  | residual_length 1): groups of 64 numbers evenly from lowest to highest, a float16 scale   |
+|                  | and shift each                                                                            |
 
 Groups run over the heads of one token here; in optimum-quanto over the tokens of one head, which is the same where
 64 divides head_dim.

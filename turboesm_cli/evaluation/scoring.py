@@ -50,7 +50,7 @@ COLUMNS = ("accession", "residues", "tokens", "log_likelihood", "log_likelihood_
 def scores(
     model: Model, prompts: Iterable[Prompt], codec: forward.Codec | None, work: Work
 ) -> Iterator[tuple[Score, bool]]:
-    """Each protein's score, and whether it was there in `work`: decoded token by token from what `codec` gives back.
+    """Each protein's score, and whether it was there in `work`; decoded from what `codec` gives back.
 
     That is done in one pass, see `forward.teacher_forced`; `codec` None is an exact cache.
     """

@@ -200,9 +200,12 @@ def _with_scaled_queries(block: Block, shape: Shape) -> Block:
     rows = torch.ones(len(block.joint.weight), device=block.joint.weight.device)
     rows[: shape.heads * shape.head_dim] = shape.head_dim**-0.5
     weight, bias = block.joint
-    weight, bias = (None if x is None else x if x.dtype == torch.float64 else x.float() for x in (weight, bias))
-    assert weight is not None
-    return replace(block, joint=Linear(weight * rows[:, None], None if bias is None else bias * rows))
+    scaled = Linear(_wide(weight) * rows[:, None], None if bias is None else _wide(bias) * rows)
+    return replace(block, joint=scaled)
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
 
 
 def _below(parts: list[Linear]) -> Linear:

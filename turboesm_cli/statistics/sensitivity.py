@@ -61,7 +61,7 @@ class Sensitivity:
 
 
 def measure(model: Model, proteins: Sequence[Protein]) -> tuple[Sensitivity, list[Tensor]]:
-    """Gradients over a batch of proteins, with prompts as in `prompt_lengths`; an autoregressive model's one by one.
+    """Gradients over a batch of proteins, with prompts as in `prompt_lengths`; of an autoregressive model each.
 
     Those are [B, T, DRAWS, K, d], two a layer.
     """

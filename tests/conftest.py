@@ -23,6 +23,8 @@ from turboesm_cli.statistics.collect import collect
 ANY_SPEED = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow]}
 """A test says nothing of how busy the machine is."""
 
+os.environ["HF_HUB_OFFLINE"] = "1"  # tests download nothing
+
 settings.register_profile("house", **ANY_SPEED)
 settings.register_profile("search", max_examples=20_000, print_blob=True, **ANY_SPEED)
 settings.load_profile("house")  # --hypothesis-profile comes after

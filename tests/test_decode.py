@@ -52,7 +52,7 @@ def test_one_causal_pass_equals_decoding_token_by_token_packed(
     with torch.no_grad():
         passed = forward.teacher_forced(precise, tokens, [prompt], PackedCodec(spec, torch.device("cpu")))
         exact = forward.teacher_forced(precise, tokens, [prompt], None)
-    assert torch.allclose(stepped, passed, atol=1e-9)
+    assert torch.allclose(stepped, passed, atol=1e-6)  # codes' levels are float32; another code is off by 1e-3
     assert torch.allclose(passed[:, :prompt], exact[:, :prompt], rtol=0, atol=1e-13)  # prefill is exact
     assert not torch.allclose(passed[:, prompt:], exact[:, prompt:], atol=1e-9)  # and what follows is quantized
 
@@ -88,7 +88,7 @@ def test_a_second_stream_of_masks_equals_a_mask_at_each_step(
     with torch.no_grad():
         passed, masks = forward.teacher_forced_with_masks(precise, tokens, [prompt], codec)
         alone = forward.teacher_forced(precise, tokens, [prompt], codec)
-    assert torch.allclose(stepped, masks[:, prompt:], atol=1e-6 if kind in FORMATS else 1e-9)
+    assert torch.allclose(stepped, masks[:, prompt:], atol=1e-6)
     assert torch.allclose(passed, alone, atol=1e-12)  # the tokens do not see the masks
     assert not torch.allclose(masks[:, prompt:], passed[:, prompt:], atol=1e-3)
 

@@ -125,7 +125,7 @@ def test_sensitivity_predicts_the_effect_of_noise(
     tiny: EsmModel, calibration_proteins: list[Protein], layer: int, side: str
 ) -> None:
     empty = [p for p in calibration_proteins if p.residues < 120 and prompt_lengths([p], 999, tiny) == [0]][:3]
-    metric = measure(tiny, empty).metric(layer, "k" if side == "k" else "v")
+    metric = measure(tiny, empty)[0].metric(layer, "k" if side == "k" else "v")
     size = 0.01
     predicted = size**2 * float(metric.diagonal(dim1=-2, dim2=-1).sum())
     tokens = to_tokens(empty, tiny)

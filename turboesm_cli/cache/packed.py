@@ -164,8 +164,10 @@ class PackedCache(Ragged):
         prepared, store = self._codec.layers[layer], self._layers[layer].upto(self.length)
         rope = Rope(self._rope.cos[: self.length], self._rope.sin[: self.length])
         if prepared is None:
-            tokens = store.tokens[:, : self.length].long()
-            return self._codec.tables.keys_values(tokens, self.unmasked.view(-1), rope)
+            model, tokens = self._codec.model, store.tokens[:, : self.length].long()
+            x = model.embed(tokens, torch.arange(self.length, device=tokens.device), self.unmasked)
+            _, keys, values = model.project(0, model.attention_input(0, x))
+            return rope.rotate(keys), values
         held = self._held_by(layer, self.length)
         return dispatch.expand(held, prepared)
 

@@ -83,16 +83,46 @@ def folder_name(folder: Path) -> str:
 
 
 def read_from_hub_cache(name: str) -> Checkpoint | DecoderCheckpoint:
-    """The model `name` (OWNER/MODEL) of the hub, from its cache. Raises ModelError where it is not there."""
+    """The model `name` (OWNER/MODEL) of the hub, from its cache or else downloaded. Raises ModelError."""
     folder = _hub_cache() / f"models--{name.replace('/', '--')}"
-    if folder.is_dir():
+    if folder.is_dir() and any((folder / "snapshots").glob("*/config.json")):
+        return read_folder(_snapshot(folder))
+    reason = _download(name)
+    if reason is None:
         return read_folder(_snapshot(folder))
     official = official_name(name.split("/")[1]) if name.startswith("facebook/") else None
     other = f", or name {official}, fair-esm's file of that model" if official else ""
     raise ModelError(
-        f"no model {name!r}: neither a path here nor in Hugging Face's cache ({folder}); run `hf download {name} "
-        f"config.json model.safetensors vocab.txt`, or put these files into a folder and name that{other}"
+        f"no model {name!r}: neither a path here nor in Hugging Face's cache ({folder}), nor downloaded "
+        f"({reason}); run `hf download {name}` where there is a network, or put its config.json, weights and "
+        f"tokenizer into a folder and name that{other}"
     )
+
+
+_WANTED = ("config.json", "*.safetensors", "model.safetensors.index.json", "tokenizer*", "vocab*", "merges.txt",
+           "special_tokens_map.json", "added_tokens.json")  # fmt: skip
+_IN_ITS_PLACE = ("pytorch_model*.bin", "pytorch_model.bin.index.json")
+"""Files of a model; the latter where there are no safetensors."""
+
+
+def _download(name: str) -> str | None:
+    """Put a model into Hugging Face's cache; why not, or None. HF_HOME and HF_HUB_OFFLINE are respected."""
+    offline = [
+        key for key in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE") if os.environ.get(key, "0") not in ("0", "")
+    ]
+    if offline:
+        return f"{offline[0]} is set"
+    from huggingface_hub import HfApi, snapshot_download
+
+    try:
+        found = HfApi().model_info(name, timeout=20).siblings or []
+        safe = any(each.rfilename.endswith(".safetensors") for each in found)
+        snapshot_download(
+            name, allow_patterns=[*_WANTED, *(() if safe else _IN_ITS_PLACE)], cache_dir=_hub_cache()
+        )
+    except Exception as error:  # it raises what its HTTP library raises
+        return one_line(error)
+    return None
 
 
 def _hub_cache() -> Path:

@@ -63,7 +63,7 @@ def official_name(name: str) -> str | None:
 
 def check_shape(shape: Shape, where: Path) -> None:
     """Refuse sizes that no model has, or the kernels do not serve, before any memory is taken for them."""
-    named = shape.as_dict()
+    named = shape.as_dict() | {"layers": shape.layers, "width": shape.width, "heads": shape.heads}
     if any(type(size) is not int for size in named.values()):
         raise ModelError(f"{where}: layers, width and heads must be whole numbers, not {tuple(named.values())}")
     if not (0 < shape.layers <= 256 and 0 < shape.width <= 32768 and 0 < shape.heads <= 512):

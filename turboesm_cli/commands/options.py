@@ -13,7 +13,7 @@ import typer
 from turboesm_cli import console
 from turboesm_cli.cache.formats import FORMATS, KINDS
 from turboesm_cli.outputs.files import check_output, overwrites, work_folder
-from turboesm_cli.sequences.datasets import FAMILIES
+from turboesm_cli.sequences.datasets import ANTIBODIES, FAMILIES, HELDOUT
 from turboesm_cli.sequences.fasta import LongPolicy
 
 if TYPE_CHECKING:
@@ -70,7 +70,9 @@ BitsV = Annotated[
 
 Families = Annotated[
     str,
-    typer.Option("--families", help=f"Families ({', '.join(FAMILIES)}) or FASTA files, by comma."),
+    typer.Option(
+        "--families", help=f"Families ({', '.join((*FAMILIES, HELDOUT, ANTIBODIES))}) or FASTA files, by comma."
+    ),
 ]
 EVERY_FAMILY = ",".join(FAMILIES)
 Calibration = Annotated[

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from turboesm_cli.engine.batch import Job, Stepper
 from turboesm_cli.models.protocol import Model
-from turboesm_cli.models.sampling import Sampling, draw, residue_logits, sample, sample_tokens, seed_of
+from turboesm_cli.models.sampling import Sampling, draw, gumbel, residue_logits, sample, sample_tokens, seed_of
 from turboesm_cli.outputs.work import Tensors
 
 
@@ -122,7 +122,7 @@ class Generated:
     """
 
     token: Tensor
-    chances: Tensor
+    seeds: Tensor
     ids: Tensor
     log_p: Tensor
     at: Tensor
@@ -142,7 +142,7 @@ class Generated:
         penalised = len(model.alphabet) if sampling.repetition_penalty != 1 else 0
         return cls(
             torch.full((slots,), end, device=device),
-            torch.zeros((slots, steps), device=device),
+            torch.zeros(slots, dtype=torch.int64, device=device),
             torch.zeros((slots, steps), dtype=torch.int64, device=device),
             torch.zeros((slots, steps), device=device),
             torch.zeros((slots, 1), dtype=torch.int64, device=device),
@@ -156,8 +156,7 @@ class Generated:
         """Job `number` starts in `slot`. Raises ValueError where it has no token to start from."""
         if job.feed is None:
             raise ValueError("a job without a token to start from")
-        seed = seed_of(self.seed, job.number, job.sample)
-        self.chances[slot, : job.steps] = draw(seed, job.steps).to(self.chances.device)
+        self.seeds[slot] = seed_of(self.seed, job.number, job.sample)
         self.token[slot], self.at[slot], self.done[slot] = job.feed, 0, False
         if self.there.shape[1]:
             self.there[slot] = False
@@ -166,8 +165,9 @@ class Generated:
     def step(self, stepper: Stepper) -> None:
         """Sample one token of every slot."""
         logits = stepper.model.logits(stepper.step(self.token)).float()
-        chances, there = self.chances.gather(1, self.at)[:, 0], self.there if self.there.shape[1] else None
-        token = sample_tokens(logits.masked_fill(self.never, -torch.inf), chances, self.sampling, there)
+        noise = gumbel(self.seeds, self.at[:, 0], logits.shape[1])
+        there = self.there if self.there.shape[1] else None
+        token = sample_tokens(logits.masked_fill(self.never, -torch.inf), noise, self.sampling, there)
         self.ids.scatter_(1, self.at, token[:, None])
         self.log_p.scatter_(1, self.at, logits.log_softmax(-1).gather(1, token[:, None]))
         if self.there.shape[1]:

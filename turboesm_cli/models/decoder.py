@@ -174,7 +174,8 @@ class Decoder:
 
     def _activated(self, up: Linear, x: Tensor) -> Tensor:
         """The activation of a product; on a GPU cuBLAS applies GELU's tanh form as it writes the product."""
-        if x.is_cuda and up.bias is not None and self.activation in TANH_GELU:
+        fused = x.is_cuda and self.activation in TANH_GELU and not torch.is_grad_enabled()  # it has no derivative
+        if fused and up.bias is not None:
             flat = torch._addmm_activation(up.bias, x.flatten(0, 1), up.weight.T, use_gelu=True)
             return flat.unflatten(0, x.shape[:2])
         return ACTIVATIONS[self.activation](up(x))

@@ -73,8 +73,11 @@ def sample(alphabet: Alphabet, logits: Tensor, chances: Tensor, sampling: Sampli
     return tokens[order.gather(1, chosen[:, None])[:, 0]]
 
 
-def sample_tokens(logits: Tensor, chances: Tensor, sampling: Sampling, there: Tensor | None = None) -> Tensor:
-    """One token id int64 [B] for each row of logits float32 [B, V] by random numbers [B] in 0..1; none of -inf.
+def sample_tokens(logits: Tensor, noise: Tensor, sampling: Sampling, there: Tensor | None = None) -> Tensor:
+    """One token id int64 [B] for each row of logits float32 [B, V]; none of -inf. `noise` as `gumbel` gives it.
+
+    The largest of logits / temperature + noise is a sample of their softmax (Gumbel-max). With the same noise,
+    logits that differ little nearly always give the same token, which an inverted distribution function does not.
 
     there [B, V] bool: tokens that the sequence has already, for the penalty. The order of penalty, temperature,
     top k and top p is that of transformers' `generate`. Nothing is synchronized: safe in a CUDA graph.
@@ -88,16 +91,27 @@ def sample_tokens(logits: Tensor, chances: Tensor, sampling: Sampling, there: Te
     if 0 < sampling.top_k < logits.shape[-1]:
         lowest = logits.topk(sampling.top_k).values[:, -1:]
         logits = logits.masked_fill(logits < lowest, -torch.inf)
-    weights = logits.softmax(-1)
     if sampling.top_p < 1:
-        ordered, order = weights.sort(dim=-1, descending=True, stable=True)
+        ordered, order = logits.softmax(-1).sort(dim=-1, descending=True, stable=True)
         kept = ordered.cumsum(-1) - ordered < sampling.top_p
         kept[:, 0] = True
-        weights = weights * torch.zeros_like(kept).scatter(-1, order, kept)
-    upto = weights.double().cumsum(-1)
-    chosen = (upto <= chances[:, None].double() * upto[:, -1:]).sum(-1)
-    last = weights.shape[-1] - 1 - weights.flip(-1).gt(0).to(torch.int8).argmax(-1)  # rounding never passes it
-    return torch.minimum(chosen, last)
+        logits = logits.masked_fill(~torch.zeros_like(kept).scatter(-1, order, kept), -torch.inf)
+    return (logits + noise).argmax(-1)
+
+
+def gumbel(seeds: Tensor, steps: Tensor, kinds: int) -> Tensor:
+    """Gumbel noise float32 [B, V] of seeds int64 [B] at steps int64 [B]: the same wherever and beside whatever."""
+    mixed = seeds[:, None] + steps[:, None] * 0x1E3779B97F4A7C15
+    mixed = _mixed(mixed) + torch.arange(kinds, device=seeds.device) * 0x3C6EF372FE94F82B
+    chances = ((_mixed(mixed) & 0x7FFFFFFF).float() + 0.5) * 2.0**-31
+    return -(-chances.log()).clamp_min(1e-30).log()
+
+
+def _mixed(x: Tensor) -> Tensor:
+    """splitmix64's finalizer of int64 (Steele et al., "Fast splittable pseudorandom number generators", 2014)."""
+    for shift, factor in ((30, -0x40A7B892E31B1A47), (27, -0x6B2FB644ECCEEE15)):
+        x = (x ^ ((x >> shift) & ((1 << (64 - shift)) - 1))) * factor
+    return x ^ ((x >> 31) & ((1 << 33) - 1))
 
 
 def seed_of(seed: int, number: int, sample: int) -> int:

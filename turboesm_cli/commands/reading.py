@@ -111,7 +111,7 @@ class Reading:
             reason = f"{letter} is no token of {alphabet.family}"
             if self.strict:
                 raise InputError(
-                    f"{each.source}: record {each.record} ({each.accession}), line {each.line}: {reason}; mend it, "
+                    f"{each.source}: record {each.record} ({each.accession}), line {each.line}: {reason}; mend it "
                     "or skip it by reading without --strict"
                 )
             found.rejects.append(Reject(each.source, each.record, each.line, each.accession, reason))

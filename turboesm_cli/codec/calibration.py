@@ -37,7 +37,7 @@ def adapted(model: Model, proteins: Sequence[Protein], recipe: Recipe) -> Recipe
     if len(model.alphabet) > MOST_TOKENS:
         recipe = replace(recipe, exact_first=False)
     if model.causal and recipe.metric == "sensitivity":
-        recipe = replace(recipe, sinks=choose_sinks(model, proteins, least=1))
+        recipe = replace(recipe, sinks=choose_sinks(model, proteins, recipe.sinks))
     return recipe
 
 

@@ -147,7 +147,7 @@ def step(model: Model, tokens: Tensor, cache: Cache, joint: JointProjection | No
     def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         cache.append(layer, k, v, tokens)
         side_by_side = q.unflatten(1, (k.shape[1], -1)).flatten(2, 3)  # query heads of one key/value head
-        return cache.attend(layer, side_by_side).view(q.shape)
+        return cache.attend(layer, side_by_side).reshape(q.shape)
 
     if joint is not None:
         joint.at(cache.starts)

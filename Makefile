@@ -1,4 +1,5 @@
 # make demo   set up and run the whole pipeline on the embedded model and the bundled proteins
+# make demo-generate   generate antibodies with IgLM and score them; asks you to accept IgLM's licence first
 # make test   set up and run the tests
 # make test-fast   set up and run those that take less than a minute together
 # make fuzz   search for inputs that break the readers, FUZZ_SECONDS of each kind
@@ -11,6 +12,7 @@ PIP_FLAGS ?=
 WORKERS ?= 2
 DEMO ?= full
 OUT ?= demo
+IGLM_LICENCE ?=
 FUZZ_SECONDS ?= 600
 KILLS ?= 50
 FUZZ := $(VENV)/fuzz
@@ -32,7 +34,7 @@ PROTEINS := 2
 DECODED := 2
 endif
 
-.PHONY: setup lint type test test-fast fuzz killtest demo clean
+.PHONY: setup lint type test test-fast fuzz killtest demo demo-generate clean
 
 setup: $(VENV)/.ready
 
@@ -73,6 +75,23 @@ demo: setup
 	$(TURBOESM) decode $(OUT)/auto.tqz $(OUT)/tm.tqkv -o $(OUT)/decode.csv --force
 	$(TURBOESM) bench --families tm,idr,peptide --recipes paper,flat,auto --max-calibration $(CALIBRATION) --max-proteins $(PROTEINS) -o $(OUT)/bench.csv --force
 	$(TURBOESM) report $(OUT)/bench.csv -o $(OUT)/report.html --force
+
+ifeq ($(IGLM_LICENCE),accepted)
+demo-generate: setup
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps iglm==0.1.0
+	mkdir -p $(OUT)
+	$(TURBOESM) calibrate iglm $(DATA)/antibodies/calibration.fasta --tags species=HUMAN -o $(OUT)/iglm.tqz --force
+	$(TURBOESM) decode $(OUT)/iglm.tqz $(DATA)/antibodies/evaluation.fasta --model iglm --tags species=HUMAN --max-proteins 4 \
+	  --prompt 25 --generate 150 --num-samples 5 --seed 1 -o $(OUT)/antibodies.fasta --force
+	$(TURBOESM) score $(OUT)/iglm.tqz $(OUT)/antibodies.fasta --model iglm -o $(OUT)/scores.tsv --force
+else
+demo-generate:
+	@echo "demo-generate uses IgLM, an antibody model from the package iglm 0.1.0 on PyPI." >&2
+	@echo "Its licence (JHU Academic Software License Agreement, The Johns Hopkins University) allows academic" >&2
+	@echo "and non-commercial use only. Nothing was installed. Read the licence and, if your use is covered, run" >&2
+	@echo "  make demo-generate IGLM_LICENCE=accepted" >&2
+	@exit 1
+endif
 
 clean:
 	rm -rf $(VENV) $(OUT) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

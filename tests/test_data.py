@@ -9,10 +9,18 @@ import pytest
 
 from turboesm_cli.codec.bundle import sequence_key
 from turboesm_cli.errors import InputError
-from turboesm_cli.sequences.datasets import FAMILIES, HELDOUT, calibration_path, family_label, family_path
+from turboesm_cli.sequences.datasets import (
+    ANTIBODIES,
+    FAMILIES,
+    HELDOUT,
+    calibration_path,
+    family_label,
+    family_path,
+)
 from turboesm_cli.sequences.fasta import Protein, ReadPolicy, ReadReport, read_fasta
 
 DATA = Path(__file__).resolve().parents[1] / "data"
+ANTIBODY_CALIBRATION = DATA / "antibodies" / "calibration.fasta"
 COUNTS = {"tm": 80, "idr": 80, "enzyme": 100, "globular": 100, "peptide": 56}
 
 
@@ -33,16 +41,23 @@ def test_counts_and_lengths() -> None:
     assert all(10 <= protein.residues <= 50 for protein in read(family_path("peptide")))
 
 
+def test_antibodies_say_which_chain_they_are() -> None:
+    chains = [protein.description for protein in read(ANTIBODY_CALIBRATION)]
+    assert (chains.count("chain=HEAVY"), chains.count("chain=LIGHT"), len(chains)) == (180, 140, 320)
+    chains = [protein.description for protein in read(family_path(ANTIBODIES))]
+    assert (chains.count("chain=HEAVY"), chains.count("chain=LIGHT"), len(chains)) == (50, 50, 100)
+
+
 def test_no_evaluation_protein_is_in_the_calibration_set() -> None:
-    known = {sequence_key(protein) for protein in read(calibration_path())}
-    for family in (*FAMILIES, HELDOUT):
+    known = {sequence_key(protein) for path in (calibration_path(), ANTIBODY_CALIBRATION) for protein in read(path)}
+    for family in (*FAMILIES, HELDOUT, ANTIBODIES):
         assert not known & {sequence_key(protein) for protein in read(family_path(family))}
 
 
 def test_every_protein_has_its_source() -> None:
     with (DATA / "SOURCES.tsv").open(encoding="utf-8") as stream:
         listed = {(row["file"], row["accession"]) for row in csv.DictReader(stream, delimiter="\t")}
-    for path in [calibration_path(), *map(family_path, (*FAMILIES, HELDOUT))]:
+    for path in [calibration_path(), ANTIBODY_CALIBRATION, *map(family_path, (*FAMILIES, HELDOUT, ANTIBODIES))]:
         name = str(path.resolve().relative_to(DATA))
         assert {(name, protein.accession) for protein in read(path)} <= listed
 

@@ -102,7 +102,6 @@ class _Terminated(SystemExit):
 
 app = typer.Typer(
     cls=_Commands,
-    help="Compress the key/value cache of ESM-2 protein language models to about 3 bits per value.",
     epilog=EPILOG,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -134,9 +133,10 @@ def root(
         False, "--version", callback=_print_version, is_eager=True, help="Print the version and exit."
     ),
 ) -> None:
-    """Compress the key/value cache of ESM-2 protein language models to about 3 bits per value.
+    """Compress the key/value cache of protein language models to about 3 bits per value.
 
-    In this order: calibrate a model on proteins, quantize or decode with the bundle, bench recipes, report.
+    Models are ESM-2 and autoregressive ones: ProtGPT2, ZymCTRL, ProGen2, IgLM, GPT-2, GPT-J, Llama, Mistral. In this
+    order: calibrate a model on proteins, quantize, decode, generate or score with the bundle, bench recipes, report.
     """
     if log is not None:
         _start_log(log)

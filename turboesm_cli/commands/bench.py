@@ -92,6 +92,8 @@ def accuracy(
     other things, with options of their own.
 
     Example: turboesm bench --families tm,idr,peptide --recipes paper,auto -o results.csv
+
+    Example: turboesm bench --model ./progen2-small --recipes auto,turboquant --peers int4,quanto4 -o peers.csv
     """
     if ctx.invoked_subcommand is not None:
         what = f"it applies to `bench` alone; see `bench {ctx.invoked_subcommand} --help` for what that takes"

@@ -18,8 +18,8 @@ def calibrate(
     model: Annotated[
         str,
         typer.Argument(
-            help="Official name (esm2_t33_650M), fair-esm .pt file, Hugging Face folder, OWNER/MODEL "
-            "or 'embedded'.",
+            help="Official ESM-2 (esm2_t33_650M), fair-esm .pt file, Hugging Face folder, OWNER/MODEL, iglm, iglm-s "
+            "or embedded.",
             show_default=False,
         ),
     ],
@@ -48,10 +48,13 @@ def calibrate(
 ) -> None:
     """Learn a codec for a model's keys and values from real proteins; write it as a .tqz bundle.
 
-    Keys after RoPE, queries and values are captured in ESM-2's own forward pass and summed up as they come:
-    memory depends on the model, not on the number of proteins. Prints the bundle's path.
+    Keys after RoPE, queries and values are captured in the model's own forward pass and summed up as they come:
+    memory depends on the model, not on the number of proteins. Take proteins like those that you will decode or
+    generate. Prints the bundle's path.
 
     Example: turboesm calibrate esm2_t33_650M proteins.fasta -o 650M.tqz
+
+    Example: turboesm calibrate iglm antibodies.fasta --tags species=HUMAN -o iglm.tqz
     """
     from turboesm_cli.codec.bundle import write_bundle
     from turboesm_cli.codec.calibration import calibrate as learn

@@ -14,7 +14,7 @@ from turboesm_cli import console
 from turboesm_cli.cache.formats import FORMATS, KINDS
 from turboesm_cli.errors import InputError
 from turboesm_cli.outputs.files import check_output, overwrites, work_folder
-from turboesm_cli.sequences.datasets import FAMILIES
+from turboesm_cli.sequences.datasets import ANTIBODIES, FAMILIES, HELDOUT
 from turboesm_cli.sequences.fasta import LongPolicy
 
 if TYPE_CHECKING:
@@ -26,9 +26,9 @@ ModelName = Annotated[
     str | None,
     typer.Option(
         "--model",
-        help="Official name (esm2_t33_650M), fair-esm .pt file, Hugging Face folder, OWNER/MODEL or 'embedded'. "
-        "random:NAME has random weights. Default: $TURBOESM_MODEL, else the bundle's if that is official, "
-        "else the embedded ESM-2 8M trunk.",
+        help="Official ESM-2 (esm2_t33_650M), fair-esm .pt file, Hugging Face folder, OWNER/MODEL, iglm, iglm-s or "
+        "embedded. random:NAME has random weights. Default: $TURBOESM_MODEL, else the bundle's if that is an "
+        "official ESM-2, else the embedded ESM-2 8M trunk.",
         show_default=False,
     ),
 ]
@@ -71,7 +71,9 @@ BitsV = Annotated[
 
 Families = Annotated[
     str,
-    typer.Option("--families", help=f"Families ({', '.join(FAMILIES)}) or FASTA files, by comma."),
+    typer.Option(
+        "--families", help=f"Families ({', '.join((*FAMILIES, HELDOUT, ANTIBODIES))}) or FASTA files, by comma."
+    ),
 ]
 EVERY_FAMILY = ",".join(FAMILIES)
 Calibration = Annotated[

@@ -41,7 +41,7 @@ def quantize(
     if_done: options.IfDone = "refuse",
     resume_anywhere: options.ResumeAnywhere = False,
 ) -> None:
-    """Encode proteins with ESM-2 (exactly), pack their keys and values, and say what the caches hold.
+    """Encode proteins with the model (exactly), pack their keys and values, and say what the caches hold.
 
     `turboesm decode BUNDLE OUT` goes on from the file. Every byte of a cache is counted: codes, scales,
     exact leading tokens; what all caches of a model share is reported beside.

@@ -14,10 +14,10 @@ from turboesm_cli.models.weights import Checkpoint
 def load_model(name: str = EMBEDDED, device: str = "auto", dtype: torch.dtype = torch.float32) -> Model:
     """Load the model that `name` names, in `dtype`, on `device` ("auto", "cpu", "cuda", "cuda:1").
 
-    `name` is "embedded", an official name (`esm2_t33_650M`, with or without `esm2_` and `_UR50D`), a fair-esm
-    `.pt` file, a Hugging Face ESM folder, OWNER/MODEL of the hub where it is in its cache, or "random:" and an
-    official name (random weights, to measure time and memory). Raises ModelError where it cannot be found or read,
-    or is no plain ESM-2, DeviceError where the device is not there.
+    `name` is "embedded", "iglm" or "iglm-s", an official name (`esm2_t33_650M`, with or without `esm2_` and
+    `_UR50D`), a fair-esm `.pt` file, a Hugging Face folder, OWNER/MODEL of the hub, or "random:" and a known shape
+    (random weights, to measure time and memory). Raises ModelError where it cannot be found or read, or would not
+    be computed exactly, DeviceError where the device is not there.
     """
     target = pick_device(device)
     found = read_checkpoint(name)

@@ -8,7 +8,8 @@ from pathlib import Path
 from turboesm_cli.errors import InputError
 
 FAMILIES = ("tm", "idr", "enzyme", "globular", "peptide")
-HELDOUT = "heldout"
+HELDOUT, ANTIBODIES = "heldout", "antibodies"
+"""Sets that are measured where they are named, and not by default."""
 SUFFIXES = {".fasta", ".fa", ".faa", ".fas", ".fsa", ".pep", ".seq", ".txt", ".gz", ".bz2", ".xz", ".zst"}
 """Endings that say how a file is written, and no part of its name."""
 
@@ -19,7 +20,7 @@ def calibration_path() -> Path:
 
 
 def family_path(name: str) -> Path:
-    """The FASTA file of a bundled family or of the held-out set, or `name` itself if it is a file or a pipe.
+    """The FASTA file of a bundled family or of another bundled set, or `name` itself if it is a file or a pipe.
 
     Raises InputError.
     """
@@ -27,9 +28,12 @@ def family_path(name: str) -> Path:
         return _folder() / "evaluation" / f"{name}.fasta"
     if name == HELDOUT:
         return _folder() / "heldout" / "bacteria.fasta"
+    if name == ANTIBODIES:
+        return _folder() / "antibodies" / "evaluation.fasta"
     path = Path(name)
     if not path.exists() or path.is_dir():
-        raise InputError(f"no family {name!r}: choose from {', '.join(FAMILIES)}, {HELDOUT}, or name a FASTA file")
+        known = ", ".join((*FAMILIES, HELDOUT, ANTIBODIES))
+        raise InputError(f"no family {name!r}: choose from {known}, or name a FASTA file")
     return path
 
 

@@ -18,8 +18,8 @@ def calibrate(
     model: Annotated[
         str,
         typer.Argument(
-            help="Official ESM-2 (esm2_t33_650M), fair-esm .pt file, Hugging Face folder, OWNER/MODEL, iglm, iglm-s "
-            "or embedded.",
+            help="Official ESM-2 (esm2_t33_650M), fair-esm .pt file, Hugging Face folder, OWNER/MODEL, iglm, "
+            "iglm-s or embedded.",
             show_default=False,
         ),
     ],

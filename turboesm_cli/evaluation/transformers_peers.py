@@ -47,7 +47,7 @@ from turboesm_cli.models.protocol import Model
 DYNAMIC, STATIC, COMPILED = "hf-dynamic", "hf-static", "hf-compiled"
 PEERS = (DYNAMIC, STATIC, COMPILED)
 
-MODE = "max-autotune-no-cudagraphs"
+MODE = "default"
 """Of torch.compile; the graph is ours (see above)."""
 
 OLDEST = (5, 17)

@@ -29,7 +29,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 """By the names that Hugging Face's configurations give them."""
 
 NEARLY_0 = 1e-20
-"""Epsilon of `TokenTables` whose factors are 1; not 0, since kernels take 0 / sqrt(0 + epsilon) of missing kinds."""
+"""Epsilon of `TokenTables` whose factors are 1; not 0: kernels take 0 / sqrt(0 + epsilon) of missing kinds."""
 
 TANH_GELU = {"gelu_new", "gelu_pytorch_tanh"}
 

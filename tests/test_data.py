@@ -49,7 +49,8 @@ def test_antibodies_say_which_chain_they_are() -> None:
 
 
 def test_no_evaluation_protein_is_in_the_calibration_set() -> None:
-    known = {sequence_key(protein) for path in (calibration_path(), ANTIBODY_CALIBRATION) for protein in read(path)}
+    paths = (calibration_path(), ANTIBODY_CALIBRATION)
+    known = {sequence_key(protein) for path in paths for protein in read(path)}
     for family in (*FAMILIES, HELDOUT, ANTIBODIES):
         assert not known & {sequence_key(protein) for protein in read(family_path(family))}
 

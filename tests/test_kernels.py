@@ -522,7 +522,7 @@ def check_rotation(device: str, dtype: torch.dtype) -> None:
     q, k, v = joint.double().view(batch, tokens, 3, heads, dim).permute(2, 0, 3, 1, 4)
     moved = Rope(every.cos.to(device), every.sin.to(device))
     poison(joint)
-    found = rotate(joint.to(device), heads, scaling, moved, starts.to(device))
+    found = rotate(joint.to(device), heads, heads, scaling, moved, starts.to(device))
     for one, wanted in zip(found, (own.rotate(q) * scaling, own.rotate(k), v), strict=True):
         assert one.dtype == dtype and one.shape == (batch, heads, tokens, dim)
         assert relative_error(one.cpu(), wanted) < TOLERANCE[dtype]

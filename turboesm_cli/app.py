@@ -135,9 +135,8 @@ def root(
 ) -> None:
     """Compress the key/value cache of protein language models to about 3 bits per value.
 
-    Models are ESM-2 and autoregressive ones: ProtGPT2, ZymCTRL, ProGen2, IgLM, GPT-2, GPT-J, Llama, Mistral.
-    In this order: calibrate a model on proteins, quantize, decode (or generate) and score with the bundle, bench
-    recipes, report.
+    Models are ESM-2 and autoregressive ones: ProtGPT2, ZymCTRL, ProGen2, IgLM, GPT-2, GPT-J, Llama, Mistral. In
+    this order: calibrate a model on proteins; quantize, decode, generate or score with the bundle; bench; report.
     """
     if log is not None:
         _start_log(log)

@@ -46,8 +46,7 @@ def _attend_kinds(
         beyond = torch.arange(tokens, device=q.device) >= lengths[:, None, None, None]
         found = found.masked_fill(beyond, -torch.inf)
     weights = found.softmax(-1)
-    by_kind = weights.new_zeros((batch, heads, queries, kinds))
-    by_kind.scatter_add_(-1, index[:, None, None].expand(weights.shape), weights)
+    by_kind = _by_kind(weights, index, kinds)
     return (by_kind * factors[:, None, None]) @ tables.v + tables.v_const[:, None]
 
 
@@ -66,5 +65,24 @@ def _attend_positions(q: Tensor, ids: Tensor, tables: TokenTables, lengths: Tens
         beyond = torch.arange(tokens, device=q.device) >= lengths[:, None, None, None]
         found = found.masked_fill(beyond, -torch.inf)
     weights = found.softmax(-1) * factor
-    by_kind = weights.new_zeros((*q.shape[:3], tables.k.shape[1])).scatter_add_(-1, picked, weights)
+    by_kind = _by_kind(weights, ids, tables.k.shape[1])
     return by_kind @ tables.v + weights @ tables.v_at[:, :tokens] + tables.v_const[:, None]
+
+
+ONE_HOT = 64
+"""Kinds that a GPU adds up at once."""
+
+
+def _by_kind(weights: Tensor, ids: Tensor, kinds: int) -> Tensor:
+    """Sums [B, H, Q, N] of weights [B, H, Q, T] over tokens of each kind, ids int64 [B, T].
+
+    On a GPU as products with ones and zeros: scatter_add would add up in any order there, and round differently.
+    """
+    if not weights.is_cuda:
+        picked = ids[:, None, None].expand(weights.shape)
+        return weights.new_zeros((*weights.shape[:3], kinds)).scatter_add_(-1, picked, weights)
+    parts = []
+    for start in range(0, kinds, ONE_HOT):
+        own = torch.arange(start, min(start + ONE_HOT, kinds), device=ids.device)
+        parts.append(weights.flatten(1, 2) @ (ids[:, :, None] == own).to(weights.dtype))
+    return torch.cat(parts, -1).view(*weights.shape[:3], kinds)

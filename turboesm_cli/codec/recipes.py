@@ -107,8 +107,8 @@ RECIPES = {recipe.name: recipe for recipe in (_PAPER, _FLAT, _WATERFILL, _AUTO, 
 the shortest codes. waterfill: wide axes get more bits, in the metric that one attention layer sees. auto: bits go
 where they change the final hidden states most, over axes, layers and sides; layer 0 from its tokens; four sinks,
 since peptides, all start, otherwise do half again as badly as the rest (an autoregressive model may get more, see
-`statistics.sinks`). auto-coded: auto with layer 0 coded like the others. turboquant: what TurboQuant (arXiv 2504.19874)
-does, a Hadamard rotation, Lloyd-Max tables and each token's norm, to compare with."""
+`statistics.sinks`). auto-coded: auto with layer 0 coded like the others. turboquant: what TurboQuant (arXiv
+2504.19874) does, a Hadamard rotation, Lloyd-Max tables and each token's norm, to compare with."""
 
 
 def parse_recipe(text: str) -> Recipe:

@@ -109,7 +109,9 @@ def accuracy(
     reading = Reading(rejects=rejects, max_residues=RECORD_CAP, tags=tags)
     sets = families_of(reading, families, max_proteins, max_residues)
     loaded = options.open_model(model, device)
-    learned = _calibration(replace(reading, limit=max_calibration, max_residues=MAX_RESIDUES), calibration)
+    sets = {family: reading.known(family, proteins, loaded.alphabet) for family, proteins in sets.items()}
+    few = replace(reading, limit=max_calibration, max_residues=MAX_RESIDUES, alphabet=loaded.alphabet)
+    learned = _calibration(few, calibration)
     described = {
         "families": ", ".join(f"{len(few)} of {family}" for family, few in sets.items()),
         "measured": ", ".join([*_sources(named, bundle), *formats]),

@@ -63,8 +63,10 @@ def calibrate(
     chosen = with_bits(with_bits(parse_recipe(recipe), bits, bits), bits_k, bits_v)
     if output is not None:
         options.Kept(output, force, if_done, resume_anywhere)
-    proteins = Reading(strict, long, max_proteins, rejects, tags=tags).proteins(fasta)
+    reading = Reading(strict, long, max_proteins, rejects, tags=tags)
+    proteins = reading.proteins(fasta)
     loaded = options.open_model(model, device)
+    proteins = reading.known(fasta, proteins, loaded.alphabet)
     path = output or Path(f"{loaded.name}-{chosen.name}.tqz")
     kept = options.Kept(path, force, if_done, resume_anywhere)
     run = options.run_of("calibrate", loaded, digest(proteins), recipe=chosen.as_dict())

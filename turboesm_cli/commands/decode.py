@@ -120,7 +120,7 @@ def decode(
         )
     codec, sha256 = hashed_bundle(bundle)
     with ExitStack() as stack:
-        reading = Reading(strict, long, max_proteins, rejects, tags=tags)
+        reading = Reading(strict, long, max_proteins, rejects, tags=tags, alphabet=codec.alphabet)
         work = _workload(stack, sha256, codec, source, prompt, kv, reading)
         wanted = None
         if generate:

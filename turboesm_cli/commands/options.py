@@ -12,6 +12,7 @@ import typer
 
 from turboesm_cli import console
 from turboesm_cli.cache.formats import FORMATS, KINDS
+from turboesm_cli.errors import InputError
 from turboesm_cli.outputs.files import check_output, overwrites, work_folder
 from turboesm_cli.sequences.datasets import ANTIBODIES, FAMILIES, HELDOUT
 from turboesm_cli.sequences.fasta import LongPolicy
@@ -25,7 +26,7 @@ ModelName = Annotated[
     str | None,
     typer.Option(
         "--model",
-        help="Official ESM-2 (esm2_t33_650M), fair-esm .pt file, Hugging Face folder, OWNER/MODEL, iglm, iglm-s or "
+        help="Official ESM-2 (esm2_t33_650M), fair-esm .pt file, Hugging Face folder, OWNER/MODEL, iglm, iglm-s, "
         "embedded. random:NAME has random weights. Default: $TURBOESM_MODEL, else the bundle's if that is an "
         "official ESM-2, else the embedded ESM-2 8M trunk.",
         show_default=False,
@@ -126,11 +127,18 @@ def open_model(name: str | None, device: str, bundle: Bundle | None = None, dtyp
     """Load the model of --model or $TURBOESM_MODEL, else the bundle's if it is official, else the embedded one."""
     import torch
 
-    from turboesm_cli.models.checkpoints import EMBEDDED
+    from turboesm_cli.models.checkpoints import EMBEDDED, IGLM
+    from turboesm_cli.models.families import is_causal
     from turboesm_cli.models.loading import load_model
     from turboesm_cli.models.shapes import official_name
 
-    default = bundle.model_name if bundle and official_name(bundle.model_name) else EMBEDDED
+    default = EMBEDDED
+    if bundle and (official_name(bundle.model_name) or bundle.model_name.lower() in IGLM):
+        default = bundle.model_name
+    elif bundle and is_causal(bundle.family) and not os.environ.get("TURBOESM_MODEL"):
+        default = ""
+    if name is None and not default:
+        raise InputError(f"the bundle is for {bundle and bundle.model_name}; name that model with --model")
     chosen = (os.environ.get("TURBOESM_MODEL") or default) if name is None else name
     model = load_model(chosen, device, FORMATS[dtype].dtype)
     shape = model.shape

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import count, islice
@@ -17,6 +17,7 @@ from turboesm_cli.sequences.rejects import Reject, check_rejects, write_rejects
 
 if TYPE_CHECKING:
     from turboesm_cli.codec.bundle import Bundle
+    from turboesm_cli.models.alphabet import Alphabet
 
 SHOWN = 20
 
@@ -28,6 +29,7 @@ class Reading:
     limit    use the first so many proteins
     rejects  write a row for each skipped record of all files here
     tags      added to each header, whose own come first
+    alphabet  of the model, where it is known: records with letters that it lacks are skipped
     """
 
     strict: bool = False
@@ -36,6 +38,7 @@ class Reading:
     rejects: Path | None = None
     max_residues: int = MAX_RESIDUES
     tags: str = ""
+    alphabet: Alphabet | None = None
     _rejected: list[Reject] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -81,10 +84,37 @@ class Reading:
 
     def _read(self, opened: Input, found: ReadReport) -> Iterator[Protein]:
         policy = ReadPolicy(strict=self.strict, long=self.long, max_residues=self.max_residues)
-        read = islice(read_fasta(opened, policy, found), self.limit)
+        read = read_fasta(opened, policy, found)
+        known = read if self.alphabet is None else self._known(read, self.alphabet, found)
+        few = islice(known, self.limit)
         if not self.tags:
-            return read
-        return (replace(each, description=f"{each.description} {self.tags}".strip()) for each in read)
+            return few
+        return (replace(each, description=f"{each.description} {self.tags}".strip()) for each in few)
+
+    def known(self, source: str, proteins: list[Protein], alphabet: Alphabet) -> list[Protein]:
+        """Those of some proteins, read before the model was known, that have no letter which it lacks.
+
+        Raises InputError where there is none.
+        """
+        with self._told(source) as found:
+            kept = list(self._known(proteins, alphabet, found))
+        if not kept:
+            raise InputError(f"{source}: no record without letters that {alphabet.family} lacks")
+        return kept
+
+    def _known(self, proteins: Iterable[Protein], alphabet: Alphabet, found: ReadReport) -> Iterator[Protein]:
+        for each in proteins:
+            letter = alphabet.unknown(each.sequence)
+            if letter is None:
+                yield each
+                continue
+            reason = f"{letter} is no token of {alphabet.family}"
+            if self.strict:
+                raise InputError(
+                    f"{each.source}: record {each.record} ({each.accession}), line {each.line}: {reason}; mend it "
+                    "or skip it by reading without --strict"
+                )
+            found.rejects.append(Reject(each.source, each.record, each.line, each.accession, reason))
 
     @contextmanager
     def _told(self, source: str) -> Iterator[ReadReport]:

@@ -60,7 +60,7 @@ def score(
             f"{bundle} is for {codec.model_name}, an encoder, which gives no likelihood of a protein; `turboesm "
             "decode` says how well it predicts residues"
         )
-    reading = Reading(strict, long, max_proteins, rejects, tags=tags)
+    reading = Reading(strict, long, max_proteins, rejects, tags=tags, alphabet=codec.alphabet)
     todo = of_proteins(reading.stream(fasta), parse_prompt("0", codec.alphabet), codec)
     loaded = options.open_model(model, device, codec, dtype)
     codec.check_model(loaded, bundle)

@@ -43,6 +43,7 @@ class Wanted:
     device: str
     json: bool
     output: Path
+    peers: bool
 
 
 def throughput(
@@ -60,6 +61,9 @@ def throughput(
         str | None,
         typer.Option(help="Also find the largest batch in this much memory, such as 24GiB.", show_default=False),
     ] = None,
+    peers: Annotated[
+        bool, typer.Option("--peers", help="Also measure the same model with transformers' own caches.")
+    ] = False,
     plan: Annotated[bool, typer.Option("--plan", help="Print memory and largest batches, and exit.")] = False,
     output: Annotated[Path, typer.Option("--output", "-o", help="Figures, as CSV.")] = Path("throughput.csv"),
     dtype: options.Dtype = "fp32",
@@ -75,12 +79,17 @@ def throughput(
     if bundle:
         refuse_options(ctx, ("recipes",), "--bundle takes the place of --recipes; leave one out")
     if plan:
-        refuse_options(ctx, ("batch", "kinds"), "--plan says how much each batch takes, for every kind of cache")
+        refuse_options(
+            ctx, ("batch", "kinds", "peers"), "--plan says how much each batch takes, for every kind of cache"
+        )
         if len(list(filter(None, recipes.split(",")))) > 1 or len(bundle or []) > 1:
             raise typer.BadParameter("--plan is of one codec: name one", param_hint="--recipes, --bundle")
     else:
         check_output(output, force)
-    _bench(Wanted(batch, context, kinds, memory, recipes, bundle or [], dtype, plan, model, device, json, output))
+    made = Wanted(
+        batch, context, kinds, memory, recipes, bundle or [], dtype, plan, model, device, json, output, peers
+    )
+    _bench(made)
 
 
 def _bench(wanted: Wanted) -> None:
@@ -104,7 +113,10 @@ def _bench(wanted: Wanted) -> None:
     if wanted.plan:
         _show_plans(wanted, model.shape, specs[0], loads, budget or free)
         return
+    _check_contexts(model, loads)
     found, largest = _measure(wanted, model, _kinds(forms, specs), loads, free, budget)
+    if wanted.peers:
+        found += _measure_peers(model, loads, free)
     made = rows(model, found, largest)
     if made:
         write_csv(wanted.output, made)
@@ -143,6 +155,28 @@ def _measure(
                     largest.append(best)
                 tick()
     return found, largest
+
+
+def _measure_peers(model: Model, loads: list[Load], free: int) -> list[Throughput]:
+    from turboesm_cli.evaluation.transformers_peers import PEERS, sweep_peers
+
+    found = []
+    with console.progress("measuring transformers", len(PEERS) * len(loads)) as tick:
+
+        def skipped(what: str) -> None:
+            console.warn(f"left out: {what}")
+            tick()
+
+        for item in sweep_peers(model, loads, free, skipped, console.warn):
+            found.append(item)
+            tick()
+    return found
+
+
+def _check_contexts(model: Model, loads: list[Load]) -> None:
+    longest, most = max(load.context for load in loads), model.shape.context
+    if most is not None and longest > most:
+        raise InputError(f"--context {longest}: {model.name} takes {most:,} tokens at most")
 
 
 def _show(model: Model, found: list[Throughput], largest: list[Throughput]) -> None:
@@ -191,9 +225,12 @@ def _model_and_codecs(wanted: Wanted) -> tuple[Model, list[CodecSpec]]:
     from turboesm_cli.codec.bundle import read_bundle
     from turboesm_cli.codec.recipes import parse_recipe
     from turboesm_cli.evaluation.accuracy import calibrated
+    from turboesm_cli.evaluation.transformers_peers import check_peers
     from turboesm_cli.sequences.datasets import calibration_path
 
     model = options.open_model(wanted.model, wanted.device)
+    if wanted.peers:
+        check_peers(model)
     ready = [read_bundle(path) for path in wanted.bundles]
     for path, bundle in zip(wanted.bundles, ready, strict=True):
         bundle.check_model(model, path)

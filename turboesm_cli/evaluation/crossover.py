@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from turboesm_cli.evaluation import timing
 from turboesm_cli.evaluation.rows import Context
-from turboesm_cli.evaluation.throughput import Kind, Throughput
+from turboesm_cli.evaluation.throughput import AnyKind, Throughput
 from turboesm_cli.models.protocol import Model
 from turboesm_cli.reporting.results import ResultRow
 
@@ -22,7 +22,7 @@ class Crossover:
     0 where it is faster from the smallest load on, infinite where it never is.
     """
 
-    kind: Kind
+    kind: AnyKind
     along: str
     at: int
     value: float

@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import Protocol
 
 import torch
 
@@ -18,6 +19,17 @@ from turboesm_cli.models.protocol import Model
 from turboesm_cli.reporting.metric_names import ACCURACY, LANGUAGE, LANGUAGE_OF_TOKENS, Metric
 from turboesm_cli.reporting.results import ResultRow, commit_of_source
 from turboesm_cli.sequences.fasta import Protein, digest
+
+
+class Coded(Protocol):
+    """What rows can be of: a recipe, or whatever else has a name and bits of a key's and a value's numbers."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def bits_k(self) -> float: ...
+    @property
+    def bits_v(self) -> float: ...
 
 
 @dataclass(frozen=True)
@@ -38,7 +50,7 @@ class Context:
         return replace(self, inputs=digest(proteins)[:16])
 
     def row(
-        self, recipe: Recipe | str, family: str, protocol: str, metric: str, value: float, unit: str, n: int,
+        self, recipe: Coded | str, family: str, protocol: str, metric: str, value: float, unit: str, n: int,
         accession: str = "", tokens: int = 0, p20: float | None = None, p80: float | None = None,
     ) -> ResultRow:  # fmt: skip
         """A row; `recipe` is a recipe, or the dtype of a dense cache."""
@@ -198,7 +210,7 @@ def _cells(name: str, results: Totals, drift: Totals) -> list[str]:
     return cells
 
 
-def _identity(recipe: Recipe | str) -> tuple[str, float, float]:
+def _identity(recipe: Coded | str) -> tuple[str, float, float]:
     if isinstance(recipe, str):
         bits = peer_bits(recipe)
         return recipe, bits, bits

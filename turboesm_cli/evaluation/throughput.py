@@ -1,8 +1,9 @@
 """Tokens per second of whole models, and the memory they take, for each kind of cache.
 
 A batch is prefilled with random residues up to the context's last token; that token is then decoded again and
-again: on a GPU one CUDA graph of the whole step, language-model head and sampling included. Sequences are full and
-of one length, which spares the dense caches a mask that they would need otherwise.
+again: on a GPU one CUDA graph of the whole step, language-model head and sampling included, of an autoregressive
+model over its whole vocabulary and greedily. Sequences are full and of one length, which spares the dense caches a
+mask that they would need otherwise.
 """
 
 from __future__ import annotations
@@ -12,19 +13,20 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from turboesm_cli.cache.dense import DenseCache
 from turboesm_cli.codec.fit import CodecSpec
-from turboesm_cli.codec.recipes import Recipe
-from turboesm_cli.engine.batch import PREFILL_TOKENS, AnyCache, Graph, Stepper
+from turboesm_cli.engine.batch import PREFILL_TOKENS, Graph, Stepper
 from turboesm_cli.engine.jobs import new_cache
 from turboesm_cli.engine.memory_plan import RESERVED, sequence_bytes
 from turboesm_cli.evaluation import timing
+from turboesm_cli.evaluation.rows import Coded
 from turboesm_cli.models.protocol import Model
-from turboesm_cli.models.sampling import Sampling, draw, residue_logits, sample
+from turboesm_cli.models.sampling import Sampling, draw, residue_logits, sample, sample_tokens
 
 REPEATS = 20
 PREFILLS = 3
@@ -40,6 +42,22 @@ class Load:
 
     batch: int
     context: int
+
+
+class AnyKind(Protocol):
+    """What is measured: one of our caches, or a peer.
+
+    form    kind of cache
+    name    in tables
+    recipe  as results name it
+    """
+
+    @property
+    def form(self) -> str: ...
+    @property
+    def name(self) -> str: ...
+    @property
+    def recipe(self) -> Coded | str: ...
 
 
 @dataclass(frozen=True)
@@ -58,7 +76,7 @@ class Kind:
         return cls(form, spec, packed if form == "packed" else form)
 
     @property
-    def recipe(self) -> Recipe | str:
+    def recipe(self) -> Coded | str:
         """As results name it."""
         return self.spec.recipe if self.form == "packed" else self.form
 
@@ -78,7 +96,7 @@ class Throughput:
     held          bytes of the cache
     """
 
-    kind: Kind
+    kind: AnyKind
     load: Load
     step: timing.Timing
     first_token: timing.Timing
@@ -131,23 +149,24 @@ def measure(model: Model, kind: Kind, load: Load, repeats: int = REPEATS, prefil
         _prefill(stepper, tokens)
         step()
 
-    took = [timing.once(first_token, device)]
-    more = max(prefills, min(repeats, int(PREFILLING / took[0]))) - 1
-    took += [timing.once(first_token, device) for _ in range(more)]
+    first = first_tokens(first_token, device, repeats, prefills)
     prefill_peak = peak_memory(device)
     cache.rewind()
-    steps = _time(Graph(step, cache, 0), cache, device, repeats)
-    return Throughput(kind, load, steps, timing.Timing.of(took), prefill_peak, peak_memory(device), cache.nbytes)
+    steps = decode_steps(Graph(step, cache, 0), cache.rewind, device, repeats)
+    return Throughput(kind, load, steps, first, prefill_peak, peak_memory(device), cache.nbytes)
 
 
 def _step(stepper: Stepper, tokens: Tensor) -> Callable[[], None]:
-    """Decode the last of tokens [B, T] and sample from the LM head."""
+    """Decode the last of tokens [B, T] and sample from the LM head: the likeliest of all tokens, or a residue."""
     last, chances = tokens[:, -1].contiguous(), draw(0, len(tokens)).to(tokens.device)
+    model = stepper.model
 
     def step() -> None:
         hidden = stepper.step(last)
-        if stepper.model.has_lm_head:
-            sample(stepper.model.alphabet, residue_logits(stepper.model, hidden), chances, Sampling())
+        if model.causal:
+            sample_tokens(model.logits(hidden).float(), chances, Sampling(temperature=0))
+        elif model.has_lm_head:
+            sample(model.alphabet, residue_logits(model, hidden), chances, Sampling())
 
     return step
 
@@ -159,12 +178,23 @@ def _prefill(stepper: Stepper, tokens: Tensor) -> None:
         stepper.prefill(start, list(tokens[start : start + each, :-1]))
 
 
-def _time(graph: Graph, cache: AnyCache, device: torch.device, repeats: int) -> timing.Timing:
-    """Of the step alone; the first four warm up and capture."""
+def first_tokens(
+    first_token: Callable[[], object], device: torch.device, repeats: int, prefills: int
+) -> timing.Timing:
+    """Of `prefills` prefills with a step after each, or up to `repeats` while they are quick."""
+    took = [timing.once(first_token, device)]
+    more = max(prefills, min(repeats, int(PREFILLING / took[0]))) - 1
+    return timing.Timing.of(took + [timing.once(first_token, device) for _ in range(more)])
+
+
+def decode_steps(
+    step: Callable[[], object], rewind: Callable[[], object], device: torch.device, repeats: int
+) -> timing.Timing:
+    """Of the step alone, rewound each time; the first four warm up and capture."""
     samples = []
     for _ in range(repeats + 4):
-        samples.append(timing.once(graph, device))
-        cache.rewind()
+        samples.append(timing.once(step, device))
+        rewind()
     return timing.Timing.of(samples[4:])
 
 

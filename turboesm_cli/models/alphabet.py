@@ -84,6 +84,10 @@ class Alphabet:
         """What a bundle keeps of it; see `families.alphabet_from`. Empty where the family tells it."""
         return {}
 
+    def unknown(self, sequence: str) -> str | None:
+        """The first letter of a sequence that is no token, or None."""
+        return next((text for text in SPELLED.findall(sequence) if text not in self._id_of), None)
+
     def batch(self, proteins: Sequence[Protein]) -> Tensor:
         """Ids int64 [B, T] of proteins, padded on the right."""
         return self.padded([torch.tensor(self.tokenize(protein)) for protein in proteins])

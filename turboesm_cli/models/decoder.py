@@ -28,6 +28,9 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 """By the names that Hugging Face's configurations give them."""
 
+NEARLY_0 = 1e-20
+"""Epsilon of `TokenTables` whose factors are 1; not 0: kernels take 0 / sqrt(0 + epsilon) of missing kinds."""
+
 TANH_GELU = {"gelu_new", "gelu_pytorch_tanh"}
 
 
@@ -201,7 +204,7 @@ class Decoder:
             _, k, v = self._split(_wide(block.joint)(_wide(block.norm)(wide))[None])
             nothing = k.new_zeros(k.shape[1], k.shape[3])
             return TokenTables(
-                k[0].contiguous(), v[0].contiguous(), nothing, nothing, k.new_ones(len(wide)), 0.0, False
+                k[0].contiguous(), v[0].contiguous(), nothing, nothing, k.new_ones(len(wide)), NEARLY_0, False
             )
         norm, joint, at = _wide(block.norm), _wide(block.joint), _widened(self.positions)
         token, place = (x - x.mean(-1, keepdim=True) for x in (wide, at))
@@ -214,7 +217,7 @@ class Decoder:
         _, k_const, v_const = self._split(joint(norm.bias)[None, None])
         k, v, k_at, v_at, k_const, v_const = (x[0].contiguous() for x in (k, v, k_at, v_at, k_const, v_const))
         nothing = wide.new_ones(len(wide))
-        return TokenTables(k, v, k_const[:, 0], v_const[:, 0], nothing, 0.0, False, k_at, v_at, across)
+        return TokenTables(k, v, k_const[:, 0], v_const[:, 0], nothing, NEARLY_0, False, k_at, v_at, across)
 
     def output_weight(self, layer: int) -> Tensor:
         """Weight [E, H d] of the attention's output projection."""

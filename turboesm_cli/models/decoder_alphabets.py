@@ -22,7 +22,7 @@ from typing import Any
 from turboesm_cli.errors import InputError, ModelError
 from turboesm_cli.models.alphabet import AMINO_ACIDS, Alphabet
 from turboesm_cli.sequences.fasta import Protein
-from turboesm_cli.sequences.residues import slices
+from turboesm_cli.sequences.residues import SPELLED, slices
 
 NO_TOKEN = -1
 """Padding of vocabularies that need not have any."""
@@ -93,6 +93,7 @@ class Iglm(Plain):
 
 
 _CHAINS = ("HEAVY", "LIGHT")
+_LETTERS = frozenset(AMINO_ACIDS + "XBUZO")
 
 
 @dataclass(frozen=True, eq=False)
@@ -182,6 +183,10 @@ class Protgpt2(Tokenized):
         kept = [token for token in ids if token not in self._silent and token >= 0]
         text: str = _tokenizer(self.tokenizer).decode(kept, skip_special_tokens=False)
         return "".join(text.split())
+
+    def unknown(self, sequence: str) -> str | None:
+        """The first of its letters that is no amino acid's: byte-pair tokens can spell anything."""
+        return next((text for text in SPELLED.findall(sequence) if text not in _LETTERS), None)
 
     @cached_property
     def _newline(self) -> int:

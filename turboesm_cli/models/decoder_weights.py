@@ -116,7 +116,10 @@ def build(found: DecoderCheckpoint) -> Decoder:
     )  # fmt: skip
     weights.finish()
     model = replace(model, blocks=tuple(_with_scaled_queries(block, layout.shape) for block in model.blocks))
-    shape = replace(layout.shape, own_parameters=sum(x.numel() for _, x in _tensors(model, "", {})))
+    shape = replace(
+        layout.shape,
+        own_parameters=sum(x.numel() for name, x in _tensors(model, "", {}) if name != ".frequencies"),
+    )
     return replace(model, shape=shape, fingerprint=_fingerprint(model))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import graphlib
 import json
+import re
 import subprocess
 import sys
 import zipfile
@@ -160,6 +161,12 @@ def test_kernels_import_what_is_below_them(path: Path) -> None:
             assert floor[module] < floor[path.stem], f"{path.stem} imports {module}"
 
 
+def test_one_module_imports_transformers() -> None:
+    for path in [*CODE, *KERNEL_FILES]:
+        asked = re.search(r"^\s*(from|import) transformers\b", path.read_text(encoding="utf-8"), re.MULTILINE)
+        assert (asked is not None) == (path == CLI / "turboesm" / "hf.py"), path.name
+
+
 def test_kernels_know_nothing_of_the_command_line() -> None:
     for path in KERNEL_FILES:
         assert not any(name.startswith("turboesm_cli") for name in imports(path)), path.name
@@ -202,7 +209,7 @@ for command in ["", *typer.main.get_command(app).commands]:
     loaded[command] = sorted({name.split(".")[0] for name in sys.modules})
 print(json.dumps(loaded))
 """
-SLOW_TO_IMPORT = {"torch", "esm", "numpy", "pandas", "matplotlib", "safetensors", "triton"}
+SLOW_TO_IMPORT = {"torch", "esm", "numpy", "pandas", "matplotlib", "safetensors", "triton", "transformers"}
 
 
 def test_help_imports_nothing_slow() -> None:

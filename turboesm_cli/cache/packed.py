@@ -106,6 +106,16 @@ class PackedCache(Ragged):
         part._layers = [store.rows(start, stop) for store in self._layers]
         return part
 
+    def take(self, other: Self, sequences: Tensor) -> None:
+        """Hold what `sequences` int64 [B] of another cache of this codec and capacity hold, or of this one itself.
+
+        What is copied is as long as the longest sequence there.
+        """
+        theirs = other.leading(other.length)
+        for name, tensor in self.leading(other.length).items():
+            tensor.copy_(theirs[name].index_select(0, sequences))
+        super().take(other, sequences)
+
     def load(self, tensors: Mapping[str, Tensor], length: int) -> None:
         """Take over the `tensors` of a cache of the same codec and batch that is full with `length` tokens.
 

@@ -92,6 +92,13 @@ class Ragged:
             self._held[idle] = length
             self.lengths[torch.tensor(idle, device=self.lengths.device)] = length
 
+    def take(self, other: Self, sequences: Tensor) -> None:
+        """Become as long as `sequences` int64 [B] of another cache, or of this one itself, are."""
+        index = sequences.cpu().numpy()
+        self._held[:], self._from[:] = other._held[index], other._from[index]
+        for own, theirs in ((self.lengths, other.lengths), (self.starts, other.starts)):
+            own.copy_(theirs.index_select(0, sequences))
+
     def rows(self, start: int, stop: int) -> Self:
         """Sequences start..stop - 1: a view of the same memory."""
         part = copy.copy(self)

@@ -26,9 +26,9 @@ ModelName = Annotated[
     str | None,
     typer.Option(
         "--model",
-        help="Official ESM-2 (esm2_t33_650M), fair-esm .pt file, Hugging Face folder, OWNER/MODEL, iglm, iglm-s, "
-        "embedded. random:NAME has random weights. Default: $TURBOESM_MODEL, else the bundle's if that is an "
-        "official ESM-2, else the embedded ESM-2 8M trunk.",
+        help="Official ESM-2 (esm2_t33_650M), fair-esm .pt file, Hugging Face folder, OWNER/MODEL, iglm, iglm-s "
+        "or embedded. random:NAME has random weights. Default: $TURBOESM_MODEL, else the bundle's if that is an "
+        "official ESM-2 or IgLM, else, for ESM-2, the embedded 8M trunk.",
         show_default=False,
     ),
 ]

@@ -118,7 +118,7 @@ def build(found: DecoderCheckpoint) -> Decoder:
     model = replace(model, blocks=tuple(_with_scaled_queries(block, layout.shape) for block in model.blocks))
     count = sum(x.numel() for name, x in _tensors(model, "", {}) if name != ".frequencies")
     shape = replace(layout.shape, own_parameters=count)
-    return replace(model, shape=shape, fingerprint=fingerprint_of(model))
+    return replace(model, shape=shape, fingerprint=_fingerprint(model))
 
 
 def _head(weights: _Weights, layout: Layout, embedding: Tensor, name: str) -> Linear:
@@ -234,7 +234,7 @@ def _tensors(part: Any, name: str, seen: dict[int, str]) -> Iterable[tuple[str, 
             yield from _tensors(getattr(part, field.name), f"{name}.{field.name}", seen)
 
 
-def fingerprint_of(model: Decoder) -> str:
+def _fingerprint(model: Decoder) -> str:
     """sha256 of settings, tokens, and up to 65,536 evenly spaced values of every weight, in float32."""
     settings = (
         model.family, replace(model.shape, own_parameters=None), model.activation, model.last_norm.epsilon,

@@ -15,8 +15,7 @@ attention, as ProGen2's does; training; torch.compile; a model on several device
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any, NamedTuple, NoReturn, Self
 from weakref import WeakKeyDictionary
 
@@ -27,10 +26,8 @@ from turboesm_cli.cache.packed import PackedCache
 from turboesm_cli.codec.bundle import Bundle
 from turboesm_cli.codec.fit import CodecSpec
 from turboesm_cli.errors import BundleError, InputError, ModelError
-from turboesm_cli.models.decoder import Decoder, Linear
-from turboesm_cli.models.decoder_config import FAMILIES, read_layout
-from turboesm_cli.models.decoder_weights import DecoderCheckpoint, build, fingerprint_of
-from turboesm_cli.models.loading import load_model
+from turboesm_cli.models.in_transformers import SERVED, Loaded, for_caches, read_loaded, unrounded
+from turboesm_cli.models.protocol import Model
 
 try:
     from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
@@ -53,7 +50,7 @@ class _Door:
     stop   takes the hook away
     """
 
-    model: Decoder
+    model: Model
     spec: CodecSpec
     order: Tensor | None
     stop: Callable[[], None]
@@ -75,13 +72,20 @@ def use_turboesm(model: PreTrainedModel, bundle: Bundle) -> None:
             f"the bundle is for models of family {bundle.family!r} ({bundle.model_name}), and this one is of "
             f"{model.config.model_type!r}; calibrate one for it"
         )
-    own, order = _read(model, bundle)
+    found = _read(model, bundle)
     if model in _DOORS:
         _DOORS[model].stop()
     hook = model.base_model.register_forward_pre_hook(_listen, with_kwargs=True)
-    kept = _for_caches(own, bundle.spec).to(device, own.dtype)
+    kept = for_caches(found, keeps_tokens=None in bundle.spec.layers).to(device, found.dtype)
+    order = None if found.order is None else found.order.to(device)
     _DOORS[model] = _DOORS[model.base_model] = _Door(kept, bundle.spec, order, hook.remove)
     model.set_attn_implementation(NAME)
+
+
+_INSTEAD = {
+    "esm": "; for ESM-2 there are turboesm.prefill and turboesm.step",
+    "progen": "; for ProGen2 there are turboesm.load_model and turboesm decode",
+}
 
 
 def _check_served(model: PreTrainedModel) -> torch.device:
@@ -89,16 +93,12 @@ def _check_served(model: PreTrainedModel) -> torch.device:
     if not isinstance(model, PreTrainedModel):
         raise ModelError(f"{type(model).__name__} is no model of transformers; unwrap it")
     family = model.config.model_type
-    if family not in FAMILIES:
-        raise ModelError(
-            f"{family!r} is not served through transformers: {', '.join(FAMILIES)} are"
-            + ("; for ESM-2 there are turboesm.prefill and turboesm.step" if family == "esm" else "")
-        )
+    if family not in SERVED:
+        instead = _INSTEAD.get(family, "")
+        raise ModelError(f"{family!r} is not served through transformers: {', '.join(SERVED)} are{instead}")
     if not model._supports_attention_backend:
-        raise ModelError(
-            f"this {type(model).__name__} has attention of its own, which caches cannot reach; "
-            + ("GPT-J needs transformers 5.24" if family == "gptj" else "load the model with turboesm.load_model")
-        )
+        newer = "; GPT-J needs transformers 5.24" if family == "gptj" else ""
+        raise ModelError(f"this {type(model).__name__} has attention of its own, which no cache reaches{newer}")
     devices = {weight.device for weight in model.parameters()}
     if len(devices) != 1 or any(device.type not in ("cpu", "cuda") for device in devices):
         raise ModelError(
@@ -107,45 +107,22 @@ def _check_served(model: PreTrainedModel) -> torch.device:
     return devices.pop()
 
 
-def _read(model: PreTrainedModel, bundle: Bundle) -> tuple[Decoder, Tensor | None]:
-    """The model as turboesm reads it, on the host, and its channels' order. Raises ModelError, BundleError."""
+def _read(model: PreTrainedModel, bundle: Bundle) -> Loaded:
+    """The model as turboesm reads it. Raises ModelError, or BundleError where the bundle is another's."""
+    weights = {key: weight.detach() for key, weight in model.named_parameters(remove_duplicate=False)}
     name = model.config.name_or_path or type(model).__name__
-    layout = read_layout(model.config.to_dict(), Path(name) / "config.json")
-    named = model.named_parameters(remove_duplicate=False)
-    weights = {key: weight.detach().cpu() for key, weight in named}
-    own = build(DecoderCheckpoint(name, layout, bundle.alphabet, weights))
-    if own.fingerprint != bundle.fingerprint and own.dtype in (torch.bfloat16, torch.float16):
-        _check_rounded(own, bundle)
-    else:
-        bundle.check_model(own, "the bundle")
-    same = torch.equal(layout.order, torch.arange(len(layout.order)))
-    return own, None if same else layout.order.to(model.device)
-
-
-def _check_rounded(own: Decoder, bundle: Bundle) -> None:
-    """Raise BundleError unless this model is that of the bundle, rounded to its dtype: by its files."""
-    dtype = str(own.dtype).removeprefix("torch.")
-    try:
-        original = load_model(own.name, "cpu", own.dtype)
-    except ModelError as error:
-        raise BundleError(
-            f"the bundle's weights are not these, in {dtype}; whether these were rounded from them, the model's "
-            f"files do not tell ({error}); load the model from a folder, or in the dtype of its files"
-        ) from error
+    found = read_loaded(name, model.config.to_dict(), weights, bundle.alphabet)
+    original: Model = found.model
+    if original.fingerprint != bundle.fingerprint and found.dtype in (torch.bfloat16, torch.float16):
+        try:
+            original = unrounded(found)
+        except ModelError as error:
+            raise BundleError(
+                f"the bundle's weights are not these, and that they were rounded is not to be seen ({error}); "
+                "load the model from its folder, or in the dtype of its files, or calibrate again"
+            ) from error
     bundle.check_model(original, "the bundle")
-    if not isinstance(original, Decoder) or fingerprint_of(original) != own.fingerprint:
-        raise BundleError(
-            f"the bundle is of {bundle.model_name}, and these weights are not those of {own.name} in {dtype}; "
-            "calibrate one for it"
-        )
-
-
-def _for_caches(own: Decoder, spec: CodecSpec) -> Decoder:
-    """What of a model its caches need: the first layer and the embeddings, where that layer's tokens are kept."""
-    if None in spec.layers:
-        return replace(own, blocks=own.blocks[:1], head=Linear(own.embedding, None))
-    embedding = own.embedding[:1].clone()
-    return replace(own, blocks=(), embedding=embedding, positions=None, head=Linear(embedding, None))
+    return found
 
 
 def _listen(body: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

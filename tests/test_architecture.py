@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import graphlib
 import json
+import os
 import re
 import subprocess
 import sys
@@ -239,6 +240,17 @@ def test_tests_use_what_is_public(path: Path) -> None:
             assert not any(is_private(name) for text in texts for name in text.split(".")), f"line {node.lineno}"
 
 
+EVERY_NAME = """
+import sys, turboesm
+for name in turboesm.__all__:
+    getattr(turboesm, name)
+for name, module in list(sys.modules.items()):
+    if name.startswith("turboesm"):
+        print(module.__file__)
+"""
+"""Files that all of `import turboesm` comes from: those beside an editable install are not the wheel's."""
+
+
 @pytest.mark.slow
 def test_the_wheel_holds_what_it_should(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--quiet", "-w", str(tmp_path), str(ROOT)]
@@ -253,3 +265,9 @@ def test_the_wheel_holds_what_it_should(tmp_path: Path) -> None:
     data |= {f"turboesm_cli/guides/{path.name}" for path in (CLI / "guides").glob("*.md")}
     described = {name for name in names if name.split("/")[0].endswith(".dist-info")}
     assert names - described == code | data
+    zipfile.ZipFile(next(tmp_path.glob("*.whl"))).extractall(tmp_path / "installed")
+    done = subprocess.run(
+        [sys.executable, "-c", EVERY_NAME], capture_output=True, text=True, cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(tmp_path / "installed")},
+    )  # fmt: skip
+    assert done.stdout and all(line.startswith(str(tmp_path)) for line in done.stdout.splitlines()), done

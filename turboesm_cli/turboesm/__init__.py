@@ -21,19 +21,20 @@ if TYPE_CHECKING:
     from turboesm_cli.errors import TurboESMError as TurboESMError
     from turboesm_cli.models.protocol import Model as Model
     from turboesm_cli.sequences.fasta import Protein as Protein
-    from turboesm_cli.turboesm.api import PackedCache as PackedCache
-    from turboesm_cli.turboesm.api import calibrate as calibrate
-    from turboesm_cli.turboesm.api import evaluate as evaluate
-    from turboesm_cli.turboesm.api import load_bundle as load_bundle
-    from turboesm_cli.turboesm.api import load_model as load_model
-    from turboesm_cli.turboesm.api import prefill as prefill
-    from turboesm_cli.turboesm.api import read_fasta as read_fasta
-    from turboesm_cli.turboesm.api import read_results as read_results
-    from turboesm_cli.turboesm.api import step as step
-    from turboesm_cli.turboesm.api import tokenize as tokenize
+
+    from .api import PackedCache as PackedCache
+    from .api import calibrate as calibrate
+    from .api import evaluate as evaluate
+    from .api import load_bundle as load_bundle
+    from .api import load_model as load_model
+    from .api import prefill as prefill
+    from .api import read_fasta as read_fasta
+    from .api import read_results as read_results
+    from .api import step as step
+    from .api import tokenize as tokenize
 
 _HOMES = {
-    "turboesm_cli.turboesm.api": (
+    f"{__name__}.api": (
         "PackedCache",
         "calibrate",
         "evaluate",

@@ -89,7 +89,8 @@ class Iglm(Plain):
 
     @cached_property
     def _silent(self) -> frozenset[int]:
-        return frozenset(token for token, text in enumerate(self.vocabulary) if text.startswith("["))
+        controls = (token for token, text in enumerate(self.vocabulary) if text.startswith("["))
+        return frozenset({self.padding, *controls})
 
 
 _CHAINS = ("HEAVY", "LIGHT")
@@ -137,9 +138,8 @@ class Zymctrl(Tokenized):
 
     @cached_property
     def _silent(self) -> frozenset[int]:
-        return frozenset(
-            token for token, text in enumerate(self.vocabulary) if len(text) > 1 or not text.isupper()
-        )
+        others = (token for token, text in enumerate(self.vocabulary) if len(text) > 1 or not text.isupper())
+        return frozenset({self.padding, *others})
 
 
 @dataclass(frozen=True, eq=False)
@@ -166,7 +166,7 @@ class Protgpt2(Tokenized):
         if residues is None:
             return len(whole) - 2
         seen, taken = 0, 2
-        for token in whole[2:-1]:
+        for token in whole[2:-2]:
             seen += len(self.detokenize([token]))
             if seen > residues:
                 break
@@ -193,6 +193,10 @@ class Protgpt2(Tokenized):
         return self._encode("\n")[0]
 
     def _body(self, protein: Protein, sequence: str) -> list[int]:
+        letter = self.unknown(sequence)
+        if letter is not None:
+            where = f"record {protein.record} ({protein.accession}): " if protein.record else ""
+            raise InputError(f"{where}{letter!r} is no token of {self.family}; {self._instead}")
         return self._encode("\n".join(slices(sequence, LINE))) if sequence else []
 
 

@@ -112,12 +112,26 @@ def _check_field(family: str, name: str, value: Any, path: Path) -> None:
         raise ModelError(f"{path}: architectures is {json.dumps(value)[:60]}, no language model with its head")
 
 
+_ALIASES = {
+    "hidden_size": "n_embd",
+    "max_position_embeddings": "n_positions",
+    "num_attention_heads": "n_head",
+    "num_hidden_layers": "n_layer",
+}
+"""Names by which transformers sets GPT's sizes, too."""
+
+
 def _gpt(config: dict[str, Any], path: Path) -> Layout:
     family = config["model_type"]
+    for alias, name in _ALIASES.items():
+        if config.get(alias) is not None and config[alias] != config.get(name, config[alias]):
+            raise ModelError(
+                f"{path}: {alias} is {config[alias]!r:.60} and {name} is {config[name]!r:.60}; which?"
+            )
     width = config.get("n_embd") or config.get("embed_dim")
     shape = Shape(
         config["n_layer"], width if width is not None else config["n_embd"], config["n_head"],
-        context=config.get("n_positions", 1024),
+        context=config.get("n_positions", 1024 if family == "gpt2" else 2048),
     )  # fmt: skip
     check_shape(shape, path)
     order, frequencies = torch.arange(shape.head_dim), torch.zeros(shape.head_dim // 2)
@@ -147,7 +161,8 @@ def _interleaved(shape: Shape, config: dict[str, Any], path: Path) -> tuple[Tens
 
 def _llama(config: dict[str, Any], path: Path) -> Layout:
     family, heads = config["model_type"], config["num_attention_heads"]
-    context, window = config["max_position_embeddings"], config.get("sliding_window")
+    context = _size(config, "max_position_embeddings", path)
+    window = config.get("sliding_window", 4096 if family == "mistral" else None)
     if window is not None and (type(window) is not int or window < 1):
         raise ModelError(f"{path}: sliding_window is {window!r:.60}, no number of tokens")
     shape = Shape(
@@ -196,7 +211,7 @@ def _size(config: dict[str, Any], name: str, path: Path) -> int:
 
 
 def _activation(name: Any, path: Path) -> str:
-    if name not in ACTIVATIONS:
+    if not isinstance(name, str) or name not in ACTIVATIONS:
         raise ModelError(f"{path}: activation {name!r:.60}; turboesm computes {', '.join(ACTIVATIONS)}")
     return str(name)
 

@@ -255,6 +255,14 @@ FIELDS_REFUSED: list[tuple[str, dict[str, object], str]] = [
     ("gpt2", {"tie_word_embeddings": 1}, "tie_word_embeddings"),
     ("gptj half turned", {"rotary": False}, "rotary"),
     ("gpt2", {"model_type": "gpt_neox"}, "model_type is .*gpt_neox"),
+    ("gpt2", {"num_attention_heads": 2}, "num_attention_heads is 2 and n_head is 4"),
+    ("gpt2", {"hidden_size": 64}, "hidden_size is 64"),
+    ("gptj half turned", {"num_hidden_layers": 1}, "num_hidden_layers is 1"),
+    ("gptj half turned", {"max_position_embeddings": 64}, "max_position_embeddings is 64"),
+    ("gpt2", {"architectures": 5}, "architectures is 5"),
+    ("llama 2:1", {"hidden_act": ["silu"]}, "activation"),
+    ("llama 2:1", {"max_position_embeddings": None}, "max_position_embeddings is None"),
+    ("llama 2:1", {"rope_theta": 5e5}, "rope_theta is 500000.0, and in rope_parameters 10000.0"),
 ]
 
 
@@ -279,6 +287,16 @@ def test_settings_that_are_not_computed_are_refused_by_name(
     change_config(folder := copied(case), **change)
     message = refusal(folder)
     assert re.search(reason, message), message
+
+
+def test_what_a_config_leaves_out_is_as_in_transformers(copied: Callable[[str], Path]) -> None:
+    change_config(folder := copied("mistral"), sliding_window=..., max_position_embeddings=8192)
+    assert load_model(str(folder), "cpu").shape.context == 4096
+
+
+def test_gptj_has_2048_positions_where_none_are_said(copied: Callable[[str], Path]) -> None:
+    change_config(folder := copied("gptj half turned"), n_positions=...)
+    assert load_model(str(folder), "cpu").shape.context == 2048
 
 
 WEIGHTS_REFUSED: list[tuple[str, dict[str, Tensor | None], str]] = [

@@ -2,28 +2,38 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from turboesm_kernels.token_layer import attend_tokens
 from typer.testing import CliRunner
 
 from turboesm_cli.app import app
 from turboesm_cli.codec.bundle import Bundle, write_bundle
 from turboesm_cli.codec.calibration import calibrate
 from turboesm_cli.codec.recipes import parse_recipe
+from turboesm_cli.commands.reading import Reading
 from turboesm_cli.engine import batch as engine
 from turboesm_cli.engine.batch import Batch
 from turboesm_cli.engine.jobs import Prompt, new_cache, run, samples_of
 from turboesm_cli.engine.tasks import Generated
+from turboesm_cli.errors import BundleError, InputError
 from turboesm_cli.models import forward, random_decoders
+from turboesm_cli.models.alphabet import AMINO_ACIDS
 from turboesm_cli.models.decoder import Decoder
+from turboesm_cli.models.decoder_alphabets import Plain, decoder_alphabet
+from turboesm_cli.models.esm2_alphabet import ESM2_ALPHABET
 from turboesm_cli.models.loading import load_model
 from turboesm_cli.models.sampling import Sampling, gumbel, sample_tokens, seed_of
 from turboesm_cli.models.shapes import Shape
 from turboesm_cli.outputs.work import NOTHING_KEPT
 from turboesm_cli.sequences.fasta import Protein, read_fasta
+from turboesm_cli.sequences.tags import parse_tags, with_tags
+from turboesm_cli.statistics.batching import told
 
 ROOT = Path(__file__).resolve().parents[1]
 GLOBULAR = ROOT / "data" / "evaluation" / "globular.fasta"
@@ -220,3 +230,72 @@ def test_what_an_encoder_or_a_short_context_cannot_do_is_refused(tqz: Path) -> N
         ["decode", str(tqz), str(PEPTIDES), "--model", "random:tiny", "--max-proteins", "1", "--generate", "900"],
     )
     assert result.exit_code != 0 and "takes 256" in result.output
+
+
+def test_a_cache_longer_than_the_positions_decodes_as_one_of_the_right_size(
+    model: Decoder, bundle: Bundle, proteins: list[Protein]
+) -> None:
+    tokens = model.alphabet.batch(proteins[:1])[:, :40]
+    found = []
+    for capacity in (64, 300):  # the model has 256 positions
+        cache = new_cache(model, bundle.spec, "packed", 2, capacity)
+        with torch.no_grad():
+            forward.prefill(model, tokens[:, :20].expand(2, -1), cache)
+            found.append(forward.replay(model, tokens[:, 20:].expand(2, -1), cache))
+    assert torch.allclose(found[0], found[1], atol=1e-5)
+    ids, tables = torch.zeros(1, 300, dtype=torch.int64), model.first_layer_tables()
+    q = torch.randn(1, 4, 1, 16)
+    rope = forward.rope_at(model, 0, 300)
+    whole, short = (
+        attend_tokens(q, ids[:, :count], tables, torch.ones(1), rope, torch.tensor([20])) for count in (300, 256)
+    )
+    assert torch.equal(whole, short)
+
+
+def test_generating_takes_memory_for_the_prompt_and_not_for_the_rest(tqz: Path) -> None:
+    plan = command("decode", tqz, PEPTIDES, "--prompt", 0, "--generate", 9, "--plan", "--json")
+    assert {item["context"] for item in json.loads(plan)} == {10}
+
+
+IGLM = (
+    "[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *AMINO_ACIDS, "[HUMAN]", "[MOUSE]", "[HEAVY]", "[LIGHT]",
+)  # fmt: skip
+
+
+def antibody(description: str) -> Protein:
+    return Protein("a1", description, "QVQLV", "x.fasta", 3, 7)
+
+
+def test_tags_are_said_once_and_known() -> None:
+    alphabet = decoder_alphabet("gpt2", "IgLM", IGLM, {}, "")
+    assert with_tags(antibody("chain=HEAVY"), {"chain": "LIGHT", "species": "human"}).description == (
+        "chain=HEAVY species=human"
+    )
+    with pytest.raises(InputError, match=r"x\.fasta: record 3 \(a1\), line 7: chain is HEAVY and LIGHT"):
+        alphabet.front(antibody("chain=HEAVY species=HUMAN chain=LIGHT"))
+    for text in ("specie=HUMAN", "HUMAN", "chain=", "chain=HEAVY chain=LIGHT"):
+        with pytest.raises(InputError, match="--tags"):
+            parse_tags(text)
+    with pytest.raises(InputError, match=r"IgLM is told chain and species"):
+        Reading(tags="EC=1.1.1.1", alphabet=alphabet)
+
+
+def test_what_proteins_are_told_is_part_of_what_a_codec_follows_from() -> None:
+    alphabet = decoder_alphabet("gpt2", "IgLM", IGLM, {}, "")
+    human, mouse = (antibody(f"chain=HEAVY species={name}") for name in ("HUMAN", "MOUSE"))
+    assert told([human], alphabet) != told([mouse], alphabet) != ""
+    assert told([human], ESM2_ALPHABET) == ""
+
+
+def test_a_tag_that_a_model_is_not_told_is_refused(tqz: Path) -> None:
+    wanted = ["score", str(tqz), str(PEPTIDES), "--model", "random:tiny", "--tags", "species=HUMAN"]
+    result = CliRunner().invoke(app, wanted)
+    assert result.exit_code == 3 and "is told nothing beside the sequence" in result.output
+
+
+def test_a_bundle_is_for_the_tokens_that_it_was_calibrated_with(model: Decoder, bundle: Bundle) -> None:
+    bundle.check_model(model, "b.tqz")
+    own = model.alphabet
+    swapped = Plain(own.family, own.vocabulary, own.end, own.padding, own.start)
+    with pytest.raises(BundleError, match="other tokens"):
+        bundle.check_model(replace(model, alphabet=swapped), "b.tqz")

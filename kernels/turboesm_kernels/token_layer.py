@@ -56,6 +56,7 @@ def _attend_positions(q: Tensor, ids: Tensor, tables: TokenTables, lengths: Tens
     ids int64 [B, T]; no RoPE: positions are learned.
     """
     assert tables.k_at is not None and tables.v_at is not None
+    ids = ids[:, : tables.k_at.shape[1]]  # buffers may be longer than there are positions, sequences are not
     tokens = ids.shape[1]
     picked = ids[:, None, None].expand(*q.shape[:3], tokens)
     factor = tables.factors_of(ids, q.new_ones(len(q)))[:, None, None]

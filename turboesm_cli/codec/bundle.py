@@ -82,6 +82,16 @@ class Bundle:
                 f"{where} was calibrated for {self.model_name}, not for {model.name} (their weights differ); "
                 "name its model with --model, or calibrate again"
             )
+        if _tokens(model.alphabet) != _tokens(self.alphabet):
+            raise BundleError(
+                f"{where} was calibrated for {self.model_name} with other tokens than {model.name} has, their "
+                "weights alike; name the folder with that tokenizer, or calibrate again"
+            )
+
+
+def _tokens(alphabet: Alphabet) -> dict[str, Any]:
+    """What an alphabet is, whatever the model is called."""
+    return alphabet.described() | {"name": ""}
 
 
 def sequence_key(protein: Protein) -> str:

@@ -59,6 +59,7 @@ def calibrate(
     from turboesm_cli.codec.bundle import write_bundle
     from turboesm_cli.codec.calibration import calibrate as learn
     from turboesm_cli.codec.recipes import parse_recipe, with_bits
+    from turboesm_cli.statistics.batching import told
 
     chosen = with_bits(with_bits(parse_recipe(recipe), bits, bits), bits_k, bits_v)
     if output is not None:
@@ -69,7 +70,9 @@ def calibrate(
     proteins = reading.known(fasta, proteins, loaded.alphabet)
     path = output or Path(f"{loaded.name}-{chosen.name}.tqz")
     kept = options.Kept(path, force, if_done, resume_anywhere)
-    run = options.run_of("calibrate", loaded, digest(proteins), recipe=chosen.as_dict())
+    tagged = told(proteins, loaded.alphabet)
+    own = {"recipe": chosen.as_dict()} | ({"told": tagged[:16]} if tagged else {})
+    run = options.run_of("calibrate", loaded, digest(proteins), **own)
     if not kept.is_done(run):
         with kept.work(run) as work:
             with console.progress("calibrating", len(proteins)) as tick:

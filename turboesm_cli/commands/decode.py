@@ -187,7 +187,7 @@ def _plans(bundle: Bundle, work: Workload, generate: int, device: str, dtype: op
     from turboesm_cli.models.loading import pick_device
 
     weights = FORMATS[dtype].dtype
-    context = work.longest + generate
+    context = work.longest_prompt + generate if generate else work.longest
     kinds = len(bundle.alphabet) if is_causal(bundle.family) else 20
     token = bundle.shape.width * weights.itemsize + 8 + (0 if is_causal(bundle.family) else 80)
     results = generate * 16 + kinds * 48 if generate else work.longest * token  # logits, sorted and summed up

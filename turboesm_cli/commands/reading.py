@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import count, islice
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,6 +14,7 @@ from turboesm_cli.errors import BundleError, InputError
 from turboesm_cli.sequences.fasta import MAX_RESIDUES, LongPolicy, Protein, ReadPolicy, ReadReport, read_fasta
 from turboesm_cli.sequences.inputs import Input
 from turboesm_cli.sequences.rejects import Reject, check_rejects, write_rejects
+from turboesm_cli.sequences.tags import parse_tags, with_tags
 
 if TYPE_CHECKING:
     from turboesm_cli.codec.bundle import Bundle
@@ -44,6 +45,15 @@ class Reading:
     def __post_init__(self) -> None:
         if self.rejects is not None:
             check_rejects(self.rejects)
+        if self.alphabet is not None:
+            self._check_tags(self.alphabet)
+
+    def _check_tags(self, alphabet: Alphabet) -> None:
+        """Raise InputError for a tag that the model is not told: it would change nothing."""
+        for name in parse_tags(self.tags):
+            if name not in alphabet.takes:
+                told = " and ".join(alphabet.takes) or "nothing beside the sequence"
+                raise InputError(f"--tags {name}=...: {alphabet.family} is told {told}; leave it out")
 
     def proteins(self, source: str) -> list[Protein]:
         """All proteins of a file, or the first `limit`. Raises InputError, also where it changes meanwhile."""
@@ -87,15 +97,15 @@ class Reading:
         read = read_fasta(opened, policy, found)
         known = read if self.alphabet is None else self._known(read, self.alphabet, found)
         few = islice(known, self.limit)
-        if not self.tags:
-            return few
-        return (replace(each, description=f"{each.description} {self.tags}".strip()) for each in few)
+        tags = parse_tags(self.tags)
+        return (with_tags(each, tags) for each in few) if tags else few
 
     def known(self, source: str, proteins: list[Protein], alphabet: Alphabet) -> list[Protein]:
         """Those of some proteins, read before the model was known, that have no letter which it lacks.
 
         Raises InputError where there is none.
         """
+        self._check_tags(alphabet)
         with self._told(source) as found:
             kept = list(self._known(proteins, alphabet, found))
         if not kept:

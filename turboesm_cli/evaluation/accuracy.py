@@ -39,6 +39,7 @@ from turboesm_cli.outputs.identity import code_digest
 from turboesm_cli.outputs.work import NOTHING_KEPT, Tensors, Work
 from turboesm_cli.reporting.results import ResultRow
 from turboesm_cli.sequences.fasta import Protein, digest
+from turboesm_cli.statistics.batching import told
 from turboesm_cli.statistics.collect import collect
 
 MEMORY_LENGTHS = (128, 256, 512, 1024)
@@ -219,7 +220,8 @@ def _accuracy_rows(
 
 def _cached_path(model: Model, proteins: Sequence[Protein], recipe: Recipe) -> Path:
     """Where the bundle is kept: named by all that it follows from, the code that makes it included."""
-    identity = [__version__, code_digest(), model.fingerprint, digest(proteins), recipe.as_dict()]
+    read = digest(proteins) + told(proteins, model.alphabet)
+    identity = [__version__, code_digest(), model.fingerprint, read, recipe.as_dict()]
     key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:32]
     return platformdirs.user_cache_path("turboesm") / "bundles" / f"{key}.tqz"
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -13,6 +13,7 @@ from torch import Tensor
 from turboesm_cli.errors import InputError
 from turboesm_cli.sequences.fasta import Protein
 from turboesm_cli.sequences.residues import SPELLED, count, slices
+from turboesm_cli.sequences.tags import where
 
 AMINO_ACIDS = "ACDEFGHIKLMNPQRSTVWY"
 """The 20 standard residues, in the order of every distribution over residues."""
@@ -37,6 +38,8 @@ class Alphabet:
     mask: int = -1
     residues: tuple[int, ...] = field(init=False)
     """Ids of AMINO_ACIDS."""
+    takes: ClassVar[tuple[str, ...]] = ()
+    """Names of the tags that it is told, see `sequences.tags`."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "residues", tuple(self.vocabulary.index(letter) for letter in AMINO_ACIDS))
@@ -113,8 +116,8 @@ class Alphabet:
         try:
             return [self._id_of[text] for text in SPELLED.findall(sequence)]
         except KeyError as error:
-            where = f"record {protein.record} ({protein.accession}): " if protein.record else ""
-            raise InputError(f"{where}{error.args[0]!r} is no token of {self.family}; {self._instead}") from error
+            what = f"{error.args[0]!r} is no token of {self.family}; {self._instead}"
+            raise InputError(where(protein) + what) from error
 
     @cached_property
     def sampled(self) -> tuple[int, ...]:

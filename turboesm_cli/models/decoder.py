@@ -17,6 +17,7 @@ from turboesm_kernels.token_tables import TokenTables
 
 from turboesm_cli.models.alphabet import Alphabet
 from turboesm_cli.models.shapes import Shape
+from turboesm_cli.models.weights import widened
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
@@ -199,14 +200,14 @@ class Decoder:
         variance is (|t|^2 + |p|^2 + 2 t.p) / E, and but for it keys and values are sums of what t and p give.
         """
         block = self.blocks[0]
-        wide = _widened(self.embedding)
+        wide = widened(self.embedding)
         if self.positions is None:
             _, k, v = self._split(_wide(block.joint)(_wide(block.norm)(wide))[None])
             nothing = k.new_zeros(k.shape[1], k.shape[3])
             return TokenTables(
                 k[0].contiguous(), v[0].contiguous(), nothing, nothing, k.new_ones(len(wide)), NEARLY_0, False
             )
-        norm, joint, at = _wide(block.norm), _wide(block.joint), _widened(self.positions)
+        norm, joint, at = _wide(block.norm), _wide(block.joint), widened(self.positions)
         token, place = (x - x.mean(-1, keepdim=True) for x in (wide, at))
         squares = token.square().sum(-1)[:, None] + place.square().sum(-1) + 2 * token @ place.T
         across = (squares / wide.shape[1] + norm.epsilon).rsqrt()
@@ -224,13 +225,9 @@ class Decoder:
         return self.blocks[layer].out.weight
 
 
-def _widened(x: Tensor) -> Tensor:
-    return x if x.dtype == torch.float64 else x.float()
-
-
 def _wide(part: Any) -> Any:
     """A Linear or Norm in float32 at least."""
-    return part._replace(**{n: _widened(x) for n, x in part._asdict().items() if isinstance(x, Tensor)})
+    return part._replace(**{n: widened(x) for n, x in part._asdict().items() if isinstance(x, Tensor)})
 
 
 def _moved(part: Any, device: torch.device, dtype: torch.dtype) -> Any:

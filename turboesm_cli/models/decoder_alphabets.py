@@ -17,24 +17,19 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from typing import Any
+from typing import Any, ClassVar
 
 from turboesm_cli.errors import InputError, ModelError
 from turboesm_cli.models.alphabet import AMINO_ACIDS, Alphabet
 from turboesm_cli.sequences.fasta import Protein
 from turboesm_cli.sequences.residues import SPELLED, slices
+from turboesm_cli.sequences.tags import tag, where
 
 NO_TOKEN = -1
 """Padding of vocabularies that need not have any."""
 
 LINE = 60
 """Residues of a line of ProtGPT2's text."""
-
-
-def tag(protein: Protein, name: str) -> str | None:
-    """The value of `name=value` in a protein's header, whatever the case of the name; None without one."""
-    found = re.search(rf"(?:^|\s){name}\s*[=:]\s*(\S+)", protein.description, re.IGNORECASE)
-    return found[1].strip(";,") if found else None
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,6 +55,7 @@ class Iglm(Plain):
     """IgLM's chain and species before the residues."""
 
     form: str = "iglm"
+    takes: ClassVar[tuple[str, ...]] = ("chain", "species")
 
     def front(self, protein: Protein) -> list[int]:
         """Chain and species, from the header."""
@@ -75,11 +71,11 @@ class Iglm(Plain):
         choice = " or ".join(sorted(known))
         if value is None:
             raise InputError(
-                f"{protein.accession}: {self.family} is told the {name} of each protein, {name}={choice}, in the "
+                f"{where(protein)}{self.family} is told the {name} of each protein, {name}={choice}, in the "
                 f"header or by --tags '{name}=...'"
             )
         if value.upper() not in known:
-            raise InputError(f"{protein.accession}: {name}={value} is unknown to {self.family}; give {choice}")
+            raise InputError(f"{where(protein)}{name}={value} is unknown to {self.family}; give {choice}")
         return self.vocabulary.index(f"[{value.upper()}]")
 
     @cached_property
@@ -117,6 +113,7 @@ class Zymctrl(Tokenized):
     """ZymCTRL's EC number before the residues."""
 
     form: str = "zymctrl"
+    takes: ClassVar[tuple[str, ...]] = ("EC",)
 
     def front(self, protein: Protein) -> list[int]:
         """EC number, `<sep>` and `<start>`."""
@@ -131,7 +128,7 @@ class Zymctrl(Tokenized):
         number = tag(protein, "EC")
         if number is None or not re.fullmatch(r"\d+(\.(\d+|n\d+|-)){1,3}", number):
             raise InputError(
-                f"{protein.accession}: {self.family} is told each enzyme's number, EC=1.1.1.1, in the header or "
+                f"{where(protein)}{self.family} is told each enzyme's number, EC=1.1.1.1, in the header or "
                 "by --tags 'EC=...'"
             )
         return number
@@ -195,8 +192,7 @@ class Protgpt2(Tokenized):
     def _body(self, protein: Protein, sequence: str) -> list[int]:
         letter = self.unknown(sequence)
         if letter is not None:
-            where = f"record {protein.record} ({protein.accession}): " if protein.record else ""
-            raise InputError(f"{where}{letter!r} is no token of {self.family}; {self._instead}")
+            raise InputError(f"{where(protein)}{letter!r} is no token of {self.family}; {self._instead}")
         return self._encode("\n".join(slices(sequence, LINE))) if sequence else []
 
 

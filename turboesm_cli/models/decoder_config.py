@@ -106,13 +106,13 @@ def _check_field(family: str, name: str, value: Any, path: Path) -> None:
             f"{path}: turboesm does not know the field {name!r} ({json.dumps(value)[:60]}); if the model computes "
             "the same without it, take it out of a copy of the folder"
         )
-    if name == "architectures" and not all(
-        str(item).endswith("ForCausalLM") or item == "GPT2LMHeadModel" for item in value
-    ):
+    heads = ("ForCausalLM", "LMHeadModel")
+    if name == "architectures" and not (isinstance(value, list) and all(str(x).endswith(heads) for x in value)):
         raise ModelError(f"{path}: architectures is {json.dumps(value)[:60]}, no language model with its head")
 
 
 _ALIASES = {
+    "embed_dim": "n_embd",
     "hidden_size": "n_embd",
     "max_position_embeddings": "n_positions",
     "num_attention_heads": "n_head",
@@ -196,7 +196,10 @@ def _theta(config: dict[str, Any], path: Path) -> float:
             raise ModelError(
                 f"{path}: {name} turns a part of each head, which turboesm does not compute for Llama"
             )
-        theta = found.get("rope_theta", theta)
+        own = found.get("rope_theta", theta)
+        if theta is not None and own != theta:
+            raise ModelError(f"{path}: rope_theta is {theta!r:.60}, and in {name} {own!r:.60}; which?")
+        theta = own
     theta = 10000.0 if theta is None else theta
     if type(theta) not in (int, float) or not 1 < theta < 1e12:
         raise ModelError(f"{path}: rope_theta is {theta!r:.60}")

@@ -8,7 +8,7 @@ from typing import Any
 from turboesm_cli.errors import ModelError
 from turboesm_cli.models.alphabet import Alphabet
 from turboesm_cli.models.decoder_alphabets import decoder_alphabet
-from turboesm_cli.models.esm_config import read_json
+from turboesm_cli.models.esm_config import read_json, read_text
 from turboesm_cli.models.weights import one_line
 
 LARGEST = 16 << 20
@@ -21,13 +21,13 @@ def read_alphabet(folder: Path, family: str, name: str, rows: int) -> Alphabet:
     """The tokens beside a model's weights; `rows` of its embedding. Raises ModelError."""
     fast, plain = folder / "tokenizer.json", folder / "vocab.txt"
     if fast.exists():
-        text = _text(fast)
+        text = read_text(fast, LARGEST)
         vocabulary = _vocabulary(fast, rows)
         return decoder_alphabet(family, name, vocabulary, _special(folder), text)
     if not plain.exists() and (folder.parent / "vocab.txt").exists():
         plain = folder.parent / "vocab.txt"  # as in IgLM's package
     if plain.exists():
-        lines = _text(plain).splitlines()
+        lines = read_text(plain, LARGEST).splitlines()
         return decoder_alphabet(family, name, _filled(dict(enumerate(lines)), rows, plain), _special(folder), "")
     raise ModelError(f"{folder} has neither tokenizer.json nor vocab.txt; copy the model's tokenizer there")
 
@@ -62,12 +62,3 @@ def _special(folder: Path) -> dict[str, str]:
             if isinstance(value, str):
                 found[which] = value
     return found
-
-
-def _text(path: Path) -> str:
-    try:
-        if path.stat().st_size > LARGEST:
-            raise ModelError(f"{path} is over {LARGEST >> 20} MiB: no tokenizer of a protein model")
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ModelError(f"{path} cannot be read ({one_line(error)}); check the file") from error

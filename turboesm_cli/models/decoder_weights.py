@@ -16,7 +16,7 @@ from turboesm_cli.models.alphabet import Alphabet
 from turboesm_cli.models.decoder import Block, Decoder, Linear, Norm
 from turboesm_cli.models.decoder_config import Layout
 from turboesm_cli.models.shapes import Shape
-from turboesm_cli.models.weights import same
+from turboesm_cli.models.weights import same, widened
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
@@ -201,12 +201,8 @@ def _with_scaled_queries(block: Block, shape: Shape) -> Block:
     rows = torch.ones(len(block.joint.weight), device=block.joint.weight.device)
     rows[: shape.heads * shape.head_dim] = shape.head_dim**-0.5
     weight, bias = block.joint
-    scaled = Linear(_wide(weight) * rows[:, None], None if bias is None else _wide(bias) * rows)
+    scaled = Linear(widened(weight) * rows[:, None], None if bias is None else widened(bias) * rows)
     return replace(block, joint=scaled)
-
-
-def _wide(x: Tensor) -> Tensor:
-    return x if x.dtype == torch.float64 else x.float()
 
 
 def _below(parts: list[Linear]) -> Linear:

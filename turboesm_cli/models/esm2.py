@@ -15,6 +15,7 @@ from turboesm_cli.models.alphabet import Alphabet
 from turboesm_cli.models.esm2_alphabet import ESM2_ALPHABET
 from turboesm_cli.models.fair_esm import ESM2, gelu
 from turboesm_cli.models.shapes import Shape
+from turboesm_cli.models.weights import widened
 
 MASK_RATIO_IN_TRAINING = 0.15 * 0.8
 
@@ -156,16 +157,16 @@ class EsmModel:
         s sigma / sqrt(s^2 sigma^2 + epsilon), sigma the embedding's deviation.
         """
         unscaled = self.embed(self._every_token(), None, torch.ones(1, 1, 1, device=self.device))[0]
-        embedded = _widened(unscaled / self._embedding_scale)
+        embedded = widened(unscaled / self._embedding_scale)
         centred = embedded - embedded.mean(-1, keepdim=True)
         sigma = centred.square().mean(-1, keepdim=True).sqrt()
         attention, norm = self.net.layers[0].self_attn, self.net.layers[0].self_attn_layer_norm
-        scaled = centred / sigma.clamp_min(1e-30) * _widened(norm.weight)  # 0 for kinds whose embedding is 0
+        scaled = centred / sigma.clamp_min(1e-30) * widened(norm.weight)  # 0 for kinds whose embedding is 0
         parts = []
         for linear in (attention.k_proj, attention.v_proj):
-            weight, bias = _widened(linear.weight), _widened(linear.bias)
+            weight, bias = widened(linear.weight), widened(linear.bias)
             kind = _split(scaled[None] @ weight.T, self.shape.heads)[0].contiguous()
-            parts += [kind, (weight @ _widened(norm.bias) + bias).view(self.shape.heads, self.shape.head_dim)]
+            parts += [kind, (weight @ widened(norm.bias) + bias).view(self.shape.heads, self.shape.head_dim)]
         k, k_const, v, v_const = parts
         sigma = sigma[:, 0] * self._embedding_scale
         return TokenTables(k, v, k_const, v_const, sigma, norm.eps, bool(self.net.token_dropout))
@@ -181,10 +182,6 @@ def _join(linears: Sequence[nn.Module], name: str) -> Tensor:
     for linear, part in zip(linears, whole.chunk(len(linears)), strict=True):
         getattr(linear, name).data = part
     return whole
-
-
-def _widened(x: Tensor) -> Tensor:
-    return x if x.dtype == torch.float64 else x.float()
 
 
 def _split(x: Tensor, heads: int) -> Tensor:

@@ -132,7 +132,7 @@ def _check_field(name: str, value: Any, config: dict[str, Any], path: Path) -> N
 def _check_vocabulary(path: Path) -> None:
     if not path.exists():
         return
-    tokens = [line.strip() for line in _text(path).rstrip().splitlines()]
+    tokens = [line.strip() for line in read_text(path).rstrip().splitlines()]
     for number in range(max(len(tokens), len(_TOKENS.vocabulary))):
         found, expected = (row[number] if number < len(row) else None for row in (tokens, _TOKENS.vocabulary))
         if found != expected:
@@ -194,16 +194,19 @@ def _claimed(path: Path, claims: Any) -> list[tuple[int, Any]]:
 def read_json(path: Path) -> Any:
     """What a small JSON file beside a model's weights holds. Raises ModelError."""
     try:
-        return json.loads(_text(path))
+        return json.loads(read_text(path))
     except (ValueError, RecursionError) as error:
         what = sign_of(path) or f"not JSON ({one_line(error)}); download it again"
         raise ModelError(f"{path} cannot be read: it is {what}") from error
 
 
-def _text(path: Path) -> str:
+def read_text(path: Path, largest: int = LARGEST) -> str:
+    """A small text file beside a model's weights, of up to `largest` bytes. Raises ModelError."""
     try:
-        if path.stat().st_size > LARGEST:
-            raise ModelError(f"{path} is over 1 MiB: not a file of a Hugging Face ESM; download it again")
+        if path.stat().st_size > largest:
+            raise ModelError(
+                f"{path} is over {largest >> 20} MiB: no such file of a protein model; download it again"
+            )
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ModelError(f"{path} cannot be read ({one_line(error)}); check the file") from error

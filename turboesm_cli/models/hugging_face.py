@@ -1,9 +1,9 @@
-"""Hugging Face ESM folders: their files, their names for ESM-2's weights, and the hub's cache on this machine.
+"""Hugging Face folders: their files, their names for ESM-2's weights, and the hub's cache, filled if need be.
 
 | beside config.json | |
 |---|---|
 | model.safetensors, its index, pytorch_model.bin or its index | the weights: the first, as in transformers |
-| a tokenizer's files | must give ESM-2's tokens ESM-2's numbers |
+| a tokenizer's files | of ESM-2 must give its tokens its numbers; of other models say their tokens |
 | an adapter, a quantizer's settings, weights of another name | refused: the model may be more than its base |
 | a trainer's state, weights of other frameworks | not read |
 """
@@ -85,7 +85,8 @@ def folder_name(folder: Path) -> str:
 def read_from_hub_cache(name: str) -> Checkpoint | DecoderCheckpoint:
     """The model `name` (OWNER/MODEL) of the hub, from its cache or else downloaded. Raises ModelError."""
     folder = _hub_cache() / f"models--{name.replace('/', '--')}"
-    if folder.is_dir() and any((folder / "snapshots").glob("*/config.json")):
+    there = [path.name for path in (folder / "snapshots").glob("*/*")]
+    if "config.json" in there and any(name.endswith((".safetensors", ".bin")) for name in there):
         return read_folder(_snapshot(folder))
     reason = _download(name)
     if reason is None:

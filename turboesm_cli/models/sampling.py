@@ -101,14 +101,14 @@ def sample_tokens(logits: Tensor, noise: Tensor, sampling: Sampling, there: Tens
 
 def gumbel(seeds: Tensor, steps: Tensor, kinds: int) -> Tensor:
     """Gumbel noise float32 [B, V] of seeds int64 [B] at steps int64 [B]: the same wherever and beside whatever."""
-    mixed = seeds[:, None] + steps[:, None] * 0x1E3779B97F4A7C15
-    mixed = _mixed(mixed) + torch.arange(kinds, device=seeds.device) * 0x3C6EF372FE94F82B
-    chances = ((_mixed(mixed) & 0x7FFFFFFF).float() + 0.5) * 2.0**-31
+    of_step = mixed(seeds[:, None] + steps[:, None] * 0x1E3779B97F4A7C15)
+    of_kind = of_step + torch.arange(kinds, device=seeds.device) * 0x3C6EF372FE94F82B
+    chances = ((mixed(of_kind) & 0x7FFFFFFF).float() + 0.5) * 2.0**-31
     return -(-chances.log()).clamp_min(1e-30).log()
 
 
-def _mixed(x: Tensor) -> Tensor:
-    """splitmix64's finalizer of int64 (Steele et al., "Fast splittable pseudorandom number generators", 2014)."""
+def mixed(x: Tensor) -> Tensor:
+    """Pseudo-random int64 of int64: splitmix64's finalizer (Steele et al., OOPSLA 2014)."""
     for shift, factor in ((30, -0x40A7B892E31B1A47), (27, -0x6B2FB644ECCEEE15)):
         x = (x ^ ((x >> shift) & ((1 << (64 - shift)) - 1))) * factor
     return x ^ ((x >> 31) & ((1 << 33) - 1))

@@ -96,6 +96,11 @@ def unwrapped(name: str) -> str:
     return re.sub(r"(^|\.)_orig_mod\.", r"\1", name).removeprefix("module.")
 
 
+def widened(x: Tensor) -> Tensor:
+    """The same in float32 at least."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
 def one_line(error: Exception) -> str:
     """The start of what an error says, on one line."""
     return " ".join((str(error) or type(error).__name__).split())[:200]

@@ -47,6 +47,14 @@ def to_tokens(proteins: Sequence[Protein], model: Model) -> Tensor:
     return tokens.to(model.device)
 
 
+def told(proteins: Sequence[Protein], alphabet: Alphabet) -> str:
+    """sha256 of what a model is told before each sequence, whatever their order; "" where that is nothing."""
+    tags = [(protein.sequence, alphabet.tags(protein)) for protein in proteins]
+    if not any(tag for _, tag in tags):
+        return ""
+    return hashlib.sha256(repr(sorted(tags)).encode()).hexdigest()
+
+
 def check_context(protein: Protein, tokens: int, shape: Shape) -> None:
     """Raise InputError where a protein has more tokens than a model takes."""
     if shape.context is not None and tokens > shape.context:

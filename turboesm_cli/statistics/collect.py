@@ -24,6 +24,7 @@ from turboesm_cli.console import Tick
 from turboesm_cli.errors import InputError
 from turboesm_cli.models.forward import encode, rope_at, shared
 from turboesm_cli.models.protocol import Model
+from turboesm_cli.models.sampling import mixed
 from turboesm_cli.models.shapes import Shape
 from turboesm_cli.outputs.work import NOTHING_KEPT, Tensors, Work
 from turboesm_cli.sequences.fasta import Protein
@@ -225,7 +226,4 @@ def _gram(x: Tensor, y: Tensor) -> Tensor:
 def _hashes(proteins: Sequence[Protein], length: int) -> Tensor:
     """Pseudo-random int64 [B, length] >= 0 of (sequence, position), the same in every run and batch."""
     seeds = [int.from_bytes(digest(protein)[:8], "little", signed=True) for protein in proteins]
-    mixed = torch.tensor(seeds)[:, None] + torch.arange(length) * 0x1E3779B97F4A7C15
-    for shift, factor in ((30, -0x40A7B892E31B1A47), (27, -0x6B2FB644ECCEEE15)):  # splitmix64's finalizer
-        mixed = (mixed ^ ((mixed >> shift) & ((1 << (64 - shift)) - 1))) * factor
-    return (mixed ^ ((mixed >> 31) & ((1 << 33) - 1))) & 0x7FFFFFFFFFFFFFFF
+    return mixed(torch.tensor(seeds)[:, None] + torch.arange(length) * 0x1E3779B97F4A7C15) & 0x7FFFFFFFFFFFFFFF

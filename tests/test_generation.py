@@ -299,3 +299,9 @@ def test_a_bundle_is_for_the_tokens_that_it_was_calibrated_with(model: Decoder, 
     swapped = Plain(own.family, own.vocabulary, own.end, own.padding, own.start)
     with pytest.raises(BundleError, match="other tokens"):
         bundle.check_model(replace(model, alphabet=swapped), "b.tqz")
+
+
+@pytest.mark.parametrize("option", [("--num-samples", 2), ("--top-k", 3), ("--repetition-penalty", 1.2)])
+def test_options_of_sampling_go_with_generate(tqz: Path, option: tuple[str, float]) -> None:
+    result = CliRunner().invoke(app, ["decode", str(tqz), str(PEPTIDES), *map(str, option)])
+    assert result.exit_code == 2 and "--generate" in result.output

@@ -128,8 +128,10 @@ def decode(
 
             wanted = Wanted(generate, num_samples, temperature, top_p, top_k, repetition_penalty, seed)
             wanted.check(codec, work)
-        elif num_samples > 1:
-            raise typer.BadParameter("samples come with --generate", param_hint="--num-samples")
+        elif num_samples > 1 or top_k or repetition_penalty != 1:
+            raise typer.BadParameter(
+                "go with --generate", param_hint=["--num-samples", "--top-k", "--repetition-penalty"]
+            )
         plans = _plans(codec, work, generate, device, dtype)
         if plan:
             _show_plans(plans, json)
@@ -170,6 +172,8 @@ def _workload(
     packed = source != "-" and is_packfile(Path(source))
     if packed and prompt:
         raise InputError(f"{source} holds prompts already; leave --prompt out, or name the FASTA file")
+    if packed and reading.tags:
+        raise InputError(f"{source} holds what its proteins were told; leave --tags out")
     if packed and kv != PACKED:
         raise InputError(f"{source} holds packed caches; --kv {kv} needs the proteins' FASTA file")
     if packed:

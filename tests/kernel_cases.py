@@ -30,10 +30,12 @@ class Case:
     ragged: bool = False
     dtype: torch.dtype = torch.float32
     seed: int = 0
+    positions: int = 0  # learned ones, each with a centre of its own
 
     def __str__(self) -> str:
         parts = [f"d{self.dim}", f"T{self.tokens}", f"Q{self.queries}", f"{self.kind}{self.bits:g}"]
         parts += ["ragged"] * self.ragged + [f"s{self.sinks}"] + [str(self.dtype)[6:]] + [self.scale]
+        parts += [f"P{self.positions}"] * bool(self.positions)
         return "-".join(parts)
 
 
@@ -76,9 +78,10 @@ def make_spec(side: Side, case: Case, device: str = "cpu") -> SideSpec:
         levels[:, table_slice(width)] = table
         thresholds[:, table_slice(width)][:, :-1] = (table[:, 1:] + table[:, :-1]) / 2
     centre = torch.randn(heads, dim, generator=g) if case.centred else torch.zeros(heads, dim)
+    of_position = torch.randn(heads, case.positions, dim, generator=g).half()
     spec = SideSpec(
         side, profiles, of_head, centre, basis.float(), deviation, basis.mT.contiguous().float(),
-        levels, thresholds, case.scale,
+        levels, thresholds, case.scale, of_position if case.positions and side == "k" else None,
     )  # fmt: skip
     return spec.to(torch.device(device))
 
@@ -91,9 +94,7 @@ def make(case: Case, device: str = "cpu", room: int = 0) -> tuple[Tensor, Held, 
     k = _packed(layer.k.spec, shape, g, room, device)
     v = _packed(layer.v.spec, shape, g, room, device)
     q = torch.randn(case.batch, case.heads, case.queries, case.dim, generator=g) / math.sqrt(case.dim) * 2
-    frequencies = 10000.0 ** (-torch.arange(0, case.dim, 2) / case.dim)
-    rope = Rope.at(torch.arange(case.tokens) + case.sinks, frequencies)
-    rope = Rope(rope.cos.to(device), rope.sin.to(device)) if case.centred else None
+    rope = angles(case, torch.arange(case.tokens) + case.sinks, device) if case.centred or case.positions else None
     lengths = sinks = None
     if case.ragged:
         lengths = torch.randint(1, case.tokens + case.sinks + 1, (case.batch,), generator=g, dtype=torch.int32)
@@ -103,6 +104,12 @@ def make(case: Case, device: str = "cpu", room: int = 0) -> tuple[Tensor, Held, 
         sinks = torch.randn(2, case.batch, case.heads, case.sinks, case.dim, generator=g).half().to(device)
     held = Held(k, v, rope, lengths, *((None, None) if sinks is None else sinks))
     return q.to(case.dtype).to(device), held, layer
+
+
+def angles(case: Case, positions: Tensor, device: str = "cpu") -> Rope:
+    """RoPE's angles; learned positions turn nothing."""
+    frequencies = 10000.0 ** (-torch.arange(0, case.dim, 2) / case.dim) * (case.positions == 0)
+    return Rope.at(positions.to(device), frequencies.to(device))
 
 
 def _packed(spec: SideSpec, shape: tuple[int, ...], g: torch.Generator, room: int, device: str) -> Packed:

@@ -11,12 +11,13 @@ import os
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from kernel_cases import Case, make, make_spec, relative_error
+from kernel_cases import Case, angles, make, make_spec, relative_error
 from turboesm_kernels import dispatch, reference, token_layer
 from turboesm_kernels.dispatch import BackendError
 from turboesm_kernels.layout import Profile
@@ -53,6 +54,8 @@ SMALL = [
     Case(dim=64, tokens=1023, kind="table", bits=4, dtype=torch.bfloat16),
     Case(dim=64, tokens=40, kind="flat-uniform", bits=3, scale="norm"),
     Case(dim=128, tokens=33, kind="uniform", ragged=True),
+    Case(dim=64, tokens=200, kind="uniform", ragged=True, sinks=4, positions=204),
+    Case(dim=24, tokens=33, kind="flat", queries=3, batch=7, positions=20, dtype=torch.bfloat16),
 ]
 LARGE = SMALL + [
     Case(
@@ -97,6 +100,12 @@ def poison(q: torch.Tensor) -> None:
 @pytest.mark.parametrize("case", SMALL, ids=str)
 def test_portable(case: Case) -> None:
     check(case, "triton")
+
+
+@pytest.mark.parametrize("case", [case for case in SMALL if "uniform" in case.kind], ids=str)
+def test_lookup(case: Case) -> None:
+    if case.scale != "none":
+        check(replace(case, dtype=torch.float32), "lookup")
 
 
 @interpreted
@@ -212,6 +221,8 @@ def test_on_gpu(case: Case, backend: dispatch.Backend) -> None:
         Case(tokens=1, bits=2, sinks=0),
         Case(tokens=700, dim=128, centred=False),
         Case(tokens=3000, batch=2, ragged=True, bits=3.5),
+        Case(tokens=1023, batch=9, ragged=True, sinks=4, positions=1024, dtype=torch.bfloat16),
+        Case(tokens=384, batch=70, sinks=2, positions=300),
     ],
     ids=str,
 )
@@ -303,7 +314,7 @@ def test_wrong_inputs_are_refused(wrong: object) -> None:
         dispatch.attend(q, held, layer, "torch")
 
 
-def check_pack(case: Case, device: str = "cpu") -> None:
+def check_pack(case: Case, pack: Callable[..., None], device: str = "cpu") -> None:
     """The codes of the reference but for ties, written where they belong and nowhere else."""
     specs = {side: make_spec(side, case, device) for side in SIDES}
     layer = PreparedLayer.of(specs["k"], specs["v"])
@@ -311,16 +322,13 @@ def check_pack(case: Case, device: str = "cpu") -> None:
     shape = (case.batch, case.heads, case.tokens, case.dim)
     x = {side: _tokens_first(torch.randn(shape, generator=g).to(case.dtype).to(device)) for side in SIDES}
     room, first = 7, 3
-    frequencies = 10000.0 ** (-torch.arange(0, case.dim, 2) / case.dim)
-    rope = Rope.at(torch.arange(case.tokens + room) + 2, frequencies)
-    rope = Rope(rope.cos.to(device), rope.sin.to(device))
+    rope = angles(case, torch.arange(case.tokens + room) + 2, device)
     body = slice(first, first + case.tokens)
-    own = Rope(rope.cos[body], rope.sin[body])
-    expected = {side: reference.compress(x[side], specs[side], own) for side in SIDES}
-    held = Held(*(_filled(expected[side], room) for side in SIDES), rope)
-    where = first if case.ragged is False else torch.full((case.batch,), first, dtype=torch.int32, device=device)
-    from turboesm_kernels.pack import pack  # needs Triton
-
+    expected = {side: reference.compress(x[side], specs[side], rope.rows(body)) for side in SIDES}
+    sinks = torch.zeros(case.batch, case.heads, 2, case.dim, device=device)
+    held = Held(*(_filled(expected[side], room) for side in SIDES), rope, None, sinks, sinks)
+    start = first + held.sinks
+    where = start if case.ragged is False else torch.full((case.batch,), start, dtype=torch.int32, device=device)
     pack(x["k"], x["v"], layer, held, where)
     for side, into in (("k", held.k), ("v", held.v)):
         found = reference.unpack(into.codes[:, :, :, body], specs[side])
@@ -363,20 +371,31 @@ PACKED = [
     Case(dim=64, tokens=9, kind="flat-uniform", bits=1, dtype=torch.float16),
     Case(dim=64, tokens=1, batch=35, kind="uniform", ragged=True, dtype=torch.bfloat16),
     Case(dim=32, tokens=1, batch=35, kind="uniform"),
+    Case(dim=64, tokens=70, kind="uniform", positions=60),
+    Case(dim=64, tokens=1, batch=35, kind="uniform", ragged=True, positions=9),
 ]
 
 
 @interpreted
 @pytest.mark.parametrize("case", PACKED, ids=str)
 def test_pack(case: Case) -> None:
-    check_pack(case)
+    from turboesm_kernels.pack import pack  # needs Triton
+
+    check_pack(case, pack)
+
+
+@pytest.mark.parametrize("case", PACKED, ids=str)
+def test_pack_without_triton(case: Case) -> None:
+    check_pack(case, dispatch.append)
 
 
 @pytest.mark.gpu
 @no_gpu
 @pytest.mark.parametrize("case", [*PACKED, Case(dim=64, tokens=1024, batch=4)], ids=str)
 def test_pack_on_gpu(case: Case) -> None:
-    check_pack(case, "cuda")
+    from turboesm_kernels.pack import pack
+
+    check_pack(case, pack, "cuda")
 
 
 CHECKED = [
@@ -418,6 +437,7 @@ def test_selfcheck(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
         (Case(dim=24, kind="flat-uniform", bits=3), Case(dim=24, kind="flat-uniform", bits=4)),
         (Case(kind="uniform"), Case(kind="uniform", centred=False)),
         (Case(kind="uniform"), Case(kind="uniform", scale="none")),
+        (Case(kind="uniform"), Case(kind="uniform", positions=40)),
         (Case(kind="uniform", bits=2), Case(kind="uniform", bits=3)),
     ],
     ids=str,

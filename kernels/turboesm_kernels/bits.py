@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -27,6 +27,7 @@ class Bits:
     deviation float32 [H, 1, A]
     norm      float32 [H, 1, 1]: 1 / sqrt(coded axes)
     turned    float32 [H, 1, d]: the keys' centre as RoPE pairs its halves
+    centre_at float32 [H, P, d], as in `SideSpec`, or None
     """
 
     map: Tensor
@@ -42,6 +43,7 @@ class Bits:
     deviation: Tensor
     norm: Tensor
     turned: Tensor
+    centre_at: Tensor | None = None
 
     @classmethod
     def of(cls, spec: SideSpec, decoding: Tensor, steps: list[dict[int, float]]) -> Bits:
@@ -82,7 +84,8 @@ class Bits:
             coded.sum(-1).rsqrt()[:, None, None],
             turned.cpu()[:, None],
         )
-        return cls(*(tensor.to(spec.centre.device) for tensor in tensors))
+        found = cls(*(tensor.to(spec.centre.device) for tensor in tensors))
+        return found if spec.centre_at is None else replace(found, centre_at=spec.centre_at.float())
 
 
 def phase_map(centre: Tensor) -> Tensor:

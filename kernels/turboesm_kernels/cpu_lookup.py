@@ -23,7 +23,14 @@ from turboesm_kernels.bits import Bits
 from turboesm_kernels.layout import BYTE
 from turboesm_kernels.operands import Held, PreparedLayer
 from turboesm_kernels.prepared import PreparedSide
-from turboesm_kernels.reference import SCALE_STEPS_PER_OCTAVE, SCALE_ZERO, Packed, Rope, scale_to_byte
+from turboesm_kernels.reference import (
+    SCALE_STEPS_PER_OCTAVE,
+    SCALE_ZERO,
+    Packed,
+    Rope,
+    at_positions,
+    scale_to_byte,
+)
 
 VALUES = 1 << BYTE
 INDICES = 1 << 17
@@ -85,6 +92,8 @@ def _scores(q: Tensor, held: Held, layer: PreparedLayer) -> Tensor:
         found *= _scales(held.k.scales, q)
     if layer.k.centred and held.rope is not None:
         found += phases @ held.rope.half[:, : held.tokens].to(q.dtype)
+    if bits.centre_at is not None:
+        found += q @ bits.centre_at[:, held.sinks : held.sinks + held.tokens].to(q.dtype).mT
     if held.sink_k is not None:
         found = torch.cat((q @ held.sink_k.to(q.dtype).mT, found), -1)
     if held.lengths is not None:
@@ -206,7 +215,8 @@ def _centre(side: PreparedSide, bits: Bits, rope: Rope | None) -> Tensor:
         return centre
     if rope is None:
         raise ValueError("keys need their positions")
-    return torch.addcmul(centre * rope.cos, bits.turned, rope.sin)
+    turned = torch.addcmul(centre * rope.cos, bits.turned, rope.sin)
+    return turned if bits.centre_at is None else turned + at_positions(bits.centre_at, rope)
 
 
 def _coded(x: Tensor, bits: Bits, scale: str) -> tuple[Tensor, Tensor | None]:

@@ -94,10 +94,7 @@ def _rope_from(held: Held, start: int | Tensor, count: int) -> Rope | None:
     rope = held.rope
     if rope is None:
         return None
-    if isinstance(start, int):
-        return Rope(rope.cos[start : start + count], rope.sin[start : start + count])
-    at = start.long()
-    return Rope(rope.cos[at][:, None, None], rope.sin[at][:, None, None])
+    return rope.rows(slice(start, start + count) if isinstance(start, int) else start.long()[:, None, None])
 
 
 def put(into: Tensor, found: Tensor, start: int | Tensor, dim: int) -> None:
@@ -181,7 +178,7 @@ def expand(held: Held, layer: PreparedLayer) -> tuple[Tensor, Tensor]:
 
 def _rope(held: Held, layer: PreparedLayer) -> Rope:
     if held.rope is not None:
-        return Rope(held.rope.cos[: held.tokens], held.rope.sin[: held.tokens])
+        return held.rope.rows(slice(held.tokens))
     nothing = layer.k.centre.new_zeros(held.tokens, layer.k.head_dim)
     return Rope(nothing, nothing)
 

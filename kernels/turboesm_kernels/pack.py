@@ -94,12 +94,13 @@ def _words(
 def _pack_rows(
     x, x_b, x_h, x_t, x_d, starts, first_token, batches, tokens, head, block,
     centre, analysis, factors, coded_norm, grid, widths, table_start, levels, thresholds, deviation, picks,
-    cos, sin, rope_t, rope_d, codes, c_b, c_h, c_word, c_token, words, scales, s_b, s_h,
+    cos, sin, rope_t, rope_d, centre_at, positions, sinks,
+    codes, c_b, c_h, c_word, c_token, words, scales, s_b, s_h,
     HEADS: tl.constexpr, DIM: tl.constexpr, AXES: tl.constexpr, DIM_PAD: tl.constexpr, AXES_PAD: tl.constexpr,
     LANES: tl.constexpr, WORDS: tl.constexpr, FIELDS: tl.constexpr, WIDEST: tl.constexpr,
     LEVELS: tl.constexpr, THRESHOLDS: tl.constexpr, SCALE: tl.constexpr, UNIFORM: tl.constexpr,
     PLANES: tl.constexpr, HAS_STARTS: tl.constexpr, ONE_TOKEN: tl.constexpr, TURNED: tl.constexpr,
-    BLOCK: tl.constexpr, EARLY: tl.constexpr,
+    POSITIONED: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """`pack_kernel` for one side, head and block of rows (b, token)."""
     dim = tl.arange(0, DIM_PAD)
@@ -135,6 +136,10 @@ def _pack_rows(
         value -= constant[None, :] * cosine + other[None, :] * sine
     else:
         value = tl.where(inside, value - constant[None, :], 0.0)
+    if POSITIONED:
+        position = tl.minimum(place + sinks, positions - 1)
+        own_centre = centre_at + (head * positions + position)[:, None] * DIM + dim[None, :]
+        value -= tl.load(own_centre, mask=inside, other=0.0).to(tl.float32)
     high = value.to(tl.float16)
     low = (value - high.to(tl.float32)).to(tl.float16)
     y = tl.dot(low, turn_high)
@@ -176,14 +181,15 @@ def _pack_rows(
             tl.store(whole, packed.to(tl.uint8), mask=there)
 
 
-@triton.jit(do_not_specialize=["first_token", "batches", "tokens", "k_words", "v_words"])
+@triton.jit(do_not_specialize=["first_token", "batches", "tokens", "k_words", "v_words", "sinks"])
 def pack_kernel(
     k, k_b, k_h, k_t, k_d, v, v_b, v_h, v_t, v_d, starts, first_token, batches, tokens,
     k_centre, k_analysis, k_factors, k_norm, k_grid, k_widths, k_start, k_levels, k_thresholds, k_deviation,
     k_picks,
     v_centre, v_analysis, v_factors, v_norm, v_grid, v_widths, v_start, v_levels, v_thresholds, v_deviation,
     v_picks,
-    cos, sin, rope_t, rope_d, k_codes, kc_b, kc_h, kc_word, kc_token, k_words, k_scales, ks_b, ks_h,
+    cos, sin, rope_t, rope_d, centre_at, positions, sinks,
+    k_codes, kc_b, kc_h, kc_word, kc_token, k_words, k_scales, ks_b, ks_h,
     v_codes, vc_b, vc_h, vc_plane, vc_token, v_words, v_scales, vs_b, vs_h,
     HEADS: tl.constexpr, DIM: tl.constexpr, DIM_PAD: tl.constexpr, K_LANES: tl.constexpr, V_LANES: tl.constexpr,
     K_AXES: tl.constexpr, K_PAD: tl.constexpr, K_WORDS: tl.constexpr, K_FIELDS: tl.constexpr,
@@ -192,8 +198,8 @@ def pack_kernel(
     V_AXES: tl.constexpr, V_PAD: tl.constexpr, V_WORDS: tl.constexpr, V_FIELDS: tl.constexpr,
     V_WIDEST: tl.constexpr, V_LEVELS: tl.constexpr, V_THRESHOLDS: tl.constexpr, V_SCALE: tl.constexpr,
     V_UNIFORM: tl.constexpr,
-    HAS_STARTS: tl.constexpr, ONE_TOKEN: tl.constexpr, TURNED: tl.constexpr, BLOCK: tl.constexpr,
-    EARLY: tl.constexpr,
+    HAS_STARTS: tl.constexpr, ONE_TOKEN: tl.constexpr, TURNED: tl.constexpr, POSITIONED: tl.constexpr,
+    BLOCK: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """Compress k and v [B, H, n, d] into a cache from packed token start[b] on.
 
@@ -203,7 +209,8 @@ def pack_kernel(
     `reference`: x any float, centre f32 [H, d], analysis f16 [2, H, d, A] and factors f32 [H, A] of E / s, norm
     f32 [H], grid f32 [H, 6, A] (`PreparedSide.grid`), widths and table_start int32 [H, A], levels f32 [H,
     LEVELS] (with a 0 at the end), thresholds f32 [H, THRESHOLDS], picks as in `PreparedSide`, cos and sin f32
-    [T, d] of packed token 0 on. `first_token` is the first packed token's number, or what to subtract from
+    [T, d] of packed token 0 on, centre_at f16 [H, `positions`, d], for packed token j at j + `sinks` (`SideSpec`;
+    a model that has it turns nothing). `first_token` is the first packed token's number, or what to subtract from
     `starts` int [B]. Codes' words are WORDS at most, `k_words` or `v_words` of them stored.
     Program (h, r, s): the r-th block of rows (b, token) of head h, keys where s is 0.
     """
@@ -213,18 +220,20 @@ def pack_kernel(
             k, k_b, k_h, k_t, k_d, starts, first_token, batches, tokens, head, block,
             k_centre, k_analysis, k_factors, k_norm, k_grid, k_widths, k_start, k_levels, k_thresholds,
             k_deviation, k_picks,
-            cos, sin, rope_t, rope_d, k_codes, kc_b, kc_h, kc_word, kc_token, k_words, k_scales, ks_b, ks_h,
+            cos, sin, rope_t, rope_d, centre_at, positions, sinks,
+            k_codes, kc_b, kc_h, kc_word, kc_token, k_words, k_scales, ks_b, ks_h,
             HEADS, DIM, K_AXES, DIM_PAD, K_PAD, K_LANES, K_WORDS, K_FIELDS, K_WIDEST, K_LEVELS,
-            K_THRESHOLDS, K_SCALE, K_UNIFORM, False, HAS_STARTS, ONE_TOKEN, TURNED, BLOCK, EARLY,
+            K_THRESHOLDS, K_SCALE, K_UNIFORM, False, HAS_STARTS, ONE_TOKEN, TURNED, POSITIONED, BLOCK, EARLY,
         )  # fmt: skip
     else:
         _pack_rows(
             v, v_b, v_h, v_t, v_d, starts, first_token, batches, tokens, head, block,
             v_centre, v_analysis, v_factors, v_norm, v_grid, v_widths, v_start, v_levels, v_thresholds,
             v_deviation, v_picks,
-            cos, sin, rope_t, rope_d, v_codes, vc_b, vc_h, vc_plane, vc_token, v_words, v_scales, vs_b, vs_h,
+            cos, sin, rope_t, rope_d, centre_at, positions, sinks,
+            v_codes, vc_b, vc_h, vc_plane, vc_token, v_words, v_scales, vs_b, vs_h,
             HEADS, DIM, V_AXES, DIM_PAD, V_PAD, V_LANES, V_WORDS, V_FIELDS, V_WIDEST, V_LEVELS,
-            V_THRESHOLDS, V_SCALE, V_UNIFORM, True, HAS_STARTS, ONE_TOKEN, False, BLOCK, EARLY,
+            V_THRESHOLDS, V_SCALE, V_UNIFORM, True, HAS_STARTS, ONE_TOKEN, False, False, BLOCK, EARLY,
         )  # fmt: skip
 
 
@@ -235,7 +244,8 @@ def pack(k: Tensor, v: Tensor, layer: PreparedLayer, held: Held, start: int | Te
     """
     _validate(k, v, layer, held)
     batch, heads, tokens, dim = k.shape
-    turned = layer.k.centred
+    centre_at = layer.k.spec.centre_at
+    turned = layer.k.centred and centre_at is None
     cos, sin = (held.rope.cos, held.rope.sin) if turned and held.rope is not None else (layer.k.centre,) * 2
     starts = start if isinstance(start, Tensor) else None
     block = STEP_ROWS if tokens == 1 else PROMPT_ROWS
@@ -245,10 +255,12 @@ def pack(k: Tensor, v: Tensor, layer: PreparedLayer, held: Held, start: int | Te
         k, *k.stride(), v, *v.stride(), layer.k.centre if starts is None else starts,
         held.sinks if isinstance(start, Tensor) else start - held.sinks, batch, tokens,
         *layer.k.pack_tables, *layer.v.pack_tables, cos, sin, cos.stride(-2), cos.stride(-1),
+        *((cos, 0) if centre_at is None else (centre_at, centre_at.shape[1])), held.sinks,
         *_target(held.k, layer.k), *_target(held.v, layer.v),
         HEADS=heads, DIM=dim, DIM_PAD=padded(dim),
         **layer.k.pack_constants, **layer.v.pack_constants,
-        HAS_STARTS=starts is not None, ONE_TOKEN=tokens == 1, TURNED=turned, BLOCK=block, EARLY=early,
+        HAS_STARTS=starts is not None, ONE_TOKEN=tokens == 1, TURNED=turned,
+        POSITIONED=centre_at is not None, BLOCK=block, EARLY=early,
         num_warps=4 if dim <= 64 else 8, **early_launch(early),
     )  # fmt: skip
 

@@ -33,7 +33,7 @@ class PreparedSide:
     table     float32 [H, S]: the levels, then a 0 for axes that have no code
     map       float32: keys [H, d, A] = D^T s, values [H, A, d] = s D
     centre    float32 [H, d]
-    centred   whether any centre differs from 0
+    centred   whether any centre differs from 0; keys that have one for each position always are
     """
 
     spec: SideSpec
@@ -59,7 +59,7 @@ class PreparedSide:
             torch.cat((spec.levels, zero), 1).contiguous(),
             (scaled.mT if spec.side == "k" else scaled).contiguous(),
             spec.centre.contiguous(),
-            bool(spec.centre.any()),
+            bool(spec.centre.any()) or spec.centre_at is not None,
         )
 
     @property

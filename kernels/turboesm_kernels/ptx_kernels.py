@@ -165,6 +165,16 @@ def _scales(scale, token, end):
 
 
 @triton.jit
+def _four(row, token, end):
+    """Numbers of 4 tokens from `token` on."""
+    there = token < end
+    return (
+        tl.load(row + token, mask=there, other=0.0), tl.load(row + token + 1, mask=there, other=0.0),
+        tl.load(row + token + 2, mask=there, other=0.0), tl.load(row + token + 3, mask=there, other=0.0),
+    )  # fmt: skip
+
+
+@triton.jit
 def _weight(x, dither):
     """2^x as a number of 24 bits, 16 of them below the point."""
     return (tl.exp2(x) * UNIT + dither).to(tl.int32)
@@ -216,7 +226,7 @@ def fast_attend_split_kernel(
     query, q_b, q_h, q_d, centre, descriptors, scalars, turns, block_turn, cos, sin, rope_t, angles, lengths,
     k_codes, k_b, k_h, k_word, k_scales, ks_b, ks_h,
     v_codes, v_b, v_h, v_plane, v_scales, vs_b, vs_h, k_masks, v_masks,
-    part_max, part_sum, part_weight, part_out, tokens, chunk, sinks,
+    part_max, part_sum, part_weight, part_out, tokens, chunk, sinks, bias,
     HEADS: tl.constexpr, DIM: tl.constexpr, K_WORDS: tl.constexpr, V_WORDS: tl.constexpr,
     K_TABLE: tl.constexpr, V_TABLE: tl.constexpr, V_ROWS: tl.constexpr, SUMS: tl.constexpr,
     QUERY: tl.constexpr, K_MASKS: tl.constexpr, V_MASKS: tl.constexpr, DIGIT_ROW: tl.constexpr,
@@ -227,7 +237,8 @@ def fast_attend_split_kernel(
     SCORE_CODE: tl.constexpr, SCORE_KINDS: tl.constexpr, SUM_CODE: tl.constexpr, SUM_KINDS: tl.constexpr,
     EMPTY_CODE: tl.constexpr, EMPTY_KINDS: tl.constexpr, EMIT_CODE: tl.constexpr, EMIT_KINDS: tl.constexpr,
     BIAS_CODE: tl.constexpr, BIAS_KINDS: tl.constexpr,
-    HAS_BIAS: tl.constexpr, HAS_LENGTHS: tl.constexpr, ONE_BLOCK: tl.constexpr, EARLY: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_POSITIONS: tl.constexpr, HAS_LENGTHS: tl.constexpr, ONE_BLOCK: tl.constexpr,
+    EARLY: tl.constexpr,
 ):  # fmt: skip
     """One range of `chunk` tokens of one sequence and head, with one warp.
 
@@ -237,9 +248,9 @@ def fast_attend_split_kernel(
     scores in units of log 2; query any float [B, H, 1, d], centre f32 [H, d]; descriptors and scalars as
     `fast_project_query_kernel` leaves them, turns and block_turn as in `Rope`, cos and sin f32 [angles, d],
     rows rope_t apart, of packed token 0 on; codes and scales as in `Packed` with aligned strides, k_masks and
-    v_masks as in `Fields`; part_max, part_sum and part_weight f32 [B, H, S], part_out f32 [B, H, S, V_ROWS].
-    K_WORDS and V_WORDS are words of a code, K_TABLE and V_TABLE fields padded to 4; QUERY to V_MASKS as in
-    `ptx_text.Shared`.
+    v_masks as in `Fields`; bias f32 [B, H, T] where HAS_POSITIONS, of `position_scores_kernel`; part_max, part_sum
+    and part_weight f32 [B, H, S], part_out f32 [B, H, S, V_ROWS]. K_WORDS and V_WORDS are words of a code, K_TABLE
+    and V_TABLE fields padded to 4; QUERY to V_MASKS as in `ptx_text.Shared`.
     """
     pair_row = tl.program_id(0).to(tl.int64)
     split = tl.program_id(1)
@@ -312,6 +323,9 @@ def fast_attend_split_kernel(
     gain = tl.load(scalars + pair_row * 2)
     constant = tl.load(scalars + pair_row * 2 + 1)
     digit_at = g % 2 * (4 * K_TABLE)
+    bias_row = bias + pair_row * tokens
+    if HAS_POSITIONS:
+        b = _four(bias_row, begin + k_own, end)
     if ONE_BLOCK:
         totals = tl.inline_asm_elementwise(
             SCORE_CODE, SCORE_KINDS, (lane, row + digit_at, k_masks_at) + k_words,  # noqa: RUF005
@@ -341,8 +355,11 @@ def fast_attend_split_kernel(
             kn = _scales(k_scale, first + BLOCK + k_own, end)
             vn = _scales(v_scale, first + BLOCK + k_own, end)
             k_words = _read(k_row, first + BLOCK + k_own, end, 4, k_word, KEYS_CODE, KEYS_KINDS, K_WORDS)
+            own_b = b
+            if HAS_POSITIONS:
+                b = _four(bias_row, first + BLOCK + k_own, end)
             one, mass, weight, weights, alpha, empty = _weigh(
-                first + k_own, end, totals, own_kn, own_vn, b, gain, constant, dithers, one, mass, weight
+                first + k_own, end, totals, own_kn, own_vn, own_b, gain, constant, dithers, one, mass, weight
             )
             sums = tl.inline_asm_elementwise(
                 EMPTY_CODE, EMPTY_KINDS, (empty, alpha, lane, shared) + sums,  # noqa: RUF005

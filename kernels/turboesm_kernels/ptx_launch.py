@@ -44,7 +44,7 @@ def unsupported_reason(q: Tensor, held: Held, layer: PreparedLayer) -> str | Non
         return f"a code has more than {MAX_FIELDS} fields"
     if held.k.scales is None or held.v.scales is None:
         return "it needs a scale for each token"
-    if layer.k.centred and held.rope is not None and not _aligned_angles(held.rope):
+    if _turned(layer) and held.rope is not None and not _aligned_angles(held.rope):
         return "RoPE's angles must be dense float32, at multiples of 16 bytes"
     if held.tokens == 0:
         return "there are no packed tokens"
@@ -77,13 +77,18 @@ def _aligned_angles(rope: Rope) -> bool:
     )
 
 
+def _turned(layer: PreparedLayer) -> bool:
+    """Whether the keys' centre is turned to each position, rather than one of its own there."""
+    return layer.k.centred and layer.k.spec.centre_at is None
+
+
 def _angles(held: Held, layer: PreparedLayer) -> tuple[Tensor | int, ...]:
     """Turns, a block's turn, cosines, sines, floats between their rows, rows.
 
-    Where keys have no centre, something that is never read.
+    Where keys have no centre that is turned, something that is never read.
     """
     rope = held.rope
-    if rope is None or not layer.k.centred:
+    if rope is None or not _turned(layer):
         return (layer.k.centre,) * 4 + (0, 0)
     return rope.turns, rope.block_turn, rope.cos, rope.sin, rope.cos.stride(0), rope.cos.shape[0]
 
@@ -105,11 +110,13 @@ def attend(q: Tensor, held: Held, layer: PreparedLayer, chunk: int | None = None
     assert layer.k.fields is not None and layer.v.fields is not None
     early = launches_early(q)
     _angles(held, layer)  # made now where they are missing: kernels do not wait for what comes later
+    positioned = layer.k.spec.centre_at is not None
+    bias = triton_launch.position_scores(q, held, layer, early) if positioned else None
     folded = project_query(q, layer, layer.k.fields, early)
     chunk = chunk or chunk_of(q, held.tokens)
     splits = -(-held.tokens // chunk)
     partials = Partials.empty(q, splits, layer.v.fields.map.shape[1], weighted=True)
-    _split(q, held, layer, folded, partials, chunk, early)
+    _split(q, held, layer, folded, bias, partials, chunk, early)
     return triton_launch.combine(q, held, layer, partials, splits, early)
 
 
@@ -143,7 +150,14 @@ def project_query(q: Tensor, layer: PreparedLayer, fields: Fields, early: bool) 
 
 
 def _split(
-    q: Tensor, held: Held, layer: PreparedLayer, folded: Folded, partials: Partials, chunk: int, early: bool
+    q: Tensor,
+    held: Held,
+    layer: PreparedLayer,
+    folded: Folded,
+    bias: Tensor | None,
+    partials: Partials,
+    chunk: int,
+    early: bool,
 ) -> None:
     batch, heads, _, dim = q.shape
     k, v, k_fields, v_fields = held.k, held.v, layer.k.fields, layer.v.fields
@@ -156,9 +170,11 @@ def _split(
         k.codes, *k.codes.stride()[:3], k.scales, *k.scales.stride()[:2],
         v.codes, *v.codes.stride()[:3], v.scales, *v.scales.stride()[:2], k_fields.masks, v_fields.masks,
         partials.top, partials.mass, partials.weight, partials.out, held.tokens, chunk, held.sinks,
+        partials.top if bias is None else bias,
         HEADS=heads, DIM=dim, K_WORDS=k.codes.shape[2], V_WORDS=v.codes.shape[2] // FIELD_LANES,
-        HAS_BIAS=layer.k.centred, HAS_LENGTHS=held.lengths is not None, ONE_BLOCK=chunk == TURN,
-        **kernel_code(dim, k_fields.shape, v_fields.shape, layer.k.centred, chunk == TURN),
+        HAS_BIAS=_turned(layer), HAS_POSITIONS=bias is not None, HAS_LENGTHS=held.lengths is not None,
+        ONE_BLOCK=chunk == TURN,
+        **kernel_code(dim, k_fields.shape, v_fields.shape, _turned(layer), chunk == TURN),
         EARLY=early, num_warps=1, **early_launch(early),
     )  # fmt: skip
 

@@ -10,7 +10,7 @@ A vector x of head_dim d (a key after RoPE, or a value) is coded as
 and n is the least-squares factor <z, z^> / <z^, z^> of z^ = s T[code] (DESIGN: recipe `flat` and after), kept
 in 8 bits, or 1 where a recipe has no scale. To find the codes, n is not known yet: `start_scale` stands for it.
 A key's centre is the mean of keys *before* RoPE: it comes back as R_j c, the centre turned to the token's
-position j.
+position j. Where a model has learned positions instead, each may have a centre of its own: c + `centre_at`_j.
 """
 
 from __future__ import annotations
@@ -35,6 +35,10 @@ TURN = 128
 """Tokens of a block of the fast kernel: see `Rope.turns`."""
 
 
+SPEC_TENSORS = ("centre", "analysis", "deviation", "synthesis", "levels", "thresholds")
+"""Of a `SideSpec`, by name: those that each has."""
+
+
 @dataclass(frozen=True)
 class SideSpec:
     """How the keys or the values of one layer are coded. H heads of head_dim d, A axes a head.
@@ -48,6 +52,8 @@ class SideSpec:
     levels           float32 [H, table_size(width)]: tables of all widths, see `table_slice`
     thresholds       float32, same shape: 2^w - 1 ascending thresholds a table, the last entry +inf
     scale            the factor that each token has of its own: none, its norm, or the least-squares factor
+    centre_at        of keys, float16 [H, P, d]: what the centre at each learned position has more than `centre`,
+                     the last one's from there on; or None
 
     Axes beyond head_dim, if any, have 1 bit: the signs of what the others leave over (`residual_axes`).
     """
@@ -62,6 +68,7 @@ class SideSpec:
     levels: Tensor
     thresholds: Tensor
     scale: Scale
+    centre_at: Tensor | None = None
 
     @property
     def nbytes(self) -> int:
@@ -97,8 +104,8 @@ class SideSpec:
     @property
     def tensors(self) -> dict[str, Tensor]:
         """The spec's tensors by name."""
-        names = ("centre", "analysis", "deviation", "synthesis", "levels", "thresholds")
-        return {name: getattr(self, name) for name in names}
+        own = {name: getattr(self, name) for name in SPEC_TENSORS}
+        return own if self.centre_at is None else own | {"centre_at": self.centre_at}
 
     def to(self, device: torch.device) -> SideSpec:
         """The same spec with its tensors on `device`."""
@@ -238,10 +245,19 @@ def rope_frequencies(dim: int, device: torch.device) -> Tensor:
 
 @dataclass(frozen=True)
 class Rope:
-    """Cosines and sines of RoPE's angles at some positions, float32 [..., T, d] (both halves alike)."""
+    """Cosines and sines of RoPE's angles at some positions, float32 [..., T, d] (both halves alike).
+
+    `positions` int [..., T]: those, where they matter (`SideSpec.centre_at`).
+    """
 
     cos: Tensor
     sin: Tensor
+    positions: Tensor | None = None
+
+    def rows(self, which: slice | Tensor) -> Rope:
+        """Some of the positions: those of angles [T, d] that `which` picks."""
+        own = None if self.positions is None else self.positions[which]
+        return Rope(self.cos[which], self.sin[which], own)
 
     @cached_property
     def half(self) -> Tensor:
@@ -288,7 +304,7 @@ class Rope:
         """Angles of `positions` int [..., T] for inverse frequencies float [d / 2]."""
         angles = positions[..., None].to(inverse_frequencies.dtype) * inverse_frequencies
         angles = torch.cat((angles, angles), -1)
-        return cls(angles.cos(), angles.sin())
+        return cls(angles.cos(), angles.sin(), positions)
 
     def rotate(self, x: Tensor) -> Tensor:
         """Turn x [..., T, d] to the positions (RoFormer, arXiv 2104.09864; halves rotate together)."""
@@ -319,7 +335,16 @@ def _centre(spec: SideSpec, rope: Rope | None) -> Tensor:
         return centre
     if rope is None:
         raise ValueError("keys need their positions")
-    return rope.rotate(centre)
+    turned = rope.rotate(centre)
+    return turned if spec.centre_at is None else turned + at_positions(spec.centre_at, rope)
+
+
+def at_positions(table: Tensor, rope: Rope) -> Tensor:
+    """Rows [..., H, T, d] of a table [H, P, d] at positions int [T] or [..., 1, T]; the last one beyond it."""
+    if rope.positions is None:
+        raise ValueError("a centre for each position needs the positions")
+    index = rope.positions.long().clamp(max=table.shape[1] - 1)
+    return table[:, index] if index.dim() == 1 else table[:, index.squeeze(-2)].movedim(0, -3)
 
 
 def _coded_mask(spec: SideSpec) -> Tensor:

@@ -77,6 +77,44 @@ def project_query_kernel(
         tl.store(there_bias, total * LOG2E, mask=live[:, None] & (token < tokens)[None, :])
 
 
+@triton.jit(do_not_specialize=["rows", "tokens", "sinks"])
+def position_scores_kernel(
+    query, q_b, q_h, q_q, q_d, centre, centre_at, positions, sinks, bias, rows, tokens,
+    HEADS: tl.constexpr, QUERIES: tl.constexpr, DIM: tl.constexpr, DIM_PAD: tl.constexpr, EXACT: tl.constexpr,
+    ROW_BLOCK: tl.constexpr, TOKEN_BLOCK: tl.constexpr, EARLY: tl.constexpr,
+):  # fmt: skip
+    """The scores of keys' centres that each position has of its own.
+
+        bias[b, h, q, j] = log2(e) <q, c[h] + centre_at[h, j + sinks]>, the last position's from there on
+
+    query any float [B, H, Q, d], c f32 [H, d], centre_at f16 [H, `positions`, d], bias f32 [B, H, Q, T]. EXACT: 16
+    bits hold the query. Program (h, r, t): the r-th block of rows (b, q) of head h, the t-th of tokens.
+    """
+    head = tl.program_id(0)
+    row = tl.program_id(1) * ROW_BLOCK + tl.arange(0, ROW_BLOCK)
+    token = tl.program_id(2) * TOKEN_BLOCK + tl.arange(0, TOKEN_BLOCK)
+    dim = tl.arange(0, DIM_PAD)
+    live = row < rows
+    batch = (row // QUERIES).to(tl.int64)
+    position = tl.minimum(token + sinks, positions - 1)
+    at = centre_at + (head * positions + position)[None, :] * DIM + dim[:, None]
+    own = tl.load(at, mask=(token < tokens)[None, :] & (dim < DIM)[:, None], other=0.0)
+    constant = tl.load(centre + head * DIM + dim, mask=dim < DIM, other=0.0)
+    if EARLY:
+        gdc_wait()
+        gdc_launch_dependents()
+    queries = query + batch * q_b + head * q_h + (row % QUERIES) * q_q
+    asked = live[:, None] & (dim < DIM)[None, :]
+    q = tl.load(queries[:, None] + dim[None, :] * q_d, mask=asked, other=0.0).to(tl.float32)
+    high = tl.clamp(q, -65504.0, 65504.0).to(tl.float16)
+    total = tl.dot(high, own)
+    if not EXACT:
+        total = tl.dot((q - high.to(tl.float32)).to(tl.float16), own, total)
+    total += tl.sum(q * constant[None, :], 1)[:, None]
+    target = bias + ((batch * HEADS + head) * QUERIES + row % QUERIES)[:, None] * tokens + token[None, :]
+    tl.store(target, total * LOG2E, mask=live[:, None] & (token < tokens)[None, :])
+
+
 @triton.jit
 def _levels(
     codes, c_word, c_token, c_lane, pieces, start, table, token, valid, head,

@@ -12,10 +12,18 @@ from turboesm_kernels.launch import early_launch, launch, processors
 from turboesm_kernels.operands import Held, PreparedLayer
 from turboesm_kernels.prepared import padded
 from turboesm_kernels.reference import Packed
-from turboesm_kernels.triton_kernels import attend_split_kernel, combine_kernel, project_query_kernel
+from turboesm_kernels.triton_kernels import (
+    attend_split_kernel,
+    combine_kernel,
+    position_scores_kernel,
+    project_query_kernel,
+)
 
 ROW_BLOCK = 16
 FOLD_TOKENS = 64
+POSITIONS = 128
+"""Tokens of which a program scores the centres."""
+
 FEW_ROWS = 40
 """Rows and heads up to which `combine` takes them one by one: latency counts, not what is read twice."""
 
@@ -76,12 +84,14 @@ def project_query(q: Tensor, held: Held, layer: PreparedLayer) -> tuple[Tensor, 
     """Queries f32 [B, H, Q, A] and the centre's scores f32 [B, H, Q, T] or None; see `project_query_kernel`."""
     batch, heads, queries, dim = q.shape
     folded = torch.empty((batch, heads, queries, layer.k.axes), dtype=torch.float32, device=q.device)
-    bias, rope = None, held.rope
-    if layer.k.centred:
+    bias, rope, positioned = None, held.rope, layer.k.spec.centre_at is not None
+    if positioned:
+        bias = position_scores(q, held, layer)
+    elif layer.k.centred:
         bias = torch.empty((batch, heads, queries, held.tokens), dtype=torch.float32, device=q.device)
     cos, sin = (rope.cos, rope.sin) if bias is not None and rope is not None else (folded, folded)
     rows = batch * queries
-    blocks = -(-held.tokens // FOLD_TOKENS) if bias is not None else 0
+    blocks = -(-held.tokens // FOLD_TOKENS) if bias is not None and not positioned else 0
     launch(
         project_query_kernel, (heads, -(-rows // ROW_BLOCK), 1 + blocks),
         q, *q.stride(), layer.k.map, layer.k.centre, cos, sin, cos.stride(-2), cos.stride(-1),
@@ -91,6 +101,22 @@ def project_query(q: Tensor, held: Held, layer: PreparedLayer) -> tuple[Tensor, 
         ROW_BLOCK=ROW_BLOCK, TOKEN_BLOCK=FOLD_TOKENS,
     )  # fmt: skip
     return folded, bias
+
+
+def position_scores(q: Tensor, held: Held, layer: PreparedLayer, early: bool = False) -> Tensor:
+    """Scores f32 [B, H, Q, T] of the centres at each position; see `position_scores_kernel`."""
+    batch, heads, queries, dim = q.shape
+    centre_at, rows = layer.k.spec.centre_at, batch * queries
+    assert centre_at is not None
+    bias = torch.empty((batch, heads, queries, held.tokens), dtype=torch.float32, device=q.device)
+    row_block = ROW_BLOCK if rows <= ROW_BLOCK else 4 * ROW_BLOCK
+    launch(
+        position_scores_kernel, (heads, -(-rows // row_block), -(-held.tokens // POSITIONS)),
+        q, *q.stride(), layer.k.centre, centre_at, centre_at.shape[1], held.sinks, bias, rows, held.tokens,
+        HEADS=heads, QUERIES=queries, DIM=dim, DIM_PAD=padded(dim), EXACT=q.dtype.itemsize == 2,
+        ROW_BLOCK=row_block, TOKEN_BLOCK=POSITIONS, EARLY=early, **early_launch(early),
+    )  # fmt: skip
+    return bias
 
 
 def _split(

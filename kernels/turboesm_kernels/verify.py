@@ -75,7 +75,7 @@ def _kind(side: PreparedSide) -> Hashable:
     widest = max(profile.widths[0] for profile in spec.profiles)
     return (
         side.picks.shape, fields, side.pieces.shape, side.table.shape, widest, side.grid is None, side.centred,
-        spec.scale,
+        spec.centre_at is None, spec.scale,
     )  # fmt: skip
 
 
@@ -147,7 +147,10 @@ def _attend(q: Tensor, held: Held, layer: PreparedLayer) -> list[Tensor]:
 def _blank(layer: PreparedLayer, sinks: int) -> Held:
     """A cache of `TOKENS` packed tokens, full of rubbish."""
     dim, device = layer.k.head_dim, layer.k.centre.device
-    rope = Rope.at(torch.arange(TOKENS, device=device) + sinks, rope_frequencies(dim, device))
+    frequencies = rope_frequencies(dim, device) * (
+        layer.k.spec.centre_at is None
+    )  # learned positions turn nothing
+    rope = Rope.at(torch.arange(TOKENS, device=device) + sinks, frequencies)
     if device.type == "cuda":  # kernels read these before they wait for earlier work
         _ = rope.turns, rope.block_turn
         layer.k.ready()

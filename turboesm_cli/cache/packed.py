@@ -67,7 +67,7 @@ class PackedCache(Ragged):
         self._rope = forward.rope_at(model, 0, _room(capacity, model.device) + ALIGNMENT)
         self._sinks = sinks = min(spec.recipe.sinks, capacity)
         self._packed_starts = torch.zeros_like(self.starts)
-        self._packed_rope = Rope(self._rope.cos[sinks:], self._rope.sin[sinks:])
+        self._packed_rope = self._rope.rows(slice(sinks, None))
         if model.device.type == "cuda":
             # Kernels read what is made here before they wait for earlier work.
             _ = self._packed_rope.turns, self._packed_rope.block_turn
@@ -136,7 +136,7 @@ class PackedCache(Ragged):
         first = torch.sub(self.starts, self._sinks, out=self._packed_starts).clamp_(min=0)
         rope = self._packed_rope
         if len(rope.cos):
-            self._angles = Rope(rope.cos[first][:, None, None], rope.sin[first][:, None, None])
+            self._angles = rope.rows(first[:, None, None])
 
     def append(self, layer: int, k: Tensor, v: Tensor, tokens: Tensor) -> None:
         """Pack keys and values [B, H, T, d] of the tokens int64 [B, T] that were begun."""
@@ -172,7 +172,7 @@ class PackedCache(Ragged):
     def keys_values(self, layer: int) -> tuple[Tensor, Tensor]:
         """Keys (after RoPE) and values [B, H, length, d] of one layer, unpacked: float32, or the model's dtype."""
         prepared, store = self._codec.layers[layer], self._layers[layer].upto(self.length)
-        rope = Rope(self._rope.cos[: self.length], self._rope.sin[: self.length])
+        rope = self._rope.rows(slice(self.length))
         if prepared is None:
             model, tokens = self._codec.model, store.tokens[:, : self.length].long()
             x = model.embed(tokens, torch.arange(self.length, device=tokens.device), self.unmasked)

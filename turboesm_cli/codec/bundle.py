@@ -5,8 +5,8 @@ tokens: those of an autoregressive model, see `decoder_alphabets`; recipe (every
 proteins, tokens, sequences: the first 16 hex digits of each sequence's sha256}; layers: for each, null (the layer
 keeps tokens) or {"k": SIDE, "v": SIDE} with SIDE {profiles: [{widths, nbytes, lanes}], profile_of_head, scale};
 choices: for each coded layer and side its bytes per vector, its allocation and the errors predicted.
-codec.safetensors: layers.I.{k,v}.{centre,analysis,deviation,synthesis,levels,thresholds}, see
-`turboesm_kernels.reference.SideSpec`.
+codec.safetensors: layers.I.{k,v}.{centre,analysis,deviation,synthesis,levels,thresholds}, and layers.I.k.centre_at
+where positions are learned; see `turboesm_kernels.reference.SideSpec`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from turboesm_kernels.layout import Profile
-from turboesm_kernels.reference import Side, SideSpec, table_size, table_slice
+from turboesm_kernels.reference import SPEC_TENSORS, Side, SideSpec, table_size, table_slice
 
 from turboesm_cli.codec.fit import CodecSpec, LayerSpec
 from turboesm_cli.codec.recipes import Recipe
@@ -247,8 +247,10 @@ def _describe(layer: LayerSpec) -> dict[str, Any]:
 def _side(described: dict[str, Any], tensors: dict[str, Tensor], index: int, side: Side, shape: Shape) -> SideSpec:
     found = described[side]
     profiles = tuple(Profile(tuple(p["widths"]), int(p["nbytes"]), int(p["lanes"])) for p in found["profiles"])
-    names = ("centre", "analysis", "deviation", "synthesis", "levels", "thresholds")
-    own = {name: tensors[f"layers.{index}.{side}.{name}"] for name in names}
+    where = f"layers.{index}.{side}."
+    own = {name: tensors[where + name] for name in SPEC_TENSORS}
+    if side == "k" and where + "centre_at" in tensors:
+        own["centre_at"] = tensors[where + "centre_at"]
     spec = SideSpec(side, profiles, tuple(found["profile_of_head"]), scale=found["scale"], **own)
     _check_side(spec, shape, f"layer {index}, {side}")
     return spec
@@ -266,10 +268,12 @@ def _check_side(spec: SideSpec, shape: Shape, where: str) -> None:
         "levels": (shape.key_value_heads, table_size(widest)),
         "thresholds": (shape.key_value_heads, table_size(widest)),
     }
+    if spec.centre_at is not None:
+        expected["centre_at"] = (shape.key_value_heads, shape.context or 0, shape.head_dim)
     for name, size in expected.items():
-        tensor = spec.tensors[name]
-        if tuple(tensor.shape) != size or tensor.dtype != torch.float32:
-            raise ValueError(f"{where}: {name} is {tensor.dtype} {list(tensor.shape)}, not float32 {list(size)}")
+        tensor, dtype = spec.tensors[name], torch.float16 if name == "centre_at" else torch.float32
+        if tuple(tensor.shape) != size or tensor.dtype != dtype:
+            raise ValueError(f"{where}: {name} is {tensor.dtype} {list(tensor.shape)}, not {dtype} {list(size)}")
         if name != "thresholds" and not bool(tensor.isfinite().all()):
             raise ValueError(f"{where}: {name} is not finite")
     _check_profiles(spec, shape, where)

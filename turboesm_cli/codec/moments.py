@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
-from turboesm_kernels.reference import Rope, Side
+from turboesm_kernels.reference import Rope, Side, at_positions
 
 from turboesm_cli.codec.recipes import Recipe
 from turboesm_cli.models.protocol import Model
@@ -17,13 +17,19 @@ from turboesm_cli.statistics.accumulators import FIRST, REST, LayerSums, Statist
 class Moments:
     """One side of a layer: mean [H, d]; covariance, metric float64 [H, d, d]; sample float32 [H, N, d], centred.
 
-    An error e costs e^T metric e. The covariance of keys is that of k_j - R_j mean, after RoPE.
+    An error e costs e^T metric e. The covariance of keys is that of k_j - R_j mean, after RoPE. With learned
+    positions the mean at position j is mean + mean_at[j], [H, P, d] (`positions` of a recipe); else that is None.
     """
 
     mean: Tensor
     covariance: Tensor
     metric: Tensor
     sample: Tensor
+    mean_at: Tensor | None = None
+
+
+PRIOR = 2.0
+"""Tokens at the mean of all positions that each position is given: what keeps those rarely seen near to it."""
 
 
 def layer_moments(model: Model, statistics: Statistics, index: int, recipe: Recipe) -> dict[Side, Moments]:
@@ -35,6 +41,8 @@ def layer_moments(model: Model, statistics: Statistics, index: int, recipe: Reci
     mean, covariance = _key_moments(sums, recipe)
     sample = statistics.sample.keys[index][body].transpose(0, 1) - rope.rotate(mean[:, None].float())
     keys = Moments(mean, covariance, key_metric, sample)
+    if recipe.centre and recipe.positions and len(statistics.positions.count):
+        keys = _centred_by_position(keys, statistics, index, rope)
     mean, covariance = _value_moments(sums, recipe)
     sample = statistics.sample.values[index][body].transpose(0, 1) - mean[:, None].float()
     return {"k": keys, "v": Moments(mean, covariance, value_metric, sample)}
@@ -52,6 +60,23 @@ def _key_moments(sums: LayerSums, recipe: Recipe) -> tuple[Tensor, Tensor]:
     turn = torch.cat((torch.cat((first, -second), -1), torch.cat((second, first), -1)), -2)
     cross = sums.key_phase[0] @ turn.mT
     return mean, (sums.key_key[0] - cross - cross.mT + turn @ sums.phase_phase[0] @ turn.mT) / count
+
+
+def _centred_by_position(keys: Moments, statistics: Statistics, index: int, rope: Rope) -> Moments:
+    """The moments of keys less their position's own mean.
+
+    With s_p the sum of the n_p centred keys at position p, their mean is taken as D_p = s_p / (n_p + prior), so
+    sum (x - D)(x - D)^T is sum x x^T less sum_p (n_p + 2 prior) D_p D_p^T.
+    """
+    sums = statistics.positions
+    count = sums.count.double()[:, None]
+    centred = sums.key[index].double().transpose(0, 1) - count * keys.mean[:, None]
+    mean_at = (centred / (count + PRIOR)).half()
+    of_rest = slice(1, None)  # the covariance is theirs: where sinks are none, position 0 makes no difference
+    d = mean_at[:, of_rest].double()
+    weight = (count[of_rest] + 2 * PRIOR) / count[of_rest].sum().clamp_min(1)
+    covariance = keys.covariance - d.mT @ (weight * d)
+    return replace(keys, covariance=covariance, sample=keys.sample - at_positions(mean_at, rope), mean_at=mean_at)
 
 
 def _value_moments(sums: LayerSums, recipe: Recipe) -> tuple[Tensor, Tensor]:

@@ -91,6 +91,7 @@ def fit_side(side: Side, moments: Moments, nbytes: int, recipe: Recipe) -> SideS
         synthesis=(basis.axes.mT @ basis.inverse_root).float(),
         **_empty_tables(len(profiles), max(profile.widths[0] for profile in distinct)),
         scale=recipe.scale,
+        centre_at=moments.mean_at,
     )
     return _with_tables(spec, moments.sample, recipe)
 

@@ -120,3 +120,8 @@ class Model(Hashable, Protocol):
     def output_weight(self, layer: int) -> Tensor:
         """Weight [E, H d] of the attention's output projection."""
         ...
+
+
+def learned_positions(model: Model) -> int:
+    """How many positions a model has learned; 0 where it turns queries and keys instead."""
+    return 0 if bool(model.inverse_frequencies.any()) else model.shape.context or 0

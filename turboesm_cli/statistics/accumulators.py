@@ -61,6 +61,27 @@ def stacked(layers: Sequence[LayerSums]) -> dict[str, Tensor]:
 
 
 @dataclass(frozen=True)
+class PositionSums:
+    """Sums over tokens at each learned position: count int64 [P], keys float32 [layers, P, H, d]; P may be 0."""
+
+    count: Tensor
+    key: Tensor
+
+    @classmethod
+    def of(cls, tensors: Mapping[str, Tensor]) -> PositionSums:
+        """Those that gave `tensors`."""
+        return cls(tensors["position_count"], tensors["position_key"])
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """By name, to be saved and added up."""
+        return {"position_count": self.count, "position_key": self.key}
+
+    def __add__(self, other: PositionSums) -> PositionSums:
+        return PositionSums(self.count + other.count, self.key + other.key)
+
+
+@dataclass(frozen=True)
 class Sample:
     """Keys (after RoPE) and values of the tokens with the smallest hashes, ascending.
 
@@ -119,6 +140,7 @@ class Statistics:
     """What calibration knows of a model.
 
     layers, sample    sums per layer, and tokens, over the proteins to fit to
+    positions         sums per position over the same
     sensitivity, held gradients, and tokens, over the proteins held back
     proteins, tokens  how much went in, both kinds together
     """
@@ -129,6 +151,7 @@ class Statistics:
     held: Sample
     proteins: int
     tokens: int
+    positions: PositionSums
 
     def __add__(self, other: Statistics) -> Statistics:
         layers = tuple(a + b for a, b in zip(self.layers, other.layers, strict=True))
@@ -140,6 +163,7 @@ class Statistics:
             self.held.merged(other.held, size // HELD_PART),
             self.proteins + other.proteins,
             self.tokens + other.tokens,
+            self.positions + other.positions,
         )
 
 

@@ -23,7 +23,7 @@ from turboesm_kernels.reference import Rope
 from turboesm_cli.console import Tick
 from turboesm_cli.errors import InputError
 from turboesm_cli.models.forward import encode, rope_at, shared
-from turboesm_cli.models.protocol import Model
+from turboesm_cli.models.protocol import Model, learned_positions
 from turboesm_cli.models.sampling import mixed
 from turboesm_cli.models.shapes import Shape
 from turboesm_cli.outputs.work import NOTHING_KEPT, Tensors, Work
@@ -31,6 +31,7 @@ from turboesm_cli.sequences.fasta import Protein
 from turboesm_cli.statistics.accumulators import (
     HELD_PART,
     LayerSums,
+    PositionSums,
     Sample,
     Statistics,
     sample_size,
@@ -71,6 +72,7 @@ def collect(
         kept_held.merged(),
         len(proteins),
         sum(model.alphabet.length(protein) for protein in proteins),
+        PositionSums.of(sums),
     )
 
 
@@ -165,10 +167,13 @@ def _sum_batch(
     rope = rope_at(model, 0, tokens.shape[1])
     visible = visible_keys(prompt_lengths(proteins, tokens.shape[1], model), tokens)
     layers: list[LayerSums] = []
+    by_position = _no_keys(model).to(tokens.device)
     keys: list[Tensor] = []
     values: list[Tensor] = []
 
-    def attend(_layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        if by_position.shape[1]:
+            by_position[layer, : k.shape[2]] = (k.float() * real[:, None, :, None]).sum(0).transpose(0, 1)
         layers.append(_sum_layer(q, k, v, real, rope))
         keys.append(_pick(k, real)[order].float().cpu())
         values.append(_pick(v, real)[order].float().cpu())
@@ -178,7 +183,15 @@ def _sum_batch(
         encode(model, tokens, attend)
     positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)[real]
     own = tuple(gradient[real][order].float().cpu() for gradient in gradients)
-    return stacked(layers), Sample(hashes[order].cpu(), positions[order].cpu(), tuple(keys), tuple(values), own)
+    counts = torch.bincount(positions, minlength=by_position.shape[1])[: by_position.shape[1]]
+    sums = stacked(layers) | PositionSums(counts.cpu(), by_position.cpu()).tensors
+    return sums, Sample(hashes[order].cpu(), positions[order].cpu(), tuple(keys), tuple(values), own)
+
+
+def _no_keys(model: Model) -> Tensor:
+    """Zeros for `PositionSums.key`."""
+    shape = model.shape
+    return torch.zeros(shape.layers, learned_positions(model), shape.key_value_heads, shape.head_dim)
 
 
 def _pick(x: Tensor, real: Tensor) -> Tensor:
@@ -197,7 +210,7 @@ def _sum_layer(q: Tensor, k: Tensor, v: Tensor, real: Tensor, rope: Rope) -> Lay
     for tokens in (slice(0, 1), slice(1, None)):
         keep = real[:, tokens]
         asked, keys, values = (_pick(x[:, :, tokens].float(), keep) for x in (q, k, v))
-        before = rope_part(rope, tokens).rotate_back(k[:, :, tokens].float())
+        before = rope.rows(tokens).rotate_back(k[:, :, tokens].float())
         p = phase[tokens].expand(len(real), -1, -1)[keep]
         sums = (
             keep.sum().double(),
@@ -211,11 +224,6 @@ def _sum_layer(q: Tensor, k: Tensor, v: Tensor, real: Tensor, rope: Rope) -> Lay
         )
         groups.append([part.double().cpu() for part in sums])
     return LayerSums(*(torch.stack(pair) for pair in zip(*groups, strict=True)))
-
-
-def rope_part(rope: Rope, tokens: slice) -> Rope:
-    """The angles of some of the positions."""
-    return Rope(rope.cos[tokens], rope.sin[tokens])
 
 
 def _gram(x: Tensor, y: Tensor) -> Tensor:

@@ -144,7 +144,7 @@ KERNELS = [
     {"prepared"},
     {"operands"},
     {"cpu_lookup", "launch", "triton_kernels"},
-    {"token_kernels", "triton_launch", "ptx_kernels", "rotary"},
+    {"token_kernels", "triton_launch", "ptx_kernels", "rotary", "add_norm", "gated"},
     {"ptx_launch", "pack", "token_layer"},
     {"dispatch"},
     {"verify"},

@@ -16,6 +16,7 @@ from torch import Tensor
 from turboesm_kernels.token_tables import TokenTables
 
 from turboesm_cli.models.alphabet import Alphabet
+from turboesm_cli.models.norms import Norm, by_kernel
 from turboesm_cli.models.shapes import Shape
 from turboesm_cli.models.weights import widened
 
@@ -32,6 +33,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 NEARLY_0 = 1e-20
 """Epsilon of `TokenTables` whose factors are 1; not 0: kernels take 0 / sqrt(0 + epsilon) of missing kinds."""
 
+SILU = {"silu", "swish"}
 TANH_GELU = {"gelu_new", "gelu_pytorch_tanh"}
 
 
@@ -43,19 +45,6 @@ class Linear(NamedTuple):
 
     def __call__(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight, self.bias)
-
-
-class Norm(NamedTuple):
-    """Layer norm, or where there is no bias RMS norm."""
-
-    weight: Tensor
-    bias: Tensor | None
-    epsilon: float
-
-    def __call__(self, x: Tensor) -> Tensor:
-        if self.bias is None:
-            return F.rms_norm(x, x.shape[-1:], self.weight, self.epsilon)
-        return F.layer_norm(x, x.shape[-1:], self.weight, self.bias, self.epsilon)
 
 
 @dataclass(frozen=True)
@@ -166,15 +155,26 @@ class Decoder:
         """1: the weights are scaled."""
         return 1.0
 
-    def after_attention(self, layer: int, x: Tensor, attended: Tensor) -> Tensor:
-        """The layer's output [B, T, E]."""
-        own = self.blocks[layer]
-        added = x + own.out(attended.transpose(1, 2).flatten(2))
-        before = own.norm(x) if own.mlp_norm is None else own.mlp_norm(added)
-        if self.gated:
-            gate, value = own.up(before).chunk(2, -1)
-            return added + own.down(ACTIVATIONS[self.activation](gate) * value)
-        return added + own.down(self._activated(own.up, before))
+    def after_attention(self, layer: int, x: Tensor, normed: Tensor, attended: Tensor) -> tuple[Tensor, Tensor]:
+        """The layer's output [B, T, E], and what follows takes: that normed."""
+        own, last = self.blocks[layer], layer + 1 == self.shape.layers
+        attended = own.out(attended.transpose(1, 2).flatten(2))
+        x, before = (x + attended, normed) if own.mlp_norm is None else own.mlp_norm.of_sum(x, attended)
+        del attended  # what follows takes the most memory
+        norm = self.last_norm if last else self.blocks[layer + 1].norm
+        return norm.of_sum(x, own.down(self._inner(own.up, before)))
+
+    def _inner(self, up: Linear, x: Tensor) -> Tensor:
+        """What the feed-forward part's second matrix is given, [B, T, F]."""
+        if not self.gated:
+            return self._activated(up, x)
+        joint = up(x)
+        if self.activation in SILU and by_kernel(joint):
+            from turboesm_kernels.gated import gated_silu
+
+            return gated_silu(joint)
+        gate, value = joint.chunk(2, -1)
+        return ACTIVATIONS[self.activation](gate) * value
 
     def _activated(self, up: Linear, x: Tensor) -> Tensor:
         """The activation of a product; on a GPU cuBLAS applies GELU's tanh form as it writes the product."""
@@ -183,10 +183,6 @@ class Decoder:
             flat = torch._addmm_activation(up.bias, x.flatten(0, 1), up.weight.T, use_gelu=True)
             return flat.unflatten(0, x.shape[:2])
         return ACTIVATIONS[self.activation](up(x))
-
-    def finish(self, x: Tensor) -> Tensor:
-        """Final hidden states [B, T, E]."""
-        return self.last_norm(x)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits [..., V]."""

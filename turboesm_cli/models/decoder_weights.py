@@ -13,8 +13,9 @@ from torch import Tensor
 
 from turboesm_cli.errors import ModelError
 from turboesm_cli.models.alphabet import Alphabet
-from turboesm_cli.models.decoder import Block, Decoder, Linear, Norm
+from turboesm_cli.models.decoder import Block, Decoder, Linear
 from turboesm_cli.models.decoder_config import Layout
+from turboesm_cli.models.norms import Norm
 from turboesm_cli.models.shapes import Shape
 from turboesm_cli.models.weights import same, widened
 

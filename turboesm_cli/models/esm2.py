@@ -14,6 +14,7 @@ from turboesm_cli.errors import ModelError
 from turboesm_cli.models.alphabet import Alphabet
 from turboesm_cli.models.esm2_alphabet import ESM2_ALPHABET
 from turboesm_cli.models.fair_esm import ESM2, gelu
+from turboesm_cli.models.norms import Norm
 from turboesm_cli.models.shapes import Shape
 from turboesm_cli.models.weights import widened
 
@@ -128,17 +129,20 @@ class EsmModel:
         """Of the joint projection's queries."""
         return float(self.shape.head_dim**-0.5)
 
-    def after_attention(self, layer: int, x: Tensor, attended: Tensor) -> Tensor:
-        """The layer's output [B, T, E]."""
+    def after_attention(self, layer: int, x: Tensor, normed: Tensor, attended: Tensor) -> tuple[Tensor, Tensor]:
+        """The layer's output [B, T, E], and what follows takes: that normed."""
         own = self.net.layers[layer]
         activation = F.gelu if x.is_cuda else gelu  # one kernel, or fair-esm's result to the bit
-        x = x + own.self_attn.out_proj(attended.transpose(1, 2).flatten(2))
-        return x + own.fc2(activation(own.fc1(own.final_layer_norm(x))))
+        attended = own.self_attn.out_proj(attended.transpose(1, 2).flatten(2))
+        x, hidden = _norm(own.final_layer_norm).of_sum(x, attended)
+        del attended  # names are let go of and taken again: here a prefill takes the most memory
+        hidden = own.fc1(hidden)
+        hidden = activation(hidden)
+        return self._norm_after(layer).of_sum(x, own.fc2(hidden))
 
-    def finish(self, x: Tensor) -> Tensor:
-        """Final hidden states [B, T, E]."""
-        hidden: Tensor = self.net.emb_layer_norm_after(x)
-        return hidden
+    def _norm_after(self, layer: int) -> Norm:
+        last = layer + 1 == self.shape.layers
+        return _norm(self.net.emb_layer_norm_after if last else self.net.layers[layer + 1].self_attn_layer_norm)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits [..., 33]. Raises ModelError for a trunk without a language-model head."""
@@ -175,6 +179,10 @@ class EsmModel:
         """Weight [E, H d] of the attention's output projection."""
         weight: Tensor = self.net.layers[layer].self_attn.out_proj.weight
         return weight
+
+
+def _norm(module: nn.LayerNorm) -> Norm:
+    return Norm(module.weight, module.bias, module.eps)
 
 
 def _join(linears: Sequence[nn.Module], name: str) -> Tensor:

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from turboesm_cli.errors import ModelError
-from turboesm_cli.models.decoder import Block, Decoder, Linear, Norm
+from turboesm_cli.models.decoder import Block, Decoder, Linear
+from turboesm_cli.models.norms import Norm
 from turboesm_cli.models.protocol import Model
 
 Named = Iterator[tuple[str, Tensor]]

@@ -261,10 +261,10 @@ def _layers(
     model: Model, tokens: Tensor, positions: Tensor, project: Projection, unmasked: Tensor, attention: Attention
 ) -> Tensor:
     x = model.embed(tokens, positions, unmasked)
-    for layer in range(model.shape.layers):
-        attended = attention(layer, *project(layer, model.attention_input(layer, x)))
-        x = model.after_attention(layer, x, attended)
-    return model.finish(x)
+    normed = model.attention_input(0, x)
+    for layer in range(model.shape.layers):  # the attention output has no name here: the layer may let go of it
+        x, normed = model.after_attention(layer, x, normed, attention(layer, *project(layer, normed)))
+    return normed
 
 
 def _over_sequences(model: Model) -> AbstractContextManager[object]:

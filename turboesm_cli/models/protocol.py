@@ -85,7 +85,10 @@ class Model(Hashable, Protocol):
         ...
 
     def attention_input(self, layer: int, x: Tensor) -> Tensor:
-        """What queries, keys and values of hidden states x [B, T, E] are projections of: x, normed."""
+        """What queries, keys and values of hidden states x [B, T, E] are projections of: x, normed.
+
+        Of the first layer's x; further layers are given theirs by `after_attention`.
+        """
         ...
 
     def project(self, layer: int, normed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -101,12 +104,12 @@ class Model(Hashable, Protocol):
         """What the joint projection's queries are still to be multiplied by."""
         ...
 
-    def after_attention(self, layer: int, x: Tensor, attended: Tensor) -> Tensor:
-        """The layer's output [B, T, E], given its input x and its attention output [B, H, T, d]."""
-        ...
+    def after_attention(self, layer: int, x: Tensor, normed: Tensor, attended: Tensor) -> tuple[Tensor, Tensor]:
+        """The layer's output [B, T, E], and that normed: the next layer's attention input, or what is final.
 
-    def finish(self, x: Tensor) -> Tensor:
-        """Final hidden states [B, T, E] of the last layer's output."""
+        Of its input x [B, T, E], that normed, and its attention output [B, H, T, d]. A norm belongs to the sum
+        that it is taken of, so that both can be one kernel.
+        """
         ...
 
     def logits(self, hidden: Tensor) -> Tensor:

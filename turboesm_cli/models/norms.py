@@ -1,0 +1,40 @@
+"""Norms, and the sums that they are taken of: one kernel on a GPU, plain torch elsewhere."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from turboesm_kernels.available import runs_triton
+
+KERNEL_DTYPES = {torch.float32, torch.float16, torch.bfloat16}
+
+
+def by_kernel(x: Tensor) -> bool:
+    """Whether what is done to x between products is done by kernels of ours, which have no derivatives."""
+    return x.dtype in KERNEL_DTYPES and not torch.is_grad_enabled() and runs_triton(x.device)
+
+
+class Norm(NamedTuple):
+    """Layer norm, or where there is no bias RMS norm; weight and bias [E]."""
+
+    weight: Tensor
+    bias: Tensor | None
+    epsilon: float
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if self.bias is None:
+            return F.rms_norm(x, x.shape[-1:], self.weight, self.epsilon)
+        return F.layer_norm(x, x.shape[-1:], self.weight, self.bias, self.epsilon)
+
+    def of_sum(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """x + y [B, T, E], and that normed."""
+        if by_kernel(x) and x.dtype == y.dtype:
+            from turboesm_kernels.add_norm import WIDEST, add_norm
+
+            if x.shape[-1] <= WIDEST:
+                return add_norm(x, y, *self)
+        total = x + y
+        return total, self(total)

@@ -111,7 +111,7 @@ def test_lookup(case: Case) -> None:
 @interpreted
 @pytest.mark.parametrize(
     "case",
-    [Case(tokens=100, batch=1), Case(tokens=70, batch=9, heads=5, bits=2.5), Case(dim=128, tokens=33)],
+    [Case(tokens=100, batch=1), Case(tokens=70, batch=9, heads=5, bits=2.5), Case(dim=128, tokens=33, queries=4)],
     ids=str,
 )
 def test_fast_fold(case: Case) -> None:
@@ -124,11 +124,12 @@ def test_fast_fold(case: Case) -> None:
     poison(q)
     found = ptx_launch.project_query(q, layer, fields, early=False)
     gain, constant = found.scalars.unbind(-1)
-    low, high = found.descriptors.view(torch.int8).flatten(3).unbind(2)
+    low, high = found.descriptors.view(torch.int8).flatten(4).unbind(3)
     folded = 256 * high.int() + low
-    wanted = (q @ fields.map)[:, :, 0] / math.log(2)
+    wanted = (q @ fields.map) / math.log(2)
     assert torch.allclose(folded * gain[..., None], wanted, atol=0.51 * gain.max().item())
-    assert torch.allclose(constant, -(folded * gain[..., None] * fields.middle).sum(-1), rtol=1e-4, atol=1e-4)
+    offset = -(folded * gain[..., None] * fields.middle[:, None]).sum(-1)
+    assert torch.allclose(constant, offset, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(("dim", "tokens"), [(64, 200), (128, 128), (64, 33), (64, 1)])
@@ -223,6 +224,8 @@ def test_on_gpu(case: Case, backend: dispatch.Backend) -> None:
         Case(tokens=3000, batch=2, ragged=True, bits=3.5),
         Case(tokens=1023, batch=9, ragged=True, sinks=4, positions=1024, dtype=torch.bfloat16),
         Case(tokens=384, batch=70, sinks=2, positions=300),
+        Case(tokens=700, dim=128, queries=4, ragged=True, batch=3, dtype=torch.bfloat16),
+        Case(tokens=300, queries=3, ragged=True, sinks=2, positions=200),
     ],
     ids=str,
 )
@@ -572,7 +575,7 @@ def check_tokens(
     k_const, v_const = torch.randn(2, heads, dim, generator=generator)
     sigma = torch.rand(count, generator=generator)
     tables = TokenTables(k, v, k_const, v_const, sigma, 1e-5, drops)
-    q = torch.randn(2, heads, 1, dim, generator=generator).to(dtype)
+    q = torch.randn(2, heads, 2, dim, generator=generator).to(dtype)
     ids = torch.randint(count, (2, length + 2), generator=generator).to(torch.uint8)
     unmasked = torch.tensor([1.0, 0.7])
     rope = Rope.at(torch.arange(length + 2), 10000 ** (-torch.arange(0, dim, 2) / dim))

@@ -1,6 +1,6 @@
 """Decode attention over packed keys and values: validate, choose a backend, launch.
 
-`attend` runs on the first backend that can: "ptx" (fast path: inline PTX, one query token per sequence), "triton"
+`attend` runs on the first backend that can: "ptx" (fast path: inline PTX), "triton"
 (portable), "lookup" (CPU: bytes looked up, never unpacked), "torch" (the plain reference). A backend that is
 asked for and cannot run raises `BackendError` that says why; none is swapped for another silently. Imports neither
 Triton nor a kernel before one is needed. `append` is the other direction: it packs new tokens into a cache.

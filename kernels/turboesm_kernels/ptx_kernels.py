@@ -1,11 +1,11 @@
 # mypy: disable-error-code="no-untyped-def,untyped-decorator,assignment"
 """Decode attention over a uniform grid, with inline PTX: one warp a program, every tensor one value a lane.
 
-For one query token per sequence and codes in 4 byte lanes. Levels are step (code - middle), so there is no table;
-a mask takes 4 codes out of a word, where they lie, and the tensor cores multiply them as bytes, keys by the query,
-values by the softmax's weights. Both are integers cut into bytes, digits: the right side of a product m16n8k32 has
-8 columns, of which digits take few; the others let lanes have tokens of their own. Of a block of 128 tokens lane l
-= 4 g + t has
+For codes in 4 byte lanes; queries of one key/value head each read them, one soon after another. Levels are step
+(code - middle), so there is no table; a mask takes 4 codes out of a word, where they lie, and the tensor cores
+multiply them as bytes, keys by the query, values by the softmax's weights. Both are integers cut into bytes,
+digits: the right side of a product m16n8k32 has 8 columns, of which digits take few; the others let lanes have
+tokens of their own. Of a block of 128 tokens lane l = 4 g + t has
 
     keys      tokens 4 l .. 4 l + 3, all axes: their 4 words of a plane are 16 bytes (`ptx_text.score_code`)
     values    tokens 64 (g / 4) + 16 t .. + 15 of byte lane g % 4 of every word: 16 bytes of a plane (`sum_code`)
@@ -90,10 +90,10 @@ def _two_halves(x):
     return high, (x - high.to(tl.float32)).to(tl.float16)
 
 
-@triton.jit(do_not_specialize=["batch", "words"])
+@triton.jit(do_not_specialize=["rows", "words"])
 def fast_project_query_kernel(
-    query, q_b, q_h, q_d, key_map, factors, middle, descriptors, scalars, batch, words,
-    HEADS: tl.constexpr, DIM: tl.constexpr, WORDS_PAD: tl.constexpr, DIM_PAD: tl.constexpr,
+    query, q_b, q_h, q_q, q_d, key_map, factors, middle, descriptors, scalars, rows, words,
+    HEADS: tl.constexpr, QUERIES: tl.constexpr, DIM: tl.constexpr, WORDS_PAD: tl.constexpr, DIM_PAD: tl.constexpr,
     FOLD_BLOCK: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """Queries in coded axes as 16-bit integers, cut into two digits.
@@ -101,13 +101,13 @@ def fast_project_query_kernel(
         r = log2(e) q map[h]     gain = max |r| / 32639     r~ = round(r / gain)     constant = -gain <r~, middle>
         r~ = 256 high + low, both signed bytes
 
-    query any float [B, H, 1, d], key_map f16 [2, H, d, 4 W] and factors f32 [H, 4 W] (`in_halves`), middle f32
-    [H, 4 W]; descriptors int32 [B, H, 2, W]: low digits of 4 columns a word, then high ones; scalars f32 [B, H, 2]
-    = (gain, constant). W = `words`. Program (h, g): the g-th block of the sequences of head h.
+    query any float [B, H, Q, d], key_map f16 [2, H, d, 4 W] and factors f32 [H, 4 W] (`in_halves`), middle f32
+    [H, 4 W]; descriptors int32 [B, H, Q, 2, W]: low digits of 4 columns a word, then high ones; scalars f32 [B, H,
+    Q, 2] = (gain, constant). W = `words`. Program (h, g): the g-th block of rows (b, q) of head h.
     """
     head, group = tl.program_id(0), tl.program_id(1)
     item = group * FOLD_BLOCK + tl.arange(0, FOLD_BLOCK)
-    live = item < batch
+    live = item < rows
     dim = tl.arange(0, DIM_PAD)
     column = tl.arange(0, 4 * WORDS_PAD)
     own = column < 4 * words
@@ -120,7 +120,7 @@ def fast_project_query_kernel(
     if EARLY:  # wait for what was launched before, then let what comes after start: it may read the cache at once
         gdc_wait()
         gdc_launch_dependents()
-    q_at = item.to(tl.int64) * q_b + head * q_h
+    q_at = (item // QUERIES).to(tl.int64) * q_b + head * q_h + item % QUERIES * q_q
     q = tl.load(query + q_at[:, None] + dim[None, :] * q_d, mask=live[:, None] & (dim < DIM)[None, :], other=0.0)
     q = q.to(tl.float32)
     if FOLD_BLOCK == 1:
@@ -139,7 +139,7 @@ def fast_project_query_kernel(
     first, second = tl.split(tl.reshape(digits, (FOLD_BLOCK, 2 * WORDS_PAD, 2)))
     pairs = (first & 0xFF00FF) | ((second & 0xFF00FF) << 8)
     front, back = tl.split(tl.reshape(pairs, (FOLD_BLOCK, WORDS_PAD, 2)))
-    row = item.to(tl.int64) * HEADS + head
+    row = ((item // QUERIES).to(tl.int64) * HEADS + head) * QUERIES + item % QUERIES
     word = tl.arange(0, WORDS_PAD)
     target = descriptors + row[:, None] * (2 * words) + word[None, :]
     there = live[:, None] & (word < words)[None, :]
@@ -223,11 +223,11 @@ def _dithers(lane):
 
 @triton.jit(do_not_specialize=["angles", "sinks"])
 def fast_attend_split_kernel(
-    query, q_b, q_h, q_d, centre, descriptors, scalars, turns, block_turn, cos, sin, rope_t, angles, lengths,
+    query, q_b, q_h, q_q, q_d, centre, descriptors, scalars, turns, block_turn, cos, sin, rope_t, angles, lengths,
     k_codes, k_b, k_h, k_word, k_scales, ks_b, ks_h,
     v_codes, v_b, v_h, v_plane, v_scales, vs_b, vs_h, k_masks, v_masks,
     part_max, part_sum, part_weight, part_out, tokens, chunk, sinks, bias,
-    HEADS: tl.constexpr, DIM: tl.constexpr, K_WORDS: tl.constexpr, V_WORDS: tl.constexpr,
+    HEADS: tl.constexpr, QUERIES: tl.constexpr, DIM: tl.constexpr, K_WORDS: tl.constexpr, V_WORDS: tl.constexpr,
     K_TABLE: tl.constexpr, V_TABLE: tl.constexpr, V_ROWS: tl.constexpr, SUMS: tl.constexpr,
     QUERY: tl.constexpr, K_MASKS: tl.constexpr, V_MASKS: tl.constexpr, DIGIT_ROW: tl.constexpr,
     OPEN_CODE: tl.constexpr, OPEN_KINDS: tl.constexpr, ROW_CODE: tl.constexpr, ROW_KINDS: tl.constexpr,
@@ -240,21 +240,22 @@ def fast_attend_split_kernel(
     HAS_BIAS: tl.constexpr, HAS_POSITIONS: tl.constexpr, HAS_LENGTHS: tl.constexpr, ONE_BLOCK: tl.constexpr,
     EARLY: tl.constexpr,
 ):  # fmt: skip
-    """One range of `chunk` tokens of one sequence and head, with one warp.
+    """One range of `chunk` tokens of one sequence, head and query, with one warp.
 
         m: the greatest score_j + log2 n'_j, or up to `HEADROOM` below     w_j = 2^(score_j + log2 n'_j - m)
         part_sum = sum_j 2^(score_j - m)    part_weight = sum_j w_j    part_out[f, i] = sum_j w_j byte_jfi
 
-    scores in units of log 2; query any float [B, H, 1, d], centre f32 [H, d]; descriptors and scalars as
-    `fast_project_query_kernel` leaves them, turns and block_turn as in `Rope`, cos and sin f32 [angles, d],
-    rows rope_t apart, of packed token 0 on; codes and scales as in `Packed` with aligned strides, k_masks and
-    v_masks as in `Fields`; bias f32 [B, H, T] where HAS_POSITIONS, of `position_scores_kernel`; part_max, part_sum
-    and part_weight f32 [B, H, S], part_out f32 [B, H, S, V_ROWS]. K_WORDS and V_WORDS are words of a code, K_TABLE
-    and V_TABLE fields padded to 4; QUERY to V_MASKS as in `ptx_text.Shared`.
+    scores in units of log 2; query any float [B, H, Q, d], centre f32 [H, d]; descriptors and scalars as
+    `fast_project_query_kernel` leaves them, turns and block_turn as in `Rope`, cos and sin f32 [angles, d], rows
+    rope_t apart, of packed token 0 on; codes and scales as in `Packed` with aligned strides, k_masks and v_masks
+    as in `Fields`; bias f32 [B, H, Q, T] where HAS_POSITIONS, of `position_scores_kernel`; part_max, part_sum and
+    part_weight f32 [B, H, S], part_out f32 [B, H, S, V_ROWS]. K_WORDS and V_WORDS are words of a code, K_TABLE and
+    V_TABLE fields padded to 4; QUERY to V_MASKS as in `ptx_text.Shared`.
     """
     pair_row = tl.program_id(0).to(tl.int64)
     split = tl.program_id(1)
-    batch, head = pair_row // HEADS, pair_row % HEADS
+    pair = pair_row // QUERIES
+    batch, head = pair // HEADS, pair % HEADS
     end = tokens
     if HAS_LENGTHS:
         end = tl.minimum(tl.maximum(tl.load(lengths + batch).to(tl.int32) - sinks, 0), tokens)
@@ -269,9 +270,10 @@ def fast_attend_split_kernel(
     # The query was there before `fast_project_query_kernel` began, and the codes do not wait for it either.
     # They come last: loads return in order.
     if HAS_BIAS:
-        pair = t * (DIM // 8)
-        phase = _phase(query + batch * q_b + head * q_h, q_d, centre + head * DIM, pair, DIM)
-        angle = (tl.minimum(begin + g * 2, angles - 1) * rope_t + pair).to(tl.int64) * 4
+        channel = t * (DIM // 8)
+        own_query = query + batch * q_b + head * q_h + pair_row % QUERIES * q_q
+        phase = _phase(own_query, q_d, centre + head * DIM, channel, DIM)
+        angle = (tl.minimum(begin + g * 2, angles - 1) * rope_t + channel).to(tl.int64) * 4
         turn = tl.inline_asm_elementwise(
             ANGLES_CODE, ANGLES_KINDS,
             (cos.to(tl.int64, bitcast=True) + angle, sin.to(tl.int64, bitcast=True) + angle),

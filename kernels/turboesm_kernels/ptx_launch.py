@@ -36,8 +36,6 @@ LARGEST_STRIDE = 1 << 29
 
 def unsupported_reason(q: Tensor, held: Held, layer: PreparedLayer) -> str | None:
     """Why the fast path cannot run on these inputs, or None."""
-    if q.shape[2] != 1:
-        return f"it serves one query token per sequence, not {q.shape[2]}"
     if layer.k.fields is None or layer.v.fields is None:
         return "it needs codes on a uniform grid, and a head_dim that is a multiple of 64"
     if max(layer.k.fields.count, layer.v.fields.count) > MAX_FIELDS:
@@ -95,7 +93,7 @@ def _angles(held: Held, layer: PreparedLayer) -> tuple[Tensor | int, ...]:
 
 @dataclass(frozen=True)
 class Folded:
-    """What `fast_project_query_kernel` makes of queries: descriptors int32 [B, H, 2, W], scalars f32 [B, H, 2]."""
+    """Of `fast_project_query_kernel`: descriptors int32 [B, H, Q, 2, W], scalars f32 [B, H, Q, 2]."""
 
     descriptors: Tensor
     scalars: Tensor
@@ -122,7 +120,7 @@ def attend(q: Tensor, held: Held, layer: PreparedLayer, chunk: int | None = None
 
 def chunk_of(q: Tensor, tokens: int) -> int:
     """Tokens a warp goes over, in whole blocks."""
-    return TURN * _blocks_each(q.shape[0] * q.shape[1], -(-tokens // TURN), WARPS * processors(q))
+    return TURN * _blocks_each(q.shape[:3].numel(), -(-tokens // TURN), WARPS * processors(q))
 
 
 @lru_cache(maxsize=1024)
@@ -134,16 +132,16 @@ def _blocks_each(rows: int, blocks: int, slots: int) -> int:
 
 def project_query(q: Tensor, layer: PreparedLayer, fields: Fields, early: bool) -> Folded:
     """Queries as integers; see `fast_project_query_kernel`."""
-    batch, heads, _, dim = q.shape
-    words = fields.map.shape[2] // FIELD_LANES
-    descriptors = torch.empty((batch, heads, 2, words), dtype=torch.int32, device=q.device)
-    scalars = torch.empty((batch, heads, 2), dtype=torch.float32, device=q.device)
-    fold_block = 1 if batch * heads <= triton_launch.FEW_ROWS else 16  # as in `combine`
+    batch, heads, queries, dim = q.shape
+    words, rows = fields.map.shape[2] // FIELD_LANES, batch * queries
+    descriptors = torch.empty((batch, heads, queries, 2, words), dtype=torch.int32, device=q.device)
+    scalars = torch.empty((batch, heads, queries, 2), dtype=torch.float32, device=q.device)
+    fold_block = 1 if rows * heads <= triton_launch.FEW_ROWS else 16  # as in `combine`
     launch(
-        ptx_kernels.fast_project_query_kernel, (heads, -(-batch // fold_block)),
-        q, q.stride(0), q.stride(1), q.stride(3), *fields.halves, fields.middle,
-        descriptors, scalars, batch, words,
-        HEADS=heads, DIM=dim, WORDS_PAD=padded(words), DIM_PAD=padded(dim), FOLD_BLOCK=fold_block,
+        ptx_kernels.fast_project_query_kernel, (heads, -(-rows // fold_block)),
+        q, *q.stride(), *fields.halves, fields.middle,
+        descriptors, scalars, rows, words,
+        HEADS=heads, QUERIES=queries, DIM=dim, WORDS_PAD=padded(words), DIM_PAD=padded(dim), FOLD_BLOCK=fold_block,
         EARLY=early, num_warps=4 if dim <= 64 else 8, **early_launch(early),
     )  # fmt: skip
     return Folded(descriptors, scalars)
@@ -159,19 +157,19 @@ def _split(
     chunk: int,
     early: bool,
 ) -> None:
-    batch, heads, _, dim = q.shape
+    batch, heads, queries, dim = q.shape
     k, v, k_fields, v_fields = held.k, held.v, layer.k.fields, layer.v.fields
     assert k.scales is not None and v.scales is not None and k_fields is not None and v_fields is not None
     launch(
-        ptx_kernels.fast_attend_split_kernel, (batch * heads, partials.top.shape[3]),
-        q, q.stride(0), q.stride(1), q.stride(3), layer.k.centre,
+        ptx_kernels.fast_attend_split_kernel, (batch * heads * queries, partials.top.shape[3]),
+        q, *q.stride(), layer.k.centre,
         folded.descriptors, folded.scalars, *_angles(held, layer),
         q if held.lengths is None else held.lengths,
         k.codes, *k.codes.stride()[:3], k.scales, *k.scales.stride()[:2],
         v.codes, *v.codes.stride()[:3], v.scales, *v.scales.stride()[:2], k_fields.masks, v_fields.masks,
         partials.top, partials.mass, partials.weight, partials.out, held.tokens, chunk, held.sinks,
         partials.top if bias is None else bias,
-        HEADS=heads, DIM=dim, K_WORDS=k.codes.shape[2], V_WORDS=v.codes.shape[2] // FIELD_LANES,
+        HEADS=heads, QUERIES=queries, DIM=dim, K_WORDS=k.codes.shape[2], V_WORDS=v.codes.shape[2] // FIELD_LANES,
         HAS_BIAS=_turned(layer), HAS_POSITIONS=bias is not None, HAS_LENGTHS=held.lengths is not None,
         ONE_BLOCK=chunk == TURN,
         **kernel_code(dim, k_fields.shape, v_fields.shape, _turned(layer), chunk == TURN),

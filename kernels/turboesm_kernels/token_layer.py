@@ -21,7 +21,7 @@ def attend_tokens(
     """
     if tables.across is not None:
         return _attend_positions(q.to(tables.k.dtype), ids.long(), tables, lengths).to(q.dtype)
-    if q.is_cuda and q.shape[2] == 1 and lengths is not None and has_triton() and ids.dtype == torch.uint8:
+    if q.is_cuda and lengths is not None and has_triton() and ids.dtype == torch.uint8:
         from turboesm_kernels import token_kernels
 
         return token_kernels.attend(q, ids, tables, unmasked, rope, lengths)

@@ -28,7 +28,7 @@ class Moments:
     mean_at: Tensor | None = None
 
 
-PRIOR = 2.0
+PRIOR = 0.5
 """Tokens at the mean of all positions that each position is given: what keeps those rarely seen near to it."""
 
 

@@ -97,8 +97,8 @@ def position_scores_kernel(
     live = row < rows
     batch = (row // QUERIES).to(tl.int64)
     position = tl.minimum(token + sinks, positions - 1)
-    at = centre_at + (head * positions + position)[None, :] * DIM + dim[:, None]
-    own = tl.load(at, mask=(token < tokens)[None, :] & (dim < DIM)[:, None], other=0.0)
+    at = centre_at + (head * positions + position)[:, None] * DIM + dim[None, :]
+    own = tl.trans(tl.load(at, mask=(token < tokens)[:, None] & (dim < DIM)[None, :], other=0.0))
     constant = tl.load(centre + head * DIM + dim, mask=dim < DIM, other=0.0)
     if EARLY:
         gdc_wait()

@@ -21,9 +21,6 @@ from turboesm_kernels.triton_kernels import (
 
 ROW_BLOCK = 16
 FOLD_TOKENS = 64
-POSITIONS = 128
-"""Tokens of which a program scores the centres."""
-
 FEW_ROWS = 40
 """Rows and heads up to which `combine` takes them one by one: latency counts, not what is read twice."""
 
@@ -109,12 +106,14 @@ def position_scores(q: Tensor, held: Held, layer: PreparedLayer, early: bool = F
     centre_at, rows = layer.k.spec.centre_at, batch * queries
     assert centre_at is not None
     bias = torch.empty((batch, heads, queries, held.tokens), dtype=torch.float32, device=q.device)
-    row_block = ROW_BLOCK if rows <= ROW_BLOCK else 4 * ROW_BLOCK
+    row_block, token_block = (
+        (ROW_BLOCK, 128) if rows <= ROW_BLOCK else (64, 64)
+    )  # the fastest of eight, on an H100
     launch(
-        position_scores_kernel, (heads, -(-rows // row_block), -(-held.tokens // POSITIONS)),
+        position_scores_kernel, (heads, -(-rows // row_block), -(-held.tokens // token_block)),
         q, *q.stride(), layer.k.centre, centre_at, centre_at.shape[1], held.sinks, bias, rows, held.tokens,
         HEADS=heads, QUERIES=queries, DIM=dim, DIM_PAD=padded(dim), EXACT=q.dtype.itemsize == 2,
-        ROW_BLOCK=row_block, TOKEN_BLOCK=POSITIONS, EARLY=early, **early_launch(early),
+        ROW_BLOCK=row_block, TOKEN_BLOCK=token_block, EARLY=early, **early_launch(early),
     )  # fmt: skip
     return bias
 

@@ -26,7 +26,7 @@ class Recipe:
 
     bits_k, bits_v  payload bits per value, a mean over all layers; scales, sinks and layer 0's tokens not counted
     centre          take out each head's mean (of keys before RoPE), add it back on reading
-    positions       where positions are learned, take out the mean of each one's keys
+    positions       where positions are learned, take out the mean of each one's keys, in layers where that is much
     rotation_k/_v   orthogonal axes of keys after RoPE and of values; svd: those of their second moment
     metric          what "least squares" means: plain; attention: keys in the queries' second moment, values in
                     the Gram matrix of the output projection; sensitivity: both in their measured effect on the

@@ -123,4 +123,5 @@ if __name__ == "__main__":
     for library in LIBRARIES:
         __import__(library)
     gc.freeze()  # else children copy what their collector looks at
-    os._exit(_run(asked) if (asked := _serve()) else 0)
+    code = _run(asked) if (asked := _serve()) else 0
+    os.execv("/bin/sh", ["sh", "-c", f"exit {code}"])  # see `_run`

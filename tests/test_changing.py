@@ -29,6 +29,8 @@ COUNT = 24
 PASSES = {"quantize": 2, "decode": 3}
 OUTPUTS = {"quantize": "out.tqkv", "decode": "out.csv", "calibrate": "out.tqz", "bench": "out.csv"}
 RUNS = 20
+BRIEF = {"decode": ("--prompt", "0.9")}
+"""Decode few tokens: what is read is what is tested."""
 
 
 def fasta(seed: int) -> str:
@@ -110,7 +112,7 @@ def expected(place: Place) -> Callable[[str], bytes]:  # noqa: F811
 
     def run(command: str) -> bytes:
         (place.folder / "in.fasta").write_text(ORIGINAL)
-        result = place.run(command, "in.fasta", "--force")
+        result = place.run(command, "in.fasta", "--force", *BRIEF.get(command, ()))
         assert result.exit_code == 0, result.stderr
         made = place.folder / OUTPUTS[command]
         found = made.read_bytes()
@@ -122,7 +124,7 @@ def expected(place: Place) -> Callable[[str], bytes]:  # noqa: F811
 
 def check(place: Place, command: str, expected: bytes, *options: str) -> int:  # noqa: F811
     """Run a command: it ends with what was there at the start, or stops and leaves nothing. Its exit code."""
-    result = place.run(command, "in.fasta", *options)
+    result = place.run(command, "in.fasta", *options, *BRIEF.get(command, ()))
     output = place.folder / OUTPUTS[command]
     if result.exit_code == 0:
         assert output.read_bytes() == expected
@@ -220,12 +222,13 @@ SMALL = "".join(f">p{number}\n{'MKWVTFISLLFLFSSAYSRGVFRRDAHKSEVAHRF'[number:]}\n
 @pytest.mark.parametrize("command", OUTPUTS)
 def test_process_substitution(command: str, place: Place) -> None:  # noqa: F811
     (place.folder / "in.fasta").write_text(SMALL)
-    assert place.run(command, "in.fasta").exit_code == 0
+    brief = BRIEF.get(command, ())
+    assert place.run(command, "in.fasta", *brief).exit_code == 0
     output = place.folder / OUTPUTS[command]
     expected = output.read_bytes()
     output.unlink()
     with fed(SMALL) as path:
-        result = place.run(command, path, "-o", output.name, "--force")
+        result = place.run(command, path, "-o", output.name, "--force", *brief)
     assert result.exit_code == 0, result.stderr
     if command in ("quantize", "decode"):
         assert output.read_bytes() == expected and "of 12 proteins" in result.stderr
@@ -254,14 +257,23 @@ def test_a_named_pipe(place: Place) -> None:  # noqa: F811
     os.mkfifo(place.folder / "in.fasta")
     writer = threading.Thread(target=(place.folder / "in.fasta").write_text, args=[SMALL])
     writer.start()
-    result = place.run("decode", "in.fasta")
+    result = place.run("decode", "in.fasta", *BRIEF["decode"])
     writer.join()
     assert result.exit_code == 0 and "of 12 proteins" in result.stderr, result.stderr
 
 
 @pytest.mark.parametrize("kind", ["pipe", "socket", "file"])
 def test_dev_stdin(kind: str, place: Place) -> None:  # noqa: F811
-    arguments = ["decode", str(place.bundle), "/dev/stdin", "-o", "out.csv", "--model", place.model]
+    arguments = [
+        "decode",
+        str(place.bundle),
+        "/dev/stdin",
+        "-o",
+        "out.csv",
+        "--model",
+        place.model,
+        *BRIEF["decode"],
+    ]
     command = [sys.executable, "-m", "turboesm_cli.app", *arguments]
     (place.folder / "in.fasta").write_text(SMALL)
     if kind == "pipe":

@@ -5,20 +5,19 @@ from __future__ import annotations
 import csv
 import json
 import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from forked import Done, run_afresh, run_forked
 
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).resolve().parents[1]
 PEPTIDES = str(ROOT / "data" / "evaluation" / "peptide.fasta")
 CALIBRATION = str(ROOT / "data" / "calibration" / "calibration.fasta")
-Run = Callable[..., subprocess.CompletedProcess[str]]
+Run = Callable[..., Done]
 
 
 @pytest.fixture(scope="module")
@@ -37,9 +36,10 @@ def environment(home: Path) -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def run(home: Path, environment: dict[str, str]) -> Run:
-    def call(*arguments: str, cwd: Path = home, stdin: str | None = None) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "turboesm_cli.app", *arguments]
-        return subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=environment, input=stdin)
+    def call(*arguments: str, stdin: str | None = None, afresh: bool = False) -> Done:
+        if afresh or stdin is not None:
+            return run_afresh(*arguments, cwd=home, env=environment, stdin=stdin)
+        return run_forked(*arguments, cwd=home, env=environment)
 
     return call
 
@@ -47,13 +47,13 @@ def run(home: Path, environment: dict[str, str]) -> Run:
 @pytest.fixture(scope="module")
 def bundle(run: Run, home: Path, tiny_path: Path) -> Path:
     path = home / "tiny.tqz"
-    done = run("calibrate", str(tiny_path), CALIBRATION, "--max-proteins", "12", "-o", str(path))
+    done = run("calibrate", str(tiny_path), CALIBRATION, "--max-proteins", "12", "-o", str(path), afresh=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == str(path)
     return path
 
 
-def assert_one_line_error(done: subprocess.CompletedProcess[str], code: int, *words: str) -> None:
+def assert_one_line_error(done: Done, code: int, *words: str) -> None:
     assert done.returncode == code, done.stderr
     assert "Traceback" not in done.stderr
     last = done.stderr.strip().splitlines()[-1]
@@ -66,18 +66,18 @@ def assert_one_line_error(done: subprocess.CompletedProcess[str], code: int, *wo
 def test_the_whole_pipeline(run: Run, home: Path, bundle: Path, tiny_path: Path) -> None:
     model = ("--model", str(tiny_path))
     few = ("--max-proteins", "3")
-    packed = run("quantize", str(bundle), PEPTIDES, "-o", "p.tqkv", "--prompt", "0.5", *few, *model)
+    packed = run("quantize", str(bundle), PEPTIDES, "-o", "p.tqkv", "--prompt", "0.5", *few, *model, afresh=True)
     assert packed.returncode == 0, packed.stderr
     assert "bits per value" in packed.stdout and "total of 3" in packed.stdout
-    from_file = run("decode", str(bundle), "p.tqkv", *model)
+    from_file = run("decode", str(bundle), "p.tqkv", *model, afresh=True)
     from_fasta = run("decode", str(bundle), PEPTIDES, *few, "-o", "d.csv", *model)
     assert from_file.returncode == 0, from_file.stderr
     assert from_file.stdout == from_fasta.stdout
     bench = ("--families", "peptide,tm", "--recipes", "paper,flat@4,fp16,int8,fp8", "--max-calibration", "12")
-    measured = run("bench", *bench, *few, "-o", "b.csv", *model)
+    measured = run("bench", *bench, *few, "-o", "b.csv", *model, afresh=True)
     assert measured.returncode == 0, measured.stderr
     assert "paper K4 V3" in measured.stdout and "flat K4 V4" in measured.stdout
-    assert run("report", "b.csv", "-o", "r.html").stdout.strip() == "r.html"
+    assert run("report", "b.csv", "-o", "r.html", afresh=True).stdout.strip() == "r.html"
     page = (home / "r.html").read_text()
     assert "<svg" in page and "flat" in page
     rows = list(csv.DictReader((home / "b.csv").open()))
@@ -119,7 +119,7 @@ def test_the_batch_does_not_show_in_what_is_written(
 ) -> None:
     common = ("decode", str(bundle), PEPTIDES, "--max-proteins", "7", "--model", str(tiny_path), "-f", *generate)
     for name, batch in (("one.out", ("--batch", "1")), ("five.out", ("--batch", "5")), ("default.out", ())):
-        done = run(*common, *batch, "-o", name, "--device", "cpu")
+        done = run(*common, *batch, "-o", name, "--device", "cpu", afresh=not batch)
         assert done.returncode == 0, done.stderr
     assert (
         (home / "one.out").read_bytes() == (home / "five.out").read_bytes() == (home / "default.out").read_bytes()
@@ -150,7 +150,8 @@ def test_dense_caches_in_decode(run: Run, bundle: Path, tiny_path: Path, kv: str
 
 def test_sampling_is_seeded_and_goes_on_from_the_prompt(run: Run, bundle: Path, tiny_path: Path) -> None:
     arguments = ("decode", str(bundle), PEPTIDES, "--prompt", "5", "--generate", "6", "--max-proteins", "2")
-    first, again = (run(*arguments, "--seed", "3", "--model", str(tiny_path)) for _ in range(2))
+    seeded = (*arguments, "--seed", "3", "--model", str(tiny_path))
+    first, again = (run(*seeded, afresh=afresh) for afresh in (True, False))
     other = run(*arguments, "--seed", "4", "--model", str(tiny_path))
     assert first.returncode == 0, first.stderr
     assert first.stdout == again.stdout != other.stdout
@@ -218,9 +219,8 @@ def test_a_bench_needs_no_cache_folder(tiny_path: Path) -> None:
         "6",
     )
     output = str(tiny_path.parent / "no-cache.csv")
-    command = [sys.executable, "-m", "turboesm_cli.app", *arguments, "-o", output, "--model", str(tiny_path)]
     env = os.environ | {"XDG_CACHE_HOME": "/proc/nothing"}
-    done = subprocess.run(command, capture_output=True, text=True, env=env)
+    done = run_forked(*arguments, "-o", output, "--model", str(tiny_path), cwd=tiny_path.parent, env=env)
     assert done.returncode == 0, done.stderr
 
 

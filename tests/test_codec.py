@@ -288,7 +288,8 @@ def test_on_a_real_model_auto_is_better_than_flat_than_paper(
 ) -> None:
     statistics = collect(embedded, calibration_proteins[:40])
     recipes: dict[str, Recipe] = {
-        **RECIPES,
+        "paper": RECIPES["paper"],
+        "flat": RECIPES["flat"],
         "auto2.5": parse_recipe("auto@2.5"),
         "auto3.5": parse_recipe("auto@3.5"),
     }

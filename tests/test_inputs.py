@@ -9,13 +9,12 @@ import hashlib
 import importlib
 import json
 import lzma
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pytest
+from forked import run_forked
 from test_bundle import FORGERIES, ZIPS, in_manifest, rewrite, with_zip
 from typer.testing import CliRunner, Result
 
@@ -28,6 +27,10 @@ CALIBRATION = str(ROOT / "data" / "calibration" / "calibration.fasta")
 SEQUENCE = "MKWVTFISLLFLFSSAYSRGVFRR"
 GOOD = f">good fine\n{SEQUENCE}\n"
 LONG = f">long\n{'MKWVT' * 300}\n"
+
+
+BRIEF = ("--prompt", "0.95")
+"""Decode the last tokens alone of what is as long as a model takes."""
 
 
 def zstd(data: bytes) -> bytes:
@@ -94,8 +97,14 @@ CASES = [
     Case("header without sequence", ">none\n" + GOOD, 1, "no residues after the header", ("none",)),
     Case("a gene among proteins", GOOD + ">gene\n" + "ACGT" * 20 + "\n", 1, "looks like nucleotides", ("gene",)),
     Case("too long", GOOD + LONG, 0, "1,500 residues, over the limit of 1,022"),
-    Case("too long, truncated", LONG, 1, "long sequence truncated: 1 records", options=("--long", "truncate")),
-    Case("too long, in windows", LONG, 2, options=("--long", "window")),
+    Case(
+        "too long, truncated",
+        LONG,
+        1,
+        "long sequence truncated: 1 records",
+        options=("--long", "truncate", *BRIEF),
+    ),
+    Case("too long, in windows", LONG, 2, options=("--long", "window", *BRIEF)),
     Case("100,000 residues", f">a\n{'MKWVT' * 20_000}\n", 0, "100,000 residues, over the limit"),
     Case("empty", "", 0, "holds no record"),
     Case("blank", "\n\n \n", 0, "holds no record"),
@@ -228,8 +237,9 @@ def test_fasta_in_processes_of_their_own(content: str, command: str, place: Plac
             raise StopIteration
 
     with pytest.raises(StopIteration):
-        Place(place.folder, place.model, place.bundle, Recorder()).run(command, "in.fasta")
-    done = subprocess.run([sys.executable, "-m", "turboesm_cli.app", *arguments], capture_output=True, text=True)
+        few = ("--max-proteins", "6") if command == "decode" else ()
+        Place(place.folder, place.model, place.bundle, Recorder()).run(command, "in.fasta", *few)
+    done = run_forked(*arguments, cwd=place.folder)
     stopped = content.endswith(LONG) and command != "bench"
     assert done.returncode == (3 if stopped else 0), done.stderr
     assert "Traceback" not in done.stderr and "warning: " in done.stderr
@@ -265,8 +275,7 @@ def test_the_log_has_what_stderr_had(place: Place) -> None:
     (place.folder / "in.fasta").write_text(GOOD + ">bad\nM!\n")
     for code, source in ((0, "in.fasta"), (3, "none.fasta")):
         arguments = ["--log", "run.log", "quantize", str(place.bundle), source, "--model", place.model, "-f"]
-        command = [sys.executable, "-m", "turboesm_cli.app", *arguments]
-        done = subprocess.run(command, capture_output=True, text=True)
+        done = run_forked(*arguments, cwd=place.folder)
         assert done.returncode == code
         log = (place.folder / "run.log").read_text()
         assert f"quantize {place.bundle} {source}" in log and f"finished: exit code {code}" in log
@@ -275,8 +284,7 @@ def test_the_log_has_what_stderr_had(place: Place) -> None:
 
 
 def test_the_log_of_a_wrong_command_line_is_short(place: Place) -> None:
-    command = [sys.executable, "-m", "turboesm_cli.app", "--log", "run.log", "quantize", "--fish"]
-    assert subprocess.run(command, capture_output=True).returncode == 2
+    assert run_forked("--log", "run.log", "quantize", "--fish", cwd=place.folder).returncode == 2
     log = (place.folder / "run.log").read_text()
     assert "--fish" in log and "Traceback" not in log and len(log.splitlines()) == 2
 

@@ -40,9 +40,14 @@ def commands(bundle: Path, tiny_path: Path) -> dict[str, Command]:
     return {
         "calibrate": Command(("calibrate", str(tiny_path), CALIBRATION, "--max-proteins", "250"), "out.tqz"),
         "quantize": Command(("quantize", str(bundle), CALIBRATION, "--max-proteins", "60", *model), "out.tqkv"),
-        "decode": Command(("decode", str(bundle), PEPTIDES, "--prompt", "0.2", *model), "out.csv"),
+        "decode": Command(
+            ("decode", str(bundle), PEPTIDES, "--max-proteins", "20", "--prompt", "0.2", *model), "out.csv"
+        ),
         "generate": Command(
-            ("decode", str(bundle), PEPTIDES, "--generate", "20", "--seed", "1", *model), "out.fasta"
+            (
+                "decode", str(bundle), PEPTIDES, "--max-proteins", "20", "--generate", "20", "--seed", "1", *model,
+            ),
+            "out.fasta",
         ),
         "bench": Command(
             (

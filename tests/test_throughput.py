@@ -6,13 +6,12 @@ import csv
 import json
 import math
 import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from forked import Done, run_forked
 
 from turboesm_cli.cache.dense import DenseCache
 from turboesm_cli.cache.formats import FORMATS
@@ -143,12 +142,10 @@ def test_a_step_without_a_gpu_is_no_graph(tiny: EsmModel) -> None:
 @pytest.mark.slow
 def test_the_command(tiny: EsmModel, tiny_path: Path, calibration_proteins: list[Protein], tmp_path: Path) -> None:
     write_bundle(tmp_path / "t.tqz", calibrate(tiny, calibration_proteins[:12], RECIPES["flat"]))
-    command = [sys.executable, "-m", "turboesm_cli.app", "bench", "throughput", "--bundle", "t.tqz"]
-    command += ["--context", "24,32", "--device", "cpu"]
-    env = os.environ | {"COLUMNS": "220"}
+    command = ["bench", "throughput", "--bundle", "t.tqz", "--context", "24,32", "--device", "cpu"]
 
-    def call(*more: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run([*command, *more], capture_output=True, text=True, cwd=tmp_path, env=env)
+    def call(*more: str) -> Done:
+        return run_forked(*command, *more, cwd=tmp_path, env=os.environ | {"COLUMNS": "220"})
 
     planned = call("--plan", "--json", "--memory", "1GiB", "--model", "there-is-none")
     assert {line["memory"] for line in json.loads(planned.stdout)} == {2**30}

@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import json
 import os
-import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from forked import run_forked
 
 from turboesm_cli.codec.fit import CodecSpec
 from turboesm_cli.errors import ModelError
@@ -237,10 +237,10 @@ def test_on_a_gpu(tmp_path: Path, family: str) -> None:
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
 def test_the_command(tmp_path: Path, family: str) -> None:
     saved(tmp_path / "model", family)
-    command = [sys.executable, "-m", "turboesm_cli.app", "bench", "throughput", "--model", "model", "--peers"]
+    command = ["bench", "throughput", "--model", "model", "--peers"]
     command += ["--context", "24", "--device", "cpu", "--kinds", "fp16,packed", "--batch", "1,2", "-o", "t.csv"]
     env = os.environ | {"COLUMNS": "220", "XDG_CACHE_HOME": str(tmp_path / "cache")}
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=env)
+    done = run_forked(*command, cwd=tmp_path, env=env)
     assert done.returncode == 0, done.stderr
     rows = list(csv.DictReader((tmp_path / "t.csv").open()))
     speeds = [row for row in rows if row["metric"] == "tokens_per_second"]
@@ -249,7 +249,5 @@ def test_the_command(tmp_path: Path, family: str) -> None:
     }
     assert {row["recipe"] for row in speeds} == {"fp16", "auto", DYNAMIC, STATIC}
     assert done.stderr.count("left out: hf-compiled") == 2 and "hf-static" in done.stdout
-    longer = subprocess.run(
-        [*command, "--force", "--context", "1101"], capture_output=True, text=True, cwd=tmp_path, env=env
-    )
+    longer = run_forked(*command, "--force", "--context", "1101", cwd=tmp_path, env=env)
     assert longer.returncode == 3 and "1,100 tokens" in longer.stderr

@@ -145,7 +145,9 @@ KERNELS = [
     {"operands"},
     {"cpu_lookup", "launch", "triton_kernels"},
     {"token_kernels", "triton_launch", "ptx_kernels", "rotary", "add_norm", "gated"},
-    {"ptx_launch", "pack", "token_layer"},
+    {"pack", "token_layer"},
+    {"step_kernels"},
+    {"ptx_launch"},
     {"dispatch"},
     {"verify"},
 ]

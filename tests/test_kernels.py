@@ -238,6 +238,14 @@ def test_ranges_on_gpu(case: Case, chunk: int) -> None:
     found = ptx_launch.attend(q, held, layer, chunk)
     assert relative_error(found, dispatch.plain_attend(q.double(), held, layer)) <= TOLERANCE[case.dtype]
     assert torch.equal(found, ptx_launch.attend(q, held, layer, chunk))
+    if held.lengths is None:
+        return
+    k, v = torch.randn(2, case.batch, case.heads, 1, case.dim, device="cuda").to(case.dtype)
+    for _ in range(20):  # the codes are read as soon as they may be: not before they are packed
+        poison(q)
+        stepped = ptx_launch.append_and_attend(q, k, v, held, layer, held.lengths - 1, chunk)
+        assert torch.equal(stepped, ptx_launch.attend(q, held, layer, chunk))
+        k, v = -k, -v
 
 
 @pytest.mark.gpu
@@ -399,6 +407,42 @@ def test_pack_on_gpu(case: Case) -> None:
     from turboesm_kernels.pack import pack
 
     check_pack(case, pack, "cuda")
+
+
+@interpreted
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(tokens=70, batch=19, heads=3, ragged=True),
+        Case(tokens=33, batch=2, heads=2, dim=128, queries=4, sinks=3, ragged=True),
+        Case(tokens=140, batch=20, queries=2, ragged=True, sinks=2, positions=100),
+    ],
+    ids=str,
+)
+def test_before_the_codes_are_read(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a step makes in one launch is what packing, projecting and scoring give."""
+    from turboesm_kernels import pack, ptx_launch, triton_launch
+
+    q, held, layer = make(case)
+    _, apart, _ = make(case)
+    assert held.lengths is not None and layer.k.fields is not None
+    k, v = torch.randn(2, case.batch, case.heads, 1, case.dim, generator=torch.Generator().manual_seed(9))
+    starts = (held.lengths - 1).clamp(min=0)
+    made: list[tuple[object, ...]] = []
+    monkeypatch.setattr(ptx_launch, "attend_projected", lambda *given: made.append(given))
+    poison(q)
+    ptx_launch.append_and_attend(q, k, v, held, layer, starts)
+    pack.pack(k, v, layer, apart, starts)
+    for found, wanted in ((held.k, apart.k), (held.v, apart.v)):
+        assert torch.equal(found.codes, wanted.codes)
+        assert found.scales is not None and wanted.scales is not None and torch.equal(found.scales, wanted.scales)
+    folded, bias = made[0][3:5]
+    assert isinstance(folded, ptx_launch.Folded)
+    alone = ptx_launch.project_query(q, layer, layer.k.fields, early=False)
+    assert torch.equal(folded.descriptors, alone.descriptors) and torch.equal(folded.scalars, alone.scalars)
+    if case.positions:
+        assert isinstance(bias, torch.Tensor)
+        assert torch.allclose(bias, triton_launch.position_scores(q, held, layer), atol=1e-5)
 
 
 CHECKED = [

@@ -85,6 +85,29 @@ def append(
             put(into.scales, found.scales, start, 2)
 
 
+def append_and_attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    held: Held,
+    layer: PreparedLayer,
+    starts: Tensor,
+    backend: Backend | None = None,
+) -> Tensor:
+    """`append` of each sequence's newest token, k and v [B, H, 1, d], then `attend`.
+
+    `starts` int32 [B] is `held.lengths` less one. On the fast path in fewer launches than one after the other.
+    """
+    _validate(q, held, layer)
+    newest = held.lengths is not None and k.shape[2] == 1
+    if newest and choose(q, held, layer, backend) == "ptx" and _packs_with_triton(k, layer, backend):
+        from turboesm_kernels import ptx_launch
+
+        return ptx_launch.append_and_attend(q, k, v, held, layer, starts)
+    append(k, v, layer, held, starts, backend)
+    return attend(q, held, layer, backend)
+
+
 def _packs_with_triton(k: Tensor, layer: PreparedLayer, backend: Backend | None) -> bool:
     plain = layer.k.spec.residual_axes or layer.v.spec.residual_axes or backend == "torch"
     return k.is_cuda and not plain and has_triton()

@@ -8,6 +8,8 @@ computed, else looked for in the tables of thresholds.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -91,7 +93,7 @@ def _words(
 
 
 @triton.jit
-def _pack_rows(
+def pack_rows(
     x, x_b, x_h, x_t, x_d, starts, first_token, batches, tokens, head, block,
     centre, analysis, factors, coded_norm, grid, widths, table_start, levels, thresholds, deviation, picks,
     cos, sin, rope_t, rope_d, centre_at, positions, sinks,
@@ -216,7 +218,7 @@ def pack_kernel(
     """
     head, block = tl.program_id(0), tl.program_id(1)
     if tl.program_id(2) == 0:
-        _pack_rows(
+        pack_rows(
             k, k_b, k_h, k_t, k_d, starts, first_token, batches, tokens, head, block,
             k_centre, k_analysis, k_factors, k_norm, k_grid, k_widths, k_start, k_levels, k_thresholds,
             k_deviation, k_picks,
@@ -226,7 +228,7 @@ def pack_kernel(
             K_THRESHOLDS, K_SCALE, K_UNIFORM, False, HAS_STARTS, ONE_TOKEN, TURNED, POSITIONED, BLOCK, EARLY,
         )  # fmt: skip
     else:
-        _pack_rows(
+        pack_rows(
             v, v_b, v_h, v_t, v_d, starts, first_token, batches, tokens, head, block,
             v_centre, v_analysis, v_factors, v_norm, v_grid, v_widths, v_start, v_levels, v_thresholds,
             v_deviation, v_picks,
@@ -242,27 +244,44 @@ def pack(k: Tensor, v: Tensor, layer: PreparedLayer, held: Held, start: int | Te
 
     Copies nothing, waits for nothing. Raises ValueError where shapes do not agree.
     """
+    batch, heads, tokens, dim = k.shape
+    given, constants = pack_operands(k, v, layer, held, start)
+    block = STEP_ROWS if tokens == 1 else PROMPT_ROWS
+    early = launches_early(k)
+    launch(
+        pack_kernel, (heads, -(-batch * tokens // block), 2), *given, **constants, BLOCK=block, EARLY=early,
+        num_warps=warps_for(dim), **early_launch(early),
+    )  # fmt: skip
+
+
+def warps_for(dim: int) -> int:
+    """Warps of a program that multiplies rows of head_dim d by a square matrix."""
+    return 4 if dim <= 64 else 8
+
+
+def pack_operands(
+    k: Tensor, v: Tensor, layer: PreparedLayer, held: Held, start: int | Tensor
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """What `pack_kernel` takes for `pack`: operands, and constants but for BLOCK and EARLY. Raises ValueError."""
     _validate(k, v, layer, held)
     batch, heads, tokens, dim = k.shape
     centre_at = layer.k.spec.centre_at
     turned = layer.k.centred and centre_at is None
     cos, sin = (held.rope.cos, held.rope.sin) if turned and held.rope is not None else (layer.k.centre,) * 2
     starts = start if isinstance(start, Tensor) else None
-    block = STEP_ROWS if tokens == 1 else PROMPT_ROWS
-    early = launches_early(k)
-    launch(
-        pack_kernel, (heads, -(-batch * tokens // block), 2),
+    given = (
         k, *k.stride(), v, *v.stride(), layer.k.centre if starts is None else starts,
         held.sinks if isinstance(start, Tensor) else start - held.sinks, batch, tokens,
         *layer.k.pack_tables, *layer.v.pack_tables, cos, sin, cos.stride(-2), cos.stride(-1),
         *((cos, 0) if centre_at is None else (centre_at, centre_at.shape[1])), held.sinks,
         *_target(held.k, layer.k), *_target(held.v, layer.v),
-        HEADS=heads, DIM=dim, DIM_PAD=padded(dim),
-        **layer.k.pack_constants, **layer.v.pack_constants,
-        HAS_STARTS=starts is not None, ONE_TOKEN=tokens == 1, TURNED=turned,
-        POSITIONED=centre_at is not None, BLOCK=block, EARLY=early,
-        num_warps=4 if dim <= 64 else 8, **early_launch(early),
     )  # fmt: skip
+    constants = {
+        "HEADS": heads, "DIM": dim, "DIM_PAD": padded(dim), **layer.k.pack_constants, **layer.v.pack_constants,
+        "HAS_STARTS": starts is not None, "ONE_TOKEN": tokens == 1, "TURNED": turned,
+        "POSITIONED": centre_at is not None,
+    }  # fmt: skip
+    return given, constants
 
 
 def _target(packed: Packed, side: PreparedSide) -> tuple[Tensor | int, ...]:

@@ -105,7 +105,19 @@ def fast_project_query_kernel(
     [H, 4 W]; descriptors int32 [B, H, Q, 2, W]: low digits of 4 columns a word, then high ones; scalars f32 [B, H,
     Q, 2] = (gain, constant). W = `words`. Program (h, g): the g-th block of rows (b, q) of head h.
     """
-    head, group = tl.program_id(0), tl.program_id(1)
+    fold_rows(
+        query, q_b, q_h, q_q, q_d, key_map, factors, middle, descriptors, scalars, rows, words,
+        tl.program_id(0), tl.program_id(1), HEADS, QUERIES, DIM, WORDS_PAD, DIM_PAD, FOLD_BLOCK, EARLY,
+    )  # fmt: skip
+
+
+@triton.jit
+def fold_rows(
+    query, q_b, q_h, q_q, q_d, key_map, factors, middle, descriptors, scalars, rows, words, head, group,
+    HEADS: tl.constexpr, QUERIES: tl.constexpr, DIM: tl.constexpr, WORDS_PAD: tl.constexpr, DIM_PAD: tl.constexpr,
+    FOLD_BLOCK: tl.constexpr, EARLY: tl.constexpr,
+):  # fmt: skip
+    """`fast_project_query_kernel` for one head and block of rows."""
     item = group * FOLD_BLOCK + tl.arange(0, FOLD_BLOCK)
     live = item < rows
     dim = tl.arange(0, DIM_PAD)
@@ -165,12 +177,12 @@ def _scales(scale, token, end):
 
 
 @triton.jit
-def _four(row, token, end):
-    """Numbers of 4 tokens from `token` on."""
-    there = token < end
+def _four(row, token, end, tokens, CODE: tl.constexpr, KINDS: tl.constexpr):
+    """Numbers f32 of 4 tokens from `token` on, anything past the end; see `load_code`."""
+    found = _read(row, token, end, 4, tokens, CODE, KINDS, 1)
     return (
-        tl.load(row + token, mask=there, other=0.0), tl.load(row + token + 1, mask=there, other=0.0),
-        tl.load(row + token + 2, mask=there, other=0.0), tl.load(row + token + 3, mask=there, other=0.0),
+        found[0].to(tl.float32, bitcast=True), found[1].to(tl.float32, bitcast=True),
+        found[2].to(tl.float32, bitcast=True), found[3].to(tl.float32, bitcast=True),
     )  # fmt: skip
 
 
@@ -226,7 +238,7 @@ def fast_attend_split_kernel(
     query, q_b, q_h, q_q, q_d, centre, descriptors, scalars, turns, block_turn, cos, sin, rope_t, angles, lengths,
     k_codes, k_b, k_h, k_word, k_scales, ks_b, ks_h,
     v_codes, v_b, v_h, v_plane, v_scales, vs_b, vs_h, k_masks, v_masks,
-    part_max, part_sum, part_weight, part_out, tokens, chunk, sinks, bias,
+    part_max, part_sum, part_weight, part_out, tokens, chunk, sinks, bias, b_r,
     HEADS: tl.constexpr, QUERIES: tl.constexpr, DIM: tl.constexpr, K_WORDS: tl.constexpr, V_WORDS: tl.constexpr,
     K_TABLE: tl.constexpr, V_TABLE: tl.constexpr, V_ROWS: tl.constexpr, SUMS: tl.constexpr,
     QUERY: tl.constexpr, K_MASKS: tl.constexpr, V_MASKS: tl.constexpr, DIGIT_ROW: tl.constexpr,
@@ -236,7 +248,7 @@ def fast_attend_split_kernel(
     KEYS_CODE: tl.constexpr, KEYS_KINDS: tl.constexpr, VALUES_CODE: tl.constexpr, VALUES_KINDS: tl.constexpr,
     SCORE_CODE: tl.constexpr, SCORE_KINDS: tl.constexpr, SUM_CODE: tl.constexpr, SUM_KINDS: tl.constexpr,
     EMPTY_CODE: tl.constexpr, EMPTY_KINDS: tl.constexpr, EMIT_CODE: tl.constexpr, EMIT_KINDS: tl.constexpr,
-    BIAS_CODE: tl.constexpr, BIAS_KINDS: tl.constexpr,
+    BIAS_CODE: tl.constexpr, BIAS_KINDS: tl.constexpr, FOUR_CODE: tl.constexpr, FOUR_KINDS: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_POSITIONS: tl.constexpr, HAS_LENGTHS: tl.constexpr, ONE_BLOCK: tl.constexpr,
     EARLY: tl.constexpr,
 ):  # fmt: skip
@@ -248,9 +260,9 @@ def fast_attend_split_kernel(
     scores in units of log 2; query any float [B, H, Q, d], centre f32 [H, d]; descriptors and scalars as
     `fast_project_query_kernel` leaves them, turns and block_turn as in `Rope`, cos and sin f32 [angles, d], rows
     rope_t apart, of packed token 0 on; codes and scales as in `Packed` with aligned strides, k_masks and v_masks
-    as in `Fields`; bias f32 [B, H, Q, T] where HAS_POSITIONS, of `position_scores_kernel`; part_max, part_sum and
-    part_weight f32 [B, H, S], part_out f32 [B, H, S, V_ROWS]. K_WORDS and V_WORDS are words of a code, K_TABLE and
-    V_TABLE fields padded to 4; QUERY to V_MASKS as in `ptx_text.Shared`.
+    as in `Fields`; bias f32 [B, H, Q, T] where HAS_POSITIONS, of `position_scores_kernel`, rows b_r apart;
+    part_max, part_sum and part_weight f32 [B, H, S], part_out f32 [B, H, S, V_ROWS]. K_WORDS and V_WORDS are words
+    of a code, K_TABLE and V_TABLE fields padded to 4; QUERY to V_MASKS as in `ptx_text.Shared`.
     """
     pair_row = tl.program_id(0).to(tl.int64)
     split = tl.program_id(1)
@@ -267,8 +279,10 @@ def fast_attend_split_kernel(
     k_own, v_own = lane * 4, g // 4 * 64 + t * 16  # a lane's first token in a block
     if EARLY:
         gdc_launch_dependents()
-    # The query was there before `fast_project_query_kernel` began, and the codes do not wait for it either.
-    # They come last: loads return in order.
+        if end <= begin + BLOCK:  # among the first tokens is the newest, which the kernel before may be packing
+            gdc_wait()
+    # The query was there before the kernel before began, and other codes do not wait for that either. They come
+    # last: loads return in order.
     if HAS_BIAS:
         channel = t * (DIM // 8)
         own_query = query + batch * q_b + head * q_h + pair_row % QUERIES * q_q
@@ -325,9 +339,9 @@ def fast_attend_split_kernel(
     gain = tl.load(scalars + pair_row * 2)
     constant = tl.load(scalars + pair_row * 2 + 1)
     digit_at = g % 2 * (4 * K_TABLE)
-    bias_row = bias + pair_row * tokens
+    bias_row = (bias + pair_row * b_r).to(tl.int64, bitcast=True)
     if HAS_POSITIONS:
-        b = _four(bias_row, begin + k_own, end)
+        b = _four(bias_row, begin + k_own, end, tokens, FOUR_CODE, FOUR_KINDS)
     if ONE_BLOCK:
         totals = tl.inline_asm_elementwise(
             SCORE_CODE, SCORE_KINDS, (lane, row + digit_at, k_masks_at) + k_words,  # noqa: RUF005
@@ -359,7 +373,7 @@ def fast_attend_split_kernel(
             k_words = _read(k_row, first + BLOCK + k_own, end, 4, k_word, KEYS_CODE, KEYS_KINDS, K_WORDS)
             own_b = b
             if HAS_POSITIONS:
-                b = _four(bias_row, first + BLOCK + k_own, end)
+                b = _four(bias_row, first + BLOCK + k_own, end, tokens, FOUR_CODE, FOUR_KINDS)
             one, mass, weight, weights, alpha, empty = _weigh(
                 first + k_own, end, totals, own_kn, own_vn, own_b, gain, constant, dithers, one, mass, weight
             )

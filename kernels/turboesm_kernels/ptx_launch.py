@@ -11,8 +11,10 @@ from torch import Tensor
 from turboesm_kernels import ptx_kernels, ptx_text, triton_launch
 from turboesm_kernels.launch import early_launch, launch, launches_early, processors
 from turboesm_kernels.operands import Held, PreparedLayer
+from turboesm_kernels.pack import STEP_ROWS, pack_operands, warps_for
 from turboesm_kernels.prepared import FIELD_LANES, Fields, padded
 from turboesm_kernels.reference import TURN, Packed, Rope
+from turboesm_kernels.step_kernels import append_and_project_kernel
 from turboesm_kernels.triton_launch import Partials
 
 ALIGNMENT = 16
@@ -26,6 +28,12 @@ WARPS = 12
 
 OPENING = 3
 """What beginning and ending a range costs, in blocks."""
+
+SCORES = 4
+"""Numbers that a lane reads at once of positions' scores."""
+
+ONE_WORD = ptx_text.Side((1,))
+"""A plane of 16 bytes a lane: 4 numbers."""
 
 LONGEST = 256
 """Blocks of a range at most: 32,768 tokens of weight 255 and byte 255 are what 32 bits hold."""
@@ -98,6 +106,20 @@ class Folded:
     descriptors: Tensor
     scalars: Tensor
 
+    @classmethod
+    def empty(cls, q: Tensor, fields: Fields) -> Folded:
+        """Buffers for queries [B, H, Q, d]."""
+        shape = (*q.shape[:3], 2, fields.map.shape[2] // FIELD_LANES)
+        return cls(
+            torch.empty(shape, dtype=torch.int32, device=q.device),
+            torch.empty(shape[:4], dtype=torch.float32, device=q.device),
+        )
+
+    @property
+    def words(self) -> int:
+        """W."""
+        return self.descriptors.shape[4]
+
 
 def attend(q: Tensor, held: Held, layer: PreparedLayer, chunk: int | None = None) -> Tensor:
     """`dispatch.attend` with the fast kernels; `unsupported_reason` was None for these inputs.
@@ -105,12 +127,56 @@ def attend(q: Tensor, held: Held, layer: PreparedLayer, chunk: int | None = None
     `chunk`: tokens that a warp goes over, a multiple of `TURN`, `LONGEST` of them at most; None: what suits the
     device.
     """
-    assert layer.k.fields is not None and layer.v.fields is not None
+    assert layer.k.fields is not None
     early = launches_early(q)
     _angles(held, layer)  # made now where they are missing: kernels do not wait for what comes later
     positioned = layer.k.spec.centre_at is not None
-    bias = triton_launch.position_scores(q, held, layer, early) if positioned else None
-    folded = project_query(q, layer, layer.k.fields, early)
+    bias = triton_launch.position_scores(q, held, layer, early, SCORES) if positioned else None
+    return attend_projected(q, held, layer, project_query(q, layer, layer.k.fields, early), bias, chunk, early)
+
+
+def append_and_attend(
+    q: Tensor, k: Tensor, v: Tensor, held: Held, layer: PreparedLayer, starts: Tensor, chunk: int | None = None
+) -> Tensor:
+    """`pack` of each sequence's newest token, then `attend`: what comes before codes are read is one launch."""
+    assert layer.k.fields is not None
+    early = launches_early(q)
+    _angles(held, layer)
+    batch, heads, queries, dim = q.shape
+    rows, positioned = batch * queries, layer.k.spec.centre_at is not None
+    folded = Folded.empty(q, layer.k.fields)
+    bias = triton_launch.empty_scores(q, held.tokens, SCORES) if positioned else None
+    given, constants = pack_operands(k, v, layer, held, starts)
+    fold_block = _fold_block(rows, heads)
+    row_block, token_block = triton_launch.position_blocks(rows)
+    groups = max(-(-batch // STEP_ROWS), -(-rows // fold_block))  # rows of a tile are no fewer
+    launch(
+        append_and_project_kernel, (heads, groups, 3 + positioned * -(-held.tokens // token_block)),
+        *given, q, *q.stride(), *layer.k.fields.halves, layer.k.fields.middle, folded.descriptors, folded.scalars,
+        rows, folded.words, *_scores(folded, bias), held.tokens,
+        **constants, QUERIES=queries, FOLD_PAD=padded(folded.words), FOLD_BLOCK=fold_block,
+        EXACT=q.dtype.itemsize == 2, ROW_BLOCK=row_block, TOKEN_BLOCK=token_block, BLOCK=STEP_ROWS, EARLY=early,
+        num_warps=warps_for(dim), **early_launch(early),
+    )  # fmt: skip
+    return attend_projected(q, held, layer, folded, bias, chunk, early)
+
+
+def _scores(folded: Folded, bias: Tensor | None) -> tuple[Tensor, int]:
+    """Positions' scores, and numbers between their rows; where there are none, something that is never read."""
+    return (folded.scalars, 0) if bias is None else (bias, bias.stride(2))
+
+
+def attend_projected(
+    q: Tensor,
+    held: Held,
+    layer: PreparedLayer,
+    folded: Folded,
+    bias: Tensor | None,
+    chunk: int | None,
+    early: bool,
+) -> Tensor:
+    """Attention, given what was made of the queries."""
+    assert layer.v.fields is not None
     chunk = chunk or chunk_of(q, held.tokens)
     splits = -(-held.tokens // chunk)
     partials = Partials.empty(q, splits, layer.v.fields.map.shape[1], weighted=True)
@@ -133,18 +199,21 @@ def _blocks_each(rows: int, blocks: int, slots: int) -> int:
 def project_query(q: Tensor, layer: PreparedLayer, fields: Fields, early: bool) -> Folded:
     """Queries as integers; see `fast_project_query_kernel`."""
     batch, heads, queries, dim = q.shape
-    words, rows = fields.map.shape[2] // FIELD_LANES, batch * queries
-    descriptors = torch.empty((batch, heads, queries, 2, words), dtype=torch.int32, device=q.device)
-    scalars = torch.empty((batch, heads, queries, 2), dtype=torch.float32, device=q.device)
-    fold_block = 1 if rows * heads <= triton_launch.FEW_ROWS else 16  # as in `combine`
+    rows, found = batch * queries, Folded.empty(q, fields)
+    fold_block = _fold_block(rows, heads)
     launch(
         ptx_kernels.fast_project_query_kernel, (heads, -(-rows // fold_block)),
         q, *q.stride(), *fields.halves, fields.middle,
-        descriptors, scalars, rows, words,
-        HEADS=heads, QUERIES=queries, DIM=dim, WORDS_PAD=padded(words), DIM_PAD=padded(dim), FOLD_BLOCK=fold_block,
-        EARLY=early, num_warps=4 if dim <= 64 else 8, **early_launch(early),
+        found.descriptors, found.scalars, rows, found.words, HEADS=heads, QUERIES=queries, DIM=dim,
+        WORDS_PAD=padded(found.words), DIM_PAD=padded(dim), FOLD_BLOCK=fold_block,
+        EARLY=early, num_warps=warps_for(dim), **early_launch(early),
     )  # fmt: skip
-    return Folded(descriptors, scalars)
+    return found
+
+
+def _fold_block(rows: int, heads: int) -> int:
+    """Rows that a program folds: one by one where they are few, as in `combine`."""
+    return 1 if rows * heads <= triton_launch.FEW_ROWS else 16
 
 
 def _split(
@@ -168,7 +237,7 @@ def _split(
         k.codes, *k.codes.stride()[:3], k.scales, *k.scales.stride()[:2],
         v.codes, *v.codes.stride()[:3], v.scales, *v.scales.stride()[:2], k_fields.masks, v_fields.masks,
         partials.top, partials.mass, partials.weight, partials.out, held.tokens, chunk, held.sinks,
-        partials.top if bias is None else bias,
+        *_scores(folded, bias),
         HEADS=heads, QUERIES=queries, DIM=dim, K_WORDS=k.codes.shape[2], V_WORDS=v.codes.shape[2] // FIELD_LANES,
         HAS_BIAS=_turned(layer), HAS_POSITIONS=bias is not None, HAS_LENGTHS=held.lengths is not None,
         ONE_BLOCK=chunk == TURN,
@@ -197,6 +266,7 @@ def kernel_code(
         "EMPTY": (ptx_text.empty_code(at), ptx_text.empty_constraints(v)),
         "EMIT": (ptx_text.emit_code(at), ptx_text.emit_constraints(v)),
         "BIAS": (ptx_text.bias_code(at), ptx_text.bias_constraints(at)),
+        "FOUR": (ptx_text.load_code(ONE_WORD), ptx_text.load_constraints(ONE_WORD)),
     }
     texts = {f"{name}_CODE": text for name, (text, _) in code.items()}
     kinds = {f"{name}_KINDS": own for name, (_, own) in code.items()}

@@ -77,9 +77,9 @@ def project_query_kernel(
         tl.store(there_bias, total * LOG2E, mask=live[:, None] & (token < tokens)[None, :])
 
 
-@triton.jit(do_not_specialize=["rows", "tokens", "sinks"])
+@triton.jit(do_not_specialize=["rows", "tokens", "sinks", "b_r"])
 def position_scores_kernel(
-    query, q_b, q_h, q_q, q_d, centre, centre_at, positions, sinks, bias, rows, tokens,
+    query, q_b, q_h, q_q, q_d, centre, centre_at, positions, sinks, bias, b_r, rows, tokens,
     HEADS: tl.constexpr, QUERIES: tl.constexpr, DIM: tl.constexpr, DIM_PAD: tl.constexpr, EXACT: tl.constexpr,
     ROW_BLOCK: tl.constexpr, TOKEN_BLOCK: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
@@ -87,12 +87,27 @@ def position_scores_kernel(
 
         bias[b, h, q, j] = log2(e) <q, c[h] + centre_at[h, j + sinks]>, the last position's from there on
 
-    query any float [B, H, Q, d], c f32 [H, d], centre_at f16 [H, `positions`, d], bias f32 [B, H, Q, T]. EXACT: 16
-    bits hold the query. Program (h, r, t): the r-th block of rows (b, q) of head h, the t-th of tokens.
+    query any float [B, H, Q, d], c f32 [H, d], centre_at f16 [H, `positions`, d], bias f32 [B, H, Q, T], a row in
+    b_r numbers. EXACT: 16 bits hold the query. Program (h, r, t): the r-th block of rows (b, q) of head h, the
+    t-th of tokens.
     """
-    head = tl.program_id(0)
-    row = tl.program_id(1) * ROW_BLOCK + tl.arange(0, ROW_BLOCK)
-    token = tl.program_id(2) * TOKEN_BLOCK + tl.arange(0, TOKEN_BLOCK)
+    position_tile(
+        query, q_b, q_h, q_q, q_d, centre, centre_at, positions, sinks, bias, b_r, rows, tokens,
+        tl.program_id(0), tl.program_id(1), tl.program_id(2),
+        HEADS, QUERIES, DIM, DIM_PAD, EXACT, ROW_BLOCK, TOKEN_BLOCK, EARLY,
+    )  # fmt: skip
+
+
+@triton.jit
+def position_tile(
+    query, q_b, q_h, q_q, q_d, centre, centre_at, positions, sinks, bias, b_r, rows, tokens,
+    head, row_block, token_block,
+    HEADS: tl.constexpr, QUERIES: tl.constexpr, DIM: tl.constexpr, DIM_PAD: tl.constexpr, EXACT: tl.constexpr,
+    ROW_BLOCK: tl.constexpr, TOKEN_BLOCK: tl.constexpr, EARLY: tl.constexpr,
+):  # fmt: skip
+    """`position_scores_kernel` for one head, block of rows and block of tokens."""
+    row = row_block * ROW_BLOCK + tl.arange(0, ROW_BLOCK)
+    token = token_block * TOKEN_BLOCK + tl.arange(0, TOKEN_BLOCK)
     dim = tl.arange(0, DIM_PAD)
     live = row < rows
     batch = (row // QUERIES).to(tl.int64)
@@ -111,7 +126,7 @@ def position_scores_kernel(
     if not EXACT:
         total = tl.dot((q - high.to(tl.float32)).to(tl.float16), own, total)
     total += tl.sum(q * constant[None, :], 1)[:, None]
-    target = bias + ((batch * HEADS + head) * QUERIES + row % QUERIES)[:, None] * tokens + token[None, :]
+    target = bias + ((batch * HEADS + head) * QUERIES + row % QUERIES)[:, None] * b_r + token[None, :]
     tl.store(target, total * LOG2E, mask=live[:, None] & (token < tokens)[None, :])
 
 

@@ -100,18 +100,28 @@ def project_query(q: Tensor, held: Held, layer: PreparedLayer) -> tuple[Tensor, 
     return folded, bias
 
 
-def position_scores(q: Tensor, held: Held, layer: PreparedLayer, early: bool = False) -> Tensor:
-    """Scores f32 [B, H, Q, T] of the centres at each position; see `position_scores_kernel`."""
+def position_blocks(rows: int) -> tuple[int, int]:
+    """Rows and tokens of a tile of positions' scores: the fastest of eight, on an H100."""
+    return (ROW_BLOCK, 128) if rows <= ROW_BLOCK else (64, 64)
+
+
+def empty_scores(q: Tensor, tokens: int, align: int = 1) -> Tensor:
+    """A buffer f32 [B, H, Q, T], whose rows start at multiples of `align` numbers."""
+    room = -(-tokens // align) * align
+    return torch.empty((*q.shape[:3], room), dtype=torch.float32, device=q.device)[..., :tokens]
+
+
+def position_scores(q: Tensor, held: Held, layer: PreparedLayer, early: bool = False, align: int = 1) -> Tensor:
+    """Scores f32 [B, H, Q, T] of the centres at each position; see `position_scores_kernel`, `empty_scores`."""
     batch, heads, queries, dim = q.shape
     centre_at, rows = layer.k.spec.centre_at, batch * queries
     assert centre_at is not None
-    bias = torch.empty((batch, heads, queries, held.tokens), dtype=torch.float32, device=q.device)
-    row_block, token_block = (
-        (ROW_BLOCK, 128) if rows <= ROW_BLOCK else (64, 64)
-    )  # the fastest of eight, on an H100
+    bias = empty_scores(q, held.tokens, align)
+    row_block, token_block = position_blocks(rows)
     launch(
         position_scores_kernel, (heads, -(-rows // row_block), -(-held.tokens // token_block)),
-        q, *q.stride(), layer.k.centre, centre_at, centre_at.shape[1], held.sinks, bias, rows, held.tokens,
+        q, *q.stride(), layer.k.centre, centre_at, centre_at.shape[1], held.sinks, bias, bias.stride(2), rows,
+        held.tokens,
         HEADS=heads, QUERIES=queries, DIM=dim, DIM_PAD=padded(dim), EXACT=q.dtype.itemsize == 2,
         ROW_BLOCK=row_block, TOKEN_BLOCK=token_block, EARLY=early, **early_launch(early),
     )  # fmt: skip

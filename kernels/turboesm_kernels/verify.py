@@ -98,9 +98,9 @@ class KernelRun:
         shape = (SEQUENCES, layer.k.spec.heads, TOKENS, dim)
         k, v = (_as_projected(shape, layer, dtype) for _ in range(2))
         held = _blank(layer, sinks)
-        _pack(k, v, layer, held)
         q = _as_projected((*shape[:2], 1, dim), layer, dtype) / math.sqrt(dim)
-        return cls(k, v, held, q, _attend(q, held, layer))
+        attention = _pack(q, k, v, layer, held)
+        return cls(k, v, held, q, [attention, *_attend(q, held, layer)])
 
 
 @torch.no_grad()
@@ -136,12 +136,11 @@ def _wrong_attention(q: Tensor, attention: Sequence[Tensor], held: Held, layer: 
 
 def _attend(q: Tensor, held: Held, layer: PreparedLayer) -> list[Tensor]:
     """Attention as each kernel does it that may serve the layer: the fast path has one for ranges of one block."""
-    results = [dispatch.attend(q, held, layer)]
-    if dispatch.choose(q, held, layer) == "ptx":
-        from turboesm_kernels import ptx_launch
+    if dispatch.choose(q, held, layer) != "ptx":
+        return [dispatch.attend(q, held, layer)]
+    from turboesm_kernels import ptx_launch
 
-        results += [ptx_launch.attend(q, held, layer, chunk) for chunk in (TURN, TOKENS)]
-    return results
+    return [ptx_launch.attend(q, held, layer, chunk) for chunk in (TURN, TOKENS)]
 
 
 def _blank(layer: PreparedLayer, sinks: int) -> Held:
@@ -170,13 +169,14 @@ def _blank_side(spec: SideSpec) -> Packed:
     return Packed(codes, None if spec.scale == "none" else scales)
 
 
-def _pack(k: Tensor, v: Tensor, layer: PreparedLayer, held: Held) -> None:
-    """In two calls, since Triton compiles each otherwise: many tokens, one of each sequence."""
+def _pack(q: Tensor, k: Tensor, v: Tensor, layer: PreparedLayer, held: Held) -> Tensor:
+    """Attention, after packing in two calls: a prompt's tokens, then one of each sequence as a step does it."""
     from turboesm_kernels.pack import pack
 
     assert held.lengths is not None
     pack(k[:, :, :-1], v[:, :, :-1], layer, held, held.sinks)
-    pack(k[:, :, -1:], v[:, :, -1:], layer, held, held.lengths - 1)
+    starts = held.lengths - 1
+    return dispatch.append_and_attend(q, k[:, :, -1:], v[:, :, -1:], held, layer, starts)
 
 
 def _differing(side: PreparedSide, found: Packed, wanted: Packed) -> float:

@@ -169,6 +169,16 @@ class PackedCache(Ragged):
             return token_layer.attend_tokens(q, tokens, self._codec.tables, unmasked, self._rope, lengths)
         return dispatch.attend(q, self._held_by(layer, reach, lengths), prepared, self._backend)
 
+    def append_and_attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, tokens: Tensor) -> Tensor:
+        """See `forward.Cache`; on a GPU in fewer launches than one after the other."""
+        prepared, store = self._codec.layers[layer], self._layers[layer]
+        if prepared is None or not q.is_cuda or not store.room:
+            return super().append_and_attend(layer, q, k, v, tokens)
+        if self.shortest < store.sinks:
+            store.put_sinks(k, v, self.starts)
+        held = self._held_by(layer, store.room + store.sinks, self.lengths)
+        return dispatch.append_and_attend(q, k, v, held, prepared, self.starts, self._backend)
+
     def keys_values(self, layer: int) -> tuple[Tensor, Tensor]:
         """Keys (after RoPE) and values [B, H, length, d] of one layer, unpacked: float32, or the model's dtype."""
         prepared, store = self._codec.layers[layer], self._layers[layer].upto(self.length)

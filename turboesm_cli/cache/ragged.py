@@ -71,6 +71,19 @@ class Ragged:
         self.starts.copy_(self.lengths)
         self.lengths += counts if isinstance(counts, int) else torch.tensor(counts).to(self.lengths)
 
+    def append(self, layer: int, k: Tensor, v: Tensor, tokens: Tensor) -> None:
+        """See `forward.Cache`."""
+        raise NotImplementedError
+
+    def attend(self, layer: int, q: Tensor) -> Tensor:
+        """See `forward.Cache`."""
+        raise NotImplementedError
+
+    def append_and_attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, tokens: Tensor) -> Tensor:
+        """See `forward.Cache`."""
+        self.append(layer, k, v, tokens)
+        return self.attend(layer, q)
+
     def replayed(self, count: int = 1) -> None:
         """Count on the host what a CUDA graph did on the device: each sequence has `count` tokens more."""
         self._from[:] = self._held

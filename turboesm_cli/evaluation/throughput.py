@@ -164,7 +164,7 @@ def _step(stepper: Stepper, tokens: Tensor) -> Callable[[], None]:
     def step() -> None:
         hidden = stepper.step(last)
         if model.causal:
-            sample_tokens(model.logits(hidden).float(), chances, Sampling(temperature=0))
+            sample_tokens(model.logits(hidden), chances, Sampling(temperature=0))
         elif model.has_lm_head:
             sample(model.alphabet, residue_logits(model, hidden), chances, Sampling())
 

@@ -30,6 +30,9 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 """By the names that Hugging Face's configurations give them."""
 
+HEAD_ROWS = 8
+"""Rows that tensor cores want in 16 bits; ProtGPT2 has 50,257 tokens."""
+
 NEARLY_0 = 1e-20
 """Epsilon of `TokenTables` whose factors are 1; not 0: kernels take 0 / sqrt(0 + epsilon) of missing kinds."""
 
@@ -78,6 +81,7 @@ class Decoder:
     last_norm   after them
     head        the language-model head
     activation  of the feed-forward part, by name; `gated`: times a second projection
+    wide_head   the head with rows of 0 up to a multiple of `HEAD_ROWS`, of which `head` is a view, or None
     """
 
     name: str
@@ -97,6 +101,7 @@ class Decoder:
     note: str = ""
     causal: bool = True
     has_lm_head: bool = True
+    wide_head: Linear | None = None
 
     @property
     def device(self) -> torch.device:
@@ -115,10 +120,16 @@ class Decoder:
 
     def to(self, device: torch.device, dtype: torch.dtype = torch.float32) -> Decoder:
         """The model on another device or in another dtype (RoPE's frequencies stay float32)."""
-        moved = _moved(self, device, dtype)
+        moved = _moved(replace(self, wide_head=None), device, dtype)
         tied = self.head.weight is self.embedding
         head = moved.head._replace(weight=moved.embedding) if tied else moved.head
-        return replace(moved, frequencies=self.frequencies.to(device), head=head)
+        wide = _with_more_rows(head) if device.type == "cuda" else None
+        if wide is not None:  # nothing is held twice
+            head = head._replace(weight=wide.weight[: len(head.weight)])
+        embedding = head.weight if tied else moved.embedding
+        return replace(
+            moved, frequencies=self.frequencies.to(device), embedding=embedding, head=head, wide_head=wide
+        )
 
     def require_lm_head(self, purpose: str) -> None:
         """There always is one."""
@@ -186,7 +197,9 @@ class Decoder:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits [..., V]."""
-        return self.head(hidden)
+        if self.wide_head is None:
+            return self.head(hidden)
+        return self.wide_head(hidden)[..., : len(self.head.weight)]
 
     @torch.no_grad()
     def first_layer_tables(self) -> TokenTables:
@@ -224,6 +237,15 @@ class Decoder:
 def _wide(part: Any) -> Any:
     """A Linear or Norm in float32 at least."""
     return part._replace(**{n: widened(x) for n, x in part._asdict().items() if isinstance(x, Tensor)})
+
+
+def _with_more_rows(part: Linear) -> Linear | None:
+    """A copy with rows of 0 up to a multiple of `HEAD_ROWS`; None where there is one."""
+    more = -len(part.weight) % HEAD_ROWS
+    if not more:
+        return None
+    bias = None if part.bias is None else F.pad(part.bias, (0, more))
+    return Linear(F.pad(part.weight, (0, 0, 0, more)), bias)
 
 
 def _moved(part: Any, device: torch.device, dtype: torch.dtype) -> Any:

@@ -53,6 +53,10 @@ class Cache(Protocol):
         """Attention of q [B, K, Q, d] over all that `layer` holds; result like q."""
         ...
 
+    def append_and_attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, tokens: Tensor) -> Tensor:
+        """One token of each sequence stored, then `attend`: a step."""
+        ...
+
     def rewind(self, count: int = 1) -> None:
         """Forget each sequence's last `count` tokens."""
         ...
@@ -145,9 +149,8 @@ def step(model: Model, tokens: Tensor, cache: Cache, joint: JointProjection | No
     cache.begin(1)
 
     def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        cache.append(layer, k, v, tokens)
         side_by_side = q.unflatten(1, (k.shape[1], -1)).flatten(2, 3)  # query heads of one key/value head
-        return cache.attend(layer, side_by_side).reshape(q.shape)
+        return cache.append_and_attend(layer, side_by_side, k, v, tokens).reshape(q.shape)
 
     if joint is not None:
         joint.at(cache.starts)

@@ -74,7 +74,7 @@ def sample(alphabet: Alphabet, logits: Tensor, chances: Tensor, sampling: Sampli
 
 
 def sample_tokens(logits: Tensor, noise: Tensor, sampling: Sampling, there: Tensor | None = None) -> Tensor:
-    """One token id int64 [B] for each row of logits float32 [B, V]; none of -inf. `noise` as `gumbel` gives it.
+    """One token id int64 [B] for each row of logits float [B, V]; none of -inf. `noise` as `gumbel` gives it.
 
     The largest of logits / temperature + noise is a sample of their softmax (Gumbel-max). With the same noise,
     logits that differ little nearly always give the same token, which an inverted distribution function does not.
@@ -83,11 +83,12 @@ def sample_tokens(logits: Tensor, noise: Tensor, sampling: Sampling, there: Tens
     top k and top p is that of transformers' `generate`. Nothing is synchronized: safe in a CUDA graph.
     """
     if there is not None:
+        logits = logits.float()
         less = torch.where(logits > 0, logits / sampling.repetition_penalty, logits * sampling.repetition_penalty)
         logits = torch.where(there, less, logits)
     if sampling.temperature < COLDEST:
         return logits.argmax(-1)
-    logits = logits / sampling.temperature
+    logits = logits.float() / sampling.temperature
     if 0 < sampling.top_k < logits.shape[-1]:
         lowest = logits.topk(sampling.top_k).values[:, -1:]
         logits = logits.masked_fill(logits < lowest, -torch.inf)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,10 @@ from turboesm_kernels.token_layer import attend_tokens
 
 from turboesm_cli.cache.dense import DenseCache
 from turboesm_cli.cache.formats import FORMATS
-from turboesm_cli.cache.packed import PackedCache, PackedCodec
+from turboesm_cli.cache.packed import PackedCache, PackedCodec, codec_nbytes
 from turboesm_cli.codec.bundle import Bundle, read_bundle
 from turboesm_cli.codec.calibration import calibrate
+from turboesm_cli.codec.fit import CodecSpec, fit
 from turboesm_cli.codec.recipes import parse_recipe
 from turboesm_cli.errors import BundleError, InputError, ModelError
 from turboesm_cli.models import forward
@@ -26,7 +28,8 @@ from turboesm_cli.models.decoder import Decoder
 from turboesm_cli.models.esm2 import EsmModel
 from turboesm_cli.models.loading import load_model
 from turboesm_cli.sequences.fasta import Protein
-from turboesm_cli.statistics.batching import to_tokens
+from turboesm_cli.statistics.batching import hold_back, to_tokens
+from turboesm_cli.statistics.collect import collect
 
 transformers = pytest.importorskip("transformers")
 
@@ -435,3 +438,87 @@ def test_a_packed_cache_decodes_as_its_codec_says(
     similar = torch.nn.functional.cosine_similarity
     assert similar(found, passed, dim=-1).mean() > 0.999  # in float32 a code may tip over a threshold
     assert 0.5 < similar(found, exact, dim=-1).mean() < 1 - 1e-6
+
+
+def _with_positions(spec: CodecSpec) -> list[int]:
+    """The layers whose keys are centred at each position."""
+    return [at for at, layer in enumerate(spec.layers) if layer is not None and layer.k.centre_at is not None]
+
+
+@pytest.mark.parametrize("recipe", ["flat", "waterfill"])
+def test_keys_are_centred_at_each_position_where_those_are_learned(
+    recipe: str, models: Callable[[str], Decoder], calibration_proteins: list[Protein]
+) -> None:
+    """They come back nearer to what they were, of proteins that took no part."""
+    model, proteins = models("gpt2"), calibration_proteins[:24]
+    statistics = collect(model, proteins)
+    plain = replace(parse_recipe(recipe), positions=False)
+    found, without = (fit(model, statistics, each) for each in (parse_recipe(recipe), plain))
+    assert 0 in _with_positions(found) and not _with_positions(without)
+    assert codec_nbytes(found) > codec_nbytes(without)
+    tokens = to_tokens(calibration_proteins[30:34], model)[:, : min(len(p.sequence) for p in proteins)]
+    seen: dict[int, tuple[Tensor, Tensor]] = {}
+    observe = forward.own_attention(model, tokens)
+
+    def keep(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        seen[layer] = k, v
+        return observe(layer, q, k, v)
+
+    with torch.no_grad():
+        forward.encode(model, tokens, keep)
+    rope = forward.rope_at(model, 0, tokens.shape[1])
+    errors = [
+        float((PackedCodec(spec, model.device).roundtrip(0, *seen[0], rope)[0] - seen[0][0]).square().mean())
+        for spec in (found, without)
+    ]
+    assert errors[0] < 0.8 * errors[1]
+
+
+def test_keys_that_are_turned_have_one_centre(bundles: Callable[[str, str], Bundle]) -> None:
+    assert not _with_positions(bundles("llama 2:1", "flat").spec)
+
+
+def test_sums_by_position_add_up(models: Callable[[str], Decoder], calibration_proteins: list[Protein]) -> None:
+    model, proteins = models("gpt2"), calibration_proteins[:12]
+    fitted, _ = hold_back(proteins)
+    sums = collect(model, proteins).positions
+    assert sums.key.shape == (2, CONTEXT, 4, 12)
+    lengths = torch.tensor([model.alphabet.length(protein) for protein in fitted])
+    assert torch.equal(sums.count, (torch.arange(CONTEXT) < lengths[:, None]).sum(0))
+    twice = sums + sums
+    assert torch.equal(twice.count, 2 * sums.count) and torch.equal(twice.key, 2 * sums.key)
+    whole = torch.stack([layer.key.sum(0) for layer in collect(model, proteins).layers])
+    assert torch.allclose(sums.key.double().sum(1), whole, rtol=1e-4, atol=1e-2)
+
+
+def test_a_bundle_keeps_the_centres_of_positions(bundles: Callable[[str, str], Bundle], tmp_path: Path) -> None:
+    bundle = bundles("gpt2", "flat")
+    bundle.save(tmp_path / "b.tqz")
+    back = read_bundle(tmp_path / "b.tqz").spec
+    assert _with_positions(back) == _with_positions(bundle.spec) != []
+    good = torch.zeros(4, CONTEXT, 12).half()
+    for wrong in (good[:, 1:], good.float(), good + torch.inf):
+        layer = bundle.spec.layers[0]
+        assert layer is not None
+        layers = (replace(layer, k=replace(layer.k, centre_at=wrong)), *bundle.spec.layers[1:])
+        broken = replace(bundle, spec=replace(bundle.spec, layers=layers))
+        broken.save(tmp_path / "broken.tqz", overwrite=True)
+        with pytest.raises(BundleError, match="centre_at"):
+            read_bundle(tmp_path / "broken.tqz")
+
+
+@pytest.mark.parametrize("case", ["gpt2", "llama 8:1"])
+def test_looking_up_decodes_as_the_plain_reference_does(
+    case: str, bundles: Callable[[str, str], Bundle], models: Callable[[str], Decoder]
+) -> None:
+    """Grouped queries and centres at each position, in sequences of several lengths."""
+    model, spec = models(case), bundles(case, "auto-coded").spec
+    assert bool(_with_positions(spec)) == (case == "gpt2")
+    tokens = to_tokens(PROTEINS, model)
+    found = []
+    with torch.no_grad():
+        for backend in (None, "torch"):
+            cache = PackedCache(model, spec, len(tokens), tokens.shape[1] + 8, backend=backend)
+            forward.prefill(model, tokens, cache)
+            found.append(torch.stack([forward.step(model, tokens[:, at], cache) for at in range(1, 8)]))
+    assert torch.nn.functional.cosine_similarity(*found, dim=-1).min() > 0.999

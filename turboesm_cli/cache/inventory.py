@@ -17,7 +17,7 @@ from turboesm_cli.outputs.files import file_sha256
 from turboesm_cli.statistics.sensitivity import SIDES
 
 TOKENS = 1024
-"""Length of the sequence whose bits per value are told."""
+"""Length of the sequence whose bits per value are told, or the model's context where that is shorter."""
 
 Facts = dict[str, Any]
 Shown = tuple[str, list[str], list[list[str]]]
@@ -73,7 +73,8 @@ def _said(manifest: dict[str, Any], key: str) -> str:
 
 def _of_bundle(bundle: Bundle) -> Facts:
     spec, shape, calibration = bundle.spec, bundle.shape, bundle.calibration
-    held = memory_of(spec, "", TOKENS, bytes_per_sequence(spec, TOKENS))
+    tokens = min(TOKENS, shape.context or TOKENS)
+    held = memory_of(spec, "", tokens, bytes_per_sequence(spec, tokens))
     return {
         "model": {
             "name": bundle.model_name,
@@ -89,8 +90,8 @@ def _of_bundle(bundle: Bundle) -> Facts:
             "proteins": calibration.proteins,
             "tokens": calibration.tokens,
         },
-        f"bits_per_value_at_{TOKENS}_tokens": held.bits_per_value,
-        f"bytes_of_{TOKENS}_tokens": held.nbytes,
+        f"bits_per_value_at_{tokens}_tokens": held.bits_per_value,
+        f"bytes_of_{tokens}_tokens": held.nbytes,
         "bytes_model_tables": codec_nbytes(spec),
         "codec": _codec(spec),
     }

@@ -210,6 +210,8 @@ def test_headers_say_how_samples_came_about(tqz: Path, tmp_path: Path) -> None:
         assert float(said["log_likelihood"]) < 0 and said["ended"] in ("yes", "no")
         assert protein.residues == 10 + int(said["sampled"])
     assert command("decode", tqz, PEPTIDES, *own) == (tmp_path / "a.fasta").read_text()
+    shown = command("decode", tqz, PEPTIDES, *own, "--top-p", 0.5, "--top-k", 3).split("\n", 1)[0]
+    assert "top_p=0.5 top_k=3" in shown and "repetition_penalty" not in shown + found[0].description
 
 
 def test_scores_from_an_exact_cache_are_the_models(tqz: Path, model: Decoder, proteins: list[Protein]) -> None:

@@ -99,6 +99,12 @@ def _sampled(run: Decoding, wanted: Wanted) -> Iterator[Protein]:
             yield Protein(name, _note(run, wanted, prompt, job, held), prompt.text + residues)
 
 
+def _cuts(wanted: Wanted) -> list[str]:
+    """What else the distribution was changed by, where it was."""
+    usual = {"top_p": 1.0, "top_k": 0, "repetition_penalty": 1.0}
+    return [f"{name}={getattr(wanted, name):g}" for name, least in usual.items() if getattr(wanted, name) != least]
+
+
 def _note(run: Decoding, wanted: Wanted, prompt: Prompt, job: Job, held: Tensors) -> str:
     """What a header says of how its sequence came about."""
     alphabet, protein = run.model.alphabet, prompt.protein
@@ -110,7 +116,7 @@ def _note(run: Decoding, wanted: Wanted, prompt: Prompt, job: Job, held: Tensors
     ended = bool(len(ids)) and int(ids[-1]) == alphabet.end
     parts = [
         alphabet.tags(protein), f"prompt={taken}", f"sampled={len(ids) - ended}", f"sample={job.sample + 1}",
-        f"seed={wanted.seed}", f"temperature={wanted.temperature:g}",
+        f"seed={wanted.seed}", f"temperature={wanted.temperature:g}", *_cuts(wanted),
         f"log_likelihood={float(held['log_p']):.4f}", f"ended={'yes' if ended else 'no'}", f"kv={run.kv}",
     ]  # fmt: skip
     return " ".join(filter(None, parts))

@@ -13,7 +13,7 @@ from typing import Self
 
 import torch
 from torch import Tensor
-from turboesm_kernels import cpu_lookup, dispatch, reference, token_layer, verify
+from turboesm_kernels import cpu_compiled, cpu_lookup, dispatch, reference, token_layer, verify
 from turboesm_kernels.available import has_triton
 from turboesm_kernels.dispatch import put
 from turboesm_kernels.operands import Held, PreparedLayer
@@ -242,7 +242,7 @@ def dense_bytes_per_sequence(spec: CodecSpec, tokens: int, dtype: torch.dtype) -
 
 @dataclass(frozen=True)
 class _Prepared:
-    """A model's codec, ready for the kernels; `tokens` serves the layers that are None, `pairs` a CPU."""
+    """A model's codec, ready for the kernels; `tokens` serves the layers that are None, `pairs` a CPU without compiled loops."""
 
     model: Model
     spec: CodecSpec
@@ -264,7 +264,8 @@ def _prepare(model: Model, spec: CodecSpec) -> _Prepared:
     on_cpu = model.device.type == "cpu"
     if model.device.type == "cuda":
         _check_kernels(model, spec.recipe.sinks, [layer for layer in layers if layer is not None])
-    pairs = [cpu_lookup.Pair.of(layer.k, layer.v) if layer and on_cpu else None for layer in layers]
+    by_lookup = [layer if layer and on_cpu and cpu_compiled.no_loops(layer) else None for layer in layers]
+    pairs = [layer and cpu_lookup.Pair.of(layer.k, layer.v) for layer in by_lookup]
     tokens = model.first_layer_tables() if None in spec.layers else None
     return _Prepared(model, spec, layers, tokens, pairs)
 

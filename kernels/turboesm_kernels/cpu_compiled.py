@@ -1,7 +1,7 @@
 """The cache on a CPU in compiled loops (`cpu_loops`): faster than `cpu_lookup`, and in need of numba.
 
-A call is a job, a list of numbers and addresses that all threads read, and each thread takes some of the heads. numba
-is imported, and the loops are compiled or fetched from numba's cache on disk, when a cache on a CPU is first used.
+A call is a job, a list of numbers and addresses that all threads read, and each thread takes some of the heads.
+When a cache on a CPU is first used, numba is imported, and the loops are compiled or fetched from its cache on disk.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
-from turboesm_kernels.cpu_masks import FLOAT
 from turboesm_kernels.operands import Held, PreparedLayer
 from turboesm_kernels.prepared import PreparedSide
 from turboesm_kernels.reference import Packed, Scale
@@ -24,8 +23,11 @@ from turboesm_kernels.reference import Packed, Scale
 Numbers = ctypes.Array[ctypes.c_int64]
 Loop = Callable[[Numbers, int, int, int], None]
 
+LOOPS = ("attend", "pack")
+"""Functions of `cpu_loops` that are called from here."""
+
 FEW_NUMBERS = 1_500_000
-"""Values of keys, for all queries, up to which one thread does it all: waking another costs as much as it saves."""
+"""Values of keys, for all queries, up to which one thread does it all: waking another saves nothing."""
 
 FEW_PACKED = 20_000
 """The same of values that are packed."""
@@ -56,7 +58,7 @@ def problem() -> str | None:
     if find_spec("numba") is None:
         return "numba is not installed (pip install numba)"
     try:
-        for name in ("attend", "pack"):
+        for name in LOOPS:
             _loop(name)
     except Exception as error:  # whatever is wrong with numba or LLVM here, there is another backend
         return f"numba does not compile it: {error!r}"[:300]
@@ -94,19 +96,36 @@ def packs(layer: PreparedLayer, held: Held) -> bool:
 
 
 def append(k: Tensor, v: Tensor, layer: PreparedLayer, held: Held, start: int | Tensor) -> None:
-    """`dispatch.append` by compiled loops."""
+    """`dispatch.append` by compiled loops. Raises ValueError where tokens do not fit: nothing else would say so."""
+    _check(k, v, layer, held, start)
     starts = None if isinstance(start, int) else start.int().contiguous()
     first = start - held.sinks if isinstance(start, int) else -held.sinks
     for x, side, into in ((k, layer.k, held.k), (v, layer.v, held.v)):
         _pack(x.float().contiguous(), side, into, held, first, starts)
 
 
+def _check(k: Tensor, v: Tensor, layer: PreparedLayer, held: Held, start: int | Tensor) -> None:
+    spec, tokens = layer.k.spec, held.tokens
+    batch, count = len(held.v.codes), k.shape[2]
+    shape = (batch, spec.heads, count, spec.head_dim)
+    if k.shape != shape or v.shape != shape:
+        raise ValueError(f"keys and values must be {shape}, not {tuple(k.shape)} and {tuple(v.shape)}")
+    for packed, side in ((held.k, layer.k), (held.v, layer.v)):
+        if packed.codes.shape != side.spec.codes_shape(batch, tokens) or packed.codes.dtype != torch.uint8:
+            raise ValueError(f"there is no room for {side.spec.side} in {tuple(packed.codes.shape)}")
+        if (packed.scales is None) != (side.spec.scale == "none"):
+            raise ValueError(f"{side.spec.side} scales are missing, or not in this codec")
+    last = start if isinstance(start, int) else int(start.max())
+    if max(last - held.sinks, 0) + count > tokens or (isinstance(start, Tensor) and start.shape != (batch,)):
+        raise ValueError(f"{count} tokens from {last} on do not fit in {held.sinks} and {tokens}")
+    if held.rope is None or len(held.rope.cos) < tokens:
+        raise ValueError("keys need their positions")
+
+
 def _pack(x: Tensor, side: PreparedSide, into: Packed, held: Held, first: int, starts: Tensor | None) -> None:
     batch, heads, count, dim = x.shape
     loops, spec, is_key = side.loops, side.spec, side.spec.side == "k"
     assert loops is not None
-    if is_key and held.rope is None:
-        raise ValueError("keys need their positions")
     angles = (held.rope.cos.contiguous(), held.rope.sin.contiguous()) if is_key and held.rope else (None, None)
     at = _long_enough(loops.at, held.sinks + held.tokens)
     lanes = spec.lanes if is_key else 1
@@ -148,7 +167,7 @@ def _address(x: Tensor | None) -> int:
 
 def _rows(table: Tensor | None) -> tuple[int, int]:
     """Where a float32 table [..., n] is, and the bytes of a row."""
-    return (0, 0) if table is None else (table.data_ptr(), FLOAT * table.shape[-1])
+    return (0, 0) if table is None else (table.data_ptr(), table.element_size() * table.shape[-1])
 
 
 def _places(packed: Packed) -> tuple[int, ...]:
@@ -184,7 +203,12 @@ def _loop(name: str) -> Loop:
     function = getattr(cpu_loops, name)
     try:
         found = cfunc(cpu_loops.LOOP, cache=True, **how)(function)
-    except (RuntimeError, OSError, EOFError, ValueError):  # no folder to keep it in, or one that is full or damaged
+    except (
+        RuntimeError,
+        OSError,
+        EOFError,
+        ValueError,
+    ):  # no folder to keep it in, or one that is full or damaged
         found = cfunc(cpu_loops.LOOP, **how)(function)
     number = ctypes.c_int64
     call = ctypes.CFUNCTYPE(None, ctypes.POINTER(number), number, number, number)(found.address)

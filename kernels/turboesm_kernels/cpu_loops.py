@@ -33,9 +33,9 @@ SCALE_STEPS_PER_OCTAVE, SCALE_ZERO = 32, 128
 """What the numbers of attention's job are: counts, strides in bytes, and addresses, 0 where there is nothing."""
 
 (
-    P_HEADS, P_COUNT, P_DIM, P_AXES, P_LANES, P_ROWS, P_SCALE, P_X, P_START, P_STARTS, P_COS, P_SIN, P_AT, P_AT_ROW,
-    P_AT_FIRST, P_CODES, P_CODES_BATCH, P_CODES_HEAD, P_CODES_ROW, P_SCALES, P_SCALES_BATCH, P_SCALES_HEAD,
-    P_CENTRE, P_ANALYSIS, P_GRID, P_NORM, P_GROUPS, P_PIECES, P_FACTORS,
+    P_HEADS, P_COUNT, P_DIM, P_AXES, P_LANES, P_ROWS, P_SCALE, P_X, P_START, P_STARTS, P_COS, P_SIN,
+    P_AT, P_AT_ROW, P_AT_FIRST, P_CODES, P_CODES_BATCH, P_CODES_HEAD, P_CODES_ROW,
+    P_SCALES, P_SCALES_BATCH, P_SCALES_HEAD, P_CENTRE, P_ANALYSIS, P_GRID, P_NORM, P_GROUPS, P_PIECES, P_FACTORS,
 ) = range(29)  # fmt: skip
 """The same of packing's job, of one side."""
 
@@ -140,7 +140,7 @@ def add_pairs(scores, codes, n, piece, w0, w1, w2, w3):
 
 @compiled
 def add_fours(scores, codes, n, piece, w0, w1, w2, w3):
-    """The same of words of 4 bytes; the mask of the last is for the word 8 bits down, so that nothing is negative."""
+    """The same of words of 4 bytes; the last mask is for the word 8 bits down, so that nothing is negative."""
     s, c, p = floats(scores), bytes_4(codes), ints(piece)
     m0, m1, m2, m3 = p[2], p[3], p[4], p[5]
     for j in range(n):

@@ -12,9 +12,6 @@ from turboesm_kernels.bits import Bits
 from turboesm_kernels.layout import BYTE, Profile
 from turboesm_kernels.reference import SideSpec
 
-FLOAT = 4
-"""Bytes of a float32 or int32."""
-
 TERMS = 4
 """Pieces of one byte or word that a loop over tokens takes at once."""
 

@@ -242,7 +242,7 @@ def test_compiled_where_nothing_can_be_kept(monkeypatch: pytest.MonkeyPatch) -> 
     try:
         for replacement, reason in ((readonly, None), (broken, "no such machine")):
             cpu_compiled.problem.cache_clear()
-            cpu_compiled._loop.cache_clear()
+            cpu_compiled.loop_of.cache_clear()
             monkeypatch.setattr(numba, "cfunc", replacement)
             monkeypatch.setattr(cpu_compiled, "LOOPS", ("pack",))  # the one that compiles sooner
             assert reason in (None, cpu_compiled.problem()) or reason in str(cpu_compiled.problem())
@@ -251,7 +251,7 @@ def test_compiled_where_nothing_can_be_kept(monkeypatch: pytest.MonkeyPatch) -> 
         assert asked == [True, False]
     finally:
         cpu_compiled.problem.cache_clear()
-        cpu_compiled._loop.cache_clear()
+        cpu_compiled.loop_of.cache_clear()
 
 
 @compiled

@@ -1,7 +1,8 @@
 """The cache on a CPU in compiled loops (`cpu_loops`): faster than `cpu_lookup`, and in need of numba.
 
 A call is a job, a list of numbers and addresses that all threads read, and each thread takes some of the heads.
-When a cache on a CPU is first used, numba is imported, and the loops are compiled or fetched from its cache on disk.
+When a cache on a CPU is first used, numba is imported, and the loops are compiled or fetched from its folder on
+disk.
 """
 
 from __future__ import annotations
@@ -59,7 +60,7 @@ def problem() -> str | None:
         return "numba is not installed (pip install numba)"
     try:
         for name in LOOPS:
-            _loop(name)
+            loop_of(name)
     except Exception as error:  # whatever is wrong with numba or LLVM here, there is another backend
         return f"numba does not compile it: {error!r}"[:300]
     return None
@@ -96,7 +97,7 @@ def packs(layer: PreparedLayer, held: Held) -> bool:
 
 
 def append(k: Tensor, v: Tensor, layer: PreparedLayer, held: Held, start: int | Tensor) -> None:
-    """`dispatch.append` by compiled loops. Raises ValueError where tokens do not fit: nothing else would say so."""
+    """`dispatch.append` by compiled loops. Raises ValueError where tokens do not fit: nothing else would."""
     _check(k, v, layer, held, start)
     starts = None if isinstance(start, int) else start.int().contiguous()
     first = start - held.sinks if isinstance(start, int) else -held.sinks
@@ -143,7 +144,7 @@ def _threads(work: int, few: int, most: int) -> int:
 
 def _run(name: str, numbers: tuple[int, ...], count: int, room: int, threads: int, alive: object) -> None:
     """Do all heads of a job; `alive` is what the addresses point to."""
-    loop = _loop(name)
+    loop = loop_of(name)
     job, scratch = (ctypes.c_int64 * len(numbers))(*numbers), torch.empty(threads, room)
     if threads == 1:
         loop(job, 0, count, scratch.data_ptr())
@@ -193,7 +194,7 @@ def _long_enough(at: Tensor | None, tokens: int) -> Tensor | None:
 
 
 @cache
-def _loop(name: str) -> Loop:
+def loop_of(name: str) -> Loop:
     """A function of `cpu_loops`, compiled. Raises what numba does where it cannot."""
     from numba import cfunc
 

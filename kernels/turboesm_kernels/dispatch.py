@@ -1,9 +1,10 @@
 """Decode attention over packed keys and values: validate, choose a backend, launch.
 
-`attend` runs on the first backend that can: "ptx" (fast path: inline PTX), "triton" (portable), "compiled" (CPU: loops
-compiled by numba), "lookup" (CPU: bytes looked up, never unpacked), "torch" (the plain reference). A backend that is
-asked for and cannot run raises `BackendError` that says why; none is swapped for another silently. Imports neither
-Triton, numba nor a kernel before one is needed. `append` is the other direction: it packs new tokens into a cache.
+`attend` runs on the first backend that can: "ptx" (fast path: inline PTX), "triton" (portable), "compiled" (CPU:
+loops compiled by numba), "lookup" (CPU: bytes looked up, never unpacked), "torch" (the plain reference). A backend
+that is asked for and cannot run raises `BackendError` that says why; none is swapped for another silently. Imports
+neither Triton, numba nor a kernel before one is needed. `append` is the other direction: it packs new tokens into a
+cache.
 """
 
 from __future__ import annotations

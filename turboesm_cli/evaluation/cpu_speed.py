@@ -115,16 +115,17 @@ def _row(
     shape: Shape, what: str, metric: str, value: float | Timing, unit: str, version: str, commit: str
 ) -> ResultRow:
     timing = value if isinstance(value, Timing) else Timing(value, value, value, 1)
+    spread = (timing.p20, timing.p80) if isinstance(value, Timing) else (None, None)
     return ResultRow(
         model=str(shape), recipe=what, bits_k=shape.bits, bits_v=shape.bits, family="", protocol="kernel",
         metric=metric, value=timing.median, unit=unit, n=timing.n, device=device_name(CPU), dtype="float32", seed=0,
-        version=version, commit=commit, tokens=shape.tokens, p20=timing.p20 if unit == "us" else None,
-        p80=timing.p80 if unit == "us" else None, torch=torch.__version__, date=datetime.now(UTC).date().isoformat(),
+        version=version, commit=commit, tokens=shape.tokens, p20=spread[0], p80=spread[1], torch=torch.__version__,
+        date=datetime.now(UTC).date().isoformat(),
     )  # fmt: skip
 
 
 def table(rows: Sequence[ResultRow]) -> tuple[list[str], list[list[str]]]:
-    """Columns and lines: a line for each shape and number of threads, the fp32 time over ours in brackets."""
+    """Columns and lines: a line for each shape and number of threads; in brackets how much longer fp32 takes."""
     names = [*BACKENDS, FP32]
     found = {(row.device, row.model, row.tokens, row.recipe, row.metric): row.value for row in rows}
     lines = []

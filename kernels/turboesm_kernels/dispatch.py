@@ -2,9 +2,9 @@
 
 `attend` runs on the first backend that can: "ptx" (fast path: inline PTX), "triton" (portable), "compiled" (CPU:
 loops compiled by numba), "lookup" (CPU: bytes looked up, never unpacked), "torch" (the plain reference). A backend
-that is asked for and cannot run raises `BackendError` that says why; none is swapped for another silently. Imports
-neither Triton, numba nor a kernel before one is needed. `append` is the other direction: it packs new tokens into a
-cache.
+that is asked for and cannot run raises `BackendError` that says why; none is swapped for another silently. Neither
+Triton, numba nor a kernel is imported before one is needed. `append` is the other direction: it packs new tokens
+into a cache.
 """
 
 from __future__ import annotations
@@ -62,8 +62,8 @@ def append(
 
     `start` is one number for all sequences, or int [B] on the device for n = 1: then nothing is synchronized, and
     it is safe in a CUDA graph; where it is a sink's, packed token 0 is overwritten. The angles of packed token i
-    are row i of `held.rope`. `backend` "torch" packs with the plain reference, "lookup" without compiled loops. Raises
-    ValueError where the tokens do not fit.
+    are row i of `held.rope`. `backend` "torch" packs with the plain reference, "lookup" without compiled loops.
+    Raises ValueError where the tokens do not fit.
     """
     if isinstance(start, int) and not held.sinks <= start <= held.sinks + held.tokens - k.shape[2]:
         raise ValueError(f"{k.shape[2]} tokens from {start} on do not fit in {held.sinks} and {held.tokens}")

@@ -1,7 +1,7 @@
 """How fast attention over packed caches is on a CPU, and packing, beside torch's attention over fp32 caches.
 
-What is compared takes turns, call by call, so that what else the machine does meets all alike. A row is the median of
-a call, with its p20 and p80; a ratio is that of medians.
+What is compared takes turns, call by call, so that what else the machine does meets all alike. A row is the median
+of a call, with its p20 and p80; a ratio is that of medians.
 """
 
 from __future__ import annotations
@@ -118,9 +118,9 @@ def _row(
     spread = (timing.p20, timing.p80) if isinstance(value, Timing) else (None, None)
     return ResultRow(
         model=str(shape), recipe=what, bits_k=shape.bits, bits_v=shape.bits, family="", protocol="kernel",
-        metric=metric, value=timing.median, unit=unit, n=timing.n, device=device_name(CPU), dtype="float32", seed=0,
-        version=version, commit=commit, tokens=shape.tokens, p20=spread[0], p80=spread[1], torch=torch.__version__,
-        date=datetime.now(UTC).date().isoformat(),
+        metric=metric, value=timing.median, unit=unit, n=timing.n, device=device_name(CPU), dtype="float32",
+        seed=0, version=version, commit=commit, tokens=shape.tokens, p20=spread[0], p80=spread[1],
+        torch=torch.__version__, date=datetime.now(UTC).date().isoformat(),
     )  # fmt: skip
 
 

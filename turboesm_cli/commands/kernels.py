@@ -58,8 +58,12 @@ def _measured(cpu: bool, version: str, commit: str) -> Iterator[ResultRow]:
     from turboesm_cli.errors import DeviceError
 
     if cpu:
+        from turboesm_kernels import cpu_compiled
+
         from turboesm_cli.evaluation import cpu_speed
 
+        if reason := cpu_compiled.problem():
+            console.say(f"backend compiled cannot run: {reason}")
         return cpu_speed.bench(version=version, commit=commit)
     if not torch.cuda.is_available():
         raise DeviceError(

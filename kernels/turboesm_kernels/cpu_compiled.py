@@ -204,12 +204,7 @@ def loop_of(name: str) -> Loop:
     function = getattr(cpu_loops, name)
     try:
         found = cfunc(cpu_loops.LOOP, cache=True, **how)(function)
-    except (
-        RuntimeError,
-        OSError,
-        EOFError,
-        ValueError,
-    ):  # no folder to keep it in, or one that is full or damaged
+    except Exception:  # no folder to keep it in, or one that is full, or a damaged file there
         found = cfunc(cpu_loops.LOOP, **how)(function)
     number = ctypes.c_int64
     call = ctypes.CFUNCTYPE(None, ctypes.POINTER(number), number, number, number)(found.address)

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from turboesm_kernels import reference
+from turboesm_kernels import cpu_compiled, reference
 
 from turboesm_cli.cache.cache_file import CachedProtein, Packfile, StoredProtein, write_packfile
 from turboesm_cli.cache.dense import DenseCache
@@ -125,6 +125,22 @@ def test_attention_over_the_cache_is_attention_over_what_it_gives_back(
     k, v = cache.keys_values(1)
     expected = reference.attend(q.double(), k.double(), v.double())
     assert torch.allclose(cache.attend(1, q).double(), expected, atol=1e-5)
+
+
+def test_without_compiled_loops_the_same_is_held(
+    models: dict[int, EsmModel], statistics: dict[int, object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Packed one by one, and attended to, by look-up: as with numba but for ties and rounding."""
+    pytest.importorskip("numba")
+    model = models[24]
+    q = random_keys_values(model, 3, seed=5)[0]
+    found = []
+    for reason in (None, "numba is not installed"):
+        monkeypatch.setattr(cpu_compiled, "problem", lambda reason=reason: reason)
+        spec = fit(model, statistics[24], RECIPES["auto"])  # type: ignore[arg-type]
+        cache, _ = filled(model, spec, 9, [4, 1, 1, 1, 1, 1])
+        found.append(cache.attend(1, q))
+    assert torch.allclose(*found, rtol=1e-3, atol=1e-4)
 
 
 def test_truncate_forgets(models: dict[int, EsmModel], statistics: dict[int, object]) -> None:

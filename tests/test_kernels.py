@@ -13,12 +13,14 @@ import sys
 import threading
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import torch
 from kernel_cases import Case, angles, make, make_spec, relative_error
-from turboesm_kernels import dispatch, reference, token_layer
+from turboesm_kernels import cpu_compiled, dispatch, reference, token_layer
 from turboesm_kernels.dispatch import BackendError
 from turboesm_kernels.layout import Profile
 from turboesm_kernels.operands import Held, PreparedLayer
@@ -106,6 +108,167 @@ def test_portable(case: Case) -> None:
 def test_lookup(case: Case) -> None:
     if case.scale != "none":
         check(replace(case, dtype=torch.float32), "lookup")
+
+
+COMPILED = [
+    *(case for case in SMALL if "uniform" in case.kind),
+    *(
+        Case(dim=dim, tokens=33 + dim, queries=queries, batch=3, ragged=ragged, sinks=sinks, bits=bits)
+        for dim in (16, 24, 32, 64, 128)
+        for queries, ragged, sinks, bits in ((1, True, 0, 3), (5, True, 4, 2.5), (2, False, 1, 4))
+    ),
+    Case(dim=32, tokens=70, kind="flat-uniform", bits=1, sinks=3),
+    Case(dim=64, tokens=70, kind="flat-uniform", bits=8),
+    Case(dim=16, tokens=2500, batch=1, kind="flat-uniform", bits=7),
+    Case(dim=24, tokens=9, kind="uniform", scale="none", centred=False, sinks=0),
+    Case(dim=32, tokens=40, queries=3, positions=20, ragged=True, dtype=torch.bfloat16),
+]
+compiled = pytest.mark.skipif(find_spec("numba") is None, reason="needs numba")
+
+
+@compiled
+@pytest.mark.parametrize("case", COMPILED, ids=str)
+def test_compiled(case: Case) -> None:
+    check(case, "compiled")
+
+
+@compiled
+@pytest.mark.skipif(INTERPRETED, reason="there, triton comes first")
+@pytest.mark.parametrize(
+    "case", [Case(dim=16, batch=3, ragged=True, tokens=70), Case(queries=2, batch=3)], ids=str
+)
+def test_compiled_bits_depend_on_a_row_alone(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not on the number of threads, the rest of the batch, the room behind it, or how the query lies in memory."""
+    q, held, layer = make(case, room=5)
+    assert dispatch.choose(q, held, layer) == "compiled"
+    monkeypatch.setattr(cpu_compiled, "FEW_NUMBERS", 0)
+    before = torch.get_num_threads()
+    try:
+        found = []
+        for threads in (1, 2, 4, 1):
+            torch.set_num_threads(threads)
+            found.append(dispatch.attend(q, held, layer))
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(found[0], other) for other in found[1:])
+    wide = torch.full((*q.shape[:-1], 2 * q.shape[-1]), torch.nan)
+    wide[..., ::2] = q
+    assert torch.equal(dispatch.attend(wide[..., ::2], held, layer), found[0])
+    for row in range(case.batch):
+        one = slice(row, row + 1)
+        length = case.tokens + case.sinks if held.lengths is None else int(held.lengths[row])
+        alone = replace(_rows_of(held, one, max(0, length - case.sinks)), lengths=None)
+        assert length < case.sinks or torch.equal(dispatch.attend(q[one], alone, layer)[0], found[0][row])
+
+
+def _rows_of(held: Held, rows: slice, tokens: int) -> Held:
+    """Some sequences of a cache, their first packed tokens: views."""
+    k, v = (
+        Packed(
+            packed.codes[rows, :, :, :tokens], None if packed.scales is None else packed.scales[rows, :, :tokens]
+        )
+        for packed in (held.k, held.v)
+    )
+    sinks = (None if x is None else x[rows] for x in (held.sink_k, held.sink_v))
+    return Held(k, v, held.rope, held.lengths, *sinks)
+
+
+@compiled
+def test_compiled_short_sequences() -> None:
+    """None at all gets 0; one shorter than the sinks, its own sinks alone."""
+    q, held, layer = make(Case(tokens=8, batch=3, sinks=3, ragged=True))
+    held = replace(held, lengths=torch.tensor([0, 2, 9], dtype=torch.int32))
+    out = dispatch.attend(q, held, layer, "compiled")
+    assert (out[0] == 0).all()
+    assert relative_error(out, dispatch.plain_attend(q.double(), held, layer)) < 1e-5
+
+
+@compiled
+def test_compiled_reads_any_memory_order() -> None:
+    q, held, layer = make(Case(tokens=20))
+    assert held.k.scales is not None and held.v.scales is not None
+    spread = [x.mT.contiguous().mT for x in (held.k.scales, held.v.codes, held.v.scales)]
+    k_codes = held.k.codes.transpose(3, 4).contiguous().transpose(3, 4)
+    other = replace(held, k=Packed(k_codes, spread[0]), v=Packed(spread[1], spread[2]))
+    found = dispatch.attend(q, other, layer, "compiled")
+    assert torch.equal(found, dispatch.attend(q, held, layer, "compiled"))
+    before = k_codes.clone()
+    dispatch.append(q[:, :, :1], q[:, :, :1], layer, other, 1)
+    assert not torch.equal(before, k_codes)
+
+
+@compiled
+def test_compiled_keeps_nan_and_its_place() -> None:
+    """A NaN shows; a token that has no room is refused, since nothing would stop it from being written."""
+    q, held, layer = make(Case(tokens=20))
+    assert dispatch.attend(q * torch.nan, held, layer, "compiled").isnan().all()
+    past = torch.tensor([1, 21], dtype=torch.int32)
+    for start, x in ((past, q), (21, q), (1, q[:1]), (1, q[..., :32])):
+        with pytest.raises(ValueError):
+            dispatch.append(x, x, layer, held, start, "compiled")
+
+
+@pytest.mark.skipif(INTERPRETED, reason="there, triton comes first")
+def test_without_numba_bytes_are_looked_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    q, held, layer = make(Case(tokens=20))
+    monkeypatch.setattr(cpu_compiled, "find_spec", lambda name: None)
+    cpu_compiled.problem.cache_clear()
+    try:
+        assert dispatch.choose(q, held, layer) == "lookup"
+        with pytest.raises(BackendError, match="numba is not installed"):
+            dispatch.attend(q, held, layer, "compiled")
+        check_pack(Case(dim=64, tokens=1, ragged=True), dispatch.append)
+    finally:
+        cpu_compiled.problem.cache_clear()
+
+
+@compiled
+def test_compiled_where_nothing_can_be_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No folder for numba's cache: compiled each time. A numba that fails: the reason, and another backend."""
+    import numba
+
+    q, held, layer = make(Case(tokens=20))
+    right, asked = numba.cfunc, []
+
+    def readonly(signature: object, cache: bool = False, **how: object) -> object:
+        asked.append(cache)
+        if cache:
+            raise RuntimeError("cannot cache function: no locator available")
+        return right(signature, **how)
+
+    def broken(*arguments: object, **how: object) -> object:
+        raise TypeError("no such machine")
+
+    try:
+        for replacement, reason in ((readonly, None), (broken, "no such machine")):
+            cpu_compiled.problem.cache_clear()
+            cpu_compiled.loop_of.cache_clear()
+            monkeypatch.setattr(numba, "cfunc", replacement)
+            monkeypatch.setattr(cpu_compiled, "LOOPS", ("pack",))  # the one that compiles sooner
+            assert reason in (None, cpu_compiled.problem()) or reason in str(cpu_compiled.problem())
+            if reason and not INTERPRETED:
+                assert dispatch.choose(q, held, layer) == "lookup"
+        assert asked == [True, False]
+    finally:
+        cpu_compiled.problem.cache_clear()
+        cpu_compiled.loop_of.cache_clear()
+
+
+@compiled
+def test_loops_are_written_with_the_numbers_of_others() -> None:
+    from turboesm_kernels import cpu_loops, cpu_masks
+
+    assert (cpu_loops.FLOAT, cpu_loops.TERMS, cpu_loops.PIECES) == (4, cpu_masks.TERMS, cpu_masks.PIECES)
+    assert (cpu_loops.SCALE_STEPS_PER_OCTAVE, cpu_loops.SCALE_ZERO) == (
+        reference.SCALE_STEPS_PER_OCTAVE,
+        reference.SCALE_ZERO,
+    )
+    kinds = {"none": cpu_loops.NO_SCALE, "norm": cpu_loops.NORM, "least-squares": cpu_loops.LEAST_SQUARES}
+    assert [kinds[name] for name in cpu_compiled.SCALES] == [0, 1, 2]
+    layer = make(Case(tokens=4))[2]
+    assert layer.k.loops is not None and layer.v.loops is not None
+    assert cpu_loops.K_MAP + 2 * len(layer.k.loops.reading) == cpu_loops.V_FACTORS + 1
+    assert cpu_loops.P_CENTRE + len(layer.k.loops.writing) == cpu_loops.P_FACTORS + 1
 
 
 @interpreted
@@ -399,9 +562,31 @@ def test_pack(case: Case) -> None:
     check_pack(case, pack)
 
 
+@pytest.mark.parametrize("backend", ["lookup", pytest.param("compiled", marks=compiled)])
 @pytest.mark.parametrize("case", PACKED, ids=str)
-def test_pack_without_triton(case: Case) -> None:
-    check_pack(case, dispatch.append)
+def test_pack_without_triton(case: Case, backend: dispatch.Backend) -> None:
+    check_pack(case, partial(dispatch.append, backend=backend))
+
+
+@compiled
+def test_compiled_packs_a_token_the_same_in_any_company(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bits of a prefill by two threads are those of its tokens one by one."""
+    _, held, layer = make(Case(tokens=9, dim=32))
+    other = _rows_of(held, slice(None), 9)
+    other = replace(other, k=_copy(other.k), v=_copy(other.v))
+    k, v = torch.randn(2, 2, 2, 9, 32, generator=torch.Generator().manual_seed(0))
+    monkeypatch.setattr(cpu_compiled, "FEW_PACKED", 0)
+    dispatch.append(k, v, layer, held, 1, "compiled")
+    for i in range(9):
+        starts = torch.full((2,), 1 + i, dtype=torch.int32)
+        dispatch.append(k[:, :, i : i + 1], v[:, :, i : i + 1], layer, other, starts, "compiled")
+    for one, two in ((held.k, other.k), (held.v, other.v)):
+        assert torch.equal(one.codes, two.codes)
+        assert one.scales is not None and two.scales is not None and torch.equal(one.scales, two.scales)
+
+
+def _copy(packed: Packed) -> Packed:
+    return Packed(torch.zeros_like(packed.codes), None if packed.scales is None else packed.scales.clone())
 
 
 @pytest.mark.gpu

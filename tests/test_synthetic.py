@@ -38,3 +38,17 @@ def test_packing_fills_a_cache() -> None:
 
 def test_each_shape_is_measured_once() -> None:
     assert len({(str(shape), shape.tokens, shape.bits) for shape in SWEEP}) == len(SWEEP)
+
+
+def test_a_cpu_is_timed() -> None:
+    from turboesm_cli.evaluation import cpu_speed
+
+    shape = Shape(1, 20, heads=2, dim=16)
+    rows = list(cpu_speed.bench([shape], threads=[1]))
+    times = {row.recipe: row.value for row in rows if row.metric == "us"}
+    assert set(times) >= {"lookup", "fp32-sdpa"} and min(times.values()) > 0
+    assert all(row.value < 1e-5 for row in rows if row.metric == "relative_error")
+    ratio = next(row.value for row in rows if row.metric == "ratio_fp32_sdpa" and row.recipe == "lookup")
+    assert ratio == times["fp32-sdpa"] / times["lookup"]
+    columns, lines = cpu_speed.table(rows)
+    assert len(lines) == 1 and len(lines[0]) == len(columns) and lines[0][:3] == [str(shape), "20", "1 threads"]

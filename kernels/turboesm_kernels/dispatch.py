@@ -1,9 +1,10 @@
 """Decode attention over packed keys and values: validate, choose a backend, launch.
 
-`attend` runs on the first backend that can: "ptx" (fast path: inline PTX), "triton"
-(portable), "lookup" (CPU: bytes looked up, never unpacked), "torch" (the plain reference). A backend that is
-asked for and cannot run raises `BackendError` that says why; none is swapped for another silently. Imports neither
-Triton nor a kernel before one is needed. `append` is the other direction: it packs new tokens into a cache.
+`attend` runs on the first backend that can: "ptx" (fast path: inline PTX), "triton" (portable), "compiled" (CPU:
+loops compiled by numba), "lookup" (CPU: bytes looked up, never unpacked), "torch" (the plain reference). A backend
+that is asked for and cannot run raises `BackendError` that says why; none is swapped for another silently. Neither
+Triton, numba nor a kernel is imported before one is needed. `append` is the other direction: it packs new tokens
+into a cache.
 """
 
 from __future__ import annotations
@@ -16,12 +17,12 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from turboesm_kernels import cpu_lookup, reference
+from turboesm_kernels import cpu_compiled, cpu_lookup, reference
 from turboesm_kernels.available import has_triton, on_nvidia
 from turboesm_kernels.operands import Held, PreparedLayer
 from turboesm_kernels.reference import Packed, Rope, SideSpec
 
-Backend = Literal["ptx", "triton", "lookup", "torch"]
+Backend = Literal["ptx", "triton", "compiled", "lookup", "torch"]
 MAX_QUERIES = 16
 HEAD_DIMS = range(8, 257)
 
@@ -61,8 +62,8 @@ def append(
 
     `start` is one number for all sequences, or int [B] on the device for n = 1: then nothing is synchronized, and
     it is safe in a CUDA graph; where it is a sink's, packed token 0 is overwritten. The angles of packed token i
-    are row i of `held.rope`. `backend` "torch" packs with the plain reference. Raises ValueError where the tokens
-    do not fit.
+    are row i of `held.rope`. `backend` "torch" packs with the plain reference, "lookup" without compiled loops.
+    Raises ValueError where the tokens do not fit.
     """
     if isinstance(start, int) and not held.sinks <= start <= held.sinks + held.tokens - k.shape[2]:
         raise ValueError(f"{k.shape[2]} tokens from {start} on do not fit in {held.sinks} and {held.tokens}")
@@ -70,6 +71,9 @@ def append(
         from turboesm_kernels.pack import pack
 
         pack(k, v, layer, held, start)
+        return
+    if backend in (None, "compiled") and cpu_compiled.packs(layer, held):
+        cpu_compiled.append(k, v, layer, held, start)
         return
     start = start - held.sinks if isinstance(start, int) else (start - held.sinks).clamp_min(0)
     for x, side, into, rope in (
@@ -166,6 +170,7 @@ def _no_torch(q: Tensor, held: Held, layer: PreparedLayer) -> str | None:
 _UNSUPPORTED: dict[Backend, Callable[[Tensor, Held, PreparedLayer], str | None]] = {
     "ptx": _no_ptx,
     "triton": _no_triton,
+    "compiled": cpu_compiled.unsupported_reason,
     "lookup": _no_lookup,
     "torch": _no_torch,
 }
@@ -218,6 +223,10 @@ def _run_ptx(q: Tensor, held: Held, layer: PreparedLayer) -> Tensor:
     return ptx_launch.attend(q, held, layer)
 
 
+def _run_compiled(q: Tensor, held: Held, layer: PreparedLayer) -> Tensor:
+    return cpu_compiled.attend(q, held, layer).to(q.dtype)
+
+
 def _run_lookup(q: Tensor, held: Held, layer: PreparedLayer) -> Tensor:
     return cpu_lookup.attend(_widened(q), held, layer).to(q.dtype)
 
@@ -229,6 +238,7 @@ def _widened(q: Tensor) -> Tensor:
 _RUN: dict[Backend, Callable[[Tensor, Held, PreparedLayer], Tensor]] = {
     "ptx": _run_ptx,
     "triton": _run_triton,
+    "compiled": _run_compiled,
     "lookup": _run_lookup,
     "torch": _run_torch,
 }

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from turboesm_kernels.bits import Bits
+from turboesm_kernels.cpu_masks import Loops
 from turboesm_kernels.layout import BYTE, Profile
 from turboesm_kernels.reference import SideSpec, table_slice
 
@@ -122,10 +123,9 @@ class PreparedSide:
     @cached_property
     def grid(self) -> Tensor | None:
         """float32 [H, 6, A]: `per_step`, `half`, `top`, `level`, `zero`, `deviation` of `bits`, for `pack`."""
-        steps = None if self.spec.residual_axes else grid_steps(self.spec)
-        if steps is None:
+        if self._steps is None:
             return None
-        bits = Bits.of(self.spec, self.map, steps)  # not the cached one, whose maps a GPU has no use for
+        bits = Bits.of(self.spec, self.map, self._steps)  # not the cached one, whose maps a GPU has no use for
         return torch.cat((bits.per_step, bits.half, bits.top, bits.level, bits.zero, bits.deviation), 1)
 
     @cached_property
@@ -166,8 +166,16 @@ class PreparedSide:
     @cached_property
     def bits(self) -> Bits | None:
         """The code bit by bit for `cpu_lookup`, or None where levels are not on a uniform grid."""
-        steps = None if self.spec.residual_axes else grid_steps(self.spec)
-        return None if steps is None else Bits.of(self.spec, self.map, steps)
+        return None if self._steps is None else Bits.of(self.spec, self.map, self._steps)
+
+    @cached_property
+    def loops(self) -> Loops | None:
+        """The code by masks for `cpu_compiled`, or None where levels are not on a uniform grid."""
+        return None if self._steps is None else Loops.of(self.spec, self.map, self._steps)
+
+    @cached_property
+    def _steps(self) -> list[dict[int, float]] | None:
+        return None if self.spec.residual_axes else grid_steps(self.spec)
 
 
 def in_halves(matrix: Tensor) -> tuple[Tensor, Tensor]:

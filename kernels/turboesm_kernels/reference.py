@@ -266,6 +266,11 @@ class Rope:
         return torch.cat((self.cos[:, :half], self.sin[:, :half]), 1).mT
 
     @cached_property
+    def half_rows(self) -> Tensor:
+        """`half`, an angle's tokens side by side in memory."""
+        return self.half.contiguous()
+
+    @cached_property
     def turns(self) -> Tensor:
         """Cosines and sines of the turns by 16 g and 16 g + 1 tokens, g < 8, as the fast kernel multiplies them.
 

@@ -13,7 +13,7 @@ from typing import Self
 
 import torch
 from torch import Tensor
-from turboesm_kernels import cpu_lookup, dispatch, reference, token_layer, verify
+from turboesm_kernels import cpu_compiled, cpu_lookup, dispatch, reference, token_layer, verify
 from turboesm_kernels.available import has_triton
 from turboesm_kernels.dispatch import put
 from turboesm_kernels.operands import Held, PreparedLayer
@@ -252,7 +252,10 @@ def dense_bytes_per_sequence(spec: CodecSpec, tokens: int, dtype: torch.dtype) -
 
 @dataclass(frozen=True)
 class _Prepared:
-    """A model's codec, ready for the kernels; `tokens` serves the layers that are None, `pairs` a CPU."""
+    """A model's codec, ready for the kernels.
+
+    `tokens` serves the layers that are None, `pairs` those of a CPU that has no compiled loops for them.
+    """
 
     model: Model
     spec: CodecSpec
@@ -274,9 +277,13 @@ def _prepare(model: Model, spec: CodecSpec) -> _Prepared:
     on_cpu = model.device.type == "cpu"
     if model.device.type == "cuda":
         _check_kernels(model, spec.recipe.sinks, [layer for layer in layers if layer is not None])
-    pairs = [cpu_lookup.Pair.of(layer.k, layer.v) if layer and on_cpu else None for layer in layers]
+    pairs = [_pair(layer) if layer and on_cpu else None for layer in layers]
     tokens = model.first_layer_tables() if None in spec.layers else None
     return _Prepared(model, spec, layers, tokens, pairs)
+
+
+def _pair(layer: PreparedLayer) -> cpu_lookup.Pair | None:
+    return cpu_lookup.Pair.of(layer.k, layer.v) if cpu_compiled.no_loops(layer) else None
 
 
 def _check_kernels(model: Model, sinks: int, layers: list[PreparedLayer]) -> None:

@@ -21,13 +21,15 @@ from turboesm_cli.cache.packed import PackedCache, PackedCodec, codec_nbytes
 from turboesm_cli.codec.bundle import Bundle, read_bundle
 from turboesm_cli.codec.calibration import calibrate
 from turboesm_cli.codec.fit import CodecSpec, fit
+from turboesm_cli.codec.moments import layer_moments
 from turboesm_cli.codec.recipes import parse_recipe
 from turboesm_cli.errors import BundleError, InputError, ModelError
-from turboesm_cli.models import forward
+from turboesm_cli.models import decoder, forward
 from turboesm_cli.models.decoder import Decoder
 from turboesm_cli.models.esm2 import EsmModel
 from turboesm_cli.models.loading import load_model
 from turboesm_cli.sequences.fasta import Protein
+from turboesm_cli.statistics.accumulators import PositionSums, Statistics
 from turboesm_cli.statistics.batching import hold_back, to_tokens
 from turboesm_cli.statistics.collect import collect
 
@@ -522,3 +524,89 @@ def test_looking_up_decodes_as_the_plain_reference_does(
             forward.prefill(model, tokens, cache)
             found.append(torch.stack([forward.step(model, tokens[:, at], cache) for at in range(1, 8)]))
     assert torch.nn.functional.cosine_similarity(*found, dim=-1).min() > 0.999
+
+
+def _with_keys(statistics: Statistics, keys: Tensor, positions: Tensor, held: int) -> Statistics:
+    """Statistics of keys float32 [N, H, d] at `positions` in layer 0, the last `held` of them held back."""
+    fitted, at = keys[:-held], positions[:-held]
+    count = torch.bincount(at, minlength=CONTEXT)
+    key = torch.zeros(2, CONTEXT, *keys.shape[1:]).index_add_(1, at, fitted.expand(2, -1, -1, -1))
+    sums = []
+    for layer in statistics.layers:
+        parts = [fitted[at == 0].double(), fitted[at > 0].double()]
+        square = torch.stack([torch.einsum("nhd,nhe->hde", x, x) for x in parts])
+        ones = torch.cat((torch.ones(6), torch.zeros(6))).double()  # RoPE's phases where nothing is turned
+        total = torch.stack([x.sum(0) for x in parts])
+        number = torch.tensor([float(len(x)) for x in parts]).double()
+        phases = number[:, None, None] * ones[:, None] * ones
+        sums.append(
+            replace(
+                layer, count=number, key=total, key_key=square, key_phase=total[..., None] * ones,
+                phase_phase=phases,
+            )
+        )  # fmt: skip
+    sample, back = (
+        replace(old, positions=where, hashes=where, keys=(x, x), values=(x, x), gradients=())
+        for old, x, where in (
+            (statistics.sample, fitted, at), (statistics.held, keys[-held:], positions[-held:])
+        )
+    )  # fmt: skip
+    return replace(statistics, layers=tuple(sums), sample=sample, held=back, positions=PositionSums(count, key))
+
+
+@pytest.mark.parametrize("sinks", [0, 1])
+def test_moments_are_of_keys_less_their_positions_means(
+    sinks: int, models: Callable[[str], Decoder], calibration_proteins: list[Protein]
+) -> None:
+    """The covariance is that of the centred keys themselves; means that are noise are not taken."""
+    model, generator = models("gpt2"), torch.Generator().manual_seed(0)
+    usual = collect(model, calibration_proteins[:12])
+    positions = torch.arange(30).repeat(34)
+    keys = torch.randn(len(positions), 4, 12, generator=generator)
+    own = 3 * torch.randn(CONTEXT, 4, 12, generator=generator)
+    own[0] += 6
+    recipe = replace(parse_recipe("flat"), sinks=sinks)
+    found = layer_moments(model, _with_keys(usual, keys + own[positions], positions, 120), 0, recipe)["k"]
+    assert found.mean_at is not None
+    body = (keys + own[positions])[:-120][positions[:-120] >= sinks].transpose(0, 1).double()
+    at = positions[:-120][positions[:-120] >= sinks]
+    left = body - found.mean[:, None] - found.mean_at[:, at].double()
+    assert torch.allclose(found.covariance, left.mT @ left / left.shape[1], rtol=1e-2, atol=1e-2)
+    assert torch.linalg.eigvalsh(found.covariance).min() > 0
+    few = slice(-120 - 60, None)  # two tokens at each position, without a mean of their own
+    for statistics in (_with_keys(usual, keys[few], positions[few], 120), _with_keys(usual, keys, positions, 120)):
+        assert layer_moments(model, statistics, 0, recipe)["k"].mean_at is None
+
+
+def test_centres_of_positions_are_for_models_that_have_them(
+    bundles: Callable[[str, str], Bundle], models: Callable[[str], Decoder], tmp_path: Path
+) -> None:
+    llama, bundle = models("llama 2:1"), bundles("llama 2:1", "flat")
+    layer = bundle.spec.layers[0]
+    assert layer is not None
+    centred = replace(layer, k=replace(layer.k, centre_at=torch.zeros(2, CONTEXT, 16).half()))
+    wrong = replace(bundle, spec=replace(bundle.spec, layers=(centred, *bundle.spec.layers[1:])))
+    with pytest.raises(BundleError, match="learned positions"):
+        wrong.check_model(llama, "b.tqz")
+    endless = replace(wrong, shape=replace(wrong.shape, context=None))
+    endless.save(tmp_path / "b.tqz")
+    with pytest.raises(BundleError, match="no number"):
+        read_bundle(tmp_path / "b.tqz")
+
+
+@pytest.mark.parametrize("case", ["gpt2", "gpt2 untied relu", "gptj tied", "gptj half turned"])
+def test_a_wider_head_gives_the_same_logits(
+    case: str, models: Callable[[str], Decoder], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = models(case)
+    assert model.with_wide_head() is model  # 32 rows are a multiple of 8 already
+    monkeypatch.setattr(decoder, "HEAD_ROWS", 12)
+    wide = model.with_wide_head()
+    hidden = torch.randn(3, model.shape.width, generator=torch.Generator().manual_seed(0))
+    assert wide.wide_head is not None and len(wide.wide_head.weight) == 36
+    assert wide.logits(hidden).shape == (3, ROWS) and torch.allclose(wide.logits(hidden), model.logits(hidden))
+    assert (wide.head.weight is wide.embedding) == (model.head.weight is model.embedding)
+    assert wide.head.weight.data_ptr() == wide.wide_head.weight.data_ptr()
+    back = wide.to(torch.device("cpu"))
+    assert back.wide_head is None and torch.equal(back.embedding, model.embedding)
+    assert (back.head.weight is back.embedding) == (model.head.weight is model.embedding)

@@ -28,6 +28,7 @@ from turboesm_kernels.prepared import grid_steps
 from turboesm_kernels.reference import Packed, Rope, Side
 from turboesm_kernels.token_tables import TokenTables
 
+from turboesm_cli.cache.packed import token_dtype
 from turboesm_cli.models.esm2_alphabet import ESM2_ALPHABET
 from turboesm_cli.models.loading import load_model
 from turboesm_cli.sequences.fasta import Protein
@@ -58,6 +59,7 @@ SMALL = [
     Case(dim=128, tokens=33, kind="uniform", ragged=True),
     Case(dim=64, tokens=200, kind="uniform", ragged=True, sinks=4, positions=204),
     Case(dim=24, tokens=33, kind="flat", queries=3, batch=7, positions=20, dtype=torch.bfloat16),
+    Case(dim=16, tokens=40, kind="uniform", sinks=2, positions=30),
 ]
 LARGE = SMALL + [
     Case(
@@ -686,7 +688,7 @@ def test_selfcheck_sees_every_kind_of_layer(one: Case, other: Case, monkeypatch:
     layers = [PreparedLayer.of(make_spec("k", case), make_spec("v", case)) for case in (one, other, one)]
     assert len(verify.kinds_of(layers)) == 2
     answers = iter((None, "wrong"))
-    monkeypatch.setattr(verify, "layer_problem", lambda layer, dtype, sinks: next(answers))
+    monkeypatch.setattr(verify, "layer_problem", lambda layer, dtype, sinks, queries: next(answers))
     assert verify.problem(layers) == "wrong"
 
 
@@ -697,7 +699,7 @@ def test_selfcheck_compiles_in_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     layers = [PreparedLayer.of(make_spec("k", case), make_spec("v", case)) for case in CHECKED]
     runs: list[tuple[PreparedLayer, bool]] = []
 
-    def run(layer: PreparedLayer, dtype: torch.dtype, sinks: int) -> None:
+    def run(layer: PreparedLayer, dtype: torch.dtype, sinks: int, queries: int) -> None:
         alone = threading.current_thread() is threading.main_thread()
         runs.append((layer, alone))
         if not alone:
@@ -833,6 +835,33 @@ def check_tokens(
 
 
 TOKENS = [(16, 1, True), (24, 70, True), (64, 64, False), (64, 200, True)]
+
+
+@compiled
+@pytest.mark.parametrize(("dim", "count"), [(16, 33), (10, 300)])
+@pytest.mark.parametrize("drops", [True, False])
+def test_compiled_tokens(dim: int, count: int, drops: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As plain torch does it, in any company and by any number of threads; no token at all gives 0."""
+    generator = torch.Generator().manual_seed(dim)
+    heads, queries, tokens = 3, 2, 40
+    k, v = torch.randn(2, heads, count, dim, generator=generator)
+    k_const, v_const = torch.randn(2, heads, dim, generator=generator)
+    tables = TokenTables(k, v, k_const, v_const, torch.rand(count, generator=generator), 1e-5, drops)
+    q = torch.randn(3, heads, queries, dim, generator=generator)
+    ids = torch.randint(count, (3, tokens + 4), generator=generator).to(token_dtype(count))[:, :tokens]
+    unmasked, lengths = torch.tensor([1.0, 0.7, 0.9]), torch.tensor([tokens, 0, 7])
+    rope = Rope.at(torch.arange(tokens + 9), 10000 ** (-torch.arange(0, dim, 2) / dim))
+    found = token_layer.attend_tokens(q, ids, tables, unmasked, rope, lengths)
+    assert cpu_compiled.attends_tokens(q, tables) and (found[1] == 0).all()
+    monkeypatch.setattr(cpu_compiled, "FEW_NUMBERS", 0)
+    assert torch.equal(token_layer.attend_tokens(q, ids, tables, unmasked, rope, lengths), found)
+    for row in (0, 2):
+        one, length = slice(row, row + 1), int(lengths[row])
+        alone = token_layer.attend_tokens(q[one], ids[one, :length], tables, unmasked[one], rope)
+        assert torch.equal(alone[0], found[row])
+    monkeypatch.setattr(cpu_compiled, "attends_tokens", lambda q, tables: False)
+    plain = token_layer.attend_tokens(q, ids, tables, unmasked, rope, lengths.clamp_min(1))
+    assert relative_error(found[[0, 2]], plain[[0, 2]]) < 1e-5
 
 
 @interpreted

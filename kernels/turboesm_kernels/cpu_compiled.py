@@ -19,12 +19,13 @@ from torch import Tensor
 
 from turboesm_kernels.operands import Held, PreparedLayer
 from turboesm_kernels.prepared import PreparedSide
-from turboesm_kernels.reference import Packed, Scale
+from turboesm_kernels.reference import Packed, Rope, Scale
+from turboesm_kernels.token_tables import TokenTables
 
 Numbers = ctypes.Array[ctypes.c_int64]
 Loop = Callable[[Numbers, int, int, int], None]
 
-LOOPS = ("attend", "pack")
+LOOPS = ("attend", "attend_tokens", "pack")
 """Functions of `cpu_loops` that are called from here."""
 
 FEW_NUMBERS = 1_500_000
@@ -86,6 +87,34 @@ def attend(q: Tensor, held: Held, layer: PreparedLayer) -> Tensor:
     threads = _threads(q.numel() * held.tokens, FEW_NUMBERS, batch * heads)
     room = 2 * (dim + axes) + held.sinks + held.tokens
     _run("attend", numbers, batch * heads, room, threads, (q, out, sinks, lengths, turns, at, k, v, layer))
+    return out
+
+
+def attends_tokens(q: Tensor, tables: TokenTables) -> bool:
+    """Whether `attend_tokens` can run here, on these."""
+    in_float32 = q.dtype != torch.float64 and tables.k.dtype == torch.float32
+    return q.device.type == "cpu" and in_float32 and tables.across is None and problem() is None
+
+
+def attend_tokens(
+    q: Tensor, ids: Tensor, tables: TokenTables, unmasked: Tensor, rope: Rope, lengths: Tensor | None
+) -> Tensor:
+    """`token_layer.attend_tokens` by compiled loops, float32 [B, H, Q, d]. A sequence of length 0 gets 0."""
+    batch, heads, queries, dim = q.shape
+    q = q.float().contiguous()
+    out, kinds = torch.empty_like(q), len(tables.sigma)
+    ids = ids if ids.stride(1) == 1 else ids.contiguous()
+    factors = tables.factors(unmasked.view(-1)).contiguous()
+    lengths = None if lengths is None else lengths.int().contiguous()
+    parts = [x.contiguous() for x in (rope.cos, rope.sin, tables.k, tables.k_const, tables.v, tables.v_const)]
+    numbers = (
+        heads, queries, dim, ids.shape[1], kinds, q.data_ptr(), out.data_ptr(), _address(lengths),
+        ids.data_ptr(), ids.stride(0) * ids.element_size(), ids.element_size(), *map(_address, parts),
+        factors.data_ptr(),
+    )  # fmt: skip
+    threads = _threads(q.numel() * ids.shape[1], FEW_NUMBERS, batch * heads)
+    room = kinds * (dim + 1) + ids.shape[1]
+    _run("attend_tokens", numbers, batch * heads, room, threads, (q, out, ids, factors, lengths, parts))
     return out
 
 

@@ -93,7 +93,8 @@ def _scores(q: Tensor, held: Held, layer: PreparedLayer) -> Tensor:
     if layer.k.centred and held.rope is not None:
         found += phases @ held.rope.half[:, : held.tokens].to(q.dtype)
     if bits.centre_at is not None:
-        found += q @ bits.centre_at[:, held.sinks : held.sinks + held.tokens].to(q.dtype).mT
+        at = torch.arange(held.sinks, held.sinks + held.tokens).clamp(max=bits.centre_at.shape[1] - 1)
+        found += q @ bits.centre_at[:, at].to(q.dtype).mT
     if held.sink_k is not None:
         found = torch.cat((q @ held.sink_k.to(q.dtype).mT, found), -1)
     if held.lengths is not None:

@@ -39,6 +39,12 @@ SCALE_STEPS_PER_OCTAVE, SCALE_ZERO = 32, 128
 ) = range(29)  # fmt: skip
 """The same of packing's job, of one side."""
 
+(
+    T_HEADS, T_QUERIES, T_DIM, T_TOKENS, T_KINDS, T_Q, T_OUT, T_LENGTHS, T_IDS, T_IDS_ROW, T_ID_BYTES,
+    T_COS, T_SIN, T_K, T_K_CONST, T_V, T_V_CONST, T_FACTORS,
+) = range(18)  # fmt: skip
+"""The same of attention over tokens of which the kind alone is kept."""
+
 NO_SCALE, NORM, LEAST_SQUARES = range(3)
 
 BLOCK = 1024
@@ -362,6 +368,72 @@ def attend(job, first, last, scratch):
         head = item // queries
         where = FLOAT * dim * item
         attend_one(job, head // heads, head % heads, job[Q] + where, job[OUT] + where, scratch)
+
+
+@compiled
+def kind_of(job, b, j):
+    """The kind of token j of sequence b."""
+    row = job[T_IDS] + b * job[T_IDS_ROW]
+    if job[T_ID_BYTES] == 1:
+        return np.int64(bytes_1(row)[j])
+    return np.int64(bytes_2(row)[j])
+
+
+@compiled
+def phases_of_kinds(job, b, h, q, phases):
+    """For each kind of token what `turn` makes of its key: rows of [N, d]."""
+    dim, kinds = job[T_DIM], job[T_KINDS]
+    half = dim // 2
+    x, p, f = floats(q), floats(phases), floats(job[T_FACTORS] + FLOAT * b * kinds)
+    k, c = floats(job[T_K] + FLOAT * h * kinds * dim), floats(job[T_K_CONST] + FLOAT * h * dim)
+    for n in range(kinds):
+        at = n * dim
+        for i in range(half):
+            one = f[n] * k[at + i] + c[i]
+            two = f[n] * k[at + half + i] + c[half + i]
+            p[at + i] = x[i] * one + x[half + i] * two
+            p[at + half + i] = x[half + i] * one - x[i] * two
+
+
+@compiled
+def attend_tokens_one(job, b, h, q, out, scratch):
+    """One query of one head over the kinds of a sequence's tokens: q [d] to out [d]."""
+    dim, kinds, length = job[T_DIM], job[T_KINDS], job[T_TOKENS]
+    half = dim // 2
+    if job[T_LENGTHS]:
+        length = min(length, np.int64(ints(job[T_LENGTHS])[b]))
+    clear(out, dim)
+    if length <= 0:
+        return
+    weights, scores = scratch + FLOAT * kinds * dim, scratch + FLOAT * kinds * (dim + 1)
+    phases_of_kinds(job, b, h, q, scratch)
+    s, p, cos, sin = floats(scores), floats(scratch), floats(job[T_COS]), floats(job[T_SIN])
+    for j in range(length):
+        at, angle, found = kind_of(job, b, j) * dim, j * dim, ZERO
+        for i in range(half):
+            found += p[at + i] * cos[angle + i] + p[at + half + i] * sin[angle + i]
+        s[j] = found
+    total = softmax(scores, length)
+    clear(weights, kinds)
+    w, o, f = floats(weights), floats(out), floats(job[T_FACTORS] + FLOAT * b * kinds)
+    for j in range(length):
+        w[kind_of(job, b, j)] += s[j]
+    v, c = floats(job[T_V] + FLOAT * h * kinds * dim), floats(job[T_V_CONST] + FLOAT * h * dim)
+    for n in range(kinds):
+        share = w[n] * f[n] / total
+        for i in range(dim):
+            o[i] += share * v[n * dim + i]
+    for i in range(dim):
+        o[i] += c[i]
+
+
+def attend_tokens(job, first, last, scratch):
+    """Heads number `first` to `last` - 1 of [B, H] of a job; scratch float32 [N (d + 1) + T]."""
+    dim, queries, heads = job[T_DIM], job[T_QUERIES], job[T_HEADS]
+    for item in range(first * queries, last * queries):
+        head = item // queries
+        where = FLOAT * dim * item
+        attend_tokens_one(job, head // heads, head % heads, job[T_Q] + where, job[T_OUT] + where, scratch)
 
 
 @compiled

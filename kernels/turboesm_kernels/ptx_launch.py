@@ -148,7 +148,7 @@ def append_and_attend(
     bias = triton_launch.empty_scores(q, held.tokens, SCORES) if positioned else None
     given, constants = pack_operands(k, v, layer, held, starts)
     fold_block = _fold_block(rows, heads)
-    row_block, token_block = triton_launch.position_blocks(rows)
+    row_block, token_block = triton_launch.position_blocks(rows if positioned else 1)  # else one kernel serves all
     groups = max(-(-batch // STEP_ROWS), -(-rows // fold_block))  # rows of a tile are no fewer
     launch(
         append_and_project_kernel, (heads, groups, 3 + positioned * -(-held.tokens // token_block)),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from turboesm_kernels import cpu_compiled
 from turboesm_kernels.available import has_triton
 from turboesm_kernels.reference import Rope
 from turboesm_kernels.token_tables import TokenTables
@@ -16,8 +17,8 @@ def attend_tokens(
     """Attention of q [B, H, Q, d] (scaled, after RoPE) over tokens of which only the kind is kept; result like q.
 
     ids uint8 or int16 [B, T] of tokens at positions 0.., unmasked float32 [B], rope [T' >= T, d], lengths int [B]
-    or None. Softmax's weights are added up by kind. A GPU does that in a kernel of its own (`token_kernels.py`)
-    where positions are not learned.
+    or None. Softmax's weights are added up by kind. Where positions are not learned, a GPU does that in a kernel
+    of its own (`token_kernels.py`), a CPU in compiled loops.
     """
     if tables.across is not None:
         return _attend_positions(q.to(tables.k.dtype), ids.long(), tables, lengths).to(q.dtype)
@@ -25,6 +26,8 @@ def attend_tokens(
         from turboesm_kernels import token_kernels
 
         return token_kernels.attend(q, ids, tables, unmasked, rope, lengths)
+    if cpu_compiled.attends_tokens(q, tables):
+        return cpu_compiled.attend_tokens(q, ids, tables, unmasked, rope, lengths).to(q.dtype)
     return _attend_kinds(q.to(tables.k.dtype), ids, tables, tables.factors(unmasked), rope, lengths).to(q.dtype)
 
 

@@ -32,8 +32,12 @@ TOLERANCE = 1e-2
 MOST_THREADS = 16
 
 
-def problem(layers: Sequence[PreparedLayer], dtype: torch.dtype = torch.float32, sinks: int = 1) -> str | None:
+def problem(
+    layers: Sequence[PreparedLayer], dtype: torch.dtype = torch.float32, sinks: int = 1, queries: int = 1
+) -> str | None:
     """What is wrong, or None, with keys, values and queries of `dtype` and so many tokens kept whole.
+
+    `queries`: of each key/value head.
 
     Of a layer of each shape for which other kernels are compiled, where Triton serves it. Raises
     torch.OutOfMemoryError.
@@ -41,8 +45,8 @@ def problem(layers: Sequence[PreparedLayer], dtype: torch.dtype = torch.float32,
     kinds = kinds_of(layers)
     try:
         if kinds and kinds[0].k.map.is_cuda:
-            compile_all(kinds, dtype, sinks)
-        return next(filter(None, (layer_problem(layer, dtype, sinks) for layer in kinds)), None)
+            compile_all(kinds, dtype, sinks, queries)
+        return next(filter(None, (layer_problem(layer, dtype, sinks, queries) for layer in kinds)), None)
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # Triton and its compilers raise anything
@@ -55,17 +59,17 @@ def kinds_of(layers: Iterable[PreparedLayer]) -> list[PreparedLayer]:
     return list({(_kind(layer.k), _kind(layer.v)): layer for layer in served}.values())
 
 
-def compile_all(kinds: Sequence[PreparedLayer], dtype: torch.dtype, sinks: int) -> None:
+def compile_all(kinds: Sequence[PreparedLayer], dtype: torch.dtype, sinks: int, queries: int = 1) -> None:
     """Run each layer's kernels, many layers at a time. What fails in a thread counts if it does so alone.
 
     First one layer's: a kernel that another thread is still loading cannot be launched (Triton 3.6 to 3.9), and
     some serve all layers. The checks are not done here: each thread that multiplies matrices leaves cuBLAS a
     workspace of 32 MiB.
     """
-    KernelRun.of(kinds[0], dtype, sinks)
+    KernelRun.of(kinds[0], dtype, sinks, queries)
     with ThreadPoolExecutor(min(MOST_THREADS, os.cpu_count() or 1)) as pool:
         for layer in kinds[1:]:
-            pool.submit(KernelRun.of, layer, dtype, sinks)
+            pool.submit(KernelRun.of, layer, dtype, sinks, queries)
 
 
 def _kind(side: PreparedSide) -> Hashable:
@@ -91,26 +95,26 @@ class KernelRun:
 
     @classmethod
     @torch.no_grad()
-    def of(cls, layer: PreparedLayer, dtype: torch.dtype, sinks: int) -> KernelRun:
+    def of(cls, layer: PreparedLayer, dtype: torch.dtype, sinks: int, queries: int = 1) -> KernelRun:
         dim, device = layer.k.head_dim, layer.k.centre.device
         if device.type == "cuda":
             torch.cuda.set_device(device)  # of this thread
         shape = (SEQUENCES, layer.k.spec.heads, TOKENS, dim)
         k, v = (_as_projected(shape, layer, dtype) for _ in range(2))
         held = _blank(layer, sinks)
-        q = _as_projected((*shape[:2], 1, dim), layer, dtype) / math.sqrt(dim)
+        q = _as_projected((*shape[:2], queries, dim), layer, dtype) / math.sqrt(dim)
         attention = _pack(q, k, v, layer, held)
         return cls(k, v, held, q, [attention, *_attend(q, held, layer)])
 
 
 @torch.no_grad()
-def layer_problem(layer: PreparedLayer, dtype: torch.dtype, sinks: int) -> str | None:
+def layer_problem(layer: PreparedLayer, dtype: torch.dtype, sinks: int, queries: int = 1) -> str | None:
     """What is wrong with a layer's codes, else with its attention, or None.
 
     Then with that of a sequence whose weights rise by 8 octaves after a block, whatever its codes are: there the
     fast path has to empty its sums.
     """
-    run = KernelRun.of(layer, dtype, sinks)
+    run = KernelRun.of(layer, dtype, sinks, queries)
     differing = max(
         _differing(layer.k, run.held.k, reference.compress(run.k, layer.k.spec, run.held.rope)),
         _differing(layer.v, run.held.v, reference.compress(run.v, layer.v.spec)),

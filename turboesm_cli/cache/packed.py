@@ -292,7 +292,8 @@ def _check_kernels(model: Model, sinks: int, layers: list[PreparedLayer]) -> Non
         layer.k.ready()
         layer.v.ready()
     dtype = model.dtype
-    problem = verify.problem(layers, dtype, sinks) if has_triton() else None
+    queries = model.shape.heads // model.shape.key_value_heads
+    problem = verify.problem(layers, dtype, sinks, queries) if has_triton() else None
     if problem:
         raise DeviceError(f"{model.device}: {problem}; install another version of Triton, or use --device cpu")
 

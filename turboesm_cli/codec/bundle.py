@@ -27,7 +27,7 @@ from turboesm_cli.codec.recipes import Recipe
 from turboesm_cli.errors import BundleError, InputError, ModelError, OutputError
 from turboesm_cli.models.alphabet import Alphabet
 from turboesm_cli.models.families import FAMILIES, FIRST, alphabet_of
-from turboesm_cli.models.protocol import Model
+from turboesm_cli.models.protocol import Model, learned_positions
 from turboesm_cli.models.shapes import Shape, check_shape
 from turboesm_cli.outputs.archive import Archive, new_archive, printable, to_bytes
 from turboesm_cli.outputs.files import check_output
@@ -81,6 +81,11 @@ class Bundle:
             raise BundleError(
                 f"{where} was calibrated for {self.model_name}, not for {model.name} (their weights differ); "
                 "name its model with --model, or calibrate again"
+            )
+        positioned = any(layer is not None and layer.k.centre_at is not None for layer in self.spec.layers)
+        if positioned and not learned_positions(model):
+            raise BundleError(
+                f"{where} has centres for learned positions, which {model.name} has not; calibrate again"
             )
         if _tokens(model.alphabet) != _tokens(self.alphabet):
             raise BundleError(
@@ -269,6 +274,8 @@ def _check_side(spec: SideSpec, shape: Shape, where: str) -> None:
         "thresholds": (shape.key_value_heads, table_size(widest)),
     }
     if spec.centre_at is not None:
+        if shape.context is None:
+            raise ValueError(f"{where}: a centre for each position, of which there is no number")
         expected["centre_at"] = (shape.key_value_heads, shape.context or 0, shape.head_dim)
     for name, size in expected.items():
         tensor, dtype = spec.tensors[name], torch.float16 if name == "centre_at" else torch.float32

@@ -32,9 +32,12 @@ PRIOR = 0.5
 """Tokens at the mean of all positions that each position is given: what keeps those rarely seen near to it."""
 
 
+FEWEST = 4
+"""Tokens at each position, in the mean, from which the positions' means are looked at."""
+
 WORTH = 0.6
-"""What the positions' own means leave of keys' variance, in the metric, at most. Scoring them takes a GPU a tenth
-of attention's time; in that time it could read 0.3 bits more per value, which leave 4^-0.3 of an error."""
+"""What they leave of keys' variance, in the metric, at most. Scoring them takes a GPU a tenth of attention's time;
+in that time it could read 0.3 bits more per value, which leave 4^-0.3 of an error."""
 
 
 def layer_moments(model: Model, statistics: Statistics, index: int, recipe: Recipe) -> dict[Side, Moments]:
@@ -47,7 +50,7 @@ def layer_moments(model: Model, statistics: Statistics, index: int, recipe: Reci
     sample = statistics.sample.keys[index][body].transpose(0, 1) - rope.rotate(mean[:, None].float())
     keys = Moments(mean, covariance, key_metric, sample)
     if recipe.centre and recipe.positions and len(statistics.positions.count):
-        keys = _centred_by_position(keys, statistics, index, rope)
+        keys = _centred_by_position(keys, statistics, index, recipe, rope)
     mean, covariance = _value_moments(sums, recipe)
     sample = statistics.sample.values[index][body].transpose(0, 1) - mean[:, None].float()
     return {"k": keys, "v": Moments(mean, covariance, value_metric, sample)}
@@ -67,23 +70,35 @@ def _key_moments(sums: LayerSums, recipe: Recipe) -> tuple[Tensor, Tensor]:
     return mean, (sums.key_key[0] - cross - cross.mT + turn @ sums.phase_phase[0] @ turn.mT) / count
 
 
-def _centred_by_position(keys: Moments, statistics: Statistics, index: int, rope: Rope) -> Moments:
+def _centred_by_position(keys: Moments, statistics: Statistics, index: int, recipe: Recipe, rope: Rope) -> Moments:
     """The moments of keys less their position's own mean, where that is worth it.
 
     With s_p the sum of the n_p centred keys at position p, their mean is taken as D_p = s_p / (n_p + prior), so
     sum (x - D)(x - D)^T is sum x x^T less sum_p (n_p + 2 prior) D_p D_p^T.
     """
     sums = statistics.positions
-    count = sums.count.double()[:, None]
-    centred = sums.key[index].double().transpose(0, 1) - count * keys.mean[:, None]
-    mean_at = (centred / (count + PRIOR)).half()
-    of_rest = slice(1, None)  # the covariance is theirs: where sinks are none, position 0 makes no difference
-    d = mean_at[:, of_rest].double()
-    weight = (count[of_rest] + 2 * PRIOR) / count[of_rest].sum().clamp_min(1)
-    covariance = keys.covariance - d.mT @ (weight * d)
-    if float((keys.metric * covariance.mT).sum() / (keys.metric * keys.covariance.mT).sum()) > WORTH:
+    if int(sums.count.sum()) < FEWEST * int((sums.count > 0).sum()):
         return keys
+    count = sums.count.double()[:, None]
+    means = (sums.key[index].double().transpose(0, 1) - count * keys.mean[:, None]) / (count + PRIOR)
+    mean_at = means.half()
+    if not _left_over(keys, mean_at, statistics, index, recipe) <= WORTH:  # nor where it is no number
+        return keys
+    summed = slice(1 if recipe.sinks else 0, None)  # as the covariance is
+    weight = (count[summed] + 2 * PRIOR) / count[summed].sum().clamp_min(1)
+    covariance = keys.covariance - means[:, summed].mT @ (weight * means[:, summed])
     return replace(keys, covariance=covariance, sample=keys.sample - at_positions(mean_at, rope), mean_at=mean_at)
+
+
+def _left_over(keys: Moments, mean_at: Tensor, statistics: Statistics, index: int, recipe: Recipe) -> float:
+    """What the positions' means leave of the variance of keys that took no part in them, in the metric."""
+    held = statistics.held
+    body = held.positions >= recipe.sinks
+    rope = Rope.at(held.positions[body], torch.zeros(keys.mean.shape[1] // 2))  # learned positions turn nothing
+    before = held.keys[index][body].transpose(0, 1).double() - keys.mean[:, None]
+    after = before - at_positions(mean_at, rope)
+    now, then = (torch.einsum("hnd,hde,hne->", x, keys.metric, x) for x in (after, before))
+    return float(now / then)
 
 
 def _value_moments(sums: LayerSums, recipe: Recipe) -> tuple[Tensor, Tensor]:

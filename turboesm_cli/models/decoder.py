@@ -123,13 +123,16 @@ class Decoder:
         moved = _moved(replace(self, wide_head=None), device, dtype)
         tied = self.head.weight is self.embedding
         head = moved.head._replace(weight=moved.embedding) if tied else moved.head
-        wide = _with_more_rows(head) if device.type == "cuda" else None
-        if wide is not None:  # nothing is held twice
-            head = head._replace(weight=wide.weight[: len(head.weight)])
-        embedding = head.weight if tied else moved.embedding
-        return replace(
-            moved, frequencies=self.frequencies.to(device), embedding=embedding, head=head, wide_head=wide
-        )
+        found = replace(moved, frequencies=self.frequencies.to(device), head=head)
+        return found.with_wide_head() if device.type == "cuda" else found
+
+    def with_wide_head(self) -> Decoder:
+        """The model with its `wide_head`, if it needs one; nothing is held twice."""
+        wide, tied = _with_more_rows(self.head), self.head.weight is self.embedding
+        if wide is None:
+            return self
+        head = self.head._replace(weight=wide.weight[: len(self.head.weight)])
+        return replace(self, embedding=head.weight if tied else self.embedding, head=head, wide_head=wide)
 
     def require_lm_head(self, purpose: str) -> None:
         """There always is one."""

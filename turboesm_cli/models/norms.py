@@ -14,7 +14,9 @@ KERNEL_DTYPES = {torch.float32, torch.float16, torch.bfloat16}
 
 def by_kernel(x: Tensor) -> bool:
     """Whether what is done to x between products is done by kernels of ours, which have no derivatives."""
-    return x.dtype in KERNEL_DTYPES and not torch.is_grad_enabled() and runs_triton(x.device)
+    if x.dtype not in KERNEL_DTYPES or torch.is_grad_enabled() or not runs_triton(x.device):
+        return False
+    return not x.is_cuda or x.device.index == torch.cuda.current_device()  # where Triton launches
 
 
 class Norm(NamedTuple):

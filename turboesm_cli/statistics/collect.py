@@ -167,7 +167,7 @@ def _sum_batch(
     rope = rope_at(model, 0, tokens.shape[1])
     visible = visible_keys(prompt_lengths(proteins, tokens.shape[1], model), tokens)
     layers: list[LayerSums] = []
-    by_position = _no_keys(model).to(tokens.device)
+    by_position = _no_keys(model, 0 if gradients else learned_positions(model)).to(tokens.device)
     keys: list[Tensor] = []
     values: list[Tensor] = []
 
@@ -188,10 +188,10 @@ def _sum_batch(
     return sums, Sample(hashes[order].cpu(), positions[order].cpu(), tuple(keys), tuple(values), own)
 
 
-def _no_keys(model: Model) -> Tensor:
+def _no_keys(model: Model, positions: int) -> Tensor:
     """Zeros for `PositionSums.key`."""
     shape = model.shape
-    return torch.zeros(shape.layers, learned_positions(model), shape.key_value_heads, shape.head_dim)
+    return torch.zeros(shape.layers, positions, shape.key_value_heads, shape.head_dim)
 
 
 def _pick(x: Tensor, real: Tensor) -> Tensor:

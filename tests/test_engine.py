@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -20,7 +22,7 @@ from turboesm_cli.codec.fit import CodecSpec
 from turboesm_cli.codec.recipes import RECIPES, parse_recipe
 from turboesm_cli.commands.decode import Decoding
 from turboesm_cli.engine import batch as batches
-from turboesm_cli.engine.batch import Batch, Job, Stepper
+from turboesm_cli.engine.batch import CPU_SLOTS, Batch, Job, Stepper, cpu_slots
 from turboesm_cli.engine.jobs import Prompt, rest_of, run
 from turboesm_cli.engine.tasks import Forced, Sampled
 from turboesm_cli.engine.workload import of_proteins
@@ -434,3 +436,46 @@ def test_keys_and_values_packed_together_as_apart(
             assert (a.scales.int() - b.scales.int()).abs().max() <= 1
     sides = [side for layer in spec.layers if layer for side in (layer.k, layer.v)]
     assert recipe != "auto@4" or 8 in {width for side in sides for p in side.profiles for width in p.widths}
+
+
+@pytest.mark.skipif(find_spec("numba") is None, reason="needs numba")
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_a_cpus_batch_gives_each_protein_the_bits_that_it_has_in_any_other(
+    embedded: EsmModel, peptides: list[Protein], threads: int
+) -> None:
+    """In other company, another slot and another order, and beside nobody."""
+    spec = calibrate(embedded, peptides[:12], parse_recipe("auto")).spec
+    slots = cpu_slots(embedded, spec, "packed", None)
+    assert slots == CPU_SLOTS
+    prompts = [Prompt(protein, 2 + at % 7, ESM2_ALPHABET) for at, protein in enumerate(peptides[20:31])]
+    jobs = [replace(job, steps=min(job.steps, 9), rest=job.rest[:9]) for job in (p.job() for p in prompts)]
+
+    def run(order: list[int]) -> dict[int, torch.Tensor]:
+        batch = Batch(
+            embedded, lambda slots, capacity: PackedCache(embedded, spec, slots, capacity),
+            lambda slots: Forced.of(embedded, slots, 9), slots, 64, spec.recipe.sinks,
+        )  # fmt: skip
+        return {order[at]: found["hidden"] for at, found in batch.run(enumerate(jobs[each] for each in order))}
+
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads)
+        whole = run(list(range(len(jobs))))
+        others = [run(list(reversed(range(len(jobs))))), run([3, 9, 4]), *(run([each]) for each in (0, 5, 10))]
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(found, whole[each]) for other in others for each, found in other.items())
+
+
+def test_a_cpus_batch_where_company_would_matter(
+    tiny: EsmModel, precise: EsmModel, specs: dict[str, CodecSpec], precise_specs: dict[str, CodecSpec]
+) -> None:
+    assert cpu_slots(tiny, specs["auto"], "fp32", None) == 1
+    assert cpu_slots(tiny, specs["flat"], "packed", None) == 1  # no compiled loops for its tables
+    assert cpu_slots(precise, precise_specs["waterfill"], "packed", None) == 1
+
+
+@pytest.mark.skipif(find_spec("numba") is None, reason="needs numba")
+def test_slots_of_a_cpu_are_eights(tiny: EsmModel, specs: dict[str, CodecSpec]) -> None:
+    found = [cpu_slots(tiny, specs["waterfill"], "packed", wanted) for wanted in (None, 1, 2, 8, 9)]
+    assert found == [8, 1, 8, 8, 16]

@@ -200,6 +200,14 @@ class PackedCache(Ragged):
         )  # fmt: skip
 
 
+def rows_apart(model: Model, spec: CodecSpec) -> bool:
+    """Whether a step on a CPU gives each sequence the same bits whatever the others of its batch are."""
+    prepared = _prepare(model, spec)
+    if prepared.tokens is not None and not cpu_compiled.attends_tokens(prepared.tokens.k, prepared.tokens):
+        return False
+    return not any(layer is not None and cpu_compiled.no_loops(layer) for layer in prepared.layers)
+
+
 def check_tensors(
     spec: CodecSpec, alphabet: Alphabet, tensors: Mapping[str, Tensor], length: int, batch: int = 1
 ) -> None:

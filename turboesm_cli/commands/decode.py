@@ -19,6 +19,7 @@ from turboesm_cli.sequences.fasta import LongPolicy
 
 if TYPE_CHECKING:
     from turboesm_cli.codec.bundle import Bundle
+    from turboesm_cli.codec.fit import CodecSpec
     from turboesm_cli.engine.jobs import Prompt
     from turboesm_cli.engine.memory_plan import Plan
     from turboesm_cli.engine.workload import Workload
@@ -70,7 +71,7 @@ def decode(
         int | None,
         typer.Option(
             min=1,
-            help="Proteins at once on a GPU. Default: what fits, up to 256. A CPU takes one at a time.",
+            help="Proteins at once. Default: what fits, up to 256; on a CPU 8, or 1 where results would change.",
             show_default=False,
         ),
     ] = None,
@@ -144,7 +145,7 @@ def decode(
         if kept is not None and kept.is_done(whole):
             return
         with kept.work(whole) if kept is not None else nullcontext(NOTHING_KEPT) as saved:
-            slots = _slots(batch, own, work.count * num_samples, loaded)
+            slots = _slots(batch, own, work.count * num_samples, loaded, codec.spec)
             run = Decoding(codec, loaded, work, saved, kv, slots, own.context)
             if wanted is not None:
                 from turboesm_cli.commands.generating import generated
@@ -210,14 +211,12 @@ def _show_plans(plans: list[Plan], as_json: bool) -> None:
     console.say(LEGEND)
 
 
-def _slots(wanted: int | None, plan: Plan, jobs: int, model: Model) -> int:
-    """How many sequences to decode at once.
-
-    A CPU takes one at a time: its matrix products round otherwise in batches of another size, and results are
-    the same bytes whatever the batch.
-    """
+def _slots(wanted: int | None, plan: Plan, jobs: int, model: Model, spec: CodecSpec) -> int:
+    """How many sequences to decode at once; on a CPU a number that does not depend on how many there are."""
     if model.device.type == "cpu":
-        return 1
+        from turboesm_cli.engine.batch import cpu_slots
+
+        return cpu_slots(model, spec, plan.kind, wanted) if plan.batch >= (wanted or 1) else 1
     return min(wanted or max(1, min(plan.batch, LARGEST_BATCH)), jobs)
 
 

@@ -18,7 +18,9 @@ from torch import Tensor
 from turboesm_kernels.available import has_triton
 
 from turboesm_cli.cache.dense import DenseCache
-from turboesm_cli.cache.packed import PackedCache
+from turboesm_cli.cache.formats import PACKED
+from turboesm_cli.cache.packed import PackedCache, rows_apart
+from turboesm_cli.codec.fit import CodecSpec
 from turboesm_cli.models import forward
 from turboesm_cli.models.protocol import Model
 from turboesm_cli.outputs.work import Tensors
@@ -29,6 +31,13 @@ is not kept waiting for the host."""
 
 LOOK_EVERY = 8
 """Steps on a GPU between looks at which sequences have ended: each look waits for the device."""
+
+CPU_SLOTS = 8
+"""Slots of a CPU's batch, which are there however few proteins there are: rows of matrix products have the same
+bits whatever the others hold, as long as their number stays (tested in `tests/test_engine.py`)."""
+
+WIDEST = 2048
+"""Channels up to which that goes for activations, too: torch cuts longer ones into pieces that end anywhere."""
 
 AnyCache = PackedCache | DenseCache
 NewCache = Callable[[int, int], AnyCache]
@@ -169,6 +178,18 @@ class Graph:
         self._cache.replayed(1)
 
 
+def cpu_slots(model: Model, spec: CodecSpec, kv: str, wanted: int | None) -> int:
+    """Slots on a CPU, where results are to be the same bytes whatever shares the batch.
+
+    A multiple of `CPU_SLOTS`, or 1 where that is wanted, or where a step of this model or cache rounds otherwise
+    in other company.
+    """
+    alike = kv == PACKED and model.dtype == torch.float32 and model.shape.width <= WIDEST
+    if wanted == 1 or not alike or not rows_apart(model, spec):
+        return 1
+    return -(-(wanted or CPU_SLOTS) // CPU_SLOTS) * CPU_SLOTS
+
+
 @dataclass
 class _Active:
     """A job in a slot; `left` steps are still to do."""
@@ -201,7 +222,11 @@ class Batch(Generic[TaskT]):
         self._slots, self._sinks = slots, sinks
         self._capacity = max(capacity, sinks + 1)  # a slot that nobody uses stands at the end of its sinks
         self._on_step, self._on_shrink = on_step, on_shrink
-        self._look_every = LOOK_EVERY if model.device.type == "cuda" else 1
+        on_gpu = model.device.type == "cuda"
+        self._look_every = LOOK_EVERY if on_gpu else 1
+        self._prefilled = (
+            PREFILL_TOKENS if on_gpu else 0
+        )  # a CPU encodes each alone: padding would round otherwise
 
     @torch.no_grad()
     def run(self, jobs: Iterable[tuple[int, Job]]) -> Iterator[tuple[int, Tensors]]:
@@ -265,7 +290,7 @@ class Batch(Generic[TaskT]):
             task.enter(slot, item.number, item.job)
         for run in _runs(list(entered)):
             start = run[0]
-            for group in _groups([entered[slot].job for slot in run], PREFILL_TOKENS):
+            for group in _groups([entered[slot].job for slot in run], self._prefilled):
                 stepper.enter(start, group)
                 start += len(group)
 

@@ -100,12 +100,17 @@ def sample_tokens(logits: Tensor, noise: Tensor, sampling: Sampling, there: Tens
     return (logits + noise).argmax(-1)
 
 
+ALIKE = 64
+"""Numbers of which a CPU takes logarithms in one way; it takes those left over in another."""
+
+
 def gumbel(seeds: Tensor, steps: Tensor, kinds: int) -> Tensor:
     """Gumbel noise float32 [B, V] of seeds int64 [B] at steps int64 [B]: the same wherever and beside whatever."""
     of_step = mixed(seeds[:, None] + steps[:, None] * 0x1E3779B97F4A7C15)
-    of_kind = of_step + torch.arange(kinds, device=seeds.device) * 0x3C6EF372FE94F82B
+    padded = -(-kinds // ALIKE) * ALIKE
+    of_kind = of_step + torch.arange(padded, device=seeds.device) * 0x3C6EF372FE94F82B
     chances = ((mixed(of_kind) & 0x7FFFFFFF).float() + 0.5) * 2.0**-31
-    return -(-chances.log()).clamp_min(1e-30).log()
+    return -(-chances.log()).clamp_min(1e-30).log()[:, :kinds]
 
 
 def mixed(x: Tensor) -> Tensor:

@@ -189,7 +189,7 @@ def test_prompts_of_like_length_are_encoded_together(
         return real(self, start, prompts)
 
     monkeypatch.setattr(Stepper, "prefill", prefill)
-    monkeypatch.setattr(batches, "PREFILL_TOKENS", 24)
+    monkeypatch.setattr(batches, "prefill_tokens", lambda device: 24)
     new = cache_maker(precise, {}, "fp32")
     batch = Batch(precise, new, lambda slots: Forced.of(precise, slots, 32), 7, CAPACITY)
     for job, hidden in zip(jobs, in_order(batch.run(enumerate(jobs))), strict=True):
@@ -248,6 +248,7 @@ def test_out_of_memory_in_a_prefill(precise: EsmModel, jobs: list[Job], monkeypa
         return real(model, tokens, cache, joint)
 
     monkeypatch.setattr(forward, "prefill", prefill)
+    monkeypatch.setattr(batches, "prefill_tokens", lambda device: 1000)
     shrunk: list[int] = []
     batch = Batch(
         precise, cache_maker(precise, {}, "fp32"), lambda slots: Forced.of(precise, slots, 32), 4, CAPACITY,

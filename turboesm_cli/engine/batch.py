@@ -178,6 +178,11 @@ class Graph:
         self._cache.replayed(1)
 
 
+def prefill_tokens(device: torch.device) -> int:
+    """Tokens that a device encodes at once; a CPU encodes each prompt alone, since padding rounds otherwise."""
+    return PREFILL_TOKENS if device.type == "cuda" else 0
+
+
 def cpu_slots(model: Model, spec: CodecSpec, kv: str, wanted: int | None) -> int:
     """Slots on a CPU, where results are to be the same bytes whatever shares the batch.
 
@@ -224,9 +229,7 @@ class Batch(Generic[TaskT]):
         self._on_step, self._on_shrink = on_step, on_shrink
         on_gpu = model.device.type == "cuda"
         self._look_every = LOOK_EVERY if on_gpu else 1
-        self._prefilled = (
-            PREFILL_TOKENS if on_gpu else 0
-        )  # a CPU encodes each alone: padding would round otherwise
+        self._prefilled = prefill_tokens(model.device)
 
     @torch.no_grad()
     def run(self, jobs: Iterable[tuple[int, Job]]) -> Iterator[tuple[int, Tensors]]:

@@ -653,8 +653,9 @@ def test_selfcheck(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     assert verify.problem(layers) is None
     monkeypatch.setattr(verify, "SEQUENCES", 2)  # what is broken is seen in few tokens, too
     monkeypatch.setattr(verify, "TOKENS", reference.TURN + 16)
+    plain = dispatch.plain_attend
     with monkeypatch.context() as broken:
-        broken.setattr(dispatch, "attend", lambda q, held, layer: 1.1 * dispatch.plain_attend(q, held, layer))
+        broken.setattr(dispatch, "attend", lambda q, held, layer, backend=None: 1.1 * plain(q, held, layer))
         assert "attention kernel" in (verify.problem(layers) or "")
     right = pack.pack
 

@@ -126,9 +126,17 @@ def test_the_batch_does_not_show_in_what_is_written(
         done = run(*common, *options, "-o", name, afresh=name == "seven")
         assert done.returncode == 0, done.stderr
     whole = (home / "seven").read_bytes()
-    assert whole == (home / "five").read_bytes() and len((home / "one").read_bytes()) > 0
+    assert whole == (home / "five").read_bytes()
+    lines, alone = ((home / name).read_text().splitlines() for name in ("seven", "one"))
+    assert len(lines) == len(alone) and [line[:8] for line in lines if line[0] == ">"] == [
+        line[:8] for line in alone if line[0] == ">"
+    ]
     if generate:
         assert whole.startswith((home / "two").read_bytes())
+    else:
+        for one, other in zip(csv.DictReader(lines), csv.DictReader(alone), strict=True):
+            assert (one["accession"], one["metric"]) == (other["accession"], other["metric"])
+            assert float(one["value"]) == pytest.approx(float(other["value"]), rel=1e-3, abs=2e-3)
 
 
 def test_a_plan_needs_no_weights(run: Run, bundle: Path) -> None:

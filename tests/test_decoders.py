@@ -13,6 +13,7 @@ import pytest
 import torch
 from decoder_folders import CASES, CONTEXT, ROWS, change_config, change_weights, save_tiny
 from torch import Tensor
+from turboesm_kernels import dispatch
 from turboesm_kernels.token_layer import attend_tokens
 
 from turboesm_cli.cache.dense import DenseCache
@@ -28,6 +29,7 @@ from turboesm_cli.models import decoder, forward
 from turboesm_cli.models.decoder import Decoder
 from turboesm_cli.models.esm2 import EsmModel
 from turboesm_cli.models.loading import load_model
+from turboesm_cli.models.shapes import MOST_SHARING, Shape, check_shape
 from turboesm_cli.sequences.fasta import Protein
 from turboesm_cli.statistics.accumulators import PositionSums, Statistics
 from turboesm_cli.statistics.batching import hold_back, to_tokens
@@ -382,6 +384,13 @@ def test_a_protein_beyond_the_context_is_refused(models: Callable[[str], Decoder
     assert to_tokens([Protein("a", "", "M" * 62)], model).shape[1] == 64
     with pytest.raises(InputError, match=r"record 2 \(b\): 65 tokens.*takes 64"):
         to_tokens([Protein("a", "", "M"), Protein("b", "", "M" * 63, "x.fasta", 2)], model)
+
+
+def test_a_head_is_shared_by_as_many_as_the_kernels_serve() -> None:
+    assert MOST_SHARING == dispatch.MAX_QUERIES
+    check_shape(Shape(2, 64, 16, 8, 1), Path("m"))
+    with pytest.raises(ModelError, match="32 query heads share keys and values; turboesm serves up to 16"):
+        check_shape(Shape(2, 64, 32, 8, 1), Path("m"))
 
 
 @pytest.fixture(scope="module")

@@ -71,7 +71,7 @@ def decode(
         int | None,
         typer.Option(
             min=1,
-            help="Proteins at once. Default: what fits, up to 256; on a CPU 8, or 1 where results would change.",
+            help="Proteins at once. Default: what fits, up to 256; on a CPU 8, its multiples, or 1.",
             show_default=False,
         ),
     ] = None,
@@ -140,12 +140,14 @@ def decode(
         loaded = options.open_model(model, device, codec, dtype)
         codec.check_model(loaded, bundle)
         own = next(item for item in plans if item.kind == kv)
+        slots = _slots(batch, own, work.count * num_samples, loaded, codec.spec)
         described = {"bundle": sha256[:16], "cache": kv, "dtype": dtype, "sampling": str(wanted or "none")}
+        if loaded.device.type == "cpu":  # the last bits depend on it
+            described["slots"] = str(slots)
         whole = options.run_of("decode", loaded, work.sha256, **described)
         if kept is not None and kept.is_done(whole):
             return
         with kept.work(whole) if kept is not None else nullcontext(NOTHING_KEPT) as saved:
-            slots = _slots(batch, own, work.count * num_samples, loaded, codec.spec)
             run = Decoding(codec, loaded, work, saved, kv, slots, own.context)
             if wanted is not None:
                 from turboesm_cli.commands.generating import generated
@@ -216,7 +218,7 @@ def _slots(wanted: int | None, plan: Plan, jobs: int, model: Model, spec: CodecS
     if model.device.type == "cpu":
         from turboesm_cli.engine.batch import cpu_slots
 
-        return cpu_slots(model, spec, plan.kind, wanted) if plan.batch >= (wanted or 1) else 1
+        return cpu_slots(model, spec, plan.kind, wanted)
     return min(wanted or max(1, min(plan.batch, LARGEST_BATCH)), jobs)
 
 

@@ -44,6 +44,9 @@ class Shape:
 SMALLEST_HEAD, LARGEST_HEAD = 8, 256
 """Channels of an attention head that the kernels serve."""
 
+MOST_SHARING = 16
+"""Query heads of a key/value head that the kernels serve."""
+
 OFFICIAL = {
     "esm2_t6_8M_UR50D": Shape(6, 320, 20),
     "esm2_t12_35M_UR50D": Shape(12, 480, 20),
@@ -75,6 +78,11 @@ def check_shape(shape: Shape, where: Path) -> None:
     if shape.heads % shape.key_value_heads:
         raise ModelError(
             f"{where}: {shape.heads} query heads do not share {shape.key_value_heads} key/value heads"
+        )
+    if shape.heads > MOST_SHARING * shape.key_value_heads:
+        raise ModelError(
+            f"{where}: {shape.heads // shape.key_value_heads} query heads share keys and values; turboesm serves "
+            f"up to {MOST_SHARING}"
         )
     if (shape.own_head_dim is None and shape.width % shape.heads) or shape.head_dim % 2:
         raise ModelError(f"{where}: width {shape.width} does not split into {shape.heads} heads of even size")

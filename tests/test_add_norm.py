@@ -1,4 +1,4 @@
-"""Sums with their norms, and gated products, in one kernel: torch's numbers, and models that compute the same.
+"""Sums with their norms, products of few rows, gated ones: torch's numbers, and models that compute the same.
 
 On a CPU the kernels run in Triton's interpreter, in a child process that has TRITON_INTERPRET set before Triton is
 imported.
@@ -116,9 +116,87 @@ def test_sums_on_gpu(kind: str, width: int, dtype: torch.dtype) -> None:
     check_sums(kind, width, dtype, [*ROWS, (300,)], "cuda")
 
 
+PRODUCTS = [(3, 40, 72), (64, 130, 328), (1, 7, 8), (17, 64, 2576)]
+"""Rows, columns, depth: of 1, 2 and 8 parts; the last part and blocks that are not full."""
+
+EXACT = {
+    "none": lambda x: x,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "relu": F.relu,
+}
+
+
+def check_product(size: tuple[int, int, int], dtype: torch.dtype, device: str = "cpu") -> None:
+    """A product, activated, and in parts that `add_norm` sums; rows that do not lie beside each other."""
+    from turboesm_kernels.add_norm import add_norm
+    from turboesm_kernels.linear import ACTIVATIONS, linear, linear_parts
+
+    rows, width, depth = size
+    x = numbers(rows, depth + 8, seed=1).to(device, dtype)[:, :depth]
+    weight = (2 * numbers(width, depth, seed=2) / depth**0.5).to(device, dtype)
+    bias = numbers(width, seed=3).to(device, dtype)
+    exact = x.double() @ weight.double().T
+    step = 2 * torch.finfo(dtype).eps  # the product is rounded, then what is made of it
+    assert set(EXACT) == set(ACTIVATIONS)
+    for name, own in ((name, own) for name in EXACT for own in (bias, None)):
+        wanted = EXACT[name](exact if own is None else exact + own.double())
+        found = linear(x, weight, own, name)
+        assert found.dtype == dtype and found.shape == (rows, width)
+        assert torch.allclose(found.double(), wanted, rtol=step, atol=step), (name, found.double() - wanted)
+    parts = linear_parts(x[None], weight, bias)
+    assert parts.dtype == torch.float32 and parts.shape[1:] == (1, rows, width)
+    assert torch.allclose(parts.double().sum(0)[0], exact + bias.double(), rtol=1e-5, atol=1e-5)
+    norm, before = norm_of("layer norm", width, dtype, device), numbers(1, rows, width, seed=4).to(device, dtype)
+    total, normed = add_norm(before, parts, *norm)
+    assert_rounded(total, before.double() + parts.double().sum(0))
+    wide = Norm(norm.weight.double(), norm.weight.new_zeros(width).double() + norm.bias.double(), norm.epsilon)
+    assert_rounded(normed, wide(total.double()))
+
+
+@interpreted
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("size", PRODUCTS, ids=str)
+def test_products_of_few_rows(size: tuple[int, int, int]) -> None:
+    check_product(size, torch.float16)
+
+
+@pytest.mark.gpu
+@no_gpu
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("size", [*PRODUCTS, (8, 1280, 5120), (64, 5120, 1280), (33, 50264, 768)], ids=str)
+def test_products_of_few_rows_on_gpu(size: tuple[int, int, int], dtype: torch.dtype) -> None:
+    check_product(size, dtype, "cuda")
+
+
+def test_parts_cover_the_depth() -> None:
+    pytest.importorskip("triton")
+    from turboesm_kernels.linear import MOST_PARTS, PART_BLOCK, _part, parts_of
+
+    for width in (1, 64, 1280, 5120, 60000):
+        for depth in range(8, 12000, 8):
+            parts = parts_of(width, depth)
+            each = _part(depth, parts)
+            assert 1 <= parts <= MOST_PARTS and each % PART_BLOCK == 0
+            assert parts * each >= depth > (parts - 1) * each, (width, depth)
+
+
 @interpreted
 def test_what_does_not_fit_together_is_refused() -> None:
     from turboesm_kernels.add_norm import WIDEST, add_norm
+    from turboesm_kernels.linear import MOST_ROWS, linear
+
+    half = numbers(2, 16).half()
+    for x, weight in (
+        (half, half[:, :8]),
+        (half.float(), half.float()),
+        (half[:1].expand(MOST_ROWS + 1, 16), half),
+    ):
+        with pytest.raises(ValueError, match="no product"):
+            linear(x, weight, None)
+    with pytest.raises(ValueError, match="no activation 'swish'"):
+        linear(half, half, None, "swish")
 
     x, weight = numbers(2, 8), numbers(8)
     wide = numbers(1, WIDEST + 1)
@@ -193,14 +271,15 @@ def norm_weights(model: Model) -> list[Tensor]:
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The kernels that were run, by name; they may be run on a CPU."""
     pytest.importorskip("triton")
-    from turboesm_kernels import add_norm, gated
+    from turboesm_kernels import add_norm, gated, linear
 
     made: list[str] = []
 
     def counted(name: str, kernel: Callable[..., Any]) -> Callable[..., Any]:
         return lambda *args: made.append(name) or kernel(*args)
 
-    for module, name in ((add_norm, "add_norm"), (gated, "gated_silu")):
+    kernels = ((add_norm, "add_norm"), (gated, "gated_silu"), (linear, "linear"), (linear, "linear_parts"))
+    for module, name in kernels:
         monkeypatch.setattr(module, name, counted(name, getattr(module, name)))
     monkeypatch.setattr(norms, "runs_triton", lambda _device: True)
     return made
@@ -222,6 +301,7 @@ def test_models_compute_the_same(
         found = hidden_states(model, peptides).double()
         assert calls.count("add_norm") == SUMS[model.family]
         assert calls.count("gated_silu") == (2 if model.family == "llama" else 0)
+        assert calls.count("linear_parts") == (SUMS[model.family] if dtype == torch.float16 else 0)
         monkeypatch.setattr(norms, "runs_triton", lambda _device: False)
         calls.clear()
         expected = hidden_states(model, peptides).double()

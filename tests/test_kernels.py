@@ -787,6 +787,13 @@ def check_rotation(device: str, dtype: torch.dtype) -> None:
     for one, wanted in zip(found, (own.rotate(q) * scaling, own.rotate(k), v), strict=True):
         assert one.dtype == dtype and one.shape == (batch, heads, tokens, dim)
         assert relative_error(one.cpu(), wanted) < TOLERANCE[dtype]
+    whole = torch.cat((q, k, v), 1).transpose(1, 2).flatten(2)
+    parts = torch.stack([torch.randn(whole.shape, generator=generator) for _ in range(3)])
+    parts[0] += (whole - parts.sum(0)).float()
+    found = rotate(parts.to(device), heads, heads, scaling, moved, starts.to(device), dtype)
+    for one, wanted in zip(found, (own.rotate(q) * scaling, own.rotate(k), v), strict=True):
+        assert one.dtype == dtype and one.shape == (batch, heads, tokens, dim)
+        assert relative_error(one.cpu(), wanted) < TOLERANCE[dtype]
 
 
 @interpreted

@@ -7,21 +7,33 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from turboesm_kernels.launch import launch
+from turboesm_kernels.launch import early_launch, launch, launches_early
 from turboesm_kernels.prepared import padded
 from turboesm_kernels.reference import Rope
 
 
+@triton.jit
+def _summed(source, inside, joint_s, PARTS: tl.constexpr):
+    """The sum of a product's parts, float32."""
+    total = tl.load(source, mask=inside, other=0.0).to(tl.float32)
+    for part in tl.static_range(1, PARTS):
+        total += tl.load(source + part * joint_s, mask=inside, other=0.0)
+    return total
+
+
 @triton.jit(do_not_specialize=["tokens"])
 def rotate_kernel(
-    joint, j_r, starts, tokens, cos, sin, r_t, q_out, k_out, scaling,
+    joint, j_r, joint_s, starts, tokens, cos, sin, r_t, q_out, k_out, v_out, scaling,
     HEADS: tl.constexpr, SHARED: tl.constexpr, DIM: tl.constexpr, HEADS_PAD: tl.constexpr, HALF_PAD: tl.constexpr,
+    PARTS: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    """q_out = R (scaling q), k_out = R k of token t of sequence b, at position starts[b] + t.
+    """q_out = R (scaling q), k_out = R k, v_out = v of token t of sequence b, at position starts[b] + t.
 
-    joint any float [B T, (H + 2 K) d], q, k, v beside each other; starts int32 [B]; cos and sin f32 [T', d];
-    outputs like joint, [B T, H d] and [B T, K d]. Program (b T + t, 0) does the queries, (b T + t, 1) the keys.
+    joint any float [PARTS, B T, (H + 2 K) d], q, k, v beside each other; starts int32 [B]; cos and sin f32
+    [T', d]; outputs any float, [B T, H d] and twice [B T, K d]. Program (b T + t, 0) does the queries,
+    (b T + t, 1) the keys, (b T + t, 2) the values.
     """
     row, side = tl.program_id(0).to(tl.int64), tl.program_id(1)
     half: tl.constexpr = DIM // 2
@@ -29,33 +41,53 @@ def rotate_kernel(
     heads = tl.where(side == 0, HEADS, SHARED)
     inside = (head < heads)[:, None] & (pair < half)[None, :]
     at = head[:, None] * DIM + pair[None, :]
-    source = joint + row * j_r + side * HEADS * DIM + at
-    first = tl.load(source, mask=inside, other=0.0).to(tl.float32)
-    second = tl.load(source + half, mask=inside, other=0.0).to(tl.float32)
+    before = tl.where(side == 0, 0, HEADS + (side - 1) * SHARED)  # heads
+    source = joint + row * j_r + before * DIM + at
+    if EARLY:
+        gdc_wait()
+        gdc_launch_dependents()
+    first = _summed(source, inside, joint_s, PARTS)
+    second = _summed(source + half, inside, joint_s, PARTS)
     angle = (tl.load(starts + row // tokens) + row % tokens).to(tl.int64) * r_t + pair
-    cosine = tl.load(cos + angle, mask=pair < half, other=0.0)[None, :]
-    sine = tl.load(sin + angle, mask=pair < half, other=0.0)[None, :]
+    turned = pair < tl.where(side < 2, half, 0)
+    cosine = tl.load(cos + angle, mask=turned, other=1.0)[None, :]
+    sine = tl.load(sin + angle, mask=turned, other=0.0)[None, :]
     factor = tl.where(side == 0, scaling, 1.0)
-    out = tl.where(side == 0, q_out, k_out) + row * heads * DIM + at
+    out = tl.where(side == 0, q_out, tl.where(side == 1, k_out, v_out)) + row * heads * DIM + at
     tl.store(out, ((first * cosine - second * sine) * factor).to(q_out.dtype.element_ty), mask=inside)
     tl.store(out + half, ((second * cosine + first * sine) * factor).to(q_out.dtype.element_ty), mask=inside)
 
 
 def rotate(
-    joint: Tensor, heads: int, shared: int, scaling: float, rope: Rope, starts: Tensor
+    joint: Tensor,
+    heads: int,
+    shared: int,
+    scaling: float,
+    rope: Rope,
+    starts: Tensor,
+    dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """q [B, H, T, d] (scaled), k (both after RoPE), v [B, K, T, d] of a joint projection [B, T, (H + 2 K) d].
 
-    That is dense, and v is a view of it. rope float32 [T', d], starts int32 [B]: the positions of the first
-    tokens, rows of it. One launch, nothing synchronized.
+    That is dense, and v is a view of it; or it is parts float32 [S, B, T, (H + 2 K) d] to be summed, for results
+    of `dtype`. rope float32 [T', d], starts int32 [B]: the positions of the first tokens, rows of it. One launch,
+    nothing synchronized.
     """
-    (batch, tokens, _), dim = joint.shape, joint.shape[-1] // (heads + 2 * shared)
-    flat = joint.view(batch, tokens, heads + 2 * shared, dim)
-    q = torch.empty((batch, tokens, heads, dim), dtype=joint.dtype, device=joint.device)
-    k = torch.empty((batch, tokens, shared, dim), dtype=joint.dtype, device=joint.device)
+    parts = len(joint) if joint.dim() == 4 else 1
+    batch, tokens, width = joint.shape[-3:]
+    dim, dtype = width // (heads + 2 * shared), dtype or joint.dtype
+    q, k, v = (
+        torch.empty((batch, tokens, each, dim), dtype=dtype, device=joint.device)
+        for each in (heads, shared, shared if joint.dim() == 4 else 0)
+    )
+    early = launches_early(joint)
     launch(
-        rotate_kernel, (batch * tokens, 2),
-        joint, joint.shape[-1], starts, tokens, rope.cos, rope.sin, rope.cos.stride(0), q, k, scaling,
+        rotate_kernel, (batch * tokens, 3 if joint.dim() == 4 else 2),
+        joint, width, batch * tokens * width, starts, tokens, rope.cos, rope.sin, rope.cos.stride(0), q, k, v,
+        scaling,
         HEADS=heads, SHARED=shared, DIM=dim, HEADS_PAD=padded(heads, 1), HALF_PAD=padded(dim // 2, 1),
+        PARTS=parts, EARLY=early, **early_launch(early),
     )  # fmt: skip
-    return q.transpose(1, 2), k.transpose(1, 2), flat[:, :, heads + shared :].transpose(1, 2)
+    if joint.dim() == 3:
+        v = joint.view(batch, tokens, heads + 2 * shared, dim)[:, :, heads + shared :]
+    return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)

@@ -16,7 +16,7 @@ from torch import Tensor
 from turboesm_kernels.token_tables import TokenTables
 
 from turboesm_cli.models.alphabet import Alphabet
-from turboesm_cli.models.norms import Norm, by_kernel
+from turboesm_cli.models.norms import Norm, by_kernel, few_rows
 from turboesm_cli.models.shapes import Shape
 from turboesm_cli.models.weights import widened
 
@@ -38,6 +38,8 @@ NEARLY_0 = 1e-20
 
 SILU = {"silu", "swish"}
 TANH_GELU = {"gelu_new", "gelu_pytorch_tanh"}
+OF_FEW_ROWS = {"gelu": "gelu", "relu": "relu"} | dict.fromkeys(TANH_GELU, "gelu_tanh")
+"""What `linear` calls them."""
 
 
 class Linear(NamedTuple):
@@ -47,6 +49,10 @@ class Linear(NamedTuple):
     bias: Tensor | None
 
     def __call__(self, x: Tensor) -> Tensor:
+        if few_rows(x, self.weight):
+            from turboesm_kernels.linear import linear
+
+            return linear(x, self.weight, self.bias)
         return F.linear(x, self.weight, self.bias)
 
 
@@ -172,11 +178,15 @@ class Decoder:
     def after_attention(self, layer: int, x: Tensor, normed: Tensor, attended: Tensor) -> tuple[Tensor, Tensor]:
         """The layer's output [B, T, E], and what follows takes: that normed."""
         own, last = self.blocks[layer], layer + 1 == self.shape.layers
-        attended = own.out(attended.transpose(1, 2).flatten(2))
-        x, before = (x + attended, normed) if own.mlp_norm is None else own.mlp_norm.of_sum(x, attended)
+        attended = attended.transpose(1, 2).flatten(2)
+        x, before = (
+            (x + own.out(attended), normed)
+            if own.mlp_norm is None
+            else own.mlp_norm.of_product(x, attended, *own.out)
+        )
         del attended  # what follows takes the most memory
         norm = self.last_norm if last else self.blocks[layer + 1].norm
-        return norm.of_sum(x, own.down(self._inner(own.up, before)))
+        return norm.of_product(x, self._inner(own.up, before), *own.down)
 
     def _inner(self, up: Linear, x: Tensor) -> Tensor:
         """What the feed-forward part's second matrix is given, [B, T, F]."""
@@ -191,7 +201,11 @@ class Decoder:
         return ACTIVATIONS[self.activation](gate) * value
 
     def _activated(self, up: Linear, x: Tensor) -> Tensor:
-        """The activation of a product; on a GPU cuBLAS applies GELU's tanh form as it writes the product."""
+        """The activation of a product; a GPU's kernel applies it as it writes the product, where it knows it."""
+        if few_rows(x, up.weight) and self.activation in OF_FEW_ROWS:
+            from turboesm_kernels.linear import linear
+
+            return linear(x, *up, OF_FEW_ROWS[self.activation])
         fused = x.is_cuda and self.activation in TANH_GELU and not torch.is_grad_enabled()  # it has no derivative
         if fused and up.bias is not None:
             flat = torch._addmm_activation(up.bias, x.flatten(0, 1), up.weight.T, use_gelu=True)

@@ -14,7 +14,7 @@ from turboesm_cli.errors import ModelError
 from turboesm_cli.models.alphabet import Alphabet
 from turboesm_cli.models.esm2_alphabet import ESM2_ALPHABET
 from turboesm_cli.models.fair_esm import ESM2, gelu
-from turboesm_cli.models.norms import Norm
+from turboesm_cli.models.norms import Norm, few_rows
 from turboesm_cli.models.shapes import Shape
 from turboesm_cli.models.weights import widened
 
@@ -132,13 +132,18 @@ class EsmModel:
     def after_attention(self, layer: int, x: Tensor, normed: Tensor, attended: Tensor) -> tuple[Tensor, Tensor]:
         """The layer's output [B, T, E], and what follows takes: that normed."""
         own = self.net.layers[layer]
-        activation = F.gelu if x.is_cuda else gelu  # one kernel, or fair-esm's result to the bit
-        attended = own.self_attn.out_proj(attended.transpose(1, 2).flatten(2))
-        x, hidden = _norm(own.final_layer_norm).of_sum(x, attended)
+        attended = attended.transpose(1, 2).flatten(2)
+        x, hidden = _norm(own.final_layer_norm).of_product(x, attended, *_weights(own.self_attn.out_proj))
         del attended  # names are let go of and taken again: here a prefill takes the most memory
-        hidden = own.fc1(hidden)
-        hidden = activation(hidden)
-        return self._norm_after(layer).of_sum(x, own.fc2(hidden))
+        if few_rows(hidden, own.fc1.weight):
+            from turboesm_kernels.linear import linear
+
+            hidden = linear(hidden, *_weights(own.fc1), "gelu")
+        else:
+            activation = F.gelu if x.is_cuda else gelu  # one kernel, or fair-esm's result to the bit
+            hidden = own.fc1(hidden)
+            hidden = activation(hidden)
+        return self._norm_after(layer).of_product(x, hidden, *_weights(own.fc2))
 
     def _norm_after(self, layer: int) -> Norm:
         last = layer + 1 == self.shape.layers
@@ -179,6 +184,10 @@ class EsmModel:
         """Weight [E, H d] of the attention's output projection."""
         weight: Tensor = self.net.layers[layer].self_attn.out_proj.weight
         return weight
+
+
+def _weights(module: nn.Linear) -> tuple[Tensor, Tensor]:
+    return module.weight, module.bias
 
 
 def _norm(module: nn.LayerNorm) -> Norm:

@@ -20,6 +20,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from turboesm_kernels import reference
 from turboesm_kernels.reference import Rope
 
+from turboesm_cli.models.norms import few_rows
 from turboesm_cli.models.protocol import Model
 
 OVER_SEQUENCES = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
@@ -305,16 +306,19 @@ class JointProjection:
 
     def __call__(self, index: int, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """q [B, H, T, d] (scaled), k (both after RoPE) and v [B, K, T, d] of normed hidden states [B, T, E]."""
-        joint = F.linear(x, *self._weights[index])
+        weight, bias = self._weights[index]
         if not self._turns and self._scaling == 1:
             heads, shared = self._heads
+            joint = F.linear(x, weight, bias)
             q, k, v = (
                 joint.unflatten(-1, (heads + 2 * shared, -1)).transpose(1, 2).split((heads, shared, shared), 1)
             )
             return q, k, v
+        from turboesm_kernels.linear import linear_parts
         from turboesm_kernels.rotary import rotate
 
-        return rotate(joint, *self._heads, self._scaling, self._rope, self._starts)
+        project = linear_parts if few_rows(x, weight) else F.linear
+        return rotate(project(x, weight, bias), *self._heads, self._scaling, self._rope, self._starts, x.dtype)
 
 
 def _teacher_masks(tokens: Tensor, prompts: Sequence[int], causal: bool) -> tuple[Tensor, Tensor]:

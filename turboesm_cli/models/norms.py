@@ -1,4 +1,4 @@
-"""Norms, and the sums that they are taken of: one kernel on a GPU, plain torch elsewhere."""
+"""Norms, and the sums and products that they are taken of: few kernels on a GPU, plain torch elsewhere."""
 
 from __future__ import annotations
 
@@ -10,6 +10,15 @@ from torch import Tensor
 from turboesm_kernels.available import runs_triton
 
 KERNEL_DTYPES = {torch.float32, torch.float16, torch.bfloat16}
+
+
+def few_rows(x: Tensor, weight: Tensor) -> bool:
+    """Whether the product of x [..., K] with a weight [N, K] is a kernel of ours: few rows in 16 bits."""
+    if not by_kernel(x):
+        return False
+    from turboesm_kernels.linear import serves
+
+    return serves(x, weight)
 
 
 def by_kernel(x: Tensor) -> bool:
@@ -40,3 +49,13 @@ class Norm(NamedTuple):
                 return add_norm(x, y, *self)
         total = x + y
         return total, self(total)
+
+    def of_product(self, x: Tensor, y: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+        """x + y weight^T + bias [B, T, E], and that normed."""
+        if few_rows(y, weight) and x.dtype == y.dtype:
+            from turboesm_kernels.add_norm import WIDEST, add_norm
+            from turboesm_kernels.linear import linear_parts
+
+            if x.shape[-1] <= WIDEST:
+                return add_norm(x, linear_parts(y, weight, bias), *self)
+        return self.of_sum(x, F.linear(y, weight, bias))

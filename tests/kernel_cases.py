@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 from turboesm_kernels import reference
-from turboesm_kernels.layout import Profile, bytes_for, lanes_for, uniform
+from turboesm_kernels.layout import Profile, bytes_for, lanes_for, uniform, wide_lanes
 from turboesm_kernels.operands import Held, PreparedLayer
 from turboesm_kernels.reference import Packed, Rope, Scale, Side, SideSpec, table_size, table_slice
 
@@ -31,17 +31,21 @@ class Case:
     dtype: torch.dtype = torch.float32
     seed: int = 0
     positions: int = 0  # learned ones, each with a centre of its own
+    wide: bool = False  # in words where a recipe that shares out a budget may have them
 
     def __str__(self) -> str:
         parts = [f"d{self.dim}", f"T{self.tokens}", f"Q{self.queries}", f"{self.kind}{self.bits:g}"]
         parts += ["ragged"] * self.ragged + [f"s{self.sinks}"] + [str(self.dtype)[6:]] + [self.scale]
-        parts += [f"P{self.positions}"] * bool(self.positions)
+        parts += [f"P{self.positions}"] * bool(self.positions) + ["wide"] * self.wide
         return "-".join(parts)
 
 
-def waterfilled(dim: int, bits: float, seed: int) -> Profile:
+def waterfilled(dim: int, bits: float, seed: int, wide: bool = False) -> Profile:
     """A profile of descending widths, different for each seed, that fills its bytes."""
     lanes, nbytes = lanes_for(dim), bytes_for(dim, bits)
+    if wide:
+        lanes = wide_lanes(dim)
+        nbytes = nbytes // lanes * lanes
     generator = torch.Generator().manual_seed(seed)
     decay = 0.5 + 1.5 * torch.rand(1, generator=generator).item()
     groups = dim // lanes
@@ -62,7 +66,7 @@ def make_spec(side: Side, case: Case, device: str = "cpu") -> SideSpec:
         of_head = (0,) * heads
     else:
         seeds = range(case.seed, case.seed + 2)
-        profiles = tuple(dict.fromkeys(waterfilled(dim, case.bits, seed) for seed in seeds))
+        profiles = tuple(dict.fromkeys(waterfilled(dim, case.bits, seed, case.wide) for seed in seeds))
         of_head = tuple(head % len(profiles) for head in range(heads))
     basis = torch.linalg.qr(torch.randn(heads, dim, dim, generator=g, dtype=torch.float64))[0]
     deviation = torch.exp2(-3.0 * torch.arange(dim) / dim).expand(heads, dim).clone()

@@ -48,6 +48,8 @@ SHAPES = [
     Case(tokens=4, dim=128, bits=2, seed=2),
     Case(tokens=4, dim=128, bits=3),
     Case(tokens=4, dim=128, bits=4),
+    Case(tokens=4, dim=32, wide=True),
+    Case(tokens=4, dim=80, wide=True),
 ]
 either = pytest.mark.parametrize("one_block", [True, False], ids=["one", "several"])
 
@@ -136,7 +138,7 @@ class Kernel:
 
     def turn(self, begin: int, batch: int = 0) -> list[Array]:
         """Begin with the centre's scores at a range's first token; the coefficients, for one block."""
-        rope, half, eighth = self.held.rope, self.dim // 2, self.dim // 8
+        rope, half, eighth = self.held.rope, self.dim // 2, self.code["PAIRED_DIM"] // 8
         assert rope is not None
         pair = eighth * T
         at = np.minimum(begin + 2 * G, len(rope.cos) - 1) * rope.cos.stride(0) + pair
@@ -144,7 +146,9 @@ class Kernel:
         query = self.query[batch, self.head, 0].float().numpy() * np.float32(LOG2E)
         centre = self.layer.k.centre[self.head].numpy()
         q, r, c, d = query[:half], query[half:], centre[:half], centre[half:]
-        phase = [x[pair + i] for x in (q * c + r * d, r * c - q * d) for i in range(eighth)]
+        none = np.zeros(4 * eighth - half, "f4")
+        coefficients = [np.concatenate((x, none)) for x in (q * c + r * d, r * c - q * d)]
+        phase = [x[pair + i] for x in coefficients for i in range(eighth)]
         return self.do("TURN", *angles, *phase, self.place)
 
     def bias(self, state: list[Array]) -> Array:
@@ -152,7 +156,7 @@ class Kernel:
         if self.one_block:
             (there,) = self.do("WAIT", self.place)
             return np.stack(self.do("BIAS", there, *state))
-        return np.stack(self.do("BIAS", self.place, self.shared + T * (self.dim // 2)))
+        return np.stack(self.do("BIAS", self.place, self.shared + T * (self.code["PAIRED_DIM"] // 2)))
 
 
 def flat(words: Array) -> Array:
@@ -335,9 +339,9 @@ def test_emptying(case: Case) -> None:
 
 
 @either
-@pytest.mark.parametrize(("dim", "tokens"), [(64, 600), (128, 300), (64, 128), (64, 1)])
+@pytest.mark.parametrize(("dim", "tokens"), [(64, 600), (128, 300), (64, 128), (64, 1), (80, 400), (36, 300)])
 def test_centre(dim: int, tokens: int, one_block: bool) -> None:
-    check_centre(Case(dim=dim, tokens=tokens, sinks=3), one_block)
+    check_centre(Case(dim=dim, tokens=tokens, sinks=3, wide=True), one_block)
 
 
 @either
@@ -531,6 +535,7 @@ def error(inputs: Inputs, batch: int, head: int, chunk: int, fault: str = "") ->
         Case(tokens=1, bits=3.5),
         Case(tokens=300, bits=4, centred=False),
         Case(tokens=261, dim=128, bits=3, seed=1),
+        Case(tokens=290, dim=96, bits=3, seed=1, wide=True),
     ],
     ids=str,
 )

@@ -228,7 +228,7 @@ def test_recipes_nobody_knows_are_refused(text: str) -> None:
 @given(st.lists(st.floats(1e-6, 10), min_size=2, max_size=4), st.integers(1, 2))
 def test_waterfilling_is_the_best_of_all_widths(variances: list[float], nbytes: int) -> None:
     variances = sorted(variances, reverse=True)
-    found = bit_allocation.expected_error(variances, bit_allocation.waterfill(variances, nbytes))
+    found = bit_allocation.expected_error(variances, bit_allocation.waterfill(variances, nbytes, 1))
     every = itertools.product(range(9), repeat=len(variances))
     distortion = bit_allocation.GAUSSIAN_DISTORTION
     best = min(

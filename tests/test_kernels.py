@@ -60,6 +60,7 @@ SMALL = [
     Case(dim=64, tokens=200, kind="uniform", ragged=True, sinks=4, positions=204),
     Case(dim=24, tokens=33, kind="flat", queries=3, batch=7, positions=20, dtype=torch.bfloat16),
     Case(dim=16, tokens=40, kind="uniform", sinks=2, positions=30),
+    Case(dim=80, tokens=50, wide=True, ragged=True),
 ]
 LARGE = SMALL + [
     Case(
@@ -80,6 +81,11 @@ LARGE = SMALL + [
         (1000, 1, False, 4),
         (33, 5, True, 2),
     )
+]
+LARGE += [
+    Case(dim=dim, tokens=tokens, bits=bits, queries=queries, batch=3, heads=3, ragged=True, sinks=4, wide=True)
+    for dim in (32, 36, 80, 96, 112)
+    for tokens, bits, queries in ((1, 3, 1), (1000, 2, 1), (1023, 3, 4), (400, 3.5, 1))
 ]
 
 
@@ -391,6 +397,8 @@ def test_on_gpu(case: Case, backend: dispatch.Backend) -> None:
         Case(tokens=384, batch=70, sinks=2, positions=300),
         Case(tokens=700, dim=128, queries=4, ragged=True, batch=3, dtype=torch.bfloat16),
         Case(tokens=300, queries=3, ragged=True, sinks=2, positions=200),
+        Case(tokens=700, dim=80, batch=3, ragged=True, sinks=4, wide=True),
+        Case(tokens=500, dim=96, batch=3, ragged=True, sinks=4, wide=True, dtype=torch.bfloat16),
     ],
     ids=str,
 )
@@ -553,6 +561,7 @@ PACKED = [
     Case(dim=32, tokens=1, batch=35, kind="uniform"),
     Case(dim=64, tokens=70, kind="uniform", positions=60),
     Case(dim=64, tokens=1, batch=35, kind="uniform", ragged=True, positions=9),
+    Case(dim=80, tokens=20, wide=True),
 ]
 
 

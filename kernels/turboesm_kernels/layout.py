@@ -3,7 +3,7 @@
 A head's vector is coded along A axes. Axis a has a code of `widths[a]` bits (0: not stored). Codes live in
 byte lanes: four neighbouring axes have one width and sit at the same bits of four neighbouring bytes, so that
 one shift and one mask pull four codes out of a 32-bit word. `lanes` is 4 where head_dim is a multiple of 64,
-2 for other multiples of 32, else 1.
+2 for other multiples of 32, else 1; or 4 at more of them (`wide_lanes`), where sizes may be rounded to words.
 
     widths 5 5 5 5 3 3 3 3            one word, little-endian; byte i holds axis i and axis 4 + i
 
@@ -29,6 +29,9 @@ from functools import cached_property
 
 BYTE = 8
 MAX_WIDTH = 8
+WIDE = 4
+LEAST_WIDE = 32
+"""head_dim from which a word more or less is no large part of a vector."""
 
 
 @dataclass(frozen=True)
@@ -126,6 +129,11 @@ class Profile:
 def lanes_for(head_dim: int) -> int:
     """How many neighbouring axes share a width at this head_dim."""
     return 4 if head_dim % 64 == 0 else 2 if head_dim % 32 == 0 else 1
+
+
+def wide_lanes(head_dim: int) -> int:
+    """The same where a vector's bytes need not follow from its bits: the fast kernel reads whole words."""
+    return WIDE if head_dim >= LEAST_WIDE and head_dim % WIDE == 0 else lanes_for(head_dim)
 
 
 def bytes_for(head_dim: int, bits: float) -> int:

@@ -65,19 +65,22 @@ def _score(total, word, i: tl.constexpr, gain, constant, bias, token, end):
 
 
 @triton.jit
-def _phase(query, q_d, centre, pair, DIM: tl.constexpr):
+def _phase(query, q_d, centre, pair, DIM: tl.constexpr, PAIRED_DIM: tl.constexpr):
     """<q, R_j c> as coefficients of RoPE's cosines, then sines, at j, of each lane's pairs from `pair` on.
+
+    Those past the d / 2 that there are have 0: a lane has PAIRED_DIM / 8.
 
     In units of log 2, with i < d/2 and i' = i + d/2: q_i c_i + q_i' c_i' of the cosine, q_i' c_i - q_i c_i' of the
     sine. Those that a turn could take beyond float16's range, which no model has, are clamped.
     """
     even = ()
     odd = ()
-    for i in tl.static_range(DIM // 8):
-        q = tl.load(query + (pair + i) * q_d).to(tl.float32) * LOG2E
-        r = tl.load(query + (pair + i + DIM // 2) * q_d).to(tl.float32) * LOG2E
-        c = tl.load(centre + pair + i)
-        d = tl.load(centre + pair + i + DIM // 2)
+    for i in tl.static_range(PAIRED_DIM // 8):
+        there = pair + i < DIM // 2
+        q = tl.load(query + (pair + i) * q_d, mask=there, other=0.0).to(tl.float32) * LOG2E
+        r = tl.load(query + (pair + i + DIM // 2) * q_d, mask=there, other=0.0).to(tl.float32) * LOG2E
+        c = tl.load(centre + pair + i, mask=there, other=0.0)
+        d = tl.load(centre + pair + i + DIM // 2, mask=there, other=0.0)
         even = even + (tl.clamp(q * c + r * d, -46000.0, 46000.0),)  # noqa: RUF005  Triton 3.6 unpacks no tuples
         odd = odd + (tl.clamp(r * c - q * d, -46000.0, 46000.0),)  # noqa: RUF005
     return even + odd
@@ -240,6 +243,7 @@ def fast_attend_split_kernel(
     v_codes, v_b, v_h, v_plane, v_scales, vs_b, vs_h, k_masks, v_masks,
     part_max, part_sum, part_weight, part_out, tokens, chunk, sinks, bias, b_r,
     HEADS: tl.constexpr, QUERIES: tl.constexpr, DIM: tl.constexpr, K_WORDS: tl.constexpr, V_WORDS: tl.constexpr,
+    PAIRED_DIM: tl.constexpr,
     K_TABLE: tl.constexpr, V_TABLE: tl.constexpr, V_ROWS: tl.constexpr, SUMS: tl.constexpr,
     QUERY: tl.constexpr, K_MASKS: tl.constexpr, V_MASKS: tl.constexpr, DIGIT_ROW: tl.constexpr,
     OPEN_CODE: tl.constexpr, OPEN_KINDS: tl.constexpr, ROW_CODE: tl.constexpr, ROW_KINDS: tl.constexpr,
@@ -262,7 +266,8 @@ def fast_attend_split_kernel(
     rope_t apart, of packed token 0 on; codes and scales as in `Packed` with aligned strides, k_masks and v_masks
     as in `Fields`; bias f32 [B, H, Q, T] where HAS_POSITIONS, of `position_scores_kernel`, rows b_r apart;
     part_max, part_sum and part_weight f32 [B, H, S], part_out f32 [B, H, S, V_ROWS]. K_WORDS and V_WORDS are words
-    of a code, K_TABLE and V_TABLE fields padded to 4; QUERY to V_MASKS as in `ptx_text.Shared`.
+    of a code, K_TABLE and V_TABLE fields padded to 4, PAIRED_DIM d padded to `PAIRED`; QUERY to V_MASKS as in
+    `ptx_text.Shared`.
     """
     pair_row = tl.program_id(0).to(tl.int64)
     split = tl.program_id(1)
@@ -284,14 +289,14 @@ def fast_attend_split_kernel(
     # The query was there before the kernel before began, and other codes do not wait for that either. They come
     # last: loads return in order.
     if HAS_BIAS:
-        channel = t * (DIM // 8)
+        channel = t * (PAIRED_DIM // 8)
         own_query = query + batch * q_b + head * q_h + pair_row % QUERIES * q_q
-        phase = _phase(own_query, q_d, centre + head * DIM, channel, DIM)
+        phase = _phase(own_query, q_d, centre + head * DIM, channel, DIM, PAIRED_DIM)
         angle = (tl.minimum(begin + g * 2, angles - 1) * rope_t + channel).to(tl.int64) * 4
         turn = tl.inline_asm_elementwise(
             ANGLES_CODE, ANGLES_KINDS,
             (cos.to(tl.int64, bitcast=True) + angle, sin.to(tl.int64, bitcast=True) + angle),
-            dtype=(tl.float32,) * (DIM // 4), is_pure=False, pack=1,
+            dtype=(tl.float32,) * (PAIRED_DIM // 4), is_pure=False, pack=1,
         )  # fmt: skip
     k_masks_at = (k_masks + head * K_TABLE).to(tl.int64, bitcast=True)
     v_masks_at = (v_masks + head * V_TABLE).to(tl.int64, bitcast=True)
@@ -319,7 +324,7 @@ def fast_attend_split_kernel(
         if ONE_BLOCK:
             state = tl.inline_asm_elementwise(
                 TURN_CODE, TURN_KINDS, turn + phase + (place,),
-                dtype=(tl.float32,) * (DIM // 4), is_pure=False, pack=1,
+                dtype=(tl.float32,) * (PAIRED_DIM // 4), is_pure=False, pack=1,
             )  # fmt: skip
             there = tl.inline_asm_elementwise(
                 WAIT_CODE, WAIT_KINDS, (place,), dtype=tl.int32, is_pure=False, pack=1
@@ -359,7 +364,7 @@ def fast_attend_split_kernel(
         for first in range(begin, end, BLOCK):
             if HAS_BIAS:
                 b = tl.inline_asm_elementwise(
-                    BIAS_CODE, BIAS_KINDS, (place, shared + t * (DIM // 2)),
+                    BIAS_CODE, BIAS_KINDS, (place, shared + t * (PAIRED_DIM // 2)),
                     dtype=(tl.float32,) * 4, is_pure=False, pack=1,
                 )  # fmt: skip
             totals = tl.inline_asm_elementwise(

@@ -13,7 +13,7 @@ from turboesm_kernels.launch import early_launch, launch, launches_early, proces
 from turboesm_kernels.operands import Held, PreparedLayer
 from turboesm_kernels.pack import STEP_ROWS, pack_operands, warps_for
 from turboesm_kernels.prepared import FIELD_LANES, Fields, padded
-from turboesm_kernels.reference import TURN, Packed, Rope
+from turboesm_kernels.reference import PAIRED, TURN, Packed, Rope
 from turboesm_kernels.step_kernels import append_and_project_kernel
 from turboesm_kernels.triton_launch import Partials
 
@@ -45,7 +45,7 @@ LARGEST_STRIDE = 1 << 29
 def unsupported_reason(q: Tensor, held: Held, layer: PreparedLayer) -> str | None:
     """Why the fast path cannot run on these inputs, or None."""
     if layer.k.fields is None or layer.v.fields is None:
-        return "it needs codes on a uniform grid, and a head_dim that is a multiple of 64"
+        return "it needs codes on a uniform grid, in words of 4 lanes"
     if max(layer.k.fields.count, layer.v.fields.count) > MAX_FIELDS:
         return f"a code has more than {MAX_FIELDS} fields"
     if held.k.scales is None or held.v.scales is None:
@@ -252,12 +252,13 @@ def kernel_code(
 ) -> dict[str, str | int]:
     """The PTX of the kernel for fields of these shapes, the kinds of its operands, and sizes, by its names."""
     k, v = ptx_text.Side(keys), ptx_text.Side(values)
-    at = ptx_text.Shared(dim, k, v, one_block, centred)
+    paired_dim = -(-dim // PAIRED) * PAIRED
+    at = ptx_text.Shared(paired_dim, k, v, one_block, centred)
     code = {
         "OPEN": (ptx_text.open_code(at), ptx_text.OPEN_KINDS),
         "ROW": (ptx_text.row_code(at), ptx_text.ROW_KINDS),
         "WAIT": (ptx_text.wait_code(), ptx_text.WAIT_KINDS),
-        "ANGLES": (ptx_text.angles_code(dim), ptx_text.angles_constraints(dim)),
+        "ANGLES": (ptx_text.angles_code(paired_dim), ptx_text.angles_constraints(paired_dim)),
         "TURN": (ptx_text.turn_code(at), ptx_text.turn_constraints(at)),
         "KEYS": (ptx_text.load_code(k), ptx_text.load_constraints(k)),
         "VALUES": (ptx_text.load_code(v), ptx_text.load_constraints(v)),
@@ -271,6 +272,7 @@ def kernel_code(
     texts = {f"{name}_CODE": text for name, (text, _) in code.items()}
     kinds = {f"{name}_KINDS": own for name, (_, own) in code.items()}
     sizes = {
+        "PAIRED_DIM": paired_dim,
         "K_TABLE": k.table, "V_TABLE": v.table, "V_ROWS": 8 * len(v.pairs), "SUMS": ptx_text.accumulators(v),
         "QUERY": at.query, "K_MASKS": at.k_masks, "V_MASKS": at.v_masks, "DIGIT_ROW": ptx_text.DIGIT_ROW,
     }  # fmt: skip

@@ -68,6 +68,8 @@ class Shared:
         sums          float32 [V fields padded to 2, 4]: what accumulators held when they were last emptied
         rotation      cosines, then sines, of RoPE's turn by a block: float32 [d]
         state         the coefficients of the centre's scores at the block, each lane's: float32 [d / 16, 32, 4]
+
+    dim: d, padded to `reference.PAIRED`.
     """
 
     dim: int

@@ -34,6 +34,9 @@ SCALE_ZERO = 128
 TURN = 128
 """Tokens of a block of the fast kernel: see `Rope.turns`."""
 
+PAIRED = 32
+"""Channels whose pairs the fast kernel turns at once: four lanes, four pairs each."""
+
 
 SPEC_TENSORS = ("centre", "analysis", "deviation", "synthesis", "levels", "thresholds")
 """Of a `SideSpec`, by name: those that each has."""
@@ -274,11 +277,12 @@ class Rope:
     def turns(self) -> Tensor:
         """Cosines and sines of the turns by 16 g and 16 g + 1 tokens, g < 8, as the fast kernel multiplies them.
 
-        A sum of two float16 [2, d / 16, 32 lanes, 4 registers, (cosine, sine)] (`ptx_text.bias_code`); angles [T,
-        d] of consecutive positions. Turns by T tokens or more are 0: nothing asks for them. Made when first asked
-        for, so ask once before a CUDA graph is captured.
+        A sum of two float16 [2, d' / 16, 32 lanes, 4 registers, (cosine, sine)] (`ptx_text.bias_code`); angles [T,
+        d] of consecutive positions, d' = d padded to `PAIRED`: those of pairs that are none mean nothing. Turns by
+        T tokens or more are 0: nothing asks for them. Made when first asked for, so ask once before a CUDA graph
+        is captured.
         """
-        half = self.cos.shape[-1] // 2
+        half = _padded_pairs(self.cos)
         lane = torch.arange(32, device=self.cos.device)
         register = torch.arange(4, device=lane.device)
         offset = 16 * (lane // 4)[:, None] + register % 2  # [32, 4]
@@ -286,7 +290,8 @@ class Rope:
         pair = first_pair + 2 * torch.arange(half // 8, device=lane.device)[:, None, None]
         there = (offset < len(self.cos))[None]
         row = offset.clamp(max=len(self.cos) - 1).expand(pair.shape)
-        cos, sin = (x.double()[:, :half] for x in (self.cos, self.sin))
+        pair = pair.clamp(max=self.cos.shape[-1] // 2 - 1)
+        cos, sin = self.cos.double(), self.sin.double()
         cos_0, sin_0 = cos[0][pair], sin[0][pair]
         cosine = cos[row, pair] * cos_0 + sin[row, pair] * sin_0
         sine = sin[row, pair] * cos_0 - cos[row, pair] * sin_0
@@ -296,13 +301,16 @@ class Rope:
 
     @cached_property
     def block_turn(self) -> Tensor:
-        """Cosines, then sines, of the turn by 128 tokens, float32 [d]; 0 where there are no more angles [T, d]."""
-        half = self.cos.shape[-1] // 2
+        """Cosines, then sines, of the turn by 128 tokens, float32 [d']; 0 where there are no more angles [T, d].
+
+        d' as in `turns`.
+        """
+        half, more = self.cos.shape[-1] // 2, _padded_pairs(self.cos)
         if len(self.cos) <= TURN:
-            return torch.zeros(2 * half, device=self.cos.device)
+            return torch.zeros(2 * more, device=self.cos.device)
         cos, sin = (x.double()[:, :half] for x in (self.cos, self.sin))
         turn = (cos[TURN] * cos[0] + sin[TURN] * sin[0], sin[TURN] * cos[0] - cos[TURN] * sin[0])
-        return torch.cat(turn).float()
+        return torch.cat([torch.nn.functional.pad(part, (0, more - half)) for part in turn]).float()
 
     @classmethod
     def at(cls, positions: Tensor, inverse_frequencies: Tensor) -> Rope:
@@ -320,6 +328,11 @@ class Rope:
         """The inverse of `rotate`."""
         first, second = x.chunk(2, -1)
         return x * self.cos - torch.cat((-second, first), -1) * self.sin
+
+
+def _padded_pairs(cos: Tensor) -> int:
+    """Pairs of channels of angles [T, d], padded as the fast kernel takes them."""
+    return -(-cos.shape[-1] // PAIRED) * PAIRED // 2
 
 
 def scale_to_byte(scale: Tensor) -> Tensor:

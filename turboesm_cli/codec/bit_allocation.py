@@ -4,31 +4,29 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from turboesm_kernels.layout import BYTE, MAX_WIDTH, Profile, lanes_for
+from turboesm_kernels.layout import BYTE, MAX_WIDTH, Profile
 
 from turboesm_cli.codec.scalar_quantizers import GAUSSIAN_DISTORTION
 
 
-def flat(axes: int, nbytes: int) -> Profile:
+def flat(axes: int, nbytes: int, lanes: int) -> Profile:
     """Equal widths; where bits are not whole, some lanes of axes get one bit more."""
-    lanes = lanes_for(axes)
     low, spare = divmod(nbytes * BYTE // lanes, axes // lanes)
     widths = [low + 1] * (spare * lanes) + [low] * (axes - spare * lanes)
     return Profile(tuple(widths), nbytes, lanes)
 
 
-def waterfill(variance: Sequence[float], nbytes: int) -> Profile:
+def waterfill(variance: Sequence[float], nbytes: int, lanes: int) -> Profile:
     """Widths of least expected error for axes of these variances, descending: see `waterfill_path`."""
-    return waterfill_path(variance, nbytes)[nbytes // lanes_for(len(variance))]
+    return waterfill_path(variance, nbytes, lanes)[nbytes // lanes]
 
 
-def waterfill_path(variance: Sequence[float], nbytes: int) -> list[Profile]:
+def waterfill_path(variance: Sequence[float], nbytes: int, lanes: int) -> list[Profile]:
     """Water-filled profiles of 0, 1, 2, ... lanes of bytes up to `nbytes`: each bit goes where it saves most.
 
     Reverse water-filling (Cover & Thomas, "Elements of Information Theory", 10.3) with the distortions of real
     quantizers, which fall convexly with the width: so greedy is optimal. `variance` descends, and so do widths.
     """
-    lanes = lanes_for(len(variance))
     groups = [sum(variance[start : start + lanes]) for start in range(0, len(variance), lanes)]
     widths = [0] * len(groups)
     path = [_spread(widths, 0, lanes)]

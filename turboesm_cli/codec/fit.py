@@ -11,13 +11,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from turboesm_kernels.layout import BYTE, lanes_for
+from turboesm_kernels.layout import BYTE
 from turboesm_kernels.reference import Rope, Side, SideSpec, roundtrip, table_slice
 
 from turboesm_cli.codec import bit_allocation
 from turboesm_cli.codec.moments import Moments, layer_moments
 from turboesm_cli.codec.recipes import Allocation, Recipe
-from turboesm_cli.codec.sides import basis_of, fit_side, side_bytes
+from turboesm_cli.codec.sides import basis_of, fit_side, lanes_of, side_bytes
 from turboesm_cli.errors import InputError
 from turboesm_cli.models.protocol import Model
 from turboesm_cli.statistics.accumulators import Statistics
@@ -129,7 +129,7 @@ def _sizes(model: Model, statistics: Statistics, recipe: Recipe) -> list[tuple[i
             errors.append([ratio * error for error in expected])
     if not errors:  # one layer, and it keeps tokens
         return []
-    lanes = lanes_for(head_dim)
+    lanes = lanes_of(head_dim, recipe)
     budget = model.shape.layers * head_dim * (recipe.bits_k + recipe.bits_v) / BYTE
     sizes = [lanes * steps for steps in bit_allocation.share_out(errors, int(budget / lanes))]
     return list(zip(sizes[::2], sizes[1::2], strict=True))
@@ -147,9 +147,10 @@ def _coupling(
     """How many times its expected error a code adds, by the held tokens' own gradients; 1 where there are none."""
     if not statistics.held.gradients:
         return 1.0
-    nbytes = side_bytes(model.shape.head_dim, recipe.bits(side), recipe)
-    predicted = _predict(model, statistics, index, fit_side(side, moments, nbytes, recipe), recipe)
-    return predicted / max(expected[nbytes // lanes_for(model.shape.head_dim)], 1e-30)
+    lanes = lanes_of(model.shape.head_dim, recipe)
+    words = side_bytes(model.shape.head_dim, recipe.bits(side), recipe) // lanes
+    predicted = _predict(model, statistics, index, fit_side(side, moments, words * lanes, recipe), recipe)
+    return predicted / max(expected[words], 1e-30)
 
 
 def _errors_by_size(side: Side, moments: Moments, recipe: Recipe) -> list[float]:
@@ -161,10 +162,11 @@ def _errors_by_size(side: Side, moments: Moments, recipe: Recipe) -> list[float]
 
 def _errors_of_axes(variance: Sequence[float], recipe: Recipe) -> list[float]:
     axes = len(variance)
+    lanes = lanes_of(axes, recipe)
     if recipe.allocation == "waterfill":
-        profiles = bit_allocation.waterfill_path(variance, axes)
+        profiles = bit_allocation.waterfill_path(variance, axes, lanes)
     else:
-        profiles = [bit_allocation.flat(axes, size) for size in range(0, axes + 1, lanes_for(axes))]
+        profiles = [bit_allocation.flat(axes, size, lanes) for size in range(0, axes + 1, lanes)]
     return [bit_allocation.expected_error(variance, profile) for profile in profiles]
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
-from turboesm_kernels.layout import BYTE, Profile, bytes_for, uniform
+from turboesm_kernels.layout import BYTE, Profile, bytes_for, lanes_for, uniform, wide_lanes
 from turboesm_kernels.reference import (
     Side,
     SideSpec,
@@ -62,6 +62,11 @@ def basis_of(side: Side, moments: Moments, recipe: Recipe) -> Basis:
     return Basis(root, inverse_root, axes, variance, mean_eigenvalue(moments.metric))
 
 
+def lanes_of(head_dim: int, recipe: Recipe) -> int:
+    """Neighbouring axes that share a width: a recipe that shares a budget out counts in words where it can."""
+    return wide_lanes(head_dim) if recipe.budget == "model" else lanes_for(head_dim)
+
+
 def side_bytes(head_dim: int, bits: float, recipe: Recipe) -> int:
     """Bytes of a head's vector at `bits` payload bits per value."""
     if recipe.allocation == "flat" and bits == int(bits):
@@ -99,13 +104,14 @@ def fit_side(side: Side, moments: Moments, nbytes: int, recipe: Recipe) -> SideS
 def _profiles(basis: Basis, nbytes: int, recipe: Recipe) -> list[Profile]:
     """The bit layout of each head."""
     heads, axes = basis.variance.shape
+    lanes = lanes_of(axes, recipe)
     if recipe.allocation == "flat":
-        whole = BYTE * nbytes // axes
-        even = uniform(axes, whole)
-        return [even if even.nbytes == nbytes else bit_allocation.flat(axes, nbytes)] * heads
+        even = uniform(axes, BYTE * nbytes // axes)
+        fits = (even.nbytes, even.lanes) == (nbytes, lanes)
+        return [even if fits else bit_allocation.flat(axes, nbytes, lanes)] * heads
     if recipe.profile == "layer":
-        return [bit_allocation.waterfill(basis.pooled(), nbytes)] * heads
-    return [bit_allocation.waterfill(row, nbytes) for row in basis.variance.tolist()]
+        return [bit_allocation.waterfill(basis.pooled(), nbytes, lanes)] * heads
+    return [bit_allocation.waterfill(row, nbytes, lanes) for row in basis.variance.tolist()]
 
 
 def _empty_tables(heads: int, width: int) -> dict[str, Tensor]:

@@ -56,7 +56,7 @@ MARKS = (
 )
 """Shapes that are also measured against the paper's kernel and against unpacking first."""
 
-OTHERS = (Shape(64, 1024, bits=4), Shape(64, 1024, dim=128), Shape(64, 1024, dim=32), Shape(64, 1024, dim=16))
+OTHERS = (Shape(64, 1024, bits=4), *(Shape(64, 1024, dim=dim) for dim in (128, 96, 80, 32, 16)))
 MAP = tuple(Shape(batch, tokens) for tokens in (256, 1024, 4096, 16384) for batch in (1, 4, 16, 64, 256))
 LARGEST = 6e9
 """Bytes of fp16 keys and values up to which a shape of the map is measured."""

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 
 import torch
-from turboesm_kernels.layout import bytes_for
+from turboesm_kernels.layout import BYTE, wide_lanes
 from turboesm_kernels.operands import Held, PreparedLayer
 from turboesm_kernels.reference import Packed, Rope, Side, SideSpec, rope_frequencies, table_size, table_slice
 
@@ -82,7 +82,9 @@ def _spec(side: Side, shape: Shape) -> SideSpec:
     generator = torch.Generator().manual_seed(0 if side == "k" else 1)
     falls = (FALL - 1, FALL + 1)
     deviations = [torch.exp2(-fall * torch.arange(dim) / dim) for fall in falls]
-    profiles = [waterfill(d.square().tolist(), bytes_for(dim, shape.bits)) for d in deviations]
+    lanes = wide_lanes(dim)
+    nbytes = math.ceil(dim * shape.bits / (BYTE * lanes)) * lanes
+    profiles = [waterfill(d.square().tolist(), nbytes, lanes) for d in deviations]
     of_head = tuple(head % 2 for head in range(heads))
     basis = torch.linalg.qr(torch.randn(heads, dim, dim, generator=generator))[0].contiguous()
     widest = max(profile.widths[0] for profile in profiles)

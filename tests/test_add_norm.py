@@ -129,7 +129,7 @@ EXACT = {
 
 def check_product(size: tuple[int, int, int], dtype: torch.dtype, device: str = "cpu") -> None:
     """A product, activated, and in parts that `add_norm` sums; rows that do not lie beside each other."""
-    from turboesm_kernels.add_norm import add_norm
+    from turboesm_kernels.add_norm import WIDEST, add_norm
     from turboesm_kernels.linear import ACTIVATIONS, linear, linear_parts
 
     rows, width, depth = size
@@ -147,6 +147,8 @@ def check_product(size: tuple[int, int, int], dtype: torch.dtype, device: str = 
     parts = linear_parts(x[None], weight, bias)
     assert parts.dtype == torch.float32 and parts.shape[1:] == (1, rows, width)
     assert torch.allclose(parts.double().sum(0)[0], exact + bias.double(), rtol=1e-5, atol=1e-5)
+    if width > WIDEST:
+        return
     norm, before = norm_of("layer norm", width, dtype, device), numbers(1, rows, width, seed=4).to(device, dtype)
     total, normed = add_norm(before, parts, *norm)
     assert_rounded(total, before.double() + parts.double().sum(0))

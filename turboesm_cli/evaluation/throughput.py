@@ -34,6 +34,8 @@ PREFILLING = 1e6
 """Microseconds that prefills are measured for, where `PREFILLS` of them take less."""
 
 TRIES = 6
+WARM_STEPS = 3
+"""Two as they are, and one that is captured (`Graph`)."""
 
 
 @dataclass(frozen=True)
@@ -90,7 +92,7 @@ class Throughput:
     """What one kind of cache does under a load.
 
     step          microseconds of a decode step
-    first_token   microseconds from tokens to the first decoded token of all sequences
+    first_token   microseconds from tokens to the first decoded token of all sequences, kernels and graph there
     prefill_peak  most bytes in use at once until then, weights included; on a CPU of the process
     peak          likewise, decoding included
     held          bytes of the cache
@@ -131,7 +133,8 @@ def sweep(
 def measure(model: Model, kind: Kind, load: Load, repeats: int = REPEATS, prefills: int = PREFILLS) -> Throughput:
     """One kind of cache under one load, prefilled `prefills` times, or up to `repeats` while it is quick.
 
-    A part is prefilled and decoded first: kernels are compiled and chosen.
+    A part is prefilled and decoded first: kernels are compiled and chosen, and the step captured, as the engine
+    has them for every prompt but a run's first.
     """
     device = model.device
     tokens = model.alphabet.random(load.batch, load.context).to(device)
@@ -140,9 +143,11 @@ def measure(model: Model, kind: Kind, load: Load, repeats: int = REPEATS, prefil
     if isinstance(cache, DenseCache):
         cache.is_full = True
     stepper = Stepper(model, cache)
-    step = _step(stepper, tokens)
+    step = Graph(_step(stepper, tokens), cache, 0)
     _prefill(stepper, tokens[: max(1, PREFILL_TOKENS // load.context)])
-    step()
+    for _ in range(WARM_STEPS):
+        step()
+        cache.rewind()
 
     def first_token() -> None:
         cache.truncate(0)
@@ -152,7 +157,7 @@ def measure(model: Model, kind: Kind, load: Load, repeats: int = REPEATS, prefil
     first = first_tokens(first_token, device, repeats, prefills)
     prefill_peak = peak_memory(device)
     cache.rewind()
-    steps = decode_steps(Graph(step, cache, 0), cache.rewind, device, repeats)
+    steps = decode_steps(step, cache.rewind, device, repeats)
     return Throughput(kind, load, steps, first, prefill_peak, peak_memory(device), cache.nbytes)
 
 

@@ -34,8 +34,8 @@ PREFILLING = 1e6
 """Microseconds that prefills are measured for, where `PREFILLS` of them take less."""
 
 TRIES = 6
-WARM_STEPS = 3
-"""Two as they are, and one that is captured (`Graph`)."""
+WARM_STEPS = 2
+"""After a first one: one as it is, and one that is captured (`Graph`)."""
 
 
 @dataclass(frozen=True)
@@ -133,8 +133,8 @@ def sweep(
 def measure(model: Model, kind: Kind, load: Load, repeats: int = REPEATS, prefills: int = PREFILLS) -> Throughput:
     """One kind of cache under one load, prefilled `prefills` times, or up to `repeats` while it is quick.
 
-    A part is prefilled and decoded first: kernels are compiled and chosen, and the step captured, as the engine
-    has them for every prompt but a run's first.
+    All is done once before: kernels are compiled and chosen, and the step captured, as the engine has them for
+    every prompt but a run's first.
     """
     device = model.device
     tokens = model.alphabet.random(load.batch, load.context).to(device)
@@ -144,14 +144,15 @@ def measure(model: Model, kind: Kind, load: Load, repeats: int = REPEATS, prefil
         cache.is_full = True
     stepper = Stepper(model, cache)
     step = Graph(_step(stepper, tokens), cache, 0)
-    _prefill(stepper, tokens[: max(1, PREFILL_TOKENS // load.context)])
-    for _ in range(WARM_STEPS):
-        step()
-        cache.rewind()
 
     def first_token() -> None:
         cache.truncate(0)
         _prefill(stepper, tokens)
+        step()
+
+    first_token()
+    for _ in range(WARM_STEPS):  # captured with all sequences past the sinks
+        cache.rewind()
         step()
 
     first = first_tokens(first_token, device, repeats, prefills)

@@ -174,12 +174,12 @@ def test_products_of_few_rows_on_gpu(size: tuple[int, int, int], dtype: torch.dt
 
 def test_parts_cover_the_depth() -> None:
     pytest.importorskip("triton")
-    from turboesm_kernels.linear import MOST_PARTS, PART_BLOCK, _part, parts_of
+    from turboesm_kernels.linear import MOST_PARTS, PART_BLOCK, part_size, parts_of
 
     for width in (1, 64, 1280, 5120, 60000):
         for depth in range(8, 12000, 8):
             parts = parts_of(width, depth)
-            each = _part(depth, parts)
+            each = part_size(depth, parts)
             assert 1 <= parts <= MOST_PARTS and each % PART_BLOCK == 0
             assert parts * each >= depth > (parts - 1) * each, (width, depth)
 

@@ -145,7 +145,7 @@ KERNELS = [
     {"prepared"},
     {"operands"},
     {"cpu_lookup", "cpu_loops", "launch", "triton_kernels"},
-    {"token_kernels", "triton_launch", "ptx_kernels", "rotary", "add_norm", "gated", "cpu_compiled"},
+    {"token_kernels", "triton_launch", "ptx_kernels", "rotary", "linear", "add_norm", "gated", "cpu_compiled"},
     {"pack", "token_layer"},
     {"step_kernels"},
     {"ptx_launch"},

@@ -141,11 +141,11 @@ def linear_parts(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 def parts_of(width: int, depth: int) -> int:
     """Parts of a product of `width` columns, each of whole blocks of the depth."""
     wanted = min(MOST_PARTS, depth // LEAST_DEPTH, -(-PROGRAMS // -(-width // COLUMN_BLOCK)))
-    return -(-depth // _part(depth, max(1, wanted)))
+    return -(-depth // part_size(depth, max(1, wanted)))
 
 
-def _part(depth: int, parts: int) -> int:
-    """Channels of a part, in whole blocks."""
+def part_size(depth: int, parts: int) -> int:
+    """Channels of one of `parts`, in whole blocks."""
     block = _block(parts)
     return -(-depth // (parts * block)) * block
 
@@ -160,7 +160,7 @@ def _launch(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, parts: 
         raise ValueError(f"no product of {x.dtype} {list(x.shape)} and {weight.dtype} {list(weight.shape)} here")
     flat = x.reshape(-1, depth)
     flat = flat if flat.stride(1) == 1 else flat.contiguous()
-    rows, part = len(flat), _part(depth, parts)
+    rows, part = len(flat), part_size(depth, parts)
     row_block = padded(rows)
     early = launches_early(x)
     launch(

@@ -209,7 +209,7 @@ def _measure(
     model: Model, entries: list[Entry], sets: dict[str, list[Protein]], formats: list[str], work: Work
 ) -> tuple[list[ResultRow], list[Shown]]:
     from turboesm_cli.evaluation import accuracy
-    from turboesm_cli.evaluation.rows import bench_tables
+    from turboesm_cli.evaluation.bench_tables import bench_tables
 
     rows = [*accuracy.memory(model, entries, formats), *accuracy.times(model, entries, work=work.under("time"))]
     if model.is_random:

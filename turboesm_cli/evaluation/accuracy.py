@@ -104,7 +104,7 @@ def accuracy(
     work: Work = NOTHING_KEPT,
 ) -> Iterator[ResultRow]:
     """Rows of the protocols decode and drift: families, proteins, all; `formats`: names of `peers`."""
-    context = Context(model, devices=work.devices)
+    context = Context.of(model, devices=work.devices)
     codecs: dict[str, Codec] = {entry.name: PackedCodec(entry.spec, model.device) for entry in entries}
     codecs |= {name: peer(name) for name in formats}
     recipes: dict[str, Recipe | str] = {entry.name: entry.spec.recipe for entry in entries}
@@ -130,7 +130,7 @@ def first_layer(
     """Rows of the protocols paper (heads joined) and paper_heads (each head on its own): of encoders alone."""
     if model.causal:
         return
-    context = Context(model, devices=work.devices)
+    context = Context.of(model, devices=work.devices)
     for index, entry in enumerate(entries):
         found = {
             family: list(first_layer_cosines(model, few, entry.spec, work.under(f"{index}-{family}")))
@@ -150,7 +150,7 @@ def first_layer(
 
 def memory(model: Model, entries: Sequence[Entry], formats: Sequence[str] = ()) -> Iterator[ResultRow]:
     """Rows of the protocol memory: bytes that a sequence holds at some lengths, everything counted, and ratios."""
-    context = Context(model)
+    context = Context.of(model)
     for tokens in (length for length in MEMORY_LENGTHS if length <= (model.shape.context or length)):
         spec = entries[0].spec
         fp32 = dense_bytes_per_sequence(spec, tokens, torch.float32)
@@ -178,7 +178,7 @@ def times(
     model: Model, entries: Sequence[Entry], repeats: int = 20, work: Work = NOTHING_KEPT
 ) -> Iterator[ResultRow]:
     """Rows of the protocol time: microseconds to decode one token of one sequence after 256 cached ones."""
-    context = Context(model, devices=work.devices)
+    context = Context.of(model, devices=work.devices)
     tokens = model.alphabet.random(1, TIMED_CONTEXT).to(model.device)
     variants: list[tuple[Recipe | str, CodecSpec, str]] = [(kv, entries[0].spec, kv) for kv in ("fp32", "fp16")]
     variants += [(entry.spec.recipe, entry.spec, "packed") for entry in entries]

@@ -9,7 +9,7 @@ import hashlib
 import os
 import socket
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -22,8 +22,10 @@ _held: dict[Path, tuple[Path, str]] = {}
 
 
 @contextmanager
-def atomic_output(path: Path) -> Iterator[Path]:
+def atomic_output(path: Path, seal: Callable[[Path], None] | None = None) -> Iterator[Path]:
     """Yield a path beside `path`, or in its work folder; on success it is synced and renamed to `path`.
+
+    `seal` is given what was written before it is renamed.
 
     On any exception the partial file is removed and `path` is left as it was. Raises OutputError where
     the folder cannot be written to or the disk is full.
@@ -43,6 +45,8 @@ def atomic_output(path: Path) -> Iterator[Path]:
     try:
         yield partial
         _check_held(path)
+        if seal is not None:
+            seal(partial)
         _publish(partial, path)
     except OSError as error:
         _check_held(path)  # whoever took it over has cleared this process's files away

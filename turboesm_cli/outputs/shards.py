@@ -28,6 +28,9 @@ class Shard:
         return f"{self.index}/{self.of}"
 
 
+ALL = Shard(0, 1)
+
+
 def parse_shard(text: str, environment: Mapping[str, str]) -> Shard:
     """The shard that `I/N` means or, for `auto`, the Slurm array task of an environment. Raises ValueError."""
     if text == AUTO:

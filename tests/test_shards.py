@@ -228,6 +228,25 @@ def test_statistics_of_shards_make_the_bundle_of_one_run(
     refused(run("merge", tmp_path / "m.tqz", *parts, "--model", "embedded"), 5, "not of", "--model")
 
 
+def test_a_bench_of_shards_has_the_figures_of_one(folder: Path, tiny_path: Path, tmp_path: Path) -> None:
+    """All but the timings, which no two runs share: the first shard's."""
+    (tmp_path / "other.fasta").write_text(">x\nMKVLAAGIVGLLLAQWERTY\n>y\nGIGKWLHSAKWW\n")
+    families = f"{folder / 'in.fasta'},{tmp_path / 'other.fasta'}"
+    command = ("bench", "--families", families, "--bundle", folder / "tiny.tqz", "--peers", "fp16")
+    command = (*command, "--model", tiny_path)
+    whole, merged = tmp_path / "whole.csv", tmp_path / "merged.csv"
+    assert run(*command, "-o", whole).exit_code == 0
+    done = run("merge", merged, *split(command, ".part", tmp_path, 3)[::-1])
+    assert done.exit_code == 0, done.output
+
+    def untimed(path: Path) -> list[str]:
+        return [line for line in path.read_text().splitlines() if ",time," not in line]
+
+    assert untimed(merged) == untimed(whole) and len(untimed(whole)) > 20
+    assert len(merged.read_text().splitlines()) == len(whole.read_text().splitlines())
+    refused(run(*command, "--shard", "0/3"), 2)
+
+
 @pytest.fixture(scope="module")
 def three(commands: Commands, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     return split(*commands("decode"), tmp_path_factory.mktemp("three"), 3)

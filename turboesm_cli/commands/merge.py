@@ -38,7 +38,7 @@ def merge(
     force: options.Force = False,
     if_done: options.IfDone = "refuse",
 ) -> None:
-    """Join the outputs of runs with --shard: results, FASTA, tables, files of caches, calibration statistics.
+    """Join the outputs of runs with --shard: figures, FASTA, tables, files of caches, calibration statistics.
 
     The merged file has the bytes of the run that was never split. OUTPUT.shard, which each run with --shard writes
     beside its output, says what that is a part of; shards that are missing or there twice, or of other inputs,
@@ -103,6 +103,11 @@ def _write(output: Path, parts: Sequence[Part], device: str, model: str | None) 
         from turboesm_cli.cache.merging import merge_packfiles
 
         merge_packfiles(output, parts, device if THEN in device else "")
+    elif kind == "bench":
+        from turboesm_cli.evaluation.bench_shards import merged_bench
+        from turboesm_cli.reporting.results import write_csv
+
+        write_csv(output, merged_bench(parts, device))
     elif kind == "statistics":
         _write_bundle(output, parts, device if THEN in device else "", model)
     else:

@@ -60,6 +60,10 @@ class Context:
         """The same, for figures of these proteins, whatever their order."""
         return replace(self, inputs=digest(proteins)[:16])
 
+    def dated(self) -> Context:
+        """The same with today's date."""
+        return replace(self, date=datetime.date.today().isoformat())
+
     def row(
         self, recipe: Coded | str, family: str, protocol: str, metric: str, value: float, unit: str, n: int,
         accession: str = "", tokens: int = 0, p20: float | None = None, p80: float | None = None,
@@ -205,8 +209,7 @@ class Summary:
     def state(self) -> State:
         """What rows of all together follow from, as JSON has it; `merged_rows` joins those of shards."""
         totals = {"results": self.results.state, "drift": self.drift.state}
-        day = datetime.date.today().isoformat()
-        return {"context": asdict(self.context) | {"date": day}, "recipe": [*identity_of(self.recipe)]} | totals
+        return {"context": asdict(self.context.dated()), "recipe": [*identity_of(self.recipe)]} | totals
 
     def rows(self) -> list[ResultRow]:
         """Of all proteins together."""

@@ -42,7 +42,7 @@ def _checkpoint_path(name: str) -> Path:
     return path
 
 
-def _save_tiny_model(path: Path, layers: int = 2, width: int = 32, heads: int = 2, seed: int = 0) -> Path:
+def save_tiny(path: Path, layers: int = 2, width: int = 32, heads: int = 2, seed: int = 0) -> Path:
     """A fair-esm checkpoint of an ESM-2 with random weights whose attention is far from uniform."""
     torch.manual_seed(seed)
     net = esm.ESM2(layers, width, heads)
@@ -67,7 +67,7 @@ def _save_tiny_model(path: Path, layers: int = 2, width: int = 32, heads: int = 
 
 @pytest.fixture(scope="session")
 def tiny_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return _save_tiny_model(tmp_path_factory.mktemp("models") / "tiny.pt")
+    return save_tiny(tmp_path_factory.mktemp("models") / "tiny.pt")
 
 
 @pytest.fixture(scope="session")
@@ -77,7 +77,7 @@ def checkpoint_path() -> Callable[[str], Path]:
 
 @pytest.fixture(scope="session")
 def save_tiny_model() -> Callable[..., Path]:
-    return _save_tiny_model
+    return save_tiny
 
 
 @pytest.fixture(scope="session")

@@ -32,7 +32,7 @@ FLOORS = (
     "reporting",
     "outputs",
     "console",
-    "streams threads",
+    "streams threads whereabouts",
     "errors",
     "__init__",
 )
@@ -46,7 +46,10 @@ WITHOUT_TORCH = {
     "errors",
     "outputs.files",
     "outputs.identity",
+    "outputs.joining",
     "outputs.journal",
+    "outputs.shard_records",
+    "outputs.shards",
     "reporting.json_list",
     "reporting.pages",
     "reporting.plots",
@@ -56,6 +59,7 @@ WITHOUT_TORCH = {
     "sequences.fasta",
     "streams",
     "threads",
+    "whereabouts",
 }
 
 
@@ -266,6 +270,7 @@ def test_the_wheel_holds_what_it_should(tmp_path: Path) -> None:
     data = {f"turboesm_data/{path.relative_to(DATA)}" for path in DATA.glob("*/*.fasta")}
     data |= {"turboesm_data/README.md", "turboesm_data/SOURCES.tsv"}
     data |= {f"turboesm_cli/guides/{path.name}" for path in (CLI / "guides").glob("*.md")}
+    data |= {f"turboesm_cli/slurm/{path.name}" for path in (CLI / "slurm").glob("*.sh")}
     described = {name for name in names if name.split("/")[0].endswith(".dist-info")}
     assert names - described == code | data
     zipfile.ZipFile(next(tmp_path.glob("*.whl"))).extractall(tmp_path / "installed")

@@ -338,7 +338,7 @@ def test_wrong_command_lines_have_exit_code_2(run: Run) -> None:
     assert done.returncode == 2 and "Traceback" not in done.stderr
 
 
-@pytest.mark.parametrize("command", ["calibrate", "quantize", "decode", "bench", "report"])
+@pytest.mark.parametrize("command", ["calibrate", "quantize", "decode", "merge", "bench", "report"])
 def test_help_has_an_example(run: Run, command: str) -> None:
     done = run(command, "--help")
     assert done.returncode == 0 and f"Example: turboesm {command}" in " ".join(done.stdout.split())

@@ -20,6 +20,7 @@ from turboesm_cli.commands.bench import bench
 from turboesm_cli.commands.calibrate import calibrate
 from turboesm_cli.commands.checks import Command, Group
 from turboesm_cli.commands.decode import decode
+from turboesm_cli.commands.merge import merge
 from turboesm_cli.commands.quantize import quantize
 from turboesm_cli.commands.report import report
 from turboesm_cli.commands.score import score
@@ -107,7 +108,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (calibrate, quantize, decode, score):
+for command in (calibrate, quantize, decode, score, merge):
     app.command(cls=Command)(command)
 app.add_typer(bench, name="bench")
 app.command(cls=Command)(report)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import datetime
 import json
-import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -24,6 +23,8 @@ from rich.progress import (
 )
 from rich.table import Table
 from rich.text import Text
+
+from turboesm_cli import whereabouts
 
 SECONDS_BETWEEN_LOG_LINES = 10
 
@@ -51,10 +52,10 @@ def log_to(path: Path) -> None:
 
 def log(message: str) -> None:
     """Write a line to the log file alone, if there is one. A disk that is full stops the log, not the work."""
-    now = datetime.datetime.now().astimezone().isoformat(" ", "seconds")
+    now, where = datetime.datetime.now().astimezone().isoformat(" ", "seconds"), whereabouts.described()
     with contextlib.suppress(OSError, ValueError):
         for stream in _logs:
-            stream.writelines(f"{now} [{os.getpid()}] {line}\n" for line in message.splitlines())
+            stream.write("".join(f"{now} [{where}] {line}\n" for line in message.splitlines()))
             stream.flush()
 
 

@@ -39,6 +39,7 @@ from turboesm_cli.outputs.archive import (
     printable,
     to_bytes,
 )
+from turboesm_cli.outputs.shard_records import Seal
 from turboesm_cli.sequences.fasta import Protein
 from turboesm_cli.sequences.records import RECORD_CAP
 from turboesm_cli.sequences.residues import MASK_TEXT, count
@@ -128,13 +129,19 @@ def storable(rule: Callable[[Protein], int]) -> Callable[[Protein], int]:
 
 
 def write_packfile(
-    path: Path, bundle: Bundle, bundle_sha256: str, caches: Iterable[CachedProtein], devices: str = ""
+    path: Path,
+    bundle: Bundle,
+    bundle_sha256: str,
+    caches: Iterable[CachedProtein],
+    devices: str = "",
+    seal: Seal | None = None,
 ) -> None:
     """Write caches as they come, one in memory at a time. Raises OutputError; InputError where there is none.
 
     devices  those that the caches were made on, where they are more than one: the manifest names them
+    seal     of a shard, which may hold no proteins
     """
-    with new_archive(path, KIND, VERSION) as archive, tempfile.TemporaryFile(dir=archive.folder) as lines:
+    with new_archive(path, KIND, VERSION, seal) as archive, tempfile.TemporaryFile(dir=archive.folder) as lines:
         archive.manifest = {
             "bundle_sha256": bundle_sha256,
             "model": {"name": bundle.model_name, "fingerprint": bundle.fingerprint}
@@ -142,7 +149,7 @@ def write_packfile(
             "proteins": 0,
         } | ({"devices": devices} if devices else {})
         archive.add(CACHES, _stored(caches, lines, archive.manifest, bundle.alphabet))
-        if not archive.manifest["proteins"]:
+        if not archive.manifest["proteins"] and seal is None:
             raise InputError(f"no proteins to write to {path}; check the input")
         lines.seek(0)
         archive.add(PROTEINS, iter(partial(lines.read, CHUNK), b""))
@@ -262,8 +269,8 @@ def _count(archive: Archive) -> int:
     if {*archive.parts} != {CACHES, PROTEINS}:
         raise archive.broken(f"its parts are not {CACHES} and {PROTEINS}")
     found = archive.manifest.get("proteins")
-    if type(found) is not int or found < 1:
-        raise archive.broken("it lists no proteins")
+    if type(found) is not int or found < 0:
+        raise archive.broken("it does not say how many proteins it holds")
     if sum(chunk.count(b"\n") for chunk in archive.checked(PROTEINS)) != found:
         raise archive.broken(f"{PROTEINS} has not as many lines as there are proteins")
     return found

@@ -173,7 +173,7 @@ def _bundle(path: Path, manifest: dict[str, Any], tensors: dict[str, Tensor]) ->
         else LayerSpec(*(_side(described, tensors, index, side, shape) for side in SIDES))
         for index, described in enumerate(manifest["layers"])
     )
-    recipe = _recipe(manifest["recipe"])
+    recipe = parse_recipe_fields(manifest["recipe"])
     family = _family(path, model)
     alphabet = alphabet_of(family, manifest.get("tokens"))
     if any(layer is None and not (index == 0 and recipe.exact_first) for index, layer in enumerate(layers)):
@@ -182,12 +182,7 @@ def _bundle(path: Path, manifest: dict[str, Any], tensors: dict[str, Tensor]) ->
         printable(model["name"]),
         printable(model["fingerprint"]),
         shape,
-        Calibration(
-            printable(calibration["sha256"]),
-            int(calibration["proteins"]),
-            int(calibration["tokens"]),
-            frozenset(map(printable, calibration["sequences"])),
-        ),
+        parse_calibration(calibration),
         CodecSpec(
             recipe,
             layers,
@@ -198,6 +193,16 @@ def _bundle(path: Path, manifest: dict[str, Any], tensors: dict[str, Tensor]) ->
         ),
         family,
         alphabet,
+    )
+
+
+def parse_calibration(described: dict[str, Any]) -> Calibration:
+    """What a manifest says of a calibration. Raises LookupError, TypeError or ValueError."""
+    return Calibration(
+        printable(described["sha256"]),
+        int(described["proteins"]),
+        int(described["tokens"]),
+        frozenset(map(printable, described["sequences"])),
     )
 
 
@@ -212,7 +217,8 @@ _LIKE = Recipe("", bits_k=3, bits_v=3)
 """A recipe whose fields have the types that all have."""
 
 
-def _recipe(described: dict[str, Any]) -> Recipe:
+def parse_recipe_fields(described: dict[str, Any]) -> Recipe:
+    """The recipe that a manifest describes. Raises TypeError or ValueError."""
     names = {field.name for field in fields(Recipe)}
     recipe = Recipe(**{key: value for key, value in described.items() if key in names})
     for name, like in _LIKE.as_dict().items():

@@ -43,17 +43,27 @@ def adapted(model: Model, proteins: Sequence[Protein], recipe: Recipe) -> Recipe
 
 def bundle_of(model: Model, proteins: Sequence[Protein], statistics: Statistics, recipe: Recipe) -> Bundle:
     """The bundle of statistics that were collected over `proteins`."""
+    return fitted(model, described(model, proteins), statistics, adapted(model, proteins, recipe))
+
+
+def described(model: Model, proteins: Sequence[Protein]) -> Calibration:
+    """What a bundle says of the proteins that it was made from."""
+    return Calibration(
+        digest(proteins),
+        len(proteins),
+        sum(model.alphabet.length(protein) for protein in proteins),
+        frozenset(sequence_key(protein) for protein in proteins),
+    )
+
+
+def fitted(model: Model, calibration: Calibration, statistics: Statistics, recipe: Recipe) -> Bundle:
+    """The bundle of a recipe that is `adapted` already."""
     return Bundle(
         model.name,
         model.fingerprint,
         model.shape,
-        Calibration(
-            digest(proteins),
-            statistics.proteins,
-            statistics.tokens,
-            frozenset(sequence_key(protein) for protein in proteins),
-        ),
-        fit(model, statistics, adapted(model, proteins, recipe)),
+        calibration,
+        fit(model, statistics, recipe),
         model.family,
         model.alphabet,
     )

@@ -12,9 +12,10 @@ from turboesm_cli import console
 from turboesm_cli.cache.formats import PEERS
 from turboesm_cli.commands import options
 from turboesm_cli.commands.ablation import ablation
-from turboesm_cli.commands.checks import Command, Group, check_room, refuse_options
+from turboesm_cli.commands.checks import Command, Group, check_room, is_default, refuse_options
 from turboesm_cli.commands.kernels import kernels
 from turboesm_cli.commands.reading import Reading, digest_of, families_of
+from turboesm_cli.commands.sharding import ShardOption, check_shard, of_shard, say_shard, seal_of
 from turboesm_cli.commands.throughput import throughput
 from turboesm_cli.errors import InputError
 from turboesm_cli.sequences.fasta import MAX_RESIDUES
@@ -24,7 +25,8 @@ if TYPE_CHECKING:
     from turboesm_cli.codec.recipes import Recipe
     from turboesm_cli.evaluation.accuracy import Entry
     from turboesm_cli.models.protocol import Model
-    from turboesm_cli.outputs.work import Work
+    from turboesm_cli.outputs.shards import Shard
+    from turboesm_cli.outputs.work import SavedWork, Work
     from turboesm_cli.reporting.results import ResultRow
     from turboesm_cli.sequences.fasta import Protein
 
@@ -75,6 +77,7 @@ def accuracy(
     max_calibration: options.MaxCalibration = None,
     max_proteins: options.MaxEvaluated = None,
     max_residues: options.MaxResidues = 500,
+    shard: ShardOption = None,
     allow_seen: Annotated[bool, typer.Option(help="Only warn of proteins seen in calibration.")] = False,
     rejects: options.Rejects = None,
     tags: options.Tags = "",
@@ -93,6 +96,8 @@ def accuracy(
 
     Example: turboesm bench --families tm,idr,peptide --recipes paper,auto -o results.csv
 
+    With --shard the output holds results of some of the proteins, and `turboesm merge` makes the figures of all.
+
     Example: turboesm bench --model ./progen2-small --recipes auto,turboquant --peers int4,quanto4 -o peers.csv
     """
     if ctx.invoked_subcommand is not None:
@@ -102,6 +107,7 @@ def accuracy(
     named, formats = _split_recipes(recipes, peers)
     if bundle and named:
         refuse_options(ctx, ("recipes",), "--bundle takes the place of recipes: name others with --peers")
+    check_shard(shard, None if is_default(ctx, "output") else output)
     check_room()
     from turboesm_cli.reporting.results import to_records, write_csv
 
@@ -118,11 +124,14 @@ def accuracy(
     }
     inputs = digest_of([learned, *sets.values()])
     run = options.run_of("bench", loaded, inputs, **described)
-    if kept.is_done(run):
+    if kept.is_done(of_shard(run, shard)):
         return
-    with kept.work(run) as work:
+    with kept.work(of_shard(run, shard)) as work:
         entries = _entries(loaded, named, bundle, learned, work)
         _check_seen(entries, sets, allow_seen)
+        if shard is not None:
+            _measure_part(output, loaded, entries, sets, formats, work, run, shard)
+            return
         rows, tables = _measure(loaded, entries, sets, formats, work)
         write_csv(output, rows)
     if json:
@@ -205,13 +214,42 @@ def _check_seen(entries: list[Entry], sets: dict[str, list[Protein]], allow: boo
         console.warn(f"NOT AN HONEST EVALUATION: {str(error).split(';')[0]}")
 
 
+def _measure_part(
+    output: Path,
+    model: Model,
+    entries: list[Entry],
+    sets: dict[str, list[Protein]],
+    formats: list[str],
+    work: SavedWork,
+    run: dict[str, str],
+    shard: Shard,
+) -> None:
+    """Write the results of a shard's batches; what is of no protein is measured by the first one."""
+    from turboesm_cli.evaluation import accuracy
+    from turboesm_cli.evaluation.accuracy_rows import Measured
+    from turboesm_cli.evaluation.bench_shards import own_batches, own_proteins, write_part
+
+    own, place = own_batches(model, sets, shard)
+    results = len(entries) + len(formats) + (0 if model.causal else 1)
+    rows = [] if shard.index else _of_no_protein(model, entries, formats, work)
+    measured = None
+    if not model.is_random:
+        with console.progress("decoding", results * own_proteins(model, sets, own)) as tick:
+            decoded = accuracy.decoded(model, entries, sets, tick, formats, work.under("decode"), own)
+        measured = Measured(decoded, accuracy.first_layers(model, entries, sets, work.under("layer0"), own))
+    about = accuracy.circumstances(model, entries, sets, formats, work.devices)
+    write_part(output, about, measured, rows, seal_of(output, run, shard, "bench", place, work.devices))
+    console.say(f"results of {place[1]} of {place[2]} batches of proteins in {output}")
+    say_shard(shard)
+
+
 def _measure(
     model: Model, entries: list[Entry], sets: dict[str, list[Protein]], formats: list[str], work: Work
 ) -> tuple[list[ResultRow], list[Shown]]:
     from turboesm_cli.evaluation import accuracy
-    from turboesm_cli.evaluation.rows import bench_tables
+    from turboesm_cli.evaluation.bench_tables import bench_tables
 
-    rows = [*accuracy.memory(model, entries, formats), *accuracy.times(model, entries, work=work.under("time"))]
+    rows = _of_no_protein(model, entries, formats, work)
     if model.is_random:
         console.warn(f"{model.name} has random weights: time and memory are measured, accuracy is not")
     else:
@@ -220,3 +258,10 @@ def _measure(
             rows += accuracy.accuracy(model, entries, sets, tick, formats, work.under("decode"))
         rows += accuracy.first_layer(model, entries, sets, work.under("layer0"))
     return rows, bench_tables(rows, [*(entry.spec.recipe for entry in entries), *formats], list(sets))
+
+
+def _of_no_protein(model: Model, entries: list[Entry], formats: list[str], work: Work) -> list[ResultRow]:
+    """Rows of memory and time."""
+    from turboesm_cli.evaluation import accuracy
+
+    return [*accuracy.memory(model, entries, formats), *accuracy.times(model, entries, work=work.under("time"))]

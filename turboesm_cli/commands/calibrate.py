@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -11,7 +11,15 @@ from turboesm_cli import console
 from turboesm_cli.codec.recipes import RECIPES
 from turboesm_cli.commands import options
 from turboesm_cli.commands.reading import Reading
+from turboesm_cli.commands.sharding import ShardOption, of_shard, say_shard, seal_of
 from turboesm_cli.sequences.fasta import LongPolicy, digest
+
+if TYPE_CHECKING:
+    from turboesm_cli.codec.recipes import Recipe
+    from turboesm_cli.models.protocol import Model
+    from turboesm_cli.outputs.shards import Shard
+    from turboesm_cli.outputs.work import SavedWork
+    from turboesm_cli.sequences.fasta import Protein
 
 
 def calibrate(
@@ -37,6 +45,7 @@ def calibrate(
     bits_k: options.BitsK = None,
     bits_v: options.BitsV = None,
     max_proteins: options.MaxProteins = None,
+    shard: ShardOption = None,
     strict: options.Strict = False,
     long: options.Long = LongPolicy.ERROR,
     rejects: options.Rejects = None,
@@ -53,6 +62,8 @@ def calibrate(
     generate. Prints the bundle's path.
 
     Example: turboesm calibrate esm2_t33_650M proteins.fasta -o 650M.tqz
+
+    With --shard the output holds statistics, and `turboesm merge` makes the bundle of all shards' statistics.
 
     Example: turboesm calibrate iglm antibodies.fasta --tags species=HUMAN -o iglm.tqz
     """
@@ -73,10 +84,42 @@ def calibrate(
     tagged = told(proteins, loaded.alphabet)
     own = {"recipe": chosen.as_dict()} | ({"told": tagged[:16]} if tagged else {})
     run = options.run_of("calibrate", loaded, digest(proteins), **own)
-    if not kept.is_done(run):
-        with kept.work(run) as work:
-            with console.progress("calibrating", len(proteins)) as tick:
-                bundle = learn(loaded, proteins, chosen, tick, work)
-            write_bundle(path, bundle, work.devices)
-        console.say(f"{len(proteins)} proteins, {bundle.calibration.tokens:,} tokens, recipe {chosen.name}")
+    if not kept.is_done(of_shard(run, shard)):
+        with kept.work(of_shard(run, shard)) as work:
+            if shard is not None:
+                _gather(path, (model, loaded), proteins, chosen, run, shard, work)
+            else:
+                with console.progress("calibrating", len(proteins)) as tick:
+                    bundle = learn(loaded, proteins, chosen, tick, work)
+                write_bundle(path, bundle, work.devices)
+                tokens = bundle.calibration.tokens
+                console.say(f"{len(proteins)} proteins, {tokens:,} tokens, recipe {chosen.name}")
+        say_shard(shard)
     console.print_line(str(path))
+
+
+def _gather(
+    path: Path,
+    model: tuple[str, Model],
+    proteins: list[Protein],
+    recipe: Recipe,
+    run: dict[str, str],
+    shard: Shard,
+    work: SavedWork,
+) -> None:
+    """Write a shard's statistics; `model` as it was named, and loaded."""
+    from turboesm_cli.codec.bundle import check_storable
+    from turboesm_cli.codec.calibration import adapted, described
+    from turboesm_cli.codec.statistics_file import write_statistics
+    from turboesm_cli.statistics.collect import batches_of, gather
+
+    given, loaded = model
+    check_storable(loaded.name, len(proteins), recipe)
+    todo = batches_of(loaded, proteins)
+    own, few = todo.numbers(shard), sum(map(len, (batch for kind in todo.of_shard(shard) for batch in kind)))
+    with console.progress("calibrating", few) as tick:
+        gathered = gather(loaded, proteins, tick=tick, work=work, shard=shard)
+    seal = seal_of(path, run, shard, "statistics", (own.start, len(own), todo.total), work.devices)
+    calibration, fitting = described(loaded, proteins), adapted(loaded, proteins, recipe)
+    write_statistics(path, loaded, given, calibration, fitting, gathered, seal)
+    console.say(f"statistics of {few} of {len(proteins)} proteins in {path}")

@@ -14,6 +14,7 @@ from turboesm_cli.cache.formats import FORMATS, PACKED
 from turboesm_cli.commands import options
 from turboesm_cli.commands.decoding import Decoding
 from turboesm_cli.commands.reading import Reading, hashed_bundle
+from turboesm_cli.commands.sharding import ShardOption, check_shard, of_shard, say_shard
 from turboesm_cli.errors import InputError
 from turboesm_cli.sequences.fasta import LongPolicy
 
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from turboesm_cli.engine.workload import Workload
     from turboesm_cli.evaluation.rows import Summary
     from turboesm_cli.models.protocol import Model
+    from turboesm_cli.outputs.shards import Shard
     from turboesm_cli.outputs.work import Tensors
     from turboesm_cli.reporting.results import ResultRow
 
@@ -82,6 +84,7 @@ def decode(
     model: options.ModelName = None,
     dtype: options.Dtype = "fp32",
     max_proteins: options.MaxProteins = None,
+    shard: ShardOption = None,
     strict: options.Strict = False,
     long: options.Long = LongPolicy.ERROR,
     rejects: options.Rejects = None,
@@ -109,9 +112,12 @@ def decode(
     Example: turboesm decode 650M.tqz proteins.fasta --prompt all --generate 50 --seed 1 -o longer.fasta
 
     Example: turboesm decode progen2.tqz starts.fasta --prompt all --generate 500 --num-samples 1000 -o new.fasta
+
+    Example: turboesm decode 650M.tqz proteins.fasta --shard 0/4 -o part-0.csv
     """
     from turboesm_cli.outputs.work import NOTHING_KEPT
 
+    check_shard(shard, output)
     kept = None
     if output is not None and not plan:
         kept = options.Kept(output, force, if_done, resume_anywhere)
@@ -122,7 +128,7 @@ def decode(
     codec, sha256 = hashed_bundle(bundle)
     with ExitStack() as stack:
         reading = Reading(strict, long, max_proteins, rejects, tags=tags, alphabet=codec.alphabet)
-        work = _workload(stack, sha256, codec, source, prompt, kv, reading)
+        work = _workload(stack, sha256, codec, source, prompt, kv, reading, shard)
         wanted = None
         if generate:
             from turboesm_cli.commands.generating import Wanted
@@ -145,10 +151,10 @@ def decode(
         if loaded.device.type == "cpu":  # the last bits depend on it
             described["slots"] = str(slots)
         whole = options.run_of("decode", loaded, work.sha256, **described)
-        if kept is not None and kept.is_done(whole):
+        if kept is not None and kept.is_done(of_shard(whole, shard)):
             return
-        with kept.work(whole) if kept is not None else nullcontext(NOTHING_KEPT) as saved:
-            run = Decoding(codec, loaded, work, saved, kv, slots, own.context)
+        with kept.work(of_shard(whole, shard)) if kept is not None else nullcontext(NOTHING_KEPT) as saved:
+            run = Decoding(codec, loaded, work, saved, kv, slots, own.context, whole, shard)
             if wanted is not None:
                 from turboesm_cli.commands.generating import generated
 
@@ -156,6 +162,7 @@ def decode(
             else:
                 show = _compare(run, output, json)
         show()
+    say_shard(shard)
 
 
 def _workload(
@@ -166,6 +173,7 @@ def _workload(
     prompt: str | None,
     kv: str,
     reading: Reading,
+    shard: Shard | None,
 ) -> Workload:
     from turboesm_cli.cache.cache_file import Packfile, is_packfile
     from turboesm_cli.engine.prompts import parse_prompt
@@ -180,10 +188,10 @@ def _workload(
     if packed and kv != PACKED:
         raise InputError(f"{source} holds packed caches; --kv {kv} needs the proteins' FASTA file")
     if packed:
-        return of_packfile(stack, Packfile(Path(source), bundle, sha256), reading.limit, bundle)
-    work = of_proteins(reading.stream(source), rule, bundle, prompt or "0.5")
+        return of_packfile(stack, Packfile(Path(source), bundle, sha256), reading.limit, bundle, shard)
+    work = of_proteins(reading.stream(source), rule, bundle, prompt or "0.5", shard)
     if work.known:
-        console.warn(f"{work.known} of {work.count} proteins were in the bundle's calibration set")
+        console.warn(f"{work.known} of {work.total} proteins were in the bundle's calibration set")
     return work
 
 
@@ -219,7 +227,7 @@ def _slots(wanted: int | None, plan: Plan, jobs: int, model: Model, spec: CodecS
         from turboesm_cli.engine.batch import cpu_slots
 
         return cpu_slots(model, spec, plan.kind, wanted)
-    return min(wanted or max(1, min(plan.batch, LARGEST_BATCH)), jobs)
+    return max(1, min(wanted or max(1, min(plan.batch, LARGEST_BATCH)), jobs))
 
 
 def _compare(run: Decoding, output: Path | None, as_json: bool) -> Callable[[], None]:
@@ -228,19 +236,22 @@ def _compare(run: Decoding, output: Path | None, as_json: bool) -> Callable[[], 
     from turboesm_cli.reporting.results import csv_rows, to_record, write_csv
 
     recipe = run.bundle.spec.recipe
-    context = Context(run.model, 0, run.work.sha256[:16], run.work.prompt, run.saved.devices)
+    context = Context.of(run.model, 0, run.work.sha256[:16], run.work.prompt, run.saved.devices)
     summary = Summary(context, recipe if run.kv == PACKED else run.kv)
     rows = _compared(run, summary)
     if output is not None:
-        write_csv(output, rows)
+        write_csv(output, rows, run.seal(output, "csv", lambda: summary.state))
         console.say(f"figures of {summary.count} proteins in {output}")
 
     def show() -> None:
         if as_json:
-            console.print_json_rows(map(to_record, csv_rows(output) if output is not None else rows))
+            again = csv_rows(output) if output is not None and run.work.count else rows
+            console.print_json_rows(map(to_record, again))
             return
         for _ in rows:  # where nothing has asked for them yet
             pass
+        if not summary.count:
+            return
         title = f"{run.model.name}, recipe {recipe.name}, {run.kv} cache"
         console.print_table(title, *summary.table(run.kv))
 
@@ -248,7 +259,7 @@ def _compare(run: Decoding, output: Path | None, as_json: bool) -> Callable[[], 
 
 
 def _compared(run: Decoding, summary: Summary) -> Iterator[ResultRow]:
-    """Rows protein by protein, in the order of the input, then those of all together."""
+    """Rows protein by protein, in the order of the input, then those of all together: of a shard when merged."""
     from turboesm_cli.engine.jobs import rest_of
     from turboesm_cli.engine.jobs import run as decoded
     from turboesm_cli.engine.tasks import Forced
@@ -267,4 +278,5 @@ def _compared(run: Decoding, summary: Summary) -> Iterator[ResultRow]:
             if run.saved.resumed(str(index)):
                 tick(prompt.length - prompt.cached, again=True)
             yield from summary.add(*from_tensors(held, [prompt.protein] * (1 if run.model.causal else 2)))
-    yield from summary.rows()
+    if run.shard is None:
+        yield from summary.rows()

@@ -63,7 +63,7 @@ def generated(run: Decoding, wanted: Wanted, output: Path | None) -> Callable[[]
     run.model.require_lm_head("--generate")
     sampled = _sampled(run, wanted)
     if output is not None:
-        write_fasta(output, sampled)
+        write_fasta(output, sampled, seal=run.seal(output, "fasta"))
         console.say(f"{run.work.count * wanted.samples} sequences in {output}")
 
     def show() -> None:
@@ -90,7 +90,7 @@ def _sampled(run: Decoding, wanted: Wanted) -> Iterator[Protein]:
     total = run.work.count * wanted.samples * wanted.tokens
     with console.progress("sampling tokens" if causal else "sampling residues", total) as tick:
         batch = run.batch(lambda slots: kind.of(run.model, slots, wanted.tokens, sampling, wanted.seed), tick)
-        todo = samples_of(run.work.prompts, wanted.tokens, wanted.samples, causal)
+        todo = samples_of(run.work.prompts, wanted.tokens, wanted.samples, causal, run.work.first)
         for index, (prompt, job, held) in enumerate(decoded(batch, todo, finish, run.saved)):
             if run.saved.resumed(str(index)):
                 tick(wanted.tokens, again=True)

@@ -11,6 +11,7 @@ import typer
 from turboesm_cli import console
 from turboesm_cli.commands import options
 from turboesm_cli.commands.reading import Reading, hashed_bundle
+from turboesm_cli.commands.sharding import ShardOption, check_shard, of_shard, say_shard, seal_of
 from turboesm_cli.sequences.fasta import LongPolicy
 
 if TYPE_CHECKING:
@@ -31,6 +32,7 @@ def quantize(
     ] = "all",
     model: options.ModelName = None,
     max_proteins: options.MaxProteins = None,
+    shard: ShardOption = None,
     strict: options.Strict = False,
     long: options.Long = LongPolicy.ERROR,
     rejects: options.Rejects = None,
@@ -47,6 +49,8 @@ def quantize(
     exact leading tokens; what all caches of a model share is reported beside.
 
     Example: turboesm quantize 650M.tqz proteins.fasta -o proteins.tqkv
+
+    Example: turboesm quantize 650M.tqz proteins.fasta --shard 0/4 -o part-0.tqkv
     """
     from turboesm_cli.cache.cache_file import CachedProtein, check_longest, storable, write_packfile
     from turboesm_cli.cache.memory import Tally, memory_of
@@ -55,18 +59,22 @@ def quantize(
     from turboesm_cli.engine.prompts import parse_prompt
     from turboesm_cli.engine.workload import of_proteins
 
+    check_shard(shard, output)
     path = output or options.default_output(fasta, ".tqkv")
     kept = options.Kept(path, force, if_done, resume_anywhere)
     codec, source = hashed_bundle(bundle)
     rule = storable(parse_prompt(prompt, codec.alphabet))
     todo = of_proteins(
-        Reading(strict, long, max_proteins, rejects, tags=tags, alphabet=codec.alphabet).stream(fasta), rule, codec
+        Reading(strict, long, max_proteins, rejects, tags=tags, alphabet=codec.alphabet).stream(fasta),
+        rule,
+        codec,
+        shard=shard,
     )
     check_longest(codec, todo.longest)
     loaded = options.open_model(model, device, codec)
     codec.check_model(loaded, bundle)
     run = options.run_of("quantize", loaded, todo.sha256, bundle=source[:16])
-    if kept.is_done(run):
+    if kept.is_done(of_shard(run, shard)):
         return
     tally = Tally()
 
@@ -77,13 +85,15 @@ def quantize(
                 yield item
                 tick(again=work.resumed(str(index)))
 
-    with kept.work(run) as work:
-        write_packfile(path, codec, source, caches(work), work.devices)
+    with kept.work(of_shard(run, shard)) as work:
+        seal = seal_of(path, run, shard, "tqkv", todo.place, work.devices)
+        write_packfile(path, codec, source, caches(work), work.devices, seal)
     if json:
         _print_json(path, codec.spec)
-    else:
+    elif tally.count:
         _show(tally, codec.spec.recipe.name, codec_nbytes(codec.spec))
     console.say(f"caches of {tally.count} proteins in {path} ({path.stat().st_size:,} bytes, headers included)")
+    say_shard(shard)
 
 
 def _print_json(path: Path, spec: CodecSpec) -> None:

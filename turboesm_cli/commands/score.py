@@ -13,6 +13,7 @@ from turboesm_cli import console
 from turboesm_cli.cache.formats import FORMATS, PACKED
 from turboesm_cli.commands import options
 from turboesm_cli.commands.reading import Reading, hashed_bundle
+from turboesm_cli.commands.sharding import ShardOption, check_shard, of_shard, say_shard, seal_of
 from turboesm_cli.errors import InputError
 from turboesm_cli.sequences.fasta import LongPolicy
 
@@ -28,6 +29,7 @@ def score(
     model: options.ModelName = None,
     dtype: options.Dtype = "fp32",
     max_proteins: options.MaxProteins = None,
+    shard: ShardOption = None,
     strict: options.Strict = False,
     long: options.Long = LongPolicy.ERROR,
     rejects: options.Rejects = None,
@@ -51,6 +53,7 @@ def score(
     from turboesm_cli.outputs.files import atomic_output
     from turboesm_cli.outputs.work import NOTHING_KEPT
 
+    check_shard(shard, output)
     kept = None if output is None else options.Kept(output, force, if_done, resume_anywhere)
     if kept is None and (if_done == "skip" or resume_anywhere):
         raise typer.BadParameter("goes with an output that work is kept for: name one with -o")
@@ -61,11 +64,11 @@ def score(
             "decode` says how well it predicts residues"
         )
     reading = Reading(strict, long, max_proteins, rejects, tags=tags, alphabet=codec.alphabet)
-    todo = of_proteins(reading.stream(fasta), parse_prompt("0", codec.alphabet), codec)
+    todo = of_proteins(reading.stream(fasta), parse_prompt("0", codec.alphabet), codec, shard=shard)
     loaded = options.open_model(model, device, codec, dtype)
     codec.check_model(loaded, bundle)
     run = options.run_of("score", loaded, todo.sha256, bundle=sha256[:16], cache=kv, dtype=dtype)
-    if kept is not None and kept.is_done(run):
+    if kept is not None and kept.is_done(of_shard(run, shard)):
         return
 
     def lines() -> Iterator[str]:
@@ -80,11 +83,13 @@ def score(
                 yield "\t".join(found.cells())
                 tick(again=again)
 
-    with kept.work(run) if kept is not None else nullcontext(NOTHING_KEPT) as work:
+    with kept.work(of_shard(run, shard)) if kept is not None else nullcontext(NOTHING_KEPT) as work:
         if output is None:
             for line in lines():
                 console.print_line(line)
             return
-        with atomic_output(output) as partial, partial.open("w", encoding="utf-8", newline="\n") as stream:
+        seal = seal_of(output, run, shard, "tsv", todo.place, work.devices)
+        with atomic_output(output, seal) as partial, partial.open("w", encoding="utf-8", newline="\n") as stream:
             stream.writelines(f"{line}\n" for line in lines())
     console.say(f"scores of {todo.count} proteins in {output}")
+    say_shard(shard)

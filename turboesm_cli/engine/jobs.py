@@ -80,11 +80,16 @@ def rest_of(prompts: Callable[[], Iterable[Prompt]]) -> Jobs:
     return lambda: ((prompt, prompt.job()) for prompt in prompts())
 
 
-def samples_of(prompts: Callable[[], Iterable[Prompt]], steps: int, count: int, causal: bool) -> Jobs:
-    """Sample up to `steps` tokens after each prompt, `count` times: all samples of a prompt, then of the next."""
+def samples_of(
+    prompts: Callable[[], Iterable[Prompt]], steps: int, count: int, causal: bool, first: int = 0
+) -> Jobs:
+    """Sample up to `steps` tokens after each prompt, `count` times: all samples of a prompt, then of the next.
+
+    first  the number of the first prompt, which random numbers follow from
+    """
 
     def jobs() -> Iterator[tuple[Prompt, Job]]:
-        for number, prompt in enumerate(prompts()):
+        for number, prompt in enumerate(prompts(), first):
             for job in prompt.samples(number, steps, count, causal):
                 yield prompt, job
 

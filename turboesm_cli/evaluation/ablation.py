@@ -108,7 +108,7 @@ def ablate(
         own = work.under(f"subset{subset}")
         statistics = collect(model, part, tick=tick, work=own)
         distinct = {variant.recipe: fit(model, statistics, variant.recipe) for variant in table}
-        context = Context(model, subset, devices=work.devices)
+        context = Context.of(model, subset, devices=work.devices)
         everything: dict[Recipe, list[ProteinResult]] = {recipe: [] for recipe in distinct}
         for family, proteins in families.items():
             found = _decode(model, proteins, distinct, tick, own.under(family))

@@ -28,11 +28,18 @@ from turboesm_cli.codec.recipes import Recipe
 from turboesm_cli.console import Tick
 from turboesm_cli.engine.jobs import new_cache
 from turboesm_cli.errors import BundleError, InputError, OutputError
-from turboesm_cli.evaluation import metrics, timing
+from turboesm_cli.evaluation import timing
+from turboesm_cli.evaluation.accuracy_rows import (
+    ALL,
+    Circumstances,
+    Measured,
+    decoded_rows,
+    first_layer_rows,
+)
 from turboesm_cli.evaluation.peers import peer, peer_nbytes
 from turboesm_cli.evaluation.protein_results import ProteinResult
-from turboesm_cli.evaluation.rows import Context
-from turboesm_cli.evaluation.teacher_forced import DRIFT, compare_decoding, first_layer_cosines
+from turboesm_cli.evaluation.rows import Coded, Context
+from turboesm_cli.evaluation.teacher_forced import DRIFT, FirstLayer, compare_decoding, first_layer_cosines
 from turboesm_cli.models.forward import Codec, prefill, step
 from turboesm_cli.models.protocol import Model
 from turboesm_cli.outputs.identity import code_digest
@@ -104,53 +111,81 @@ def accuracy(
     work: Work = NOTHING_KEPT,
 ) -> Iterator[ResultRow]:
     """Rows of the protocols decode and drift: families, proteins, all; `formats`: names of `peers`."""
-    context = Context(model, devices=work.devices)
-    codecs: dict[str, Codec] = {entry.name: PackedCodec(entry.spec, model.device) for entry in entries}
-    codecs |= {name: peer(name) for name in formats}
-    recipes: dict[str, Recipe | str] = {entry.name: entry.spec.recipe for entry in entries}
-    recipes |= {name: name for name in formats}
-    by_name: dict[str, list[ProteinResult]] = {name: [] for name in (DRIFT, *codecs)}
-    for family, proteins in families.items():
-        own: dict[str, list[ProteinResult]] = {name: [] for name in by_name}
-        for name, result in compare_decoding(model, proteins, codecs, work=work.under(family), tick=tick):
-            own[name].append(result)
-        yield from _accuracy_rows(context.of_inputs(proteins), recipes, family, own)
-        for name, results in own.items():
-            by_name[name] += results
-    if len(families) > 1:
-        everything = [protein for proteins in families.values() for protein in proteins]
-        for row in _accuracy_rows(context.of_inputs(everything), recipes, "all", by_name):
-            if not row.accession:
-                yield row
+    measured = Measured(decoded(model, entries, families, tick, formats, work))
+    yield from decoded_rows(circumstances(model, entries, families, formats, work.devices), measured)
 
 
 def first_layer(
     model: Model, entries: Sequence[Entry], families: Families, work: Work = NOTHING_KEPT
 ) -> Iterator[ResultRow]:
     """Rows of the protocols paper (heads joined) and paper_heads (each head on its own): of encoders alone."""
-    if model.causal:
-        return
-    context = Context(model, devices=work.devices)
-    for index, entry in enumerate(entries):
-        found = {
-            family: list(first_layer_cosines(model, few, entry.spec, work.under(f"{index}-{family}")))
-            for family, few in families.items()
+    measured = Measured(first=first_layers(model, entries, families, work))
+    yield from first_layer_rows(circumstances(model, entries, families, (), work.devices), measured)
+
+
+def circumstances(
+    model: Model, entries: Sequence[Entry], families: Families, formats: Sequence[str], devices: str
+) -> Circumstances:
+    """What rows say beside the figures."""
+    recipes: dict[str, Coded | str] = {entry.name: entry.spec.recipe for entry in entries}
+    everything = [protein for proteins in families.values() for protein in proteins]
+    inputs = {family: digest(proteins)[:16] for family, proteins in {**families, ALL: everything}.items()}
+    return Circumstances(Context.of(model, devices=devices), recipes | {name: name for name in formats}, inputs)
+
+
+def decoded(
+    model: Model,
+    entries: Sequence[Entry],
+    families: Families,
+    tick: Tick,
+    formats: Sequence[str] = (),
+    work: Work = NOTHING_KEPT,
+    own: Mapping[str, range] | None = None,
+) -> dict[str, dict[str, list[ProteinResult]]]:
+    """Each family's results, by entry, format and DRIFT; `own`: of these batches of each family alone."""
+    codecs: dict[str, Codec] = {entry.name: PackedCodec(entry.spec, model.device) for entry in entries}
+    codecs |= {name: peer(name) for name in formats}
+    found: dict[str, dict[str, list[ProteinResult]]] = {}
+    for family, proteins in families.items():
+        found[family] = {name: [] for name in (DRIFT, *codecs)}
+        few = None if own is None else own[family]
+        for name, result in compare_decoding(model, proteins, codecs, work=work.under(family), tick=tick, own=few):
+            found[family][name].append(result)
+    return found
+
+
+def first_layers(
+    model: Model,
+    entries: Sequence[Entry],
+    families: Families,
+    work: Work = NOTHING_KEPT,
+    own: Mapping[str, range] | None = None,
+) -> dict[str, dict[str, list[FirstLayer]]]:
+    """Layer 0's attention output, by entry and family; {} of a model that is no encoder. `own` as in `decoded`."""
+    return (
+        {}
+        if model.causal
+        else {
+            entry.name: {
+                family: list(
+                    first_layer_cosines(
+                        model,
+                        few,
+                        entry.spec,
+                        work.under(f"{index}-{family}"),
+                        None if own is None else own[family],
+                    )
+                )
+                for family, few in families.items()
+            }
+            for index, entry in enumerate(entries)
         }
-        if len(families) > 1:
-            found["all"] = [part for parts in found.values() for part in parts]
-        everything = [protein for few in families.values() for protein in few]
-        for family, parts in found.items():
-            own = context.of_inputs(families.get(family, everything))
-            joined, heads = (
-                metrics.agreement([getattr(part, name) for part in parts]) for name in ("joined", "heads")
-            )
-            yield from own.accuracy(entry.spec.recipe, family, "paper", joined)
-            yield from own.accuracy(entry.spec.recipe, family, "paper_heads", heads)
+    )
 
 
 def memory(model: Model, entries: Sequence[Entry], formats: Sequence[str] = ()) -> Iterator[ResultRow]:
     """Rows of the protocol memory: bytes that a sequence holds at some lengths, everything counted, and ratios."""
-    context = Context(model)
+    context = Context.of(model)
     for tokens in (length for length in MEMORY_LENGTHS if length <= (model.shape.context or length)):
         spec = entries[0].spec
         fp32 = dense_bytes_per_sequence(spec, tokens, torch.float32)
@@ -178,7 +213,7 @@ def times(
     model: Model, entries: Sequence[Entry], repeats: int = 20, work: Work = NOTHING_KEPT
 ) -> Iterator[ResultRow]:
     """Rows of the protocol time: microseconds to decode one token of one sequence after 256 cached ones."""
-    context = Context(model, devices=work.devices)
+    context = Context.of(model, devices=work.devices)
     tokens = model.alphabet.random(1, TIMED_CONTEXT).to(model.device)
     variants: list[tuple[Recipe | str, CodecSpec, str]] = [(kv, entries[0].spec, kv) for kv in ("fp32", "fp16")]
     variants += [(entry.spec.recipe, entry.spec, "packed") for entry in entries]
@@ -202,20 +237,6 @@ def _timed(call: Callable[[], object], device: torch.device, repeats: int) -> Te
     took = timing.measure(call, device, repeats=repeats)
     spread = torch.tensor([took.median, took.p20, took.p80], dtype=torch.float64)
     return {"median_p20_p80": spread, "n": torch.tensor(took.n)}
-
-
-def _accuracy_rows(
-    context: Context,
-    recipes: Mapping[str, Recipe | str],
-    family: str,
-    results: Mapping[str, Sequence[ProteinResult]],
-) -> Iterator[ResultRow]:
-    if results[DRIFT]:
-        yield from context.of_proteins("fp32", family, "drift", results[DRIFT])
-    for name, recipe in recipes.items():
-        yield from context.of_proteins(recipe, family, "decode", results[name])
-        yield from context.each_protein(recipe, family, "decode", results[name])
-        yield from context.layers(recipe, family, results[name])
 
 
 def _cached_path(model: Model, proteins: Sequence[Protein], recipe: Recipe) -> Path:

@@ -83,7 +83,7 @@ def _peer(item: Throughput, found: Sequence[Throughput]) -> Throughput | None:
 
 def rows(model: Model, found: Sequence[Throughput], largest: Sequence[Throughput]) -> list[ResultRow]:
     """Results as rows; ratios are against fp16 under the same load."""
-    context = Context(model)
+    context = Context.of(model)
 
     def row(
         item: Throughput, metric: str, value: float, unit: str, took: timing.Timing | None = None, per: float = 1.0

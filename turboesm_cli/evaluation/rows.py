@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import datetime
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
-from typing import Protocol
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, Protocol
 
 import torch
 
 from turboesm_cli import __version__
-from turboesm_cli.codec.recipes import Recipe
 from turboesm_cli.evaluation import metrics
 from turboesm_cli.evaluation.peers import peer_bits
 from turboesm_cli.evaluation.protein_results import ProteinResult
-from turboesm_cli.evaluation.streaming import RunningAgreement, RunningDivergence
+from turboesm_cli.evaluation.streaming import RunningAgreement, RunningDivergence, State
 from turboesm_cli.models.protocol import Model
 from turboesm_cli.reporting.metric_names import ACCURACY, LANGUAGE, LANGUAGE_OF_TOKENS, Metric
 from turboesm_cli.reporting.results import ResultRow, commit_of_source
@@ -34,52 +33,67 @@ class Coded(Protocol):
 
 @dataclass(frozen=True)
 class Context:
-    """What every row of a measurement says of its circumstances; `inputs` and `prompt` as in `ResultRow`.
+    """What every row of a measurement says of its circumstances, as in `ResultRow`; `causal`: of the model.
 
-    devices  those that it was done on, where they are more than the model's
+    date  that of the day where it is not given
     """
 
-    model: Model
+    model: str
+    device: str
+    dtype: str
+    causal: bool
     seed: int = 0
     inputs: str = ""
     prompt: str = ""
-    devices: str = ""
+    version: str = __version__
+    commit: str = field(default_factory=commit_of_source)
+    torch: str = str(torch.__version__)
+    date: str = ""
+
+    @classmethod
+    def of(cls, model: Model, seed: int = 0, inputs: str = "", prompt: str = "", devices: str = "") -> Context:
+        """That of a model; `devices`: those that it is done on, where they are more than the model's."""
+        device, dtype = devices or device_name(model.device), dtype_name(model.dtype)
+        return cls(model.name, device, dtype, model.causal, seed, inputs, prompt)
 
     def of_inputs(self, proteins: Sequence[Protein]) -> Context:
         """The same, for figures of these proteins, whatever their order."""
         return replace(self, inputs=digest(proteins)[:16])
+
+    def dated(self) -> Context:
+        """The same with today's date."""
+        return replace(self, date=datetime.date.today().isoformat())
 
     def row(
         self, recipe: Coded | str, family: str, protocol: str, metric: str, value: float, unit: str, n: int,
         accession: str = "", tokens: int = 0, p20: float | None = None, p80: float | None = None,
     ) -> ResultRow:  # fmt: skip
         """A row; `recipe` is a recipe, or the dtype of a dense cache."""
-        name, bits_k, bits_v = _identity(recipe)
+        name, bits_k, bits_v = identity_of(recipe)
         return ResultRow(
-            self.model.name, name, bits_k, bits_v, family, protocol, metric, value, unit, n,
-            self.devices or device_name(self.model.device), dtype_name(self.model.dtype), self.seed,
-            __version__, commit_of_source(),
-            accession=accession, tokens=tokens, p20=p20, p80=p80, torch=torch.__version__,
-            date=datetime.date.today().isoformat(), inputs=self.inputs, prompt=self.prompt,
+            self.model, name, bits_k, bits_v, family, protocol, metric, value, unit, n,
+            self.device, self.dtype, self.seed, self.version, self.commit,
+            accession=accession, tokens=tokens, p20=p20, p80=p80, torch=self.torch,
+            date=self.date or datetime.date.today().isoformat(), inputs=self.inputs, prompt=self.prompt,
         )  # fmt: skip
 
     def accuracy(
-        self, recipe: Recipe | str, family: str, protocol: str, found: metrics.Agreement
+        self, recipe: Coded | str, family: str, protocol: str, found: metrics.Agreement
     ) -> list[ResultRow]:
         """The rows of an agreement."""
         return self._figures(ACCURACY, recipe, family, protocol, found)
 
     def language(
-        self, recipe: Recipe | str, family: str, protocol: str, found: metrics.Divergence
+        self, recipe: Coded | str, family: str, protocol: str, found: metrics.Divergence
     ) -> list[ResultRow]:
         """The rows of a divergence: distributions over the next residue, the 20 amino acids, or the next token."""
-        wanted = LANGUAGE_OF_TOKENS if self.model.causal else LANGUAGE
+        wanted = LANGUAGE_OF_TOKENS if self.causal else LANGUAGE
         return self._figures(wanted, recipe, family, protocol, found)
 
     def _figures(
         self,
         wanted: Sequence[Metric],
-        recipe: Recipe | str,
+        recipe: Coded | str,
         family: str,
         protocol: str,
         found: metrics.Agreement | metrics.Divergence,
@@ -90,14 +104,14 @@ class Context:
         ]
 
     def of_proteins(
-        self, recipe: Recipe | str, family: str, protocol: str, results: Sequence[ProteinResult]
+        self, recipe: Coded | str, family: str, protocol: str, results: Sequence[ProteinResult]
     ) -> list[ResultRow]:
         """All figures of some proteins together."""
         rows = self.accuracy(recipe, family, protocol, metrics.agreement([r.cosines for r in results]))
         parts = [r.predictions for r in results if r.predictions is not None and len(r.predictions.kl)]
         return rows + (self.language(recipe, family, protocol, metrics.divergence(parts)) if parts else [])
 
-    def layers(self, recipe: Recipe | str, family: str, results: Sequence[ProteinResult]) -> list[ResultRow]:
+    def layers(self, recipe: Coded | str, family: str, results: Sequence[ProteinResult]) -> list[ResultRow]:
         """Relative error of each layer's attention output, ||found - exact|| / ||exact|| over all tokens."""
         traced = [result.layers for result in results if result.layers is not None]
         n = sum(len(result.cosines) for result in results)
@@ -108,7 +122,7 @@ class Context:
         ]
 
     def each_protein(
-        self, recipe: Recipe | str, family: str, protocol: str, results: Sequence[ProteinResult]
+        self, recipe: Coded | str, family: str, protocol: str, results: Sequence[ProteinResult]
     ) -> list[ResultRow]:
         """Mean and worst cosine of each protein."""
         rows = []
@@ -145,7 +159,17 @@ class Totals:
         if result.predictions is not None:
             self.predictions.add(result.predictions)
 
-    def rows(self, context: Context, recipe: Recipe | str, protocol: str) -> list[ResultRow]:
+    @property
+    def state(self) -> State:
+        """What `add_state` takes, as JSON has it."""
+        return {"cosines": self.cosines.state, "predictions": self.predictions.state}
+
+    def add_state(self, state: Mapping[str, Any]) -> None:
+        """Take in the proteins of another one."""
+        self.cosines.add_state(state["cosines"])
+        self.predictions.add_state(state["predictions"])
+
+    def rows(self, context: Context, recipe: Coded | str, protocol: str) -> list[ResultRow]:
         """As `Context.of_proteins`."""
         rows = context.accuracy(recipe, "", protocol, self.cosines.summary())
         language = self.predictions.summary()
@@ -160,7 +184,7 @@ class Summary:
     """
 
     context: Context
-    recipe: Recipe | str
+    recipe: Coded | str
     shown: int = 20
     results: Totals = field(default_factory=Totals)
     drift: Totals = field(default_factory=Totals)
@@ -181,6 +205,12 @@ class Summary:
             self._lines.append(_cells(result.protein.accession, alone, drifted))
         return self.context.each_protein(self.recipe, "", "prompted", [result])
 
+    @property
+    def state(self) -> State:
+        """What rows of all together follow from, as JSON has it; `merged_rows` joins those of shards."""
+        totals = {"results": self.results.state, "drift": self.drift.state}
+        return {"context": asdict(self.context.dated()), "recipe": [*identity_of(self.recipe)]} | totals
+
     def rows(self) -> list[ResultRow]:
         """Of all proteins together."""
         prompted = self.results.rows(self.context, self.recipe, "prompted")
@@ -190,7 +220,7 @@ class Summary:
         """Columns and rows for the screen."""
         columns = ["protein", "decoded", "cosine mean", "p5", "min"]
         columns += ["drift cosine"] if self.drift.cosines.n else []
-        what = "token" if self.context.model.causal else "residue"
+        what = "token" if self.context.causal else "residue"
         if self.results.predictions.n:
             columns += [f"{what} KL (nat)", f"{what} top-1", f"{what} perplexity fp32", f"{what} perplexity {kv}"]
         more = self.count - len(self._lines)
@@ -210,7 +240,8 @@ def _cells(name: str, results: Totals, drift: Totals) -> list[str]:
     return cells
 
 
-def _identity(recipe: Coded | str) -> tuple[str, float, float]:
+def identity_of(recipe: Coded | str) -> tuple[str, float, float]:
+    """What rows call a recipe or a dense cache: name, bits of keys, bits of values."""
     if isinstance(recipe, str):
         bits = peer_bits(recipe)
         return recipe, bits, bits
@@ -224,80 +255,3 @@ def _cpu_name() -> str:
             return next(names, "cpu")
     except OSError:
         return "cpu"
-
-
-def bench_tables(
-    rows: Sequence[ResultRow], recipes: Sequence[Recipe | str], families: Sequence[str]
-) -> list[tuple[str, list[str], list[list[str]]]]:
-    """Title, columns and rows of the tables that `bench` shows: accuracy by family, then memory and time."""
-    found = {
-        (r.recipe, r.bits_k, r.bits_v, r.family, r.protocol, r.metric, r.tokens): r
-        for r in rows
-        if not r.accession
-    }
-
-    def value(recipe: Recipe | str, family: str, protocol: str, metric: str, tokens: int = 0) -> float | None:
-        row = found.get((*_identity(recipe), family, protocol, metric, tokens))
-        return None if row is None else row.value
-
-    overall = [*families, "all"] if len(families) > 1 else list(families)
-    tables = []
-    if any(row.protocol == "decode" for row in rows):
-        shown = {(row.protocol, row.metric) for row in rows}
-        further = [column for column in _FURTHER if column[:2] in shown]
-        accuracy = [
-            [_label(recipe)]
-            + [_number(value(recipe, family, "decode", "error")) for family in overall]
-            + [_number(value(recipe, overall[-1], "decode", f"cosine_{m}")) for m in ("mean", "p05", "min")]
-            + [_number(value(recipe, overall[-1], protocol, metric)) for protocol, metric, _ in further]
-            for recipe in recipes
-        ]
-        drift = ["drift of fp32"] + [_number(value("fp32", family, "drift", "error")) for family in overall]
-        drift += [_number(value("fp32", overall[-1], "drift", f"cosine_{m}")) for m in ("mean", "p05", "min")]
-        columns = ["recipe", *(f"error {name}" for name in overall), "cosine", "p5", "min"]
-        title = "Decoded hidden states against an fp32 cache: error = 1 - mean cosine"
-        has_drift = any(row.protocol == "drift" for row in rows)
-        lines = [*accuracy, [*drift, *[""] * len(further)]] if has_drift else accuracy
-        tables.append((title, [*columns, *(name for _, _, name in further)], lines))
-    cost = []
-    caches: list[Recipe | str] = list(dict.fromkeys(["fp32", "fp16", *recipes]))
-    longest = max((row.tokens for row in rows if row.protocol == "memory"), default=0)
-    for cache in caches:
-        figures = [value(cache, "", "memory", name, longest) for name in _MEMORY_METRICS]
-        figures += [
-            value(cache, "", "memory", "bytes_model_tables"),
-            value(cache, "", "time", "us_per_token", 256),
-        ]
-        cost.append([_label(cache), *map(_number, figures)])
-    columns = [
-        "cache",
-        f"bytes at {longest} tokens",
-        "bits per value",
-        "x fp32",
-        "x fp16",
-        "tables",
-        "us per token at 256",
-    ]
-    return [*tables, ("Memory of a sequence, everything counted, and time", columns, cost)]
-
-
-_FURTHER = (
-    ("decode", "residue_kl_mean", "residue KL (nat)"),
-    ("decode", "residue_top1_agreement", "residue top-1"),
-    ("decode", "token_kl_mean", "token KL (nat)"),
-    ("decode", "token_top1_agreement", "token top-1"),
-    ("paper", "cosine_mean", "layer 0 cosine"),
-)
-"""Protocol, metric and column of what is shown where there is a language-model head, or an encoder."""
-
-_MEMORY_METRICS = ("bytes", "bits_per_value", "ratio_fp32", "ratio_fp16")
-
-
-def _label(recipe: Recipe | str) -> str:
-    return recipe if isinstance(recipe, str) else f"{recipe.name} K{recipe.bits_k:g} V{recipe.bits_v:g}"
-
-
-def _number(value: float | None) -> str:
-    if value is None:
-        return ""
-    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"

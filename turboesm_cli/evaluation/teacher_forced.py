@@ -46,15 +46,18 @@ def compare_decoding(
     tokens_per_batch: int = 4096,
     work: Work = NOTHING_KEPT,
     tick: Tick | None = None,
+    own: range | None = None,
 ) -> Iterator[tuple[str, ProteinResult]]:
     """Each protein decoded with each codec against the same decode with an fp32 cache, teacher-forced.
 
     Yields (codec's name, result), batch after batch, and for an encoder under DRIFT the fp32 decode against
     encoding the whole protein, of which hidden states alone are compared: ESM-2's own distribution over a residue,
     which must not see it, would take a pass per residue. `work` keeps each batch's results of each codec; `tick`
-    hears of each result.
+    hears of each result. `own`: the numbers of the batches to decode, if not all.
     """
     for number, proteins_of_batch in enumerate(batches(proteins, tokens_per_batch, model.alphabet)):
+        if own is not None and number not in own:
+            continue
         batch = _Batch(model, proteins_of_batch, prompt)
         units: dict[str, Callable[[], list[ProteinResult]]] = {} if model.causal else {DRIFT: batch.drift}
         units |= {name: partial(batch.quantized, codec) for name, codec in codecs.items()}
@@ -158,9 +161,13 @@ class FirstLayer:
 
 @torch.no_grad()
 def first_layer_cosines(
-    model: Model, proteins: Sequence[Protein], spec: CodecSpec, work: Work = NOTHING_KEPT
+    model: Model,
+    proteins: Sequence[Protein],
+    spec: CodecSpec,
+    work: Work = NOTHING_KEPT,
+    own: range | None = None,
 ) -> Iterator[FirstLayer]:
-    """Protocol `paper`: layer 0's attention output, batch after batch.
+    """Protocol `paper`: layer 0's attention output, batch after batch; `own` as in `compare_decoding`.
 
     As the paper's public code measures it (github.com/YueHuLab/TurboESM): bidirectional attention over the
     quantized keys and values of layer 0 alone, exact queries, without the residual bit. That code takes the
@@ -168,6 +175,8 @@ def first_layer_cosines(
     """
     spec = on_device(spec, model.device)
     for number, batch in enumerate(batches(proteins, 4096, model.alphabet)):
+        if own is not None and number not in own:
+            continue
         saved = work.unit(str(number), partial(_first_layer_cosines, model, batch, spec))
         yield FirstLayer(saved["joined"], saved["heads"])
 

@@ -27,6 +27,7 @@ from torch import Tensor
 from turboesm_cli import __version__
 from turboesm_cli.errors import BundleError, OutputError
 from turboesm_cli.outputs.files import atomic_output
+from turboesm_cli.outputs.shard_records import Seal
 
 MANIFEST = "manifest.json"
 MANIFEST_LIMIT = 64 << 20
@@ -66,9 +67,12 @@ class Writer:
 
 
 @contextmanager
-def new_archive(path: Path, kind: str, version: int) -> Iterator[Writer]:
-    """An archive to write parts to; the file appears whole or not at all. Raises OutputError."""
-    with atomic_output(path) as partial, zipfile.ZipFile(partial, "w", zipfile.ZIP_STORED) as archive:
+def new_archive(path: Path, kind: str, version: int, seal: Seal | None = None) -> Iterator[Writer]:
+    """An archive to write parts to; the file appears whole or not at all. Raises OutputError.
+
+    `seal`: of a shard.
+    """
+    with atomic_output(path, seal) as partial, zipfile.ZipFile(partial, "w", zipfile.ZIP_STORED) as archive:
         writer = Writer(archive, partial.parent)
         yield writer
         writer.finish({"format": kind, "format_version": version, "tool_version": __version__})

@@ -7,12 +7,12 @@ import errno
 import fcntl
 import hashlib
 import os
-import socket
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from turboesm_cli import whereabouts
 from turboesm_cli.errors import OutputError
 
 OVERWRITES = "overwrites"
@@ -22,8 +22,10 @@ _held: dict[Path, tuple[Path, str]] = {}
 
 
 @contextmanager
-def atomic_output(path: Path) -> Iterator[Path]:
+def atomic_output(path: Path, seal: Callable[[Path], None] | None = None) -> Iterator[Path]:
     """Yield a path beside `path`, or in its work folder; on success it is synced and renamed to `path`.
+
+    `seal` is given what was written before it is renamed.
 
     On any exception the partial file is removed and `path` is left as it was. Raises OutputError where
     the folder cannot be written to or the disk is full.
@@ -43,6 +45,8 @@ def atomic_output(path: Path) -> Iterator[Path]:
     try:
         yield partial
         _check_held(path)
+        if seal is not None:
+            seal(partial)
         _publish(partial, path)
     except OSError as error:
         _check_held(path)  # whoever took it over has cleared this process's files away
@@ -140,7 +144,7 @@ def _lock(handle: int, path: Path) -> None:
     except OSError as error:  # the file system knows no locks
         who = _read(handle)
         process, _, rest = who.removeprefix("process ").partition(" on ")
-        if process.isdecimal() and rest.startswith(f"{socket.gethostname()}, ") and _is_alive(int(process)):
+        if process.isdecimal() and rest.startswith(f"{whereabouts.host()}, ") and _is_alive(int(process)):
             raise _busy(path, who) from error
 
 
@@ -195,7 +199,8 @@ def _is_at(handle: int, lock: Path) -> bool:
 
 def _who() -> str:
     now = datetime.datetime.now().astimezone().isoformat(" ", "seconds")
-    return f"process {os.getpid()} on {socket.gethostname()}, since {now}"
+    job = whereabouts.slurm_job()
+    return f"process {os.getpid()} on {whereabouts.host()}, since {now}" + (f", Slurm job {job}" if job else "")
 
 
 def _publish(partial: Path, path: Path) -> None:

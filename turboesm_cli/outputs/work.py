@@ -40,6 +40,7 @@ from turboesm_cli.outputs.files import (
     write_text,
 )
 from turboesm_cli.outputs.journal import Journal
+from turboesm_cli.outputs.shard_records import RUN_SHARD, is_record, record_of
 
 Tensors = dict[str, Tensor]
 
@@ -251,6 +252,8 @@ def is_done(path: Path, run: Run, anywhere: bool = False) -> bool:
         raise OutputError(f"{path} exists, of another run ({'; '.join(other.values())}); {_INSTEAD}")
     if done["sha256"] != file_sha256(path):
         raise OutputError(f"{path} was changed since the run that wrote it; {_INSTEAD}")
+    if RUN_SHARD in run and not is_record(record_of(path)):
+        raise OutputError(f"{record_of(path)}, which says which part {path} is, is gone; {_INSTEAD}")
     return True
 
 
@@ -293,6 +296,8 @@ def saved_work(path: Path, run: Run, policy: Policy = NO_LEAVE) -> Iterator[Save
                 write_text(done_record(path), json.dumps(done, indent=1, sort_keys=True) + "\n")
             elif _recorded(path) is not None:  # of an earlier output
                 done_record(path).unlink()
+            if RUN_SHARD not in run and is_record(record_of(path)):  # likewise
+                record_of(path).unlink()
         except BaseException as error:
             kept = work.units > 0 and not isinstance(error, _HOPELESS)
             if kept:

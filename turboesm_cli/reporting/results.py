@@ -8,6 +8,7 @@ is computed here.
 from __future__ import annotations
 
 import csv
+import io
 import math
 import os
 import subprocess
@@ -17,10 +18,11 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, fields
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 from turboesm_cli.errors import InputError
 from turboesm_cli.outputs.files import atomic_output
+from turboesm_cli.outputs.shard_records import Seal
 from turboesm_cli.reporting.json_list import list_values
 
 if TYPE_CHECKING:
@@ -59,6 +61,8 @@ class ResultRow:
 
 
 COLUMNS = tuple(field.name for field in fields(ResultRow))
+HEAD = ",".join(COLUMNS) + "\n"
+"""The first line of a CSV file."""
 REQUIRED = tuple(field.name for field in fields(ResultRow) if field.default is MISSING)
 SPREAD = ("p20", "p80")
 FLOATS = ("bits_k", "bits_v", "value", *SPREAD)
@@ -67,14 +71,33 @@ Reader = Callable[[Path], Iterator[tuple[str, Mapping[str, Any]]]]
 """A file -> (where, record) for each of its records."""
 
 
-def write_csv(path: Path, rows: Iterable[ResultRow]) -> None:
-    """Write `rows` to `path`, whole or not at all; the same rows always give the same bytes."""
-    # A file's name that is no UTF-8 may be a family's: no reason to lose the work at its end.
-    how = "backslashreplace"
-    with atomic_output(path) as partial, partial.open("w", encoding="utf-8", errors=how, newline="") as stream:
-        writer = csv.writer(stream, lineterminator="\n")
-        writer.writerow(COLUMNS)
-        writer.writerows([_to_text(value) for value in _plain(row).values()] for row in rows)
+def write_csv(path: Path, rows: Iterable[ResultRow], seal: Seal | None = None) -> None:
+    """Write `rows` to `path`, whole or not at all; the same rows always give the same bytes.
+
+    `seal`: of a shard.
+    """
+    with (
+        atomic_output(path, seal) as partial,
+        partial.open("w", encoding="utf-8", errors=_HOW, newline="") as stream,
+    ):
+        stream.write(HEAD)
+        _write_rows(stream, rows)
+
+
+def csv_bytes(rows: Iterable[ResultRow]) -> bytes:
+    """Rows as `write_csv` writes them, without the line of columns."""
+    text = io.StringIO(newline="")
+    _write_rows(text, rows)
+    return text.getvalue().encode("utf-8", _HOW)
+
+
+def _write_rows(stream: TextIO, rows: Iterable[ResultRow]) -> None:
+    writer = csv.writer(stream, lineterminator="\n")
+    writer.writerows([_to_text(value) for value in _plain(row).values()] for row in rows)
+
+
+_HOW = "backslashreplace"
+"""A file's name that is no UTF-8 may be a family's: no reason to lose the work at its end."""
 
 
 def to_records(rows: Iterable[ResultRow]) -> list[dict[str, Any]]:

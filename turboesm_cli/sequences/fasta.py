@@ -72,6 +72,7 @@ from pathlib import Path
 
 from turboesm_cli.errors import InputError
 from turboesm_cli.outputs.files import atomic_output
+from turboesm_cli.outputs.shard_records import Seal
 from turboesm_cli.sequences.identifiers import Seen
 from turboesm_cli.sequences.inputs import Input
 from turboesm_cli.sequences.lines import Mend
@@ -185,9 +186,12 @@ def digest_in_order(proteins: Iterable[Protein]) -> str:
     return found.hexdigest()
 
 
-def write_fasta(path: Path, proteins: Iterable[Protein], width: int = 80) -> None:
-    """Write `proteins` to `path`, `width` residues per line, whole or not at all. Raises OutputError."""
-    with atomic_output(path) as partial, partial.open("w", encoding="utf-8", newline="\n") as stream:
+def write_fasta(path: Path, proteins: Iterable[Protein], width: int = 80, seal: Seal | None = None) -> None:
+    """Write `proteins` to `path`, `width` residues per line, whole or not at all. Raises OutputError.
+
+    `seal`: of a shard.
+    """
+    with atomic_output(path, seal) as partial, partial.open("w", encoding="utf-8", newline="\n") as stream:
         for protein in proteins:
             stream.write(f">{protein.accession} {protein.description}".rstrip() + "\n")
             stream.writelines(line + "\n" for line in slices(protein.sequence, width))

@@ -62,7 +62,7 @@ def stacked(layers: Sequence[LayerSums]) -> dict[str, Tensor]:
 
 @dataclass(frozen=True)
 class PositionSums:
-    """Sums over tokens at each learned position: count int64 [P], keys float32 [layers, P, H, d]; P may be 0."""
+    """Sums over tokens at each learned position: count int64 [P], keys float64 [layers, P, H, d]; P may be 0."""
 
     count: Tensor
     key: Tensor
@@ -133,6 +133,47 @@ class Sample:
             )
         )  # fmt: skip
         return Sample(hashes[:size], positions, keys, values, gradients)
+
+
+@dataclass(frozen=True)
+class Gathered:
+    """What some batches of calibration proteins give: those of several shards add up to those of all.
+
+    fitted, sample  sums by name, {} for no batch, and tokens, over the proteins to fit to
+    held, held_sample  the same over the proteins held back
+    """
+
+    fitted: dict[str, Tensor]
+    sample: Sample
+    held: dict[str, Tensor]
+    held_sample: Sample
+
+    def plus(self, other: Gathered, head_dim: int) -> Gathered:
+        """Both together."""
+        size = sample_size(head_dim)
+        return Gathered(
+            added(self.fitted, other.fitted),
+            self.sample.merged(other.sample, size),
+            added(self.held, other.held),
+            self.held_sample.merged(other.held_sample, size // HELD_PART),
+        )
+
+    def statistics(self, proteins: int, tokens: int) -> Statistics:
+        """What calibration knows, once all batches of so many proteins are in."""
+        return Statistics(
+            LayerSums.of_layers(self.fitted),
+            self.sample,
+            Sensitivity(self.held["gram"], int(self.held["tokens"])),
+            self.held_sample,
+            proteins,
+            tokens,
+            PositionSums.of(self.fitted),
+        )
+
+
+def added(total: Mapping[str, Tensor], sums: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Sums by name, added up; either may be {}."""
+    return {name: total[name] + part if total else part for name, part in sums.items()} or dict(total)
 
 
 @dataclass(frozen=True)

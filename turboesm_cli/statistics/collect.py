@@ -13,6 +13,7 @@ order nor repetition of the runs matters.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -26,22 +27,28 @@ from turboesm_cli.models.forward import encode, rope_at, shared
 from turboesm_cli.models.protocol import Model, learned_positions
 from turboesm_cli.models.sampling import mixed
 from turboesm_cli.models.shapes import Shape
+from turboesm_cli.outputs.shards import ALL, Shard, part_of
 from turboesm_cli.outputs.work import NOTHING_KEPT, Tensors, Work
 from turboesm_cli.sequences.fasta import Protein
 from turboesm_cli.statistics.accumulators import (
     HELD_PART,
+    Gathered,
     LayerSums,
     PositionSums,
     Sample,
     Statistics,
+    added,
     sample_size,
     stacked,
 )
 from turboesm_cli.statistics.batching import batches, digest, hold_back, prompt_lengths, to_tokens, visible_keys
-from turboesm_cli.statistics.sensitivity import DRAWS, MOST_TOKENS, Sensitivity, measure
+from turboesm_cli.statistics.sensitivity import DRAWS, MOST_TOKENS, measure
 
 BACKWARD_TOKENS = 512
 """Tokens of a batch at most where gradients are taken."""
+
+HELD_COST = 6
+"""What a residue held back costs, about, in residues to fit to: two passes forward, and two backward."""
 
 
 def collect(
@@ -56,24 +63,61 @@ def collect(
     `tick` hears the number of proteins of each finished batch. `work` keeps what is done, batch by
     batch. Raises InputError for no proteins.
     """
+    lengths = map(model.alphabet.length, proteins)
+    return gather(model, proteins, tokens_per_batch, tick, work).statistics(len(proteins), sum(lengths))
+
+
+def gather(
+    model: Model,
+    proteins: Sequence[Protein],
+    tokens_per_batch: int = 4096,
+    tick: Tick | None = None,
+    work: Work = NOTHING_KEPT,
+    shard: Shard = ALL,
+) -> Gathered:
+    """As `collect`, of the batches that `shard` takes: batches are those of all proteins, whoever runs them."""
+    todo = batches_of(model, proteins, tokens_per_batch)
+    fitted, held = todo.of_shard(shard)
+    size = sample_size(model.shape.head_dim)
+    kept, kept_held = _Keeper(model.shape, size), _Keeper(model.shape, size // HELD_PART, DRAWS * model.causal)
+    sums = _added_up(partial(_sum_batch, model), fitted, kept, work.under("fitted"), tick)
+    gradients = _added_up(partial(_measure_batch, model), held, kept_held, work.under("held"), tick)
+    return Gathered(sums, kept.merged(), gradients, kept_held.merged())
+
+
+Batches = Sequence[Sequence[Protein]]
+
+
+@dataclass(frozen=True)
+class Todo:
+    """Batches of proteins to fit to, and of those held back."""
+
+    fitted: Batches
+    held: Batches
+
+    @property
+    def total(self) -> int:
+        """How many batches there are."""
+        return len(self.fitted) + len(self.held)
+
+    def numbers(self, shard: Shard) -> range:
+        """The numbers of the batches that a shard takes, those held back last; balanced by residues."""
+        each = [(batch, 1) for batch in self.fitted] + [(batch, HELD_COST) for batch in self.held]
+        return part_of([cost * sum(protein.residues for protein in batch) for batch, cost in each], shard)
+
+    def of_shard(self, shard: Shard) -> tuple[Batches, Batches]:
+        """The batches that a shard takes, of both kinds."""
+        own, fitted = self.numbers(shard), len(self.fitted)
+        return self.fitted[own.start : own.stop], self.held[max(0, own.start - fitted) : max(0, own.stop - fitted)]
+
+
+def batches_of(model: Model, proteins: Sequence[Protein], tokens_per_batch: int = 4096) -> Todo:
+    """All batches of calibration proteins. Raises InputError for no proteins."""
     if not proteins:
         raise InputError("no proteins to calibrate on; name a FASTA file with at least one")
     fitted, held = hold_back(proteins)
-    size = sample_size(model.shape.head_dim)
-    kept, kept_held = _Keeper(model.shape, size), _Keeper(model.shape, size // HELD_PART, DRAWS * model.causal)
-    todo = list(batches(fitted, tokens_per_batch, model.alphabet))
-    sums = _added_up(partial(_sum_batch, model), todo, kept, work.under("fitted"), tick)
-    todo = list(batches(held, min(tokens_per_batch, BACKWARD_TOKENS), model.alphabet))
-    gradients = _added_up(partial(_measure_batch, model), todo, kept_held, work.under("held"), tick)
-    return Statistics(
-        LayerSums.of_layers(sums),
-        kept.merged(),
-        Sensitivity(gradients["gram"], int(gradients["tokens"])),
-        kept_held.merged(),
-        len(proteins),
-        sum(model.alphabet.length(protein) for protein in proteins),
-        PositionSums.of(sums),
-    )
+    few = min(tokens_per_batch, BACKWARD_TOKENS)
+    return Todo(list(batches(fitted, tokens_per_batch, model.alphabet)), list(batches(held, few, model.alphabet)))
 
 
 Measure = Callable[[Sequence[Protein], int], tuple[Tensors, Sample]]
@@ -82,7 +126,7 @@ Measure = Callable[[Sequence[Protein], int], tuple[Tensors, Sample]]
 
 def _added_up(
     measure: Measure,
-    todo: Sequence[Sequence[Protein]],
+    todo: Batches,
     keeper: _Keeper,
     work: Work,
     tick: Tick | None,
@@ -101,7 +145,7 @@ def _added_up(
         else:
             sums, sample = measure(batch, keeper.limit)
             keeper.add(sample)
-            total = {name: total[name] + part if total else part for name, part in sums.items()}
+            total = added(total, sums)
             work.unit(unit, partial(dict, sample.tensors))
             so_far = total | {"batches": torch.tensor(number + 1)}
             work.save_total("sums", so_far, last=number + 1 == len(todo))
@@ -184,7 +228,7 @@ def _sum_batch(
     positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)[real]
     own = tuple(gradient[real][order].float().cpu() for gradient in gradients)
     counts = torch.bincount(positions, minlength=by_position.shape[1])[: by_position.shape[1]]
-    sums = stacked(layers) | PositionSums(counts.cpu(), by_position.cpu()).tensors
+    sums = stacked(layers) | PositionSums(counts.cpu(), by_position.double().cpu()).tensors
     return sums, Sample(hashes[order].cpu(), positions[order].cpu(), tuple(keys), tuple(values), own)
 
 

@@ -1,0 +1,137 @@
+"""The scripts in turboesm_cli/slurm, on a real Slurm of one node: killed, requeued, preempted, merged."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from forked import run_forked
+from slurm_node import Slurm, missing, one_node
+
+from turboesm_cli.codec.bundle import read_bundle
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.slurm,
+    pytest.mark.skipif(bool(missing()), reason=f"no Slurm can be started: {missing()}"),
+    pytest.mark.xdist_group("slurm"),
+]
+
+ROOT = Path(__file__).resolve().parents[1]
+SCRIPTS = ROOT / "turboesm_cli" / "slurm"
+CALIBRATION = str(ROOT / "data" / "calibration" / "calibration.fasta")
+PEPTIDES = str(ROOT / "data" / "evaluation" / "peptide.fasta")
+ENVIRONMENT = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "SBATCH_"))} | {
+    "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+    "OMP_NUM_THREADS": "1",
+    "OMP_WAIT_POLICY": "passive",
+}
+ENDS = 60.0
+
+
+@pytest.fixture(scope="module")
+def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Slurm]:
+    with one_node(tmp_path_factory.mktemp("slurm"), ENVIRONMENT) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def commands(slurm: Slurm, tiny_path: Path) -> dict[str, list[str]]:
+    """Commands without their outputs; they use a bundle that is made first."""
+    model = ["--model", str(tiny_path)]
+    calibrate = ["calibrate", str(tiny_path), CALIBRATION, "--max-proteins", "30"]
+    whole(slurm, calibrate, "tiny.tqz")
+    return {
+        "tqz": calibrate,
+        "tqkv": ["quantize", "tiny.tqz", PEPTIDES, "--max-proteins", "20", *model],
+        "fasta": ["decode", "tiny.tqz", PEPTIDES, "--max-proteins", "8", "--generate", "5", "--seed", "1", *model],
+        # one protein at a time, so that each is saved when it is done
+        "csv": ["decode", "tiny.tqz", CALIBRATION, "--max-proteins", "24", "--batch", "1", *model],
+    }
+
+
+def whole(slurm: Slurm, command: list[str], output: str) -> Path:
+    """The output of one run that nothing happens to."""
+    done = run_forked(*command, "-o", output, cwd=slurm.home, env=ENVIRONMENT)
+    assert done.returncode == 0, done.stderr
+    return slurm.home / output
+
+
+@pytest.fixture(scope="module")
+def single(slurm: Slurm, commands: dict[str, list[str]]) -> Path:
+    """Figures of one job that nothing happens to."""
+    slurm.wait(slurm.submit(SCRIPTS / "single.sh", "whole.csv", *commands["csv"]))
+    return slurm.home / "whole.csv"
+
+
+def at_work(slurm: Slurm, output: str, units: int = 4000) -> int:
+    """The process that works on an output, once it has saved something."""
+    folder = slurm.home / f"{output}.partial"
+    end = time.monotonic() + ENDS
+    while not ((folder / "journal").exists() and (folder / "journal").stat().st_size > units):
+        assert time.monotonic() < end, slurm.said()
+        time.sleep(0.02)
+    return int((folder / "lock").read_text().split()[1])
+
+
+def start_again(slurm: Slurm, job: str) -> None:
+    """What is requeued waits for two minutes; not so here."""
+    slurm.wait(job, "PENDING", seconds=ENDS)
+    slurm.ask("scontrol", "update", f"JobId={job}", "StartTime=now")
+
+
+@pytest.mark.timeout(300)
+def test_arrays_are_merged_although_a_task_is_killed(
+    slurm: Slurm, commands: dict[str, list[str]], single: Path
+) -> None:
+    """One task of four is killed by kill -9, and requeues itself; the merge waits for it by afterok."""
+    merges = {}
+    for kind, tasks in (("csv", "0-3"), ("tqz", "1-2"), ("tqkv", "0-1"), ("fasta", "0-2:2")):
+        job = slurm.submit(SCRIPTS / "array.sh", f"out.{kind}", *commands[kind], options=(f"--array={tasks}",))
+        merges[kind] = slurm.submit(SCRIPTS / "merge.sh", f"out.{kind}", options=(f"--dependency=afterok:{job}",))
+        if kind == "csv":
+            killed = f"{job}_1"
+    os.kill(at_work(slurm, "out.csv.parts/part-1"), signal.SIGKILL)
+    start_again(slurm, killed)
+    expected = {kind: whole(slurm, commands[kind], f"whole.{kind}") for kind in ("tqz", "tqkv", "fasta")}
+    for job in merges.values():
+        slurm.wait(job)
+    assert "going on with the unfinished work" in slurm.said()
+    expected["csv"] = single
+    for kind in ("csv", "tqkv", "fasta"):
+        assert (slurm.home / f"out.{kind}").read_bytes() == expected[kind].read_bytes(), kind
+    found, wanted = read_bundle(slurm.home / "out.tqz"), read_bundle(expected["tqz"])
+    for own, other in zip(found.spec.layers, wanted.spec.layers, strict=True):
+        if own is not None and other is not None:
+            for mine, theirs in ((own.k, other.k), (own.v, other.v)):
+                for name, tensor in theirs.tensors.items():
+                    torch.testing.assert_close(mine.tensors[name], tensor, rtol=0, atol=1e-6)
+
+
+@pytest.mark.timeout(300)
+def test_a_job_requeues_itself_and_is_preempted(
+    slurm: Slurm, commands: dict[str, list[str]], single: Path
+) -> None:
+    """USR1 goes to the batch shell, as Slurm sends it before the time limit; then a job of more weight comes."""
+    job = slurm.submit(SCRIPTS / "requeue.sh", "long.csv", *commands["csv"])
+    at_work(slurm, "long.csv")
+    slurm.ask("scancel", "--signal=USR1", "--batch", job)
+    start_again(slurm, job)
+    slurm.wait(job, "RUNNING", seconds=ENDS)
+    done = (slurm.home / "long.csv.partial" / "journal").stat().st_size
+    at_work(slurm, "long.csv", done)
+    urgent = slurm.submit(
+        SCRIPTS / "single.sh", "urgent.tqkv", *commands["tqkv"],
+        options=("--partition=urgent", "--cpus-per-task=2"),
+    )  # fmt: skip
+    slurm.wait(urgent)
+    start_again(slurm, job)
+    slurm.wait(job)
+    assert (slurm.home / f"turboesm-{job}.out").read_text().count("going on with the unfinished work") == 2
+    assert (slurm.home / "long.csv").read_bytes() == single.read_bytes()

@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 from forked import run_forked
 from test_bundle import FORGERIES, ZIPS, in_manifest, rewrite, with_zip
+from test_formats import written
 from typer.testing import CliRunner, Result
 
 from turboesm_cli.app import app
@@ -110,6 +111,10 @@ CASES = [
     Case("blank", "\n\n \n", 0, "holds no record"),
     Case("empty gzip", lambda: gzip.compress(b""), 0, "holds no record"),
     Case("no FASTA", "MKWVTFISLL\n", 0, "does not look like FASTA"),
+    Case("GenBank", lambda: written("genbank", SEQUENCE), 1),
+    Case(
+        "GenBank of genes", lambda: written("genbank", "ACGT" * 20, molecule="DNA"), 0, "a record of nucl", ("P1",)
+    ),
     Case("FASTQ", "@a\nMKWV\n+\nIIII\n", 0, "does not look like FASTA"),
     Case("nucleotides", ">r\nACGTACGTAC\n" * 30, 0, "looks like nucleotides"),
     Case("binary", bytes(range(256)) * 10, 0, "NUL byte at line 1"),

@@ -23,7 +23,12 @@ def calibrate(
             show_default=False,
         ),
     ],
-    fasta: Annotated[str, typer.Argument(help="Calibration proteins; - for stdin.", show_default=False)],
+    fasta: Annotated[
+        str,
+        typer.Argument(
+            help="Calibration proteins, in any format of `guides/inputs.md`; - for stdin.", show_default=False
+        ),
+    ],
     output: Annotated[
         Path | None,
         typer.Option("--output", "-o", help="Bundle to write. Default: MODEL-RECIPE.tqz.", show_default=False),

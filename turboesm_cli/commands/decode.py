@@ -36,7 +36,7 @@ LARGEST_BATCH = 256
 def decode(
     bundle: Annotated[Path, typer.Argument(help="Bundle of `turboesm calibrate`.", show_default=False)],
     source: Annotated[
-        str, typer.Argument(help="Proteins (FASTA, - for stdin), or the caches of quantize.", show_default=False)
+        str, typer.Argument(help="Proteins (- for stdin), or the caches of quantize.", show_default=False)
     ],
     prompt: Annotated[
         str | None,

@@ -43,10 +43,10 @@ def load_model(name: str, device: str = "auto", dtype: Literal["fp32", "bf16", "
 def read_fasta(
     path: str | Path, *, strict: bool = False, long: Literal["error", "truncate", "window"] = "error"
 ) -> list[Protein]:
-    """The proteins of a FASTA file, compressed or not.
+    """The proteins of a file, compressed or not: FASTA, GenBank, EMBL, UniProt, PDB, mmCIF or an alignment.
 
     What is mended or skipped is a warning, or with `strict` an InputError; `long` says what becomes of proteins of
-    more than 1022 residues. Raises InputError where the file cannot be read or is no protein FASTA.
+    more than 1022 residues. Raises InputError where the file cannot be read or holds no proteins.
     """
     report = ReadReport()
     found = list(fasta.read_fasta(path, ReadPolicy(strict=strict, long=LongPolicy(long)), report))

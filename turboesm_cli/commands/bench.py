@@ -159,8 +159,7 @@ def _entries(
         _refuse_twins(ready)
         return ready
     chosen = _recipes(recipes)
-    with console.progress("calibrating", len(proteins)) as tick:
-        entries = calibrated(model, proteins, chosen, tick, work.under("calibration"))
+    entries = calibrated(model, proteins, chosen, console.progress, work.under("calibration"))
     _refuse_twins(entries)
     return entries
 
@@ -211,12 +210,11 @@ def _measure(
     from turboesm_cli.evaluation import accuracy
     from turboesm_cli.evaluation.rows import bench_tables
 
-    rows = [*accuracy.memory(model, entries, formats), *accuracy.times(model, entries, work=work.under("time"))]
+    rows = list(accuracy.memory(model, entries, formats))
+    rows += accuracy.times(model, entries, phase=console.progress, work=work.under("time"))
     if model.is_random:
         console.warn(f"{model.name} has random weights: time and memory are measured, accuracy is not")
     else:
-        total = sum(map(len, sets.values())) * (len(entries) + len(formats) + 1)
-        with console.progress("decoding", total) as tick:
-            rows += accuracy.accuracy(model, entries, sets, tick, formats, work.under("decode"))
-        rows += accuracy.first_layer(model, entries, sets, work.under("layer0"))
+        rows += accuracy.accuracy(model, entries, sets, console.progress, formats, work.under("decode"))
+        rows += accuracy.first_layer(model, entries, sets, console.progress, work.under("layer0"))
     return rows, bench_tables(rows, [*(entry.spec.recipe for entry in entries), *formats], list(sets))

@@ -183,7 +183,9 @@ def _workload(
         return of_packfile(stack, Packfile(Path(source), bundle, sha256), reading.limit, bundle)
     work = of_proteins(reading.stream(source), rule, bundle, prompt or "0.5")
     if work.known:
-        console.warn(f"{work.known} of {work.count} proteins were in the bundle's calibration set")
+        console.warn(
+            f"{work.known} of {console.counted(work.count, 'protein')} were in the bundle's calibration set"
+        )
     return work
 
 
@@ -233,7 +235,7 @@ def _compare(run: Decoding, output: Path | None, as_json: bool) -> Callable[[], 
     rows = _compared(run, summary)
     if output is not None:
         write_csv(output, rows)
-        console.say(f"figures of {summary.count} proteins in {output}")
+        console.say(f"figures of {console.counted(summary.count, 'protein')} in {output}")
 
     def show() -> None:
         if as_json:

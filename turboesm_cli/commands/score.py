@@ -87,4 +87,4 @@ def score(
             return
         with atomic_output(output) as partial, partial.open("w", encoding="utf-8", newline="\n") as stream:
             stream.writelines(f"{line}\n" for line in lines())
-    console.say(f"scores of {todo.count} proteins in {output}")
+    console.say(f"scores of {console.counted(todo.count, 'protein')} in {output}")

@@ -22,10 +22,10 @@ import torch
 from turboesm_cli import __version__
 from turboesm_cli.cache.packed import PackedCodec, bytes_per_sequence, codec_nbytes, dense_bytes_per_sequence
 from turboesm_cli.codec.bundle import Bundle, read_bundle, seen, write_bundle
-from turboesm_cli.codec.calibration import bundle_of
+from turboesm_cli.codec.calibration import bundle_of, require_enough
 from turboesm_cli.codec.fit import CodecSpec
 from turboesm_cli.codec.recipes import Recipe
-from turboesm_cli.console import Tick
+from turboesm_cli.console import Phases, Tick, quiet
 from turboesm_cli.engine.jobs import new_cache
 from turboesm_cli.errors import BundleError, InputError, OutputError
 from turboesm_cli.evaluation import metrics, timing
@@ -64,7 +64,7 @@ def calibrated(
     model: Model,
     proteins: Sequence[Protein],
     recipes: Mapping[str, Recipe],
-    tick: Tick | None = None,
+    phase: Phases = quiet,
     work: Work = NOTHING_KEPT,
 ) -> list[Entry]:
     """A bundle for each recipe: from the user's cache folder, else calibrated (statistics once) and kept there."""
@@ -72,10 +72,13 @@ def calibrated(
     found = {name: _read_if_good(path) for name, path in paths.items()}
     if all(found.values()):
         return [Entry(name, bundle) for name, bundle in found.items() if bundle]
-    statistics = collect(model, proteins, tick=tick, work=work)
-    for name, recipe in recipes.items():
-        if not found[name]:
-            found[name] = bundle = bundle_of(model, proteins, statistics, recipe)
+    require_enough(model, proteins)
+    statistics = collect(model, proteins, phase=phase, work=work)
+    missing = [name for name in recipes if not found[name]]
+    with phase("fitting", len(missing)) as tick:
+        for name in missing:
+            found[name] = bundle = bundle_of(model, proteins, statistics, recipes[name])
+            tick()
             with contextlib.suppress(OutputError):  # kept for the next run where the cache can be written to
                 write_bundle(paths[name], bundle)
     return [Entry(name, bundle) for name, bundle in found.items() if bundle]
@@ -99,24 +102,29 @@ def accuracy(
     model: Model,
     entries: Sequence[Entry],
     families: Families,
-    tick: Tick,
+    phase: Phases = quiet,
     formats: Sequence[str] = (),
     work: Work = NOTHING_KEPT,
 ) -> Iterator[ResultRow]:
-    """Rows of the protocols decode and drift: families, proteins, all; `formats`: names of `peers`."""
+    """Rows of the protocols decode and drift: families, proteins, all; `formats`: names of `peers`.
+
+    The phase "decoding" hears of each protein and codec.
+    """
     context = Context(model, devices=work.devices)
     codecs: dict[str, Codec] = {entry.name: PackedCodec(entry.spec, model.device) for entry in entries}
     codecs |= {name: peer(name) for name in formats}
     recipes: dict[str, Recipe | str] = {entry.name: entry.spec.recipe for entry in entries}
     recipes |= {name: name for name in formats}
     by_name: dict[str, list[ProteinResult]] = {name: [] for name in (DRIFT, *codecs)}
-    for family, proteins in families.items():
-        own: dict[str, list[ProteinResult]] = {name: [] for name in by_name}
-        for name, result in compare_decoding(model, proteins, codecs, work=work.under(family), tick=tick):
-            own[name].append(result)
-        yield from _accuracy_rows(context.of_inputs(proteins), recipes, family, own)
-        for name, results in own.items():
-            by_name[name] += results
+    total = sum(map(len, families.values())) * (len(codecs) + (not model.causal))  # drift is an encoder's
+    with phase("decoding", total) as tick:
+        for family, proteins in families.items():
+            own: dict[str, list[ProteinResult]] = {name: [] for name in by_name}
+            for name, result in compare_decoding(model, proteins, codecs, work=work.under(family), tick=tick):
+                own[name].append(result)
+            yield from _accuracy_rows(context.of_inputs(proteins), recipes, family, own)
+            for name, results in own.items():
+                by_name[name] += results
     if len(families) > 1:
         everything = [protein for proteins in families.values() for protein in proteins]
         for row in _accuracy_rows(context.of_inputs(everything), recipes, "all", by_name):
@@ -125,17 +133,24 @@ def accuracy(
 
 
 def first_layer(
-    model: Model, entries: Sequence[Entry], families: Families, work: Work = NOTHING_KEPT
+    model: Model, entries: Sequence[Entry], families: Families, phase: Phases = quiet, work: Work = NOTHING_KEPT
 ) -> Iterator[ResultRow]:
     """Rows of the protocols paper (heads joined) and paper_heads (each head on its own): of encoders alone."""
     if model.causal:
         return
+    with phase("first layer", len(entries) * len(families)) as tick:
+        yield from _first_layer(model, entries, families, tick, work)
+
+
+def _first_layer(
+    model: Model, entries: Sequence[Entry], families: Families, tick: Tick, work: Work
+) -> Iterator[ResultRow]:
     context = Context(model, devices=work.devices)
     for index, entry in enumerate(entries):
-        found = {
-            family: list(first_layer_cosines(model, few, entry.spec, work.under(f"{index}-{family}")))
-            for family, few in families.items()
-        }
+        found = {}
+        for family, few in families.items():
+            found[family] = list(first_layer_cosines(model, few, entry.spec, work.under(f"{index}-{family}")))
+            tick()
         if len(families) > 1:
             found["all"] = [part for parts in found.values() for part in parts]
         everything = [protein for few in families.values() for protein in few]
@@ -175,27 +190,33 @@ def memory(model: Model, entries: Sequence[Entry], formats: Sequence[str] = ()) 
 
 @torch.no_grad()
 def times(
-    model: Model, entries: Sequence[Entry], repeats: int = 20, work: Work = NOTHING_KEPT
+    model: Model,
+    entries: Sequence[Entry],
+    repeats: int = 20,
+    phase: Phases = quiet,
+    work: Work = NOTHING_KEPT,
 ) -> Iterator[ResultRow]:
     """Rows of the protocol time: microseconds to decode one token of one sequence after 256 cached ones."""
     context = Context(model, devices=work.devices)
     tokens = model.alphabet.random(1, TIMED_CONTEXT).to(model.device)
     variants: list[tuple[Recipe | str, CodecSpec, str]] = [(kv, entries[0].spec, kv) for kv in ("fp32", "fp16")]
     variants += [(entry.spec.recipe, entry.spec, "packed") for entry in entries]
-    for index, (recipe, spec, kv) in enumerate(variants):
-        cache = new_cache(model, spec, kv, 1, TIMED_CONTEXT + 1)
-        prefill(model, tokens, cache)
+    with phase("timing", len(variants)) as tick:
+        for index, (recipe, spec, kv) in enumerate(variants):
+            cache = new_cache(model, spec, kv, 1, TIMED_CONTEXT + 1)
+            prefill(model, tokens, cache)
 
-        def one_token(cache=cache) -> None:  # type: ignore[no-untyped-def]
-            step(model, tokens[:, 0], cache)
-            cache.truncate(TIMED_CONTEXT)
+            def one_token(cache=cache) -> None:  # type: ignore[no-untyped-def]
+                step(model, tokens[:, 0], cache)
+                cache.truncate(TIMED_CONTEXT)
 
-        saved = work.unit(str(index), partial(_timed, one_token, model.device, repeats))
-        median, p20, p80 = saved["median_p20_p80"].tolist()
-        yield context.row(
-            recipe, "", "time", "us_per_token", median, "us", int(saved["n"]),
-            tokens=TIMED_CONTEXT, p20=p20, p80=p80,
-        )  # fmt: skip
+            saved = work.unit(str(index), partial(_timed, one_token, model.device, repeats))
+            median, p20, p80 = saved["median_p20_p80"].tolist()
+            yield context.row(
+                recipe, "", "time", "us_per_token", median, "us", int(saved["n"]),
+                tokens=TIMED_CONTEXT, p20=p20, p80=p80,
+            )  # fmt: skip
+            tick()
 
 
 def _timed(call: Callable[[], object], device: torch.device, repeats: int) -> Tensors:

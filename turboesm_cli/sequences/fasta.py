@@ -73,6 +73,7 @@ from enum import StrEnum
 from itertools import chain
 from pathlib import Path
 
+from turboesm_cli.console import counted
 from turboesm_cli.errors import InputError
 from turboesm_cli.outputs.files import atomic_output
 from turboesm_cli.sequences.formats import FASTA, format_of
@@ -235,7 +236,9 @@ class _Sieve:
         sequences = [sequence for record in first if (sequence := "".join(record.parts)) and not record.reason]
         bases = [sequence[:SAMPLE] for sequence in sequences if nearly_bases(sequence)]
         if whole:
-            self._require_protein(len(bases), len(first), bases, f"{len(bases)} of its first {len(first)} records")
+            self._require_protein(
+                len(bases), len(first), bases, f"{len(bases)} of its first {counted(len(first), 'record')}"
+            )
 
     def sift(self, record: Record) -> Iterator[Protein]:
         """Yield what the policy makes of `record`: nothing, a protein, or its windows."""
@@ -251,7 +254,7 @@ class _Sieve:
 
     def finish(self, hint: str) -> None:
         """Raise InputError where no record was accepted, or most were nucleotides."""
-        found = f"{self._bases:,} of its {self._records:,} records"
+        found = f"{self._bases:,} of its {counted(self._records, 'record')}"
         self._require_protein(self._bases, self._records, self._sample, found)
         if self._first_reject and not self._accepted:
             raise InputError(f"{self._first_reject}; every other record was rejected, too: mend the file")

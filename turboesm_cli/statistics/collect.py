@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from turboesm_kernels.reference import Rope
 
-from turboesm_cli.console import Tick
+from turboesm_cli.console import Phases, Tick, quiet
 from turboesm_cli.errors import InputError
 from turboesm_cli.models.forward import encode, rope_at, shared
 from turboesm_cli.models.protocol import Model, learned_positions
@@ -48,13 +48,13 @@ def collect(
     model: Model,
     proteins: Sequence[Protein],
     tokens_per_batch: int = 4096,
-    tick: Tick | None = None,
+    phase: Phases = quiet,
     work: Work = NOTHING_KEPT,
 ) -> Statistics:
     """Run the model over `proteins`, prompts as in `prompt_lengths`, and sum up what its attention works with.
 
-    `tick` hears the number of proteins of each finished batch. `work` keeps what is done, batch by
-    batch. Raises InputError for no proteins.
+    The phases "statistics" and "sensitivities" hear the number of proteins of each finished batch. `work` keeps
+    what is done, batch by batch. Raises InputError for no proteins.
     """
     if not proteins:
         raise InputError("no proteins to calibrate on; name a FASTA file with at least one")
@@ -62,9 +62,11 @@ def collect(
     size = sample_size(model.shape.head_dim)
     kept, kept_held = _Keeper(model.shape, size), _Keeper(model.shape, size // HELD_PART, DRAWS * model.causal)
     todo = list(batches(fitted, tokens_per_batch, model.alphabet))
-    sums = _added_up(partial(_sum_batch, model), todo, kept, work.under("fitted"), tick)
+    with phase("statistics", len(fitted)) as tick:
+        sums = _added_up(partial(_sum_batch, model), todo, kept, work.under("fitted"), tick)
     todo = list(batches(held, min(tokens_per_batch, BACKWARD_TOKENS), model.alphabet))
-    gradients = _added_up(partial(_measure_batch, model), todo, kept_held, work.under("held"), tick)
+    with phase("sensitivities", len(held)) as tick:
+        gradients = _added_up(partial(_measure_batch, model), todo, kept_held, work.under("held"), tick)
     return Statistics(
         LayerSums.of_layers(sums),
         kept.merged(),
@@ -85,7 +87,7 @@ def _added_up(
     todo: Sequence[Sequence[Protein]],
     keeper: _Keeper,
     work: Work,
-    tick: Tick | None,
+    tick: Tick,
 ) -> Tensors:
     """The sums that `measure` gives, over all batches in their order; the keeper takes in their tokens.
 
@@ -105,8 +107,7 @@ def _added_up(
             work.unit(unit, partial(dict, sample.tensors))
             so_far = total | {"batches": torch.tensor(number + 1)}
             work.save_total("sums", so_far, last=number + 1 == len(todo))
-        if tick:
-            tick(len(batch), again=number < done)
+        tick(len(batch), again=number < done)
     return total
 
 

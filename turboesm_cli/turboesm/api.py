@@ -15,6 +15,7 @@ from turboesm_cli.cache.formats import FORMATS
 from turboesm_cli.codec.bundle import Bundle, read_bundle
 from turboesm_cli.codec.calibration import calibrate as _calibrate
 from turboesm_cli.codec.recipes import parse_recipe
+from turboesm_cli.console import counted
 from turboesm_cli.errors import InputError
 from turboesm_cli.evaluation import accuracy
 from turboesm_cli.models import forward
@@ -51,7 +52,7 @@ def read_fasta(
     report = ReadReport()
     found = list(fasta.read_fasta(path, ReadPolicy(strict=strict, long=LongPolicy(long)), report))
     for what, times in sorted(report.mended.items()):
-        warnings.warn(f"{path}: {what}: {times} records", stacklevel=2)
+        warnings.warn(f"{path}: {what}: {counted(times, 'record')}", stacklevel=2)
     for reject in report.rejects:
         where = f"record {reject.record} ({reject.accession}), line {reject.line}"
         warnings.warn(f"{path}: skipped {where}: {reject.reason}", stacklevel=2)
@@ -127,11 +128,7 @@ def evaluate(
     bundle.check_model(model, "the bundle")
     if not allow_seen:
         accuracy.refuse_seen(entries, families)
-    return results.frame(accuracy.accuracy(model, entries, families, _no_tick))
-
-
-def _no_tick(done: int = 1, again: bool = False) -> None:
-    """Progress that nobody looks at."""
+    return results.frame(accuracy.accuracy(model, entries, families))
 
 
 def read_results(*paths: str | Path, **only: Any) -> pd.DataFrame:

@@ -167,10 +167,10 @@ def _entries(
 def _refuse_twins(entries: list[Entry]) -> None:
     """Results tell codecs apart by recipe and bits."""
     recipes = [entry.spec.recipe for entry in entries]
-    keys = [(recipe.name, recipe.bits_k, recipe.bits_v) for recipe in recipes]
-    for name, bits_k, bits_v in keys:
-        if keys.count((name, bits_k, bits_v)) > 1:
-            raise InputError(f"recipe {name} K{bits_k:g} V{bits_v:g} is there twice; measure one at a time")
+    names = [recipe.typed for recipe in recipes]
+    for name in names:
+        if names.count(name) > 1:
+            raise InputError(f"recipe {name} is there twice; measure one at a time")
 
 
 def _split_recipes(names: str, peers: str) -> tuple[str, list[str]]:

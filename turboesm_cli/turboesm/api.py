@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
@@ -115,7 +115,7 @@ def step(model: Model, tokens: Tensor, cache: packed.PackedCache) -> Tensor:
 def evaluate(
     model: Model, bundle: Bundle, proteins: Sequence[Protein], *, allow_seen: bool = False
 ) -> pd.DataFrame:
-    """What a bundle costs in accuracy on proteins: the rows of `turboesm bench`, see `read_results`.
+    """What a bundle costs in accuracy on proteins: the rows of `turboesm bench`, see `read_figures`.
 
     Every token is decoded from the cache, all layers quantized, against the same decode with an fp32 cache. Raises
     InputError where a protein was in the bundle's calibration set, unless `allow_seen`, or for random weights.
@@ -129,17 +129,3 @@ def evaluate(
     if not allow_seen:
         accuracy.refuse_seen(entries, families)
     return results.frame(accuracy.accuracy(model, entries, families))
-
-
-def read_results(*paths: str | Path, **only: Any) -> pd.DataFrame:
-    """Result files of `bench` and `decode` (.csv, or .json of `--json`) as one tidy frame, a row per figure.
-
-    `read_results("bench.csv", metric="error", recipe="auto")` keeps the rows whose columns have these values.
-    Raises InputError for a file that holds something else, or a column that does not exist.
-    """
-    found = results.read_csv([Path(path) for path in paths])
-    for column, value in only.items():
-        if column not in found:
-            raise InputError(f"no column {column!r}; there are {', '.join(results.COLUMNS)}")
-        found = found[found[column] == value]
-    return found.reset_index(drop=True)

@@ -28,10 +28,12 @@ ifeq ($(DEMO),full)
 CALIBRATION := 300
 PROTEINS := 8
 DECODED := 4
+FRONTIER := --frontier
 else
 CALIBRATION := 60
 PROTEINS := 2
 DECODED := 2
+FRONTIER := --no-frontier
 endif
 
 .PHONY: setup lint type test test-fast fuzz killtest demo demo-generate clean
@@ -70,7 +72,7 @@ killtest: setup
 
 demo: setup
 	mkdir -p $(OUT)
-	$(TURBOESM) calibrate embedded $(DATA)/calibration/calibration.fasta --max-proteins $(CALIBRATION) -o $(OUT)/auto.tqz --force
+	$(TURBOESM) calibrate embedded $(DATA)/calibration/calibration.fasta --max-proteins $(CALIBRATION) $(FRONTIER) -o $(OUT)/auto.tqz --force
 	$(TURBOESM) quantize $(OUT)/auto.tqz $(DATA)/evaluation/tm.fasta --max-proteins $(DECODED) --prompt 0.5 -o $(OUT)/tm.tqkv --force
 	$(TURBOESM) decode $(OUT)/auto.tqz $(OUT)/tm.tqkv -o $(OUT)/decode.csv --force
 	$(TURBOESM) bench --families tm,idr,peptide --recipes paper,flat,auto --max-calibration $(CALIBRATION) --max-proteins $(PROTEINS) -o $(OUT)/bench.csv --force

@@ -76,7 +76,7 @@ def test_the_whole_pipeline(run: Run, home: Path, bundle: Path, tiny_path: Path)
     bench = ("--families", "peptide,tm", "--recipes", "paper,flat@4,fp16,int8,fp8", "--max-calibration", "12")
     measured = run("bench", *bench, *few, "-o", "b.csv", *model, afresh=True)
     assert measured.returncode == 0, measured.stderr
-    assert "paper K4 V3" in measured.stdout and "flat K4 V4" in measured.stdout
+    assert "paper@4/3" in measured.stdout and "flat@4" in measured.stdout
     assert run("report", "b.csv", "-o", "r.html", afresh=True).stdout.strip() == "r.html"
     page = (home / "r.html").read_text()
     assert "<svg" in page and "flat" in page

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 
 import pytest
@@ -12,6 +14,7 @@ from turboesm_cli.codec.bundle import Bundle
 from turboesm_cli.codec.calibration import bundle_of
 from turboesm_cli.codec.fit import without_residual
 from turboesm_cli.codec.recipes import RECIPES
+from turboesm_cli.console import Tick
 from turboesm_cli.errors import InputError
 from turboesm_cli.evaluation import metrics
 from turboesm_cli.evaluation.accuracy import Entry, accuracy, first_layer, memory, refuse_seen, times
@@ -102,8 +105,14 @@ def test_rows_of_all_are_the_tokens_of_all_families(
 ) -> None:
     families = {"a": peptides[:2], "b": peptides[2:5]}
     done: list[int] = []
-    rows = list(accuracy(tiny, entries, families, lambda done_now=1, again=False: done.append(done_now)))
-    assert sum(done) == 5 * 3  # two recipes and the drift
+
+    @contextmanager
+    def phase(name: str, total: int) -> Iterator[Tick]:
+        assert (name, total) == ("decoding", 5 * 3)  # two recipes and the drift
+        yield lambda done_now=1, again=False: done.append(done_now)
+
+    rows = list(accuracy(tiny, entries, families, phase))
+    assert sum(done) == 5 * 3
 
     def value(family: str, metric: str, protocol: str = "decode") -> tuple[float, int]:
         found = [

@@ -16,9 +16,11 @@ from pathlib import Path
 import pytest
 from forked import run_forked
 from test_bundle import FORGERIES, ZIPS, in_manifest, rewrite, with_zip
+from test_formats import written
 from typer.testing import CliRunner, Result
 
 from turboesm_cli.app import app
+from turboesm_cli.console import counted
 
 pytestmark = pytest.mark.slow
 
@@ -78,12 +80,12 @@ CASES = [
     Case("byte-order mark", b"\xef\xbb\xbf" + GOOD.encode(), 1),
     Case("blank lines", "\n\n" + GOOD.replace("\n", "\n\n"), 1),
     Case("U, Z, B, X and O", f">a\n{SEQUENCE}UZBXO\n", 1),
-    Case("lower case", f">a\n{SEQUENCE.lower()}\n", 1, "lower-case letters upper-cased: 1 records"),
-    Case("final stop", f">a\n{SEQUENCE}*\n", 1, "final stop '*' dropped: 1 records"),
+    Case("lower case", f">a\n{SEQUENCE.lower()}\n", 1, "lower-case letters upper-cased: 1 record"),
+    Case("final stop", f">a\n{SEQUENCE}*\n", 1, "final stop '*' dropped: 1 record"),
     Case(
         "numbered", f">a\n  1 {SEQUENCE[:10]} {SEQUENCE[10:20]} {SEQUENCE[20:]}\n", 1, "blanks or digits dropped"
     ),
-    Case("gaps", f">a\n{SEQUENCE}----\n", 1, "gaps dropped: 1 records"),
+    Case("gaps", f">a\n{SEQUENCE}----\n", 1, "gaps dropped: 1 record"),
     Case("duplicate identifiers", GOOD * 3, 3, "duplicate identifier renamed: 2 records"),
     Case("header of a megabyte", f">a {'x' * 1_000_000}\n{SEQUENCE}\n", 1, "long header shortened"),
     Case(
@@ -101,7 +103,7 @@ CASES = [
         "too long, truncated",
         LONG,
         1,
-        "long sequence truncated: 1 records",
+        "long sequence truncated: 1 record",
         options=("--long", "truncate", *BRIEF),
     ),
     Case("too long, in windows", LONG, 2, options=("--long", "window", *BRIEF)),
@@ -110,6 +112,10 @@ CASES = [
     Case("blank", "\n\n \n", 0, "holds no record"),
     Case("empty gzip", lambda: gzip.compress(b""), 0, "holds no record"),
     Case("no FASTA", "MKWVTFISLL\n", 0, "does not look like FASTA"),
+    Case("GenBank", lambda: written("genbank", SEQUENCE), 1),
+    Case(
+        "GenBank of genes", lambda: written("genbank", "ACGT" * 20, molecule="DNA"), 0, "a record of nucl", ("P1",)
+    ),
     Case("FASTQ", "@a\nMKWV\n+\nIIII\n", 0, "does not look like FASTA"),
     Case("nucleotides", ">r\nACGTACGTAC\n" * 30, 0, "looks like nucleotides"),
     Case("binary", bytes(range(256)) * 10, 0, "NUL byte at line 1"),
@@ -204,7 +210,7 @@ def test_fasta(case: Case, command: str, place: Place) -> None:
     assert case.said in result.stderr
     output = "out.tqkv" if command == "quantize" else "out.csv"
     assert place.names() == {"r.tsv", output}
-    assert f"of {case.proteins} proteins in {output}" in result.stderr
+    assert f"of {counted(case.proteins, 'protein')} in {output}" in result.stderr
 
 
 STOPPED = [("calibrate", case) for case in CASES if not case.proteins]

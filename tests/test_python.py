@@ -13,7 +13,11 @@ import torch
 import turboesm
 
 from turboesm_cli import __version__
+from turboesm_cli.cache.packed import PackedCodec
+from turboesm_cli.evaluation.accuracy import Entry, accuracy, memory
+from turboesm_cli.evaluation.teacher_forced import compare_decoding
 from turboesm_cli.models.esm2 import EsmModel
+from turboesm_cli.reporting.results import write_csv
 from turboesm_cli.sequences.fasta import Protein
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -85,11 +89,46 @@ def test_what_is_mended_is_a_warning(tmp_path: Path) -> None:
 
 def test_results_come_as_a_frame(tmp_path: Path) -> None:
     path = sorted((ROOT / "data" / "results" / "0.1.0").glob("*-families.csv"))[0]
-    every = turboesm.read_results(path)
-    few = turboesm.read_results(path, metric="error", family="all")
+    every = turboesm.read_figures(path)
+    few = turboesm.read_figures(path, metric="error", family="all")
     assert 0 < len(few) < len(every) and set(few.metric) == {"error"} and few.index[0] == 0
     with pytest.raises(turboesm.InputError, match="no column 'metrics'"):
-        turboesm.read_results(path, metrics="error")
+        turboesm.read_figures(path, metrics="error")
+
+
+def test_results_have_a_row_for_each_protein_and_recipe(
+    tiny: EsmModel, peptides: list[Protein], calibration_proteins: list[Protein], tmp_path: Path
+) -> None:
+    """What the tables show of a protein is in the file, and comes back under the names that the file has."""
+    bundle = turboesm.calibrate(tiny, calibration_proteins[:12], recipe="flat")
+    entries, families = [Entry("flat", bundle)], {"a": peptides[:3], "b": peptides[3:5]}
+    rows = [*accuracy(tiny, entries, families, formats=["int8"]), *memory(tiny, entries, ["int8"])]
+    write_csv(tmp_path / "r.csv", rows)
+    frame = turboesm.read_results(tmp_path / "r.csv")
+    assert sorted(zip(frame.protein, frame.recipe, strict=True)) == sorted(
+        (protein.accession, recipe) for protein in peptides[:5] for recipe in ("flat@3", "int8")
+    )
+    assert not frame.isna().any(axis=None)
+    one = frame[(frame.protein == peptides[0].accession) & (frame.recipe == "flat@3")].iloc[0]
+    codecs = {"flat": PackedCodec(bundle.spec, tiny.device)}
+    drift, coded = (found for _, found in compare_decoding(tiny, peptides[:1], codecs))
+    assert one.error == pytest.approx(float((1 - coded.cosines).mean()), rel=1e-6)
+    assert one.drift == pytest.approx(float((1 - drift.cosines).mean()), rel=1e-6)
+    assert coded.predictions is not None and one.tokens == peptides[0].residues + 2
+    assert one.residue_kl_mean == pytest.approx(float(coded.predictions.kl.mean()), rel=1e-6)
+    assert one.cosine_mean == 1 - one.error and one.family == "a" and one.bits_per_value < 4.5
+    write_csv(tmp_path / "m.csv", memory(tiny, entries))
+    with pytest.raises(turboesm.InputError, match="no figures of single proteins"):
+        turboesm.read_results(tmp_path / "m.csv")
+
+
+def test_results_are_read_without_torch(tmp_path: Path) -> None:
+    path = sorted((ROOT / "data" / "results" / "0.1.0").glob("*-families.csv"))[0]
+    code = f"import sys, turboesm; print(len(turboesm.read_results({str(path)!r})), 'torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    rows, torch_loaded = done.stdout.split()
+    assert int(rows) > 361 and torch_loaded == "False"
 
 
 def test_the_example_on_the_page_runs(tmp_path: Path) -> None:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import fields
 
 import pytest
 import torch
 from turboesm_kernels.reference import Rope
 
+from turboesm_cli.console import Tick
 from turboesm_cli.errors import InputError
 from turboesm_cli.models import forward
 from turboesm_cli.models.esm2 import EsmModel
@@ -168,7 +172,17 @@ def test_no_proteins_are_an_error(tiny: EsmModel) -> None:
         collect(tiny, [])
 
 
-def test_progress_counts_every_protein(tiny: EsmModel, proteins: list[Protein]) -> None:
-    counted: list[int] = []
-    collect(tiny, proteins, tick=lambda done=1, again=False: counted.append(done))
-    assert sum(counted) == len(proteins)
+@pytest.mark.parametrize("number", [1, 20])
+def test_each_phase_counts_all_its_proteins(
+    number: int, tiny: EsmModel, calibration_proteins: list[Protein]
+) -> None:
+    promised, counted = dict[str, int](), Counter[str]()
+
+    @contextmanager
+    def phase(name: str, total: int) -> Iterator[Tick]:
+        promised[name] = total
+        yield lambda done=1, again=False: counted.update({name: done})
+
+    collect(tiny, calibration_proteins[:number], phase=phase)
+    assert list(promised) == ["statistics", "sensitivities"]
+    assert counted == promised and sum(promised.values()) == max(2, number)

@@ -126,7 +126,7 @@ def test_the_largest_batch_is_found_from_either_side(
 def test_loads_that_do_not_fit_are_named(tiny: EsmModel, kinds: tuple[Kind, Kind]) -> None:
     skipped: list[str] = []
     assert list(throughput.sweep(tiny, list(kinds), [Load(2, 24)], 10, skipped.append)) == []
-    assert [text.split(",")[0] for text in skipped] == ["fp16", "auto K3 V3"]
+    assert [text.split(",")[0] for text in skipped] == ["fp16", "auto@3"]
 
 
 def test_a_step_without_a_gpu_is_no_graph(tiny: EsmModel) -> None:
@@ -160,7 +160,7 @@ def test_the_command(tiny: EsmModel, tiny_path: Path, calibration_proteins: list
         (f"batch {batch}", tokens, recipe)
         for batch in (1, 2) for tokens in ("24", "32") for recipe in ("fp16", "flat")
     }  # fmt: skip
-    assert "first token" in done.stdout and "flat K3 V3" in done.stdout and "than fp16" in done.stderr
+    assert "first token" in done.stdout and "flat@3" in done.stdout and "than fp16" in done.stderr
     refused = call("--kinds", "fp12", "-o", "u.csv")
     assert refused.returncode == 3 and "fp12" in refused.stderr
     refused = call("--batch", "0", "-o", "u.csv")

@@ -8,7 +8,7 @@ import json
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any, Protocol, TextIO
 
@@ -40,6 +40,20 @@ class Tick(Protocol):
     def __call__(self, done: int = 1, again: bool = False) -> None: ...
 
 
+Phases = Callable[[str, int], AbstractContextManager[Tick]]
+"""Progress of work that has several stages: `phase(name, total)` is open while one of `total` units goes on."""
+
+
+@contextmanager
+def quiet(label: str, total: int) -> Iterator[Tick]:
+    """A phase that nobody looks at."""
+    yield _unheard
+
+
+def _unheard(done: int = 1, again: bool = False) -> None:
+    """Progress that is not shown."""
+
+
 files: list[Path] = []
 """Files that hold the results of this command, whole."""
 _logs: list[TextIO] = []
@@ -57,6 +71,11 @@ def log(message: str) -> None:
         for stream in _logs:
             stream.write("".join(f"{now} [{where}] {line}\n" for line in message.splitlines()))
             stream.flush()
+
+
+def counted(number: int, what: str) -> str:
+    """`1 record`, `2,000 records`."""
+    return f"{number:,} {what}" if number == 1 else f"{number:,} {what}s"
 
 
 UNPRINTABLE = "\N{REPLACEMENT CHARACTER}"
@@ -117,12 +136,24 @@ def print_json_rows(rows: Iterable[Any], name: str = "", rest: Mapping[str, Any]
 
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """Print a table on stdout; the first column is left-aligned, the rest right-aligned."""
+    Console(highlight=False, width=None if sys.stdout.isatty() else 160).print(_table(title, columns, rows))
+
+
+def say_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Print a table to stderr, as `print_table` does on stdout."""
+    for row in (columns, *rows):
+        log("  ".join(row))
+    width = None if err.is_terminal else 160
+    Console(stderr=True, highlight=False, width=width).print(_table(title, columns, rows))
+
+
+def _table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
     table = Table(title=Text(_shown(title)), title_justify="left")
     for index, column in enumerate(columns):
         table.add_column(column, justify="left" if index == 0 else "right", overflow="fold")
     for row in rows:
         table.add_row(*(Text(_shown(cell)) for cell in row))  # a cell is text, whatever brackets it holds
-    Console(highlight=False, width=None if sys.stdout.isatty() else 160).print(table)
+    return table
 
 
 @contextmanager

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from turboesm_cli.codec.bundle import Bundle, Calibration, check_storable, sequence_key
-from turboesm_cli.codec.fit import MOST_TOKENS, fit
+from turboesm_cli.codec.fit import MOST_TOKENS, fit, require_tokens
 from turboesm_cli.codec.recipes import Recipe
-from turboesm_cli.console import Tick
+from turboesm_cli.console import Phases, quiet
 from turboesm_cli.models.protocol import Model
 from turboesm_cli.outputs.work import NOTHING_KEPT, Work
 from turboesm_cli.sequences.fasta import Protein, digest
@@ -21,12 +21,28 @@ def calibrate(
     model: Model,
     proteins: Sequence[Protein],
     recipe: Recipe,
-    tick: Tick | None = None,
+    phase: Phases = quiet,
     work: Work = NOTHING_KEPT,
 ) -> Bundle:
     """Statistics of `proteins` and the codec that `recipe` makes of them. Raises InputError: too few, too many."""
     check_storable(model.name, len(proteins), recipe)
-    return bundle_of(model, proteins, collect(model, proteins, tick=tick, work=work), recipe)
+    require_enough(model, proteins)
+    statistics = collect(model, proteins, phase=phase, work=work)
+    with phase("fitting", 1) as tick:
+        bundle = bundle_of(model, proteins, statistics, recipe)
+        tick()
+    return bundle
+
+
+def tokens_of(model: Model, proteins: Sequence[Protein]) -> int:
+    """How many tokens the proteins are, control tokens included."""
+    return sum(model.alphabet.length(protein) for protein in proteins)
+
+
+def require_enough(model: Model, proteins: Sequence[Protein]) -> None:
+    """Raise InputError, before any pass, where proteins have too few tokens to calibrate on."""
+    if proteins:
+        require_tokens(model, tokens_of(model, proteins))
 
 
 def adapted(model: Model, proteins: Sequence[Protein], recipe: Recipe) -> Recipe:

@@ -89,12 +89,17 @@ MOST_TOKENS = 4096
 """Kinds of token that a cache can keep in place of keys and values: beyond, tables outgrow what that saves."""
 
 
-def _check(model: Model, statistics: Statistics, recipe: Recipe) -> None:
+def require_tokens(model: Model, tokens: int) -> None:
+    """Raise InputError where so many tokens are too few for a model's codec: 16 for each axis of a head."""
     needed = 16 * model.shape.head_dim
-    if statistics.tokens < needed:
+    if tokens < needed:
         raise InputError(
-            f"{statistics.tokens} tokens are too few to calibrate {model.name}; give at least {needed} residues"
+            f"{tokens:,} tokens are too few to calibrate {model.name}; give at least {needed:,} residues"
         )
+
+
+def _check(model: Model, statistics: Statistics, recipe: Recipe) -> None:
+    require_tokens(model, statistics.tokens)
     if recipe.budget == "model" and recipe.metric != "sensitivity":
         raise InputError("a budget for the whole model needs the metric 'sensitivity'; no other has one unit")
     if recipe.residual != "none" and (recipe.allocation != "flat" or recipe.choose or recipe.budget == "model"):

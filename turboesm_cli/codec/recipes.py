@@ -68,6 +68,11 @@ class Recipe:
         """Payload bits of one side."""
         return self.bits_k if side == "k" else self.bits_v
 
+    @property
+    def typed(self) -> str:
+        """As it is typed: `auto@2.5`, `paper@4/3`."""
+        return typed(self.name, self.bits_k, self.bits_v)
+
     def rotation(self, side: Side) -> Rotation:
         """Rotation of one side."""
         return self.rotation_k if side == "k" else self.rotation_v
@@ -113,6 +118,11 @@ since peptides, all start, otherwise do half again as badly as the rest (an auto
 2504.19874) does, a Hadamard rotation, Lloyd-Max tables and each token's norm, to compare with."""
 
 
+def typed(name: str, bits_k: float, bits_v: float) -> str:
+    """A recipe and its budget as they are typed: `auto@2.5`, `paper@4/3`."""
+    return f"{name}@{bits_k:g}" if bits_k == bits_v else f"{name}@{bits_k:g}/{bits_v:g}"
+
+
 def parse_recipe(text: str) -> Recipe:
     """The recipe that `NAME`, `NAME@BITS` or `NAME@BITS_K/BITS_V` names. Raises InputError."""
     name, _, bits = text.partition("@")
@@ -127,10 +137,14 @@ def parse_recipe(text: str) -> Recipe:
     return with_bits(RECIPES[name], bits_k, bits_v)
 
 
+BUDGETS = (2.0, 2.5, 3.0, 3.5, 4.0)
+"""Bits per value that there are."""
+
+
 def with_bits(recipe: Recipe, bits_k: float | None, bits_v: float | None) -> Recipe:
     """The recipe at other bit budgets: 2 to 4 in steps of 0.5. Raises InputError."""
     for value in (bits_k, bits_v):
-        if value is not None and (not 2 <= value <= 4 or value * 2 != int(value * 2)):
+        if value is not None and value not in BUDGETS:
             raise InputError(f"{value:g} bits per value: choose 2 to 4 in steps of 0.5")
     changed = replace(
         recipe,

@@ -35,7 +35,7 @@ def ablation(
 
     Example: turboesm bench ablation --families tm,idr --max-proteins 4 -o ablation.csv
     """
-    from turboesm_cli.evaluation.ablation import SUBSETS, ablate, ablation_table, variants
+    from turboesm_cli.evaluation.ablation import ablate, ablation_table
     from turboesm_cli.reporting.results import to_records, write_csv
     from turboesm_cli.sequences.datasets import calibration_path
 
@@ -52,10 +52,8 @@ def ablation(
     run = options.run_of("bench", loaded, digest_of([learned, *sets.values()]), measured="ablation")
     if kept.is_done(run):
         return
-    recipes = {variant.recipe for variant in variants(loaded.shape.head_dim)}
-    total = len(learned) + sum(map(len, sets.values())) * (len(recipes) + 1) * SUBSETS
-    with kept.work(run) as work, console.progress("calibrating and decoding", total) as tick:
-        rows = list(ablate(loaded, learned, sets, tick, work))
+    with kept.work(run) as work:
+        rows = list(ablate(loaded, learned, sets, console.progress, work))
         write_csv(output, rows)
     if json:
         console.print_json(to_records(rows))

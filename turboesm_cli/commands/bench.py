@@ -168,8 +168,7 @@ def _entries(
         _refuse_twins(ready)
         return ready
     chosen = _recipes(recipes)
-    with console.progress("calibrating", len(proteins)) as tick:
-        entries = calibrated(model, proteins, chosen, tick, work.under("calibration"))
+    entries = calibrated(model, proteins, chosen, console.progress, work.under("calibration"))
     _refuse_twins(entries)
     return entries
 
@@ -177,10 +176,10 @@ def _entries(
 def _refuse_twins(entries: list[Entry]) -> None:
     """Results tell codecs apart by recipe and bits."""
     recipes = [entry.spec.recipe for entry in entries]
-    keys = [(recipe.name, recipe.bits_k, recipe.bits_v) for recipe in recipes]
-    for name, bits_k, bits_v in keys:
-        if keys.count((name, bits_k, bits_v)) > 1:
-            raise InputError(f"recipe {name} K{bits_k:g} V{bits_v:g} is there twice; measure one at a time")
+    names = [recipe.typed for recipe in recipes]
+    for name in names:
+        if names.count(name) > 1:
+            raise InputError(f"recipe {name} is there twice; measure one at a time")
 
 
 def _split_recipes(names: str, peers: str) -> tuple[str, list[str]]:
@@ -236,7 +235,9 @@ def _measure_part(
     if not model.is_random:
         with console.progress("decoding", results * own_proteins(model, sets, own)) as tick:
             decoded = accuracy.decoded(model, entries, sets, tick, formats, work.under("decode"), own)
-        measured = Measured(decoded, accuracy.first_layers(model, entries, sets, work.under("layer0"), own))
+        with console.progress("first layer", len(entries) * len(sets)) as tick:
+            first = accuracy.first_layers(model, entries, sets, tick, work.under("layer0"), own)
+        measured = Measured(decoded, first)
     about = accuracy.circumstances(model, entries, sets, formats, work.devices)
     write_part(output, about, measured, rows, seal_of(output, run, shard, "bench", place, work.devices))
     console.say(f"results of {place[1]} of {place[2]} batches of proteins in {output}")
@@ -253,10 +254,8 @@ def _measure(
     if model.is_random:
         console.warn(f"{model.name} has random weights: time and memory are measured, accuracy is not")
     else:
-        total = sum(map(len, sets.values())) * (len(entries) + len(formats) + 1)
-        with console.progress("decoding", total) as tick:
-            rows += accuracy.accuracy(model, entries, sets, tick, formats, work.under("decode"))
-        rows += accuracy.first_layer(model, entries, sets, work.under("layer0"))
+        rows += accuracy.accuracy(model, entries, sets, console.progress, formats, work.under("decode"))
+        rows += accuracy.first_layer(model, entries, sets, console.progress, work.under("layer0"))
     return rows, bench_tables(rows, [*(entry.spec.recipe for entry in entries), *formats], list(sets))
 
 
@@ -264,4 +263,5 @@ def _of_no_protein(model: Model, entries: list[Entry], formats: list[str], work:
     """Rows of memory and time."""
     from turboesm_cli.evaluation import accuracy
 
-    return [*accuracy.memory(model, entries, formats), *accuracy.times(model, entries, work=work.under("time"))]
+    rows = list(accuracy.memory(model, entries, formats))
+    return rows + list(accuracy.times(model, entries, phase=console.progress, work=work.under("time")))

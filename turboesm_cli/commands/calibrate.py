@@ -10,6 +10,7 @@ import typer
 from turboesm_cli import console
 from turboesm_cli.codec.recipes import RECIPES
 from turboesm_cli.commands import options
+from turboesm_cli.commands.predicting import Bounds, learned
 from turboesm_cli.commands.reading import Reading
 from turboesm_cli.commands.sharding import ShardOption, of_shard, say_shard, seal_of
 from turboesm_cli.sequences.fasta import LongPolicy, digest
@@ -31,7 +32,12 @@ def calibrate(
             show_default=False,
         ),
     ],
-    fasta: Annotated[str, typer.Argument(help="Calibration proteins; - for stdin.", show_default=False)],
+    fasta: Annotated[
+        str,
+        typer.Argument(
+            help="Calibration proteins, in any format of `guides/inputs.md`; - for stdin.", show_default=False
+        ),
+    ],
     output: Annotated[
         Path | None,
         typer.Option("--output", "-o", help="Bundle to write. Default: MODEL-RECIPE.tqz.", show_default=False),
@@ -44,6 +50,25 @@ def calibrate(
     ] = None,
     bits_k: options.BitsK = None,
     bits_v: options.BitsV = None,
+    max_error: Annotated[
+        float | None,
+        typer.Option(
+            min=0,
+            help="Take the smallest budget predicted to hold this error (1 - mean cosine of final hidden states).",
+            show_default=False,
+        ),
+    ] = None,
+    max_kl: Annotated[
+        float | None,
+        typer.Option(min=0, help="The same for the KL of the next residue or token, nat.", show_default=False),
+    ] = None,
+    frontier: Annotated[
+        bool,
+        typer.Option(
+            envvar="TURBOESM_FRONTIER",
+            help="Try budgets from 2 to 4 on the proteins held back, and say what each costs.",
+        ),
+    ] = True,
     max_proteins: options.MaxProteins = None,
     shard: ShardOption = None,
     strict: options.Strict = False,
@@ -51,6 +76,7 @@ def calibrate(
     rejects: options.Rejects = None,
     tags: options.Tags = "",
     device: options.Device = "auto",
+    json: options.Json = False,
     force: options.Force = False,
     if_done: options.IfDone = "refuse",
     resume_anywhere: options.ResumeAnywhere = False,
@@ -61,17 +87,32 @@ def calibrate(
     memory depends on the model, not on the number of proteins. Take proteins like those that you will decode or
     generate. Prints the bundle's path.
 
+    One protein in 16 is held back, and decoded at the end with each budget of bits: the mean error of these
+    proteins and its standard error are what is predicted for others like them.
+
     Example: turboesm calibrate esm2_t33_650M proteins.fasta -o 650M.tqz
+
+    Example: turboesm calibrate esm2_t33_650M proteins.fasta --max-error 0.001 -o 650M.tqz
 
     With --shard the output holds statistics, and `turboesm merge` makes the bundle of all shards' statistics.
 
     Example: turboesm calibrate iglm antibodies.fasta --tags species=HUMAN -o iglm.tqz
     """
     from turboesm_cli.codec.bundle import write_bundle
-    from turboesm_cli.codec.calibration import calibrate as learn
+    from turboesm_cli.codec.calibration import require_enough
     from turboesm_cli.codec.recipes import parse_recipe, with_bits
     from turboesm_cli.statistics.batching import told
 
+    bounds = Bounds(max_error, max_kl)
+    if bounds.given and (bits or bits_k or bits_v or "@" in recipe or not frontier):
+        raise typer.BadParameter(
+            "choose the budget of bits: leave out --bits, --bits-k, --bits-v, @BITS and --no-frontier",
+            param_hint=["--max-error", "--max-kl"],
+        )
+    if bounds.given and shard is not None:
+        raise typer.BadParameter(
+            "a budget is chosen from all proteins: not with --shard", param_hint=["--max-error"]
+        )
     chosen = with_bits(with_bits(parse_recipe(recipe), bits, bits), bits_k, bits_v)
     if output is not None:
         options.Kept(output, force, if_done, resume_anywhere)
@@ -79,21 +120,25 @@ def calibrate(
     proteins = reading.proteins(fasta)
     loaded = options.open_model(model, device)
     proteins = reading.known(fasta, proteins, loaded.alphabet)
+    require_enough(loaded, proteins)
     path = output or Path(f"{loaded.name}-{chosen.name}.tqz")
     kept = options.Kept(path, force, if_done, resume_anywhere)
     tagged = told(proteins, loaded.alphabet)
-    own = {"recipe": chosen.as_dict()} | ({"told": tagged[:16]} if tagged else {})
+    own = {"recipe": chosen.as_dict()} | ({"told": tagged[:16]} if tagged else {}) | bounds.named
     run = options.run_of("calibrate", loaded, digest(proteins), **own)
     if not kept.is_done(of_shard(run, shard)):
         with kept.work(of_shard(run, shard)) as work:
             if shard is not None:
                 _gather(path, (model, loaded), proteins, chosen, run, shard, work)
             else:
-                with console.progress("calibrating", len(proteins)) as tick:
-                    bundle = learn(loaded, proteins, chosen, tick, work)
-                write_bundle(path, bundle, work.devices)
-                tokens = bundle.calibration.tokens
-                console.say(f"{len(proteins)} proteins, {tokens:,} tokens, recipe {chosen.name}")
+                found = learned(loaded, proteins, chosen, frontier, bounds, work)
+                write_bundle(path, found.bundle, work.devices)
+        if shard is None:
+            console.say(f"{console.counted(len(proteins), 'protein')}, {found.bundle.calibration.tokens:,} tokens")
+            found.say()
+            if json:
+                console.print_json({"bundle": str(path)} | found.as_dict())
+                return
         say_shard(shard)
     console.print_line(str(path))
 
@@ -117,8 +162,7 @@ def _gather(
     check_storable(loaded.name, len(proteins), recipe)
     todo = batches_of(loaded, proteins)
     own, few = todo.numbers(shard), sum(map(len, (batch for kind in todo.of_shard(shard) for batch in kind)))
-    with console.progress("calibrating", few) as tick:
-        gathered = gather(loaded, proteins, tick=tick, work=work, shard=shard)
+    gathered = gather(loaded, proteins, phase=console.progress, work=work, shard=shard)
     seal = seal_of(path, run, shard, "statistics", (own.start, len(own), todo.total), work.devices)
     calibration, fitting = described(loaded, proteins), adapted(loaded, proteins, recipe)
     write_statistics(path, loaded, given, calibration, fitting, gathered, seal)

@@ -38,7 +38,7 @@ LARGEST_BATCH = 256
 def decode(
     bundle: Annotated[Path, typer.Argument(help="Bundle of `turboesm calibrate`.", show_default=False)],
     source: Annotated[
-        str, typer.Argument(help="Proteins (FASTA, - for stdin), or the caches of quantize.", show_default=False)
+        str, typer.Argument(help="Proteins (- for stdin), or the caches of quantize.", show_default=False)
     ],
     prompt: Annotated[
         str | None,
@@ -191,7 +191,9 @@ def _workload(
         return of_packfile(stack, Packfile(Path(source), bundle, sha256), reading.limit, bundle, shard)
     work = of_proteins(reading.stream(source), rule, bundle, prompt or "0.5", shard)
     if work.known:
-        console.warn(f"{work.known} of {work.total} proteins were in the bundle's calibration set")
+        console.warn(
+            f"{work.known} of {console.counted(work.total, 'protein')} were in the bundle's calibration set"
+        )
     return work
 
 
@@ -241,7 +243,7 @@ def _compare(run: Decoding, output: Path | None, as_json: bool) -> Callable[[], 
     rows = _compared(run, summary)
     if output is not None:
         write_csv(output, rows, run.seal(output, "csv", lambda: summary.state))
-        console.say(f"figures of {summary.count} proteins in {output}")
+        console.say(f"figures of {console.counted(summary.count, 'protein')} in {output}")
 
     def show() -> None:
         if as_json:

@@ -14,7 +14,7 @@ from turboesm_cli import console
 from turboesm_cli.cache.formats import FORMATS, KINDS
 from turboesm_cli.errors import InputError
 from turboesm_cli.outputs.files import check_output, overwrites, work_folder
-from turboesm_cli.sequences.datasets import ANTIBODIES, FAMILIES, HELDOUT
+from turboesm_cli.sequences.datasets import ANTIBODIES, FAMILIES, HELDOUT, SUFFIXES
 from turboesm_cli.sequences.fasta import LongPolicy
 
 if TYPE_CHECKING:
@@ -72,7 +72,8 @@ BitsV = Annotated[
 Families = Annotated[
     str,
     typer.Option(
-        "--families", help=f"Families ({', '.join((*FAMILIES, HELDOUT, ANTIBODIES))}) or FASTA files, by comma."
+        "--families",
+        help=f"Families ({', '.join((*FAMILIES, HELDOUT, ANTIBODIES))}) or files of proteins, by comma.",
     ),
 ]
 EVERY_FAMILY = ",".join(FAMILIES)
@@ -210,6 +211,6 @@ def run_of(command: str, model: Model, proteins: str, **options: object) -> dict
 def default_output(source: str, suffix: str) -> Path:
     """The input's name with another suffix, in the working directory."""
     path = Path("stdin" if source == "-" else Path(source).name)
-    while path.suffix in {".gz", ".bz2", ".xz", ".zst", ".fasta", ".fa", ".faa", ".fas"}:
+    while path.suffix.lower() in SUFFIXES:
         path = path.with_suffix("")
     return Path(f"{path}{suffix}")

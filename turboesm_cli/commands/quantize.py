@@ -92,7 +92,8 @@ def quantize(
         _print_json(path, codec.spec)
     elif tally.count:
         _show(tally, codec.spec.recipe.name, codec_nbytes(codec.spec))
-    console.say(f"caches of {tally.count} proteins in {path} ({path.stat().st_size:,} bytes, headers included)")
+    count = console.counted(tally.count, "protein")
+    console.say(f"caches of {count} in {path} ({path.stat().st_size:,} bytes, headers included)")
     say_shard(shard)
 
 

@@ -141,7 +141,7 @@ class Reading:
 
 def _say(source: str, found: ReadReport) -> None:
     for what, times in sorted(found.mended.items()):
-        console.warn(f"{source}: {what}: {times} records")
+        console.warn(f"{source}: {what}: {console.counted(times, 'record')}")
     for reject in found.rejects[:SHOWN]:
         console.warn(
             f"{source}: skipped record {reject.record} ({reject.accession}), line {reject.line}: {reject.reason}"
@@ -183,7 +183,9 @@ def families_of(reading: Reading, names: str, limit: int | None, max_residues: i
             raise InputError(f"two families are called {label!r}, or one 'all'; rename a file")
         proteins = reading.proteins(str(family_path(name)))
         short = [protein for protein in proteins if protein.residues <= min(max_residues, MAX_RESIDUES)]
-        console.say(f"{label}: {len(short)} of {len(proteins)} proteins, up to {max_residues} residues")
+        console.say(
+            f"{label}: {len(short)} of {console.counted(len(proteins), 'protein')}, up to {max_residues} residues"
+        )
         sets[label] = short[:limit]
     if not sets or not all(sets.values()):
         raise InputError("no proteins to evaluate on; name families with --families, or raise --max-residues")

@@ -91,5 +91,5 @@ def score(
         seal = seal_of(output, run, shard, "tsv", todo.place, work.devices)
         with atomic_output(output, seal) as partial, partial.open("w", encoding="utf-8", newline="\n") as stream:
             stream.writelines(f"{line}\n" for line in lines())
-    console.say(f"scores of {todo.count} proteins in {output}")
+    console.say(f"scores of {console.counted(todo.count, 'protein')} in {output}")
     say_shard(shard)

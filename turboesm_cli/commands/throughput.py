@@ -237,8 +237,7 @@ def _model_and_codecs(wanted: Wanted) -> tuple[Model, list[CodecSpec]]:
     if not ready:
         named = {name: parse_recipe(name) for name in filter(None, wanted.recipes.split(","))}
         proteins = Reading(limit=CALIBRATION_PROTEINS).proteins(str(calibration_path()))
-        with console.progress("calibrating", len(proteins)) as tick:
-            ready = [entry.bundle for entry in calibrated(model, proteins, named, tick)]
+        ready = [entry.bundle for entry in calibrated(model, proteins, named, console.progress)]
     if not ready:
         raise InputError("no codec to measure; name a recipe with --recipes or a bundle with --bundle")
     return model.to(model.device, FORMATS[wanted.dtype].dtype), [bundle.spec for bundle in ready]

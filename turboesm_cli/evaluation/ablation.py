@@ -16,7 +16,7 @@ from turboesm_cli.cache.packed import PackedCodec, bytes_per_sequence, dense_byt
 from turboesm_cli.codec.bundle import sequence_key
 from turboesm_cli.codec.fit import CodecSpec, fit
 from turboesm_cli.codec.recipes import RECIPES, Recipe, Rotation
-from turboesm_cli.console import Tick
+from turboesm_cli.console import Phases, Tick, quiet
 from turboesm_cli.evaluation import metrics
 from turboesm_cli.evaluation.protein_results import ProteinResult
 from turboesm_cli.evaluation.rows import Context
@@ -99,19 +99,20 @@ def ablate(
     model: Model,
     calibration: Sequence[Protein],
     families: Mapping[str, Sequence[Protein]],
-    tick: Tick,
+    phase: Phases = quiet,
     work: Work = NOTHING_KEPT,
 ) -> Iterator[ResultRow]:
     """Rows of the protocol ablation: each variant's error in each family; `seed` is the calibration subset."""
     table = variants(model.shape.head_dim)
     for subset, part in enumerate(subsets(calibration)):
         own = work.under(f"subset{subset}")
-        statistics = collect(model, part, tick=tick, work=own)
+        statistics = collect(model, part, phase=phase, work=own)
         distinct = {variant.recipe: fit(model, statistics, variant.recipe) for variant in table}
         context = Context.of(model, subset, devices=work.devices)
         everything: dict[Recipe, list[ProteinResult]] = {recipe: [] for recipe in distinct}
         for family, proteins in families.items():
-            found = _decode(model, proteins, distinct, tick, own.under(family))
+            with phase(f"decoding {family}", len(proteins) * (len(distinct) + (not model.causal))) as tick:
+                found = _decode(model, proteins, distinct, tick, own.under(family))
             for variant in table:
                 yield _error(context, variant, family, found[variant.recipe])
             for recipe, results in found.items():

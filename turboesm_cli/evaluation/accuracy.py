@@ -22,10 +22,10 @@ import torch
 from turboesm_cli import __version__
 from turboesm_cli.cache.packed import PackedCodec, bytes_per_sequence, codec_nbytes, dense_bytes_per_sequence
 from turboesm_cli.codec.bundle import Bundle, read_bundle, seen, write_bundle
-from turboesm_cli.codec.calibration import bundle_of
+from turboesm_cli.codec.calibration import bundle_of, require_enough
 from turboesm_cli.codec.fit import CodecSpec
 from turboesm_cli.codec.recipes import Recipe
-from turboesm_cli.console import Tick
+from turboesm_cli.console import Phases, Tick, quiet
 from turboesm_cli.engine.jobs import new_cache
 from turboesm_cli.errors import BundleError, InputError, OutputError
 from turboesm_cli.evaluation import timing
@@ -71,7 +71,7 @@ def calibrated(
     model: Model,
     proteins: Sequence[Protein],
     recipes: Mapping[str, Recipe],
-    tick: Tick | None = None,
+    phase: Phases = quiet,
     work: Work = NOTHING_KEPT,
 ) -> list[Entry]:
     """A bundle for each recipe: from the user's cache folder, else calibrated (statistics once) and kept there."""
@@ -79,10 +79,13 @@ def calibrated(
     found = {name: _read_if_good(path) for name, path in paths.items()}
     if all(found.values()):
         return [Entry(name, bundle) for name, bundle in found.items() if bundle]
-    statistics = collect(model, proteins, tick=tick, work=work)
-    for name, recipe in recipes.items():
-        if not found[name]:
-            found[name] = bundle = bundle_of(model, proteins, statistics, recipe)
+    require_enough(model, proteins)
+    statistics = collect(model, proteins, phase=phase, work=work)
+    missing = [name for name in recipes if not found[name]]
+    with phase("fitting", len(missing)) as tick:
+        for name in missing:
+            found[name] = bundle = bundle_of(model, proteins, statistics, recipes[name])
+            tick()
             with contextlib.suppress(OutputError):  # kept for the next run where the cache can be written to
                 write_bundle(paths[name], bundle)
     return [Entry(name, bundle) for name, bundle in found.items() if bundle]
@@ -106,20 +109,28 @@ def accuracy(
     model: Model,
     entries: Sequence[Entry],
     families: Families,
-    tick: Tick,
+    phase: Phases = quiet,
     formats: Sequence[str] = (),
     work: Work = NOTHING_KEPT,
 ) -> Iterator[ResultRow]:
-    """Rows of the protocols decode and drift: families, proteins, all; `formats`: names of `peers`."""
-    measured = Measured(decoded(model, entries, families, tick, formats, work))
+    """Rows of the protocols decode and drift: families, proteins, all; `formats`: names of `peers`.
+
+    The phase "decoding" hears of each protein and codec.
+    """
+    each = len(entries) + len(formats) + (not model.causal)  # drift is an encoder's
+    with phase("decoding", each * sum(map(len, families.values()))) as tick:
+        measured = Measured(decoded(model, entries, families, tick, formats, work))
     yield from decoded_rows(circumstances(model, entries, families, formats, work.devices), measured)
 
 
 def first_layer(
-    model: Model, entries: Sequence[Entry], families: Families, work: Work = NOTHING_KEPT
+    model: Model, entries: Sequence[Entry], families: Families, phase: Phases = quiet, work: Work = NOTHING_KEPT
 ) -> Iterator[ResultRow]:
     """Rows of the protocols paper (heads joined) and paper_heads (each head on its own): of encoders alone."""
-    measured = Measured(first=first_layers(model, entries, families, work))
+    if model.causal:
+        return
+    with phase("first layer", len(entries) * len(families)) as tick:
+        measured = Measured(first=first_layers(model, entries, families, tick, work))
     yield from first_layer_rows(circumstances(model, entries, families, (), work.devices), measured)
 
 
@@ -158,29 +169,23 @@ def first_layers(
     model: Model,
     entries: Sequence[Entry],
     families: Families,
+    tick: Tick,
     work: Work = NOTHING_KEPT,
     own: Mapping[str, range] | None = None,
 ) -> dict[str, dict[str, list[FirstLayer]]]:
-    """Layer 0's attention output, by entry and family; {} of a model that is no encoder. `own` as in `decoded`."""
-    return (
-        {}
-        if model.causal
-        else {
-            entry.name: {
-                family: list(
-                    first_layer_cosines(
-                        model,
-                        few,
-                        entry.spec,
-                        work.under(f"{index}-{family}"),
-                        None if own is None else own[family],
-                    )
-                )
-                for family, few in families.items()
-            }
-            for index, entry in enumerate(entries)
-        }
-    )
+    """Layer 0's attention output, by entry and family; {} of a model that is no encoder. `own` as in `decoded`.
+
+    `tick` hears of each entry and family.
+    """
+    found: dict[str, dict[str, list[FirstLayer]]] = {}
+    for index, entry in enumerate(() if model.causal else entries):
+        found[entry.name] = {}
+        for family, few in families.items():
+            batches = None if own is None else own[family]
+            kept = work.under(f"{index}-{family}")
+            found[entry.name][family] = list(first_layer_cosines(model, few, entry.spec, kept, batches))
+            tick()
+    return found
 
 
 def memory(model: Model, entries: Sequence[Entry], formats: Sequence[str] = ()) -> Iterator[ResultRow]:
@@ -210,27 +215,33 @@ def memory(model: Model, entries: Sequence[Entry], formats: Sequence[str] = ()) 
 
 @torch.no_grad()
 def times(
-    model: Model, entries: Sequence[Entry], repeats: int = 20, work: Work = NOTHING_KEPT
+    model: Model,
+    entries: Sequence[Entry],
+    repeats: int = 20,
+    phase: Phases = quiet,
+    work: Work = NOTHING_KEPT,
 ) -> Iterator[ResultRow]:
     """Rows of the protocol time: microseconds to decode one token of one sequence after 256 cached ones."""
     context = Context.of(model, devices=work.devices)
     tokens = model.alphabet.random(1, TIMED_CONTEXT).to(model.device)
     variants: list[tuple[Recipe | str, CodecSpec, str]] = [(kv, entries[0].spec, kv) for kv in ("fp32", "fp16")]
     variants += [(entry.spec.recipe, entry.spec, "packed") for entry in entries]
-    for index, (recipe, spec, kv) in enumerate(variants):
-        cache = new_cache(model, spec, kv, 1, TIMED_CONTEXT + 1)
-        prefill(model, tokens, cache)
+    with phase("timing", len(variants)) as tick:
+        for index, (recipe, spec, kv) in enumerate(variants):
+            cache = new_cache(model, spec, kv, 1, TIMED_CONTEXT + 1)
+            prefill(model, tokens, cache)
 
-        def one_token(cache=cache) -> None:  # type: ignore[no-untyped-def]
-            step(model, tokens[:, 0], cache)
-            cache.truncate(TIMED_CONTEXT)
+            def one_token(cache=cache) -> None:  # type: ignore[no-untyped-def]
+                step(model, tokens[:, 0], cache)
+                cache.truncate(TIMED_CONTEXT)
 
-        saved = work.unit(str(index), partial(_timed, one_token, model.device, repeats))
-        median, p20, p80 = saved["median_p20_p80"].tolist()
-        yield context.row(
-            recipe, "", "time", "us_per_token", median, "us", int(saved["n"]),
-            tokens=TIMED_CONTEXT, p20=p20, p80=p80,
-        )  # fmt: skip
+            saved = work.unit(str(index), partial(_timed, one_token, model.device, repeats))
+            median, p20, p80 = saved["median_p20_p80"].tolist()
+            yield context.row(
+                recipe, "", "time", "us_per_token", median, "us", int(saved["n"]),
+                tokens=TIMED_CONTEXT, p20=p20, p80=p80,
+            )  # fmt: skip
+            tick()
 
 
 def _timed(call: Callable[[], object], device: torch.device, repeats: int) -> Tensors:

@@ -89,6 +89,7 @@ def _rows(
 ) -> Iterator[ResultRow]:
     if results[DRIFT]:
         yield from context.of_proteins("fp32", family, "drift", results[DRIFT])
+        yield from context.each_protein("fp32", family, "drift", results[DRIFT])
     for name, recipe in recipes.items():
         yield from context.of_proteins(recipe, family, "decode", results[name])
         yield from context.each_protein(recipe, family, "decode", results[name])

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from turboesm_cli.codec.recipes import Recipe
-from turboesm_cli.evaluation.rows import identity_of
+from turboesm_cli.evaluation.rows import identity_of, number
 from turboesm_cli.reporting.results import ResultRow
 
 
@@ -30,13 +30,13 @@ def bench_tables(
         further = [column for column in _FURTHER if column[:2] in shown]
         accuracy = [
             [_label(recipe)]
-            + [_number(value(recipe, family, "decode", "error")) for family in overall]
-            + [_number(value(recipe, overall[-1], "decode", f"cosine_{m}")) for m in ("mean", "p05", "min")]
-            + [_number(value(recipe, overall[-1], protocol, metric)) for protocol, metric, _ in further]
+            + [number(value(recipe, family, "decode", "error")) for family in overall]
+            + [number(value(recipe, overall[-1], "decode", f"cosine_{m}")) for m in ("mean", "p05", "min")]
+            + [number(value(recipe, overall[-1], protocol, metric)) for protocol, metric, _ in further]
             for recipe in recipes
         ]
-        drift = ["drift of fp32"] + [_number(value("fp32", family, "drift", "error")) for family in overall]
-        drift += [_number(value("fp32", overall[-1], "drift", f"cosine_{m}")) for m in ("mean", "p05", "min")]
+        drift = ["drift of fp32"] + [number(value("fp32", family, "drift", "error")) for family in overall]
+        drift += [number(value("fp32", overall[-1], "drift", f"cosine_{m}")) for m in ("mean", "p05", "min")]
         columns = ["recipe", *(f"error {name}" for name in overall), "cosine", "p5", "min"]
         title = "Decoded hidden states against an fp32 cache: error = 1 - mean cosine"
         has_drift = any(row.protocol == "drift" for row in rows)
@@ -51,7 +51,7 @@ def bench_tables(
             value(cache, "", "memory", "bytes_model_tables"),
             value(cache, "", "time", "us_per_token", 256),
         ]
-        cost.append([_label(cache), *map(_number, figures)])
+        cost.append([_label(cache), *map(number, figures)])
     columns = [
         "cache",
         f"bytes at {longest} tokens",
@@ -77,10 +77,4 @@ _MEMORY_METRICS = ("bytes", "bits_per_value", "ratio_fp32", "ratio_fp16")
 
 
 def _label(recipe: Recipe | str) -> str:
-    return recipe if isinstance(recipe, str) else f"{recipe.name} K{recipe.bits_k:g} V{recipe.bits_v:g}"
-
-
-def _number(value: float | None) -> str:
-    if value is None:
-        return ""
-    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+    return recipe if isinstance(recipe, str) else recipe.typed

@@ -124,14 +124,12 @@ class Context:
     def each_protein(
         self, recipe: Coded | str, family: str, protocol: str, results: Sequence[ProteinResult]
     ) -> list[ResultRow]:
-        """Mean and worst cosine of each protein."""
-        rows = []
-        for result in results:
-            found = metrics.agreement([result.cosines])
-            for name, value in (("cosine_mean", found.mean), ("cosine_min", found.minimum)):
-                accession = result.protein.accession
-                rows.append(self.row(recipe, family, protocol, name, value, "1", found.n, accession=accession))
-        return rows
+        """All figures of each protein alone."""
+        return [
+            replace(row, accession=result.protein.accession)
+            for result in results
+            for row in self.of_proteins(recipe, family, protocol, [result])
+        ]
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -203,7 +201,8 @@ class Summary:
             if drift is not None:
                 drifted.add(drift)
             self._lines.append(_cells(result.protein.accession, alone, drifted))
-        return self.context.each_protein(self.recipe, "", "prompted", [result])
+        rows = self.context.each_protein(self.recipe, "", "prompted", [result])
+        return rows if drift is None else rows + self.context.each_protein("fp32", "", "drift", [drift])
 
     @property
     def state(self) -> State:
@@ -218,8 +217,8 @@ class Summary:
 
     def table(self, kv: str) -> tuple[list[str], list[list[str]]]:
         """Columns and rows for the screen."""
-        columns = ["protein", "decoded", "cosine mean", "p5", "min"]
-        columns += ["drift cosine"] if self.drift.cosines.n else []
+        columns = ["protein", "decoded", "error", "cosine", "p5", "min"]
+        columns += ["drift"] if self.drift.cosines.n else []
         what = "token" if self.context.causal else "residue"
         if self.results.predictions.n:
             columns += [f"{what} KL (nat)", f"{what} top-1", f"{what} perplexity fp32", f"{what} perplexity {kv}"]
@@ -231,8 +230,9 @@ class Summary:
 
 def _cells(name: str, results: Totals, drift: Totals) -> list[str]:
     found = results.cosines.summary()
-    cells = [name, str(found.n), f"{found.mean:.5f}", f"{found.p05:.5f}", f"{found.minimum:.5f}"]
-    cells += [f"{drift.cosines.summary().mean:.4f}"] if drift.cosines.n else []
+    cells = [name, str(found.n), number(found.error)]
+    cells += [f"{cosine:.5f}" for cosine in (found.mean, found.p05, found.minimum)]
+    cells += [number(drift.cosines.summary().error)] if drift.cosines.n else []
     lm = results.predictions.summary()
     if lm is not None:
         cells += [f"{lm.kl_mean:.5f}", f"{lm.top1_agreement:.4f}"]
@@ -255,3 +255,10 @@ def _cpu_name() -> str:
             return next(names, "cpu")
     except OSError:
         return "cpu"
+
+
+def number(value: float | None) -> str:
+    """As tables show it: four digits, none for what was not measured."""
+    if value is None:
+        return ""
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"

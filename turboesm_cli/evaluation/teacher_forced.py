@@ -47,19 +47,22 @@ def compare_decoding(
     work: Work = NOTHING_KEPT,
     tick: Tick | None = None,
     own: range | None = None,
+    drift: bool = True,
 ) -> Iterator[tuple[str, ProteinResult]]:
     """Each protein decoded with each codec against the same decode with an fp32 cache, teacher-forced.
 
     Yields (codec's name, result), batch after batch, and for an encoder under DRIFT the fp32 decode against
     encoding the whole protein, of which hidden states alone are compared: ESM-2's own distribution over a residue,
     which must not see it, would take a pass per residue. `work` keeps each batch's results of each codec; `tick`
-    hears of each result. `own`: the numbers of the batches to decode, if not all.
+    hears of each result. `own`: the numbers of the batches to decode, if not all. Without `drift` that is left out.
     """
     for number, proteins_of_batch in enumerate(batches(proteins, tokens_per_batch, model.alphabet)):
         if own is not None and number not in own:
             continue
         batch = _Batch(model, proteins_of_batch, prompt)
-        units: dict[str, Callable[[], list[ProteinResult]]] = {} if model.causal else {DRIFT: batch.drift}
+        units: dict[str, Callable[[], list[ProteinResult]]] = (
+            {DRIFT: batch.drift} if drift and not model.causal else {}
+        )
         units |= {name: partial(batch.quantized, codec) for name, codec in codecs.items()}
         for index, (name, compute) in enumerate(units.items()):
             unit = f"{number}-{index}"

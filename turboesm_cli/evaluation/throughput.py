@@ -74,7 +74,7 @@ class Kind:
     def of(cls, form: str, spec: CodecSpec) -> Kind:
         """Any codec of the model serves for a dense kind: it tells the model's shape."""
         recipe = spec.recipe
-        packed = f"{recipe.name} K{recipe.bits_k:g} V{recipe.bits_v:g}"
+        packed = recipe.typed
         return cls(form, spec, packed if form == "packed" else form)
 
     @property

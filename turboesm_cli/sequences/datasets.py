@@ -10,7 +10,12 @@ from turboesm_cli.errors import InputError
 FAMILIES = ("tm", "idr", "enzyme", "globular", "peptide")
 HELDOUT, ANTIBODIES = "heldout", "antibodies"
 """Sets that are measured where they are named, and not by default."""
-SUFFIXES = {".fasta", ".fa", ".faa", ".fas", ".fsa", ".pep", ".seq", ".txt", ".gz", ".bz2", ".xz", ".zst"}
+SUFFIXES = {
+    *(".fasta", ".fa", ".faa", ".fas", ".fsa", ".pep", ".seq", ".txt"),
+    *(".gb", ".gbk", ".gp", ".genpept", ".embl", ".dat", ".xml", ".pdb", ".ent", ".cif"),
+    *(".sto", ".sth", ".stk", ".a2m", ".a3m", ".aln", ".phy", ".phylip"),
+    *(".gz", ".bz2", ".xz", ".zst"),
+}
 """Endings that say how a file is written, and no part of its name."""
 
 
@@ -33,7 +38,7 @@ def family_path(name: str) -> Path:
     path = Path(name)
     if not path.exists() or path.is_dir():
         known = ", ".join((*FAMILIES, HELDOUT, ANTIBODIES))
-        raise InputError(f"no family {name!r}: choose from {known}, or name a FASTA file")
+        raise InputError(f"no family {name!r}: choose from {known}, or name a file of proteins")
     return path
 
 

@@ -1,5 +1,7 @@
 """FASTA → checked protein records → tokens of ESM-2.
 
+Other formats are told by how they begin (`formats`); what Biopython reads in them goes through the same rules.
+
 `read_fasta` streams: it holds one piece of a line and one record at a time, and beyond that only hashes of the
 identifiers (24 bytes each at most) and the report. What it meets, and what it then does:
 
@@ -9,6 +11,7 @@ identifiers (24 bytes each at most) and the report. What it meets, and what it t
 | zstd                                                     | accept with Python 3.14 or `backports.zstd`   |
 | `-`, a pipe, `/dev/stdin`, `<(command)`                  | accept: read once                             |
 | CRLF or CR line ends, UTF-8 byte-order mark, blank lines | accept                                        |
+| lines that begin with `#`, before the first record (A3M) | accept: comments; of several chains: stop     |
 | U Z B X O, and the literal `<mask>` on one line          | accept: tokens of ESM-2                       |
 | lower case (soft-masking)                                | mend: upper-cased                             |
 | blanks around groups of 10 letters (the last may be      | mend: dropped, if all lines of the record are |
@@ -55,7 +58,7 @@ A mend is counted in the report, a reject skips the record and leaves a row ther
 InputError. With `strict` the first mend or reject is a stop, truncation included. Records before a stop
 have been yielded by then: what is made of them should be published only once the iterator is exhausted.
 
-Not done: other formats, such as FASTQ and PIR; `;` comments; a `<mask>` that is folded over two lines, which is
+Not done: PIR; `;` comments; a `<mask>` that is folded over two lines, which is
 rejected. Prose of one word in upper case that no list knows, and oligonucleotides of under 30 letters in a file of
 their own, pass for peptides.
 """
@@ -70,14 +73,16 @@ from enum import StrEnum
 from itertools import chain
 from pathlib import Path
 
+from turboesm_cli.console import counted
 from turboesm_cli.errors import InputError
 from turboesm_cli.outputs.files import atomic_output
 from turboesm_cli.outputs.shard_records import Seal
+from turboesm_cli.sequences.formats import FASTA, format_of
 from turboesm_cli.sequences.identifiers import Seen
 from turboesm_cli.sequences.inputs import Input
 from turboesm_cli.sequences.lines import Mend
 from turboesm_cli.sequences.lookalikes import is_nucleotides, nearly_bases, no_residues
-from turboesm_cli.sequences.records import Record, records
+from turboesm_cli.sequences.records import Record
 from turboesm_cli.sequences.rejects import Reject
 from turboesm_cli.sequences.residues import count, slices
 from turboesm_cli.sequences.sources import opened, pieces
@@ -138,22 +143,24 @@ class ReadReport:
 def read_fasta(
     source: str | Path | Input, policy: ReadPolicy = ReadPolicy(), report: ReadReport | None = None
 ) -> Iterator[Protein]:
-    """Yield the proteins of a FASTA file, compressed or not, of standard input (`-`), or of an open input.
+    """Yield the proteins of a file, compressed or not, of standard input (`-`), or of an open input.
 
+    FASTA, or one of `formats.FORMATS`.
     The table above says what is accepted, mended, rejected and refused; `report` is filled along the way.
     Raises InputError while iterating, also where the file cannot be opened.
     """
     with opened(source) as text:
         name = Path(source.source if isinstance(source, Input) else source).name
         sieve = _Sieve(text.label, name, policy, ReadReport() if report is None else report)
-        found = records(pieces(text), text.label)
+        kind = format_of(text)
+        found = kind.read(pieces(text), text.label)
         first, stop = _opening(found)
         sieve.weigh(first, whole=stop is None)
         for record in chain(first, found):
             yield from sieve.sift(record)
         if stop is not None:
             raise stop
-        sieve.finish()
+        sieve.finish("FASTA starts with a '>' header" if kind is FASTA else f"its first line is {kind.name}'s")
 
 
 def _opening(found: Iterator[Record]) -> tuple[list[Record], InputError | None]:
@@ -233,7 +240,9 @@ class _Sieve:
         sequences = [sequence for record in first if (sequence := "".join(record.parts)) and not record.reason]
         bases = [sequence[:SAMPLE] for sequence in sequences if nearly_bases(sequence)]
         if whole:
-            self._require_protein(len(bases), len(first), bases, f"{len(bases)} of its first {len(first)} records")
+            self._require_protein(
+                len(bases), len(first), bases, f"{len(bases)} of its first {counted(len(first), 'record')}"
+            )
 
     def sift(self, record: Record) -> Iterator[Protein]:
         """Yield what the policy makes of `record`: nothing, a protein, or its windows."""
@@ -247,14 +256,14 @@ class _Sieve:
         self._accept(record)
         yield from proteins
 
-    def finish(self) -> None:
+    def finish(self, hint: str) -> None:
         """Raise InputError where no record was accepted, or most were nucleotides."""
-        found = f"{self._bases:,} of its {self._records:,} records"
+        found = f"{self._bases:,} of its {counted(self._records, 'record')}"
         self._require_protein(self._bases, self._records, self._sample, found)
         if self._first_reject and not self._accepted:
             raise InputError(f"{self._first_reject}; every other record was rejected, too: mend the file")
         if not self._accepted:
-            raise InputError(f"{self._label}: holds no record; FASTA starts with a '>' header")
+            raise InputError(f"{self._label}: holds no record; {hint}")
 
     def _count_bases(self, sequence: str) -> None:
         self._records += 1
@@ -296,8 +305,8 @@ class _Sieve:
         if self._policy.strict and record.mends:
             mend, line = next(iter(record.mends.items()))
             raise InputError(
-                f"{self._label}: record {record.record} ({record.accession}), line {line}: would be mended: "
-                f"{mend}; mend the file, or read it without --strict"
+                f"{self._label}: record {record.record} ({record.accession}), line {line or record.line}: would "
+                f"be mended: {mend}; mend the file, or read it without --strict"
             )
         self._accepted = True
         self._report.accepted += 1

@@ -36,6 +36,7 @@ class Mend(StrEnum):
     TRUNCATED = "long sequence truncated"
     SEAM = "a '>' inside a line read as the next record's header"
     MARK = "byte-order mark or DOS end-of-file mark dropped"
+    ATOMS = "no SEQRES: residues read from the atoms"
 
 
 class NotSequence(Exception):
@@ -117,11 +118,11 @@ class Lines:
 
     def _require_no_text(self, piece: Piece, text: str) -> None:
         if self._is_word(text):
-            raise NotSequence(f"line {piece.line} is {text!r}, which looks like a word")
+            raise NotSequence(f"{_line(piece)} is {text!r}, which looks like a word")
         if len(text) > 5 and _THREE_LETTERS(text):
             raise NotSequence(f"three-letter codes at {place(piece, 0)}; write one letter per residue")
         if len(text) <= 60 and "-" in text and _MODIFIED(text):
-            raise NotSequence(f"line {piece.line} looks like a peptide with modified ends; write residues alone")
+            raise NotSequence(f"{_line(piece)} looks like a peptide with modified ends; write residues alone")
 
     def _is_word(self, text: str) -> bool:
         """Whether a line is no residues but a word; in upper case only where it does not go on from full lines."""
@@ -149,7 +150,7 @@ class Lines:
         apart = piece.column > 1 and (self._blank_end or text[0].isspace())
         self._blank_end = text[-1].isspace()
         if apart or _INNER(text) or self._groups:
-            raise NotSequence(f"blanks or digits in line {piece.line}, which is over {PIECE:,} letters long")
+            raise NotSequence(f"blanks or digits in {_line(piece)}, which is over {PIECE:,} letters long")
 
     def _add_width(self, piece: Piece, width: int) -> None:
         self.width += width
@@ -168,7 +169,7 @@ class Lines:
         groups = found[2].split()
         before, after = self.residues, self.residues + sum(count(_bare(group)) for group in groups)
         if int(found[1] or before + 1) != before + 1 or int(found[3] or after) != after:
-            raise NotSequence(f"a number in line {piece.line} that does not count residues")
+            raise NotSequence(f"a number in {_line(piece)} that does not count residues")
         return groups
 
     def _require_groups(self, piece: Piece, groups: list[str]) -> None:
@@ -178,9 +179,7 @@ class Lines:
         alike = letters.isupper() or letters.islower()
         if not even or not alike or self._ended or (self.widths and len(groups) > self._groups):
             shown = f"{' '.join(groups)[:SHOWN]!r}"
-            raise NotSequence(
-                f"line {piece.line} is {shown}: blanks that do not part groups of {GROUP} in all lines"
-            )
+            raise NotSequence(f"{_line(piece)} is {shown}: blanks that do not part groups of {GROUP} in all lines")
         self._groups = self._groups or len(groups)
         self._ended = len(groups) < self._groups or sizes[-1] < GROUP
 
@@ -194,8 +193,12 @@ class Lines:
 
 
 def place(piece: Piece, index: int) -> str:
-    """Where a letter of a piece stands, in words."""
-    return f"line {piece.line}, column {piece.column + index}"
+    """Where a letter of a piece stands, in words; of a format that a parser read, which letter it is."""
+    return f"{_line(piece)}, column {piece.column + index}" if piece.line else f"letter {piece.column + index}"
+
+
+def _line(piece: Piece) -> str:
+    return f"line {piece.line}" if piece.line else "the sequence"
 
 
 def _bare(group: str) -> str:

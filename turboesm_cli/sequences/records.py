@@ -18,6 +18,7 @@ RECORD_CAP = 1_000_000  # the longest known protein has some 45,000 residues; be
 MAX_ACCESSION = 200
 MAX_DESCRIPTION = 2000
 
+_JOINED = re.compile(r"#\d+(?:,\d+)+\s").match
 _SEAM = re.compile(rf"[{MARKS}]*(?<!<mask)>(?=\S)").search
 
 
@@ -184,7 +185,19 @@ def _require_blank(piece: Piece, label: str) -> None:
     if not text:
         return
     what = next((f", {name}" for start, name in FOREIGN.items() if text.startswith(start)), "")
+    if text.startswith("#") and not what:
+        _require_one_chain(piece, label)
+        return
     raise InputError(
         f"{label}: does not look like FASTA{what}: line {piece.line} is {text[:30]!r}, "
         "before any '>' header; convert it to FASTA"
     )
+
+
+def _require_one_chain(piece: Piece, label: str) -> None:
+    """A line before the first record with which A3M files begin. Raises InputError for one that joins chains."""
+    if _JOINED(piece.text):
+        raise InputError(
+            f"{label}: line {piece.line} is {piece.text[:30]!r}: an A3M of ColabFold whose rows are several "
+            "chains joined; give one chain a record"
+        )

@@ -51,16 +51,10 @@ BINARY = (
 """Where in a file what bytes tell what it is."""
 
 FOREIGN = {
-    "@": "but like FASTQ or SAM",
+    "@": "but like FASTQ or SAM, reads of nucleotides, to be assembled and translated to protein first",
     "##gff": "but like GFF",
-    "# STOCKHOLM": "but like a Stockholm alignment",
-    "CLUSTAL": "but like a CLUSTAL alignment",
     "#NEXUS": "but like NEXUS",
-    "LOCUS ": "but like GenBank's format",
-    "ID   ": "but like UniProt's or EMBL's format",
-    "HEADER ": "but like PDB",
-    "ATOM ": "but like PDB",
-    "data_": "but like mmCIF",
+    "ID   ": "but like a record of a database that holds no sequences",
     "<": "but like HTML or XML",
     "{": "but like JSON",
     "[": "but like JSON",
@@ -80,6 +74,7 @@ class Text:
     label: str
     compression: str  # "" where there is none
     damage: tuple[type[Exception], ...]  # what damaged data raise
+    head: str = ""  # some hundred characters of its beginning, which tell its format
 
     def read(self, line: int) -> str:
         """Return the rest of the line, or some 64 Ki characters of it; "" at the end of the text."""
@@ -154,7 +149,7 @@ def _decoded(head: bytes, stream: io.BufferedReader, label: str) -> Text:
     _require_text(head, label, name)
     # Bytes that are not UTF-8 pass as lone surrogates, so that the line that holds them can be named.
     text = io.TextIOWrapper(data, encoding="utf-8-sig", errors="surrogateescape", newline=None)
-    return Text(text, label, name, damage)
+    return Text(text, label, name, damage, head.decode("utf-8-sig", "replace").replace("\r\n", "\n"))
 
 
 def _require_text(head: bytes, label: str, compression: str) -> None:
@@ -200,9 +195,9 @@ def pieces(text: Text) -> Iterator[Piece]:
     line = column = 1
     while piece := text.read(line):
         if "\0" in piece:
-            raise InputError(f"{text.label}: NUL byte at line {line}; give FASTA as text, in UTF-8")
+            raise InputError(f"{text.label}: NUL byte at line {line}; give it as text, in UTF-8")
         if not piece.isascii() and _UNDECODED(piece):
-            raise InputError(f"{text.label}: line {line} is not UTF-8; give FASTA as text, in UTF-8")
+            raise InputError(f"{text.label}: line {line} is not UTF-8; give it as text, in UTF-8")
         if piece.endswith("\n"):
             yield Piece(line, column, piece[:-1])
             line, column = line + 1, 1

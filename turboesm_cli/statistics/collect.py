@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from turboesm_kernels.reference import Rope
 
-from turboesm_cli.console import Tick
+from turboesm_cli.console import Phases, Tick, quiet
 from turboesm_cli.errors import InputError
 from turboesm_cli.models.forward import encode, rope_at, shared
 from turboesm_cli.models.protocol import Model, learned_positions
@@ -55,23 +55,23 @@ def collect(
     model: Model,
     proteins: Sequence[Protein],
     tokens_per_batch: int = 4096,
-    tick: Tick | None = None,
+    phase: Phases = quiet,
     work: Work = NOTHING_KEPT,
 ) -> Statistics:
     """Run the model over `proteins`, prompts as in `prompt_lengths`, and sum up what its attention works with.
 
-    `tick` hears the number of proteins of each finished batch. `work` keeps what is done, batch by
-    batch. Raises InputError for no proteins.
+    The phases "statistics" and "sensitivities" hear the number of proteins of each finished batch. `work` keeps
+    what is done, batch by batch. Raises InputError for no proteins.
     """
     lengths = map(model.alphabet.length, proteins)
-    return gather(model, proteins, tokens_per_batch, tick, work).statistics(len(proteins), sum(lengths))
+    return gather(model, proteins, tokens_per_batch, phase, work).statistics(len(proteins), sum(lengths))
 
 
 def gather(
     model: Model,
     proteins: Sequence[Protein],
     tokens_per_batch: int = 4096,
-    tick: Tick | None = None,
+    phase: Phases = quiet,
     work: Work = NOTHING_KEPT,
     shard: Shard = ALL,
 ) -> Gathered:
@@ -80,8 +80,10 @@ def gather(
     fitted, held = todo.of_shard(shard)
     size = sample_size(model.shape.head_dim)
     kept, kept_held = _Keeper(model.shape, size), _Keeper(model.shape, size // HELD_PART, DRAWS * model.causal)
-    sums = _added_up(partial(_sum_batch, model), fitted, kept, work.under("fitted"), tick)
-    gradients = _added_up(partial(_measure_batch, model), held, kept_held, work.under("held"), tick)
+    with phase("statistics", sum(map(len, fitted))) as tick:
+        sums = _added_up(partial(_sum_batch, model), fitted, kept, work.under("fitted"), tick)
+    with phase("sensitivities", sum(map(len, held))) as tick:
+        gradients = _added_up(partial(_measure_batch, model), held, kept_held, work.under("held"), tick)
     return Gathered(sums, kept.merged(), gradients, kept_held.merged())
 
 
@@ -129,7 +131,7 @@ def _added_up(
     todo: Batches,
     keeper: _Keeper,
     work: Work,
-    tick: Tick | None,
+    tick: Tick,
 ) -> Tensors:
     """The sums that `measure` gives, over all batches in their order; the keeper takes in their tokens.
 
@@ -149,8 +151,7 @@ def _added_up(
             work.unit(unit, partial(dict, sample.tensors))
             so_far = total | {"batches": torch.tensor(number + 1)}
             work.save_total("sums", so_far, last=number + 1 == len(todo))
-        if tick:
-            tick(len(batch), again=number < done)
+        tick(len(batch), again=number < done)
     return total
 
 

@@ -29,9 +29,10 @@ if TYPE_CHECKING:
     from .api import load_model as load_model
     from .api import prefill as prefill
     from .api import read_fasta as read_fasta
-    from .api import read_results as read_results
     from .api import step as step
     from .api import tokenize as tokenize
+    from .results import read_figures as read_figures
+    from .results import read_results as read_results
 
 _HOMES = {
     f"{__name__}.api": (
@@ -42,10 +43,10 @@ _HOMES = {
         "load_model",
         "prefill",
         "read_fasta",
-        "read_results",
         "step",
         "tokenize",
     ),
+    f"{__name__}.results": ("read_figures", "read_results"),
     "turboesm_cli.codec.bundle": ("Bundle",),
     "turboesm_cli.models.protocol": ("Model",),
     "turboesm_cli.sequences.fasta": ("Protein",),

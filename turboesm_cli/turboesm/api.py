@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from turboesm_cli.cache.formats import FORMATS
 from turboesm_cli.codec.bundle import Bundle, read_bundle
 from turboesm_cli.codec.calibration import calibrate as _calibrate
 from turboesm_cli.codec.recipes import parse_recipe
+from turboesm_cli.console import counted
 from turboesm_cli.errors import InputError
 from turboesm_cli.evaluation import accuracy
 from turboesm_cli.models import forward
@@ -43,15 +44,15 @@ def load_model(name: str, device: str = "auto", dtype: Literal["fp32", "bf16", "
 def read_fasta(
     path: str | Path, *, strict: bool = False, long: Literal["error", "truncate", "window"] = "error"
 ) -> list[Protein]:
-    """The proteins of a FASTA file, compressed or not.
+    """The proteins of a file, compressed or not: FASTA, GenBank, EMBL, UniProt, PDB, mmCIF or an alignment.
 
     What is mended or skipped is a warning, or with `strict` an InputError; `long` says what becomes of proteins of
-    more than 1022 residues. Raises InputError where the file cannot be read or is no protein FASTA.
+    more than 1022 residues. Raises InputError where the file cannot be read or holds no proteins.
     """
     report = ReadReport()
     found = list(fasta.read_fasta(path, ReadPolicy(strict=strict, long=LongPolicy(long)), report))
     for what, times in sorted(report.mended.items()):
-        warnings.warn(f"{path}: {what}: {times} records", stacklevel=2)
+        warnings.warn(f"{path}: {what}: {counted(times, 'record')}", stacklevel=2)
     for reject in report.rejects:
         where = f"record {reject.record} ({reject.accession}), line {reject.line}"
         warnings.warn(f"{path}: skipped {where}: {reject.reason}", stacklevel=2)
@@ -114,7 +115,7 @@ def step(model: Model, tokens: Tensor, cache: packed.PackedCache) -> Tensor:
 def evaluate(
     model: Model, bundle: Bundle, proteins: Sequence[Protein], *, allow_seen: bool = False
 ) -> pd.DataFrame:
-    """What a bundle costs in accuracy on proteins: the rows of `turboesm bench`, see `read_results`.
+    """What a bundle costs in accuracy on proteins: the rows of `turboesm bench`, see `read_figures`.
 
     Every token is decoded from the cache, all layers quantized, against the same decode with an fp32 cache. Raises
     InputError where a protein was in the bundle's calibration set, unless `allow_seen`, or for random weights.
@@ -127,22 +128,4 @@ def evaluate(
     bundle.check_model(model, "the bundle")
     if not allow_seen:
         accuracy.refuse_seen(entries, families)
-    return results.frame(accuracy.accuracy(model, entries, families, _no_tick))
-
-
-def _no_tick(done: int = 1, again: bool = False) -> None:
-    """Progress that nobody looks at."""
-
-
-def read_results(*paths: str | Path, **only: Any) -> pd.DataFrame:
-    """Result files of `bench` and `decode` (.csv, or .json of `--json`) as one tidy frame, a row per figure.
-
-    `read_results("bench.csv", metric="error", recipe="auto")` keeps the rows whose columns have these values.
-    Raises InputError for a file that holds something else, or a column that does not exist.
-    """
-    found = results.read_csv([Path(path) for path in paths])
-    for column, value in only.items():
-        if column not in found:
-            raise InputError(f"no column {column!r}; there are {', '.join(results.COLUMNS)}")
-        found = found[found[column] == value]
-    return found.reset_index(drop=True)
+    return results.frame(accuracy.accuracy(model, entries, families))

@@ -54,7 +54,8 @@ def compare_decoding(
     Yields (codec's name, result), batch after batch, and for an encoder under DRIFT the fp32 decode against
     encoding the whole protein, of which hidden states alone are compared: ESM-2's own distribution over a residue,
     which must not see it, would take a pass per residue. `work` keeps each batch's results of each codec; `tick`
-    hears of each result. `own`: the numbers of the batches to decode, if not all. Without `drift` that is left out.
+    hears of each result. `own`: the numbers of the batches to decode, if not all. Without `drift` that is left
+    out.
     """
     for number, proteins_of_batch in enumerate(batches(proteins, tokens_per_batch, model.alphabet)):
         if own is not None and number not in own:

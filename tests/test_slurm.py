@@ -52,7 +52,7 @@ def commands(slurm: Slurm, tiny_path: Path) -> dict[str, list[str]]:
         "tqkv": ["quantize", "tiny.tqz", PEPTIDES, "--max-proteins", "20", *model],
         "fasta": ["decode", "tiny.tqz", PEPTIDES, "--max-proteins", "8", "--generate", "5", "--seed", "1", *model],
         # one protein at a time, so that each is saved when it is done
-        "csv": ["decode", "tiny.tqz", CALIBRATION, "--max-proteins", "24", "--batch", "1", *model],
+        "csv": ["decode", "tiny.tqz", CALIBRATION, "--max-proteins", "16", "--batch", "1", *model],
     }
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import json
+import re
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -211,6 +212,12 @@ class Pace:
             self._last = now
             self._tell(self._line(now))
 
+    @staticmethod
+    def read(line: str) -> tuple[str, int, int] | None:
+        """Label, what is finished and the total of a line that another process told; None for other lines."""
+        found = _TOLD(line)
+        return (found[1], int(found[2]), int(found[3])) if found else None
+
     def _line(self, now: float) -> str:
         since, count = (now - self._first[0], self._finished - self._first[1]) if self._first else (0.0, 0)
         rest = self.total - self._finished
@@ -218,3 +225,7 @@ class Pace:
         earlier = f" left by an earlier run, which did {self._earlier}" if self._earlier else ""
         took = f"{now - self._start:.0f} s, {left if rest > 0 else 'done'}"
         return f"{self._label}: {self._finished} of {self.total}{earlier}, {took}"
+
+
+_TOLD = re.compile(r"([^:]+): (-?\d+) of (-?\d+)( left by an earlier run, which did -?\d+)?, \d+ s, ").match
+"""What `Pace` tells."""

@@ -10,6 +10,7 @@ import typer
 from turboesm_cli import console
 from turboesm_cli.codec.recipes import RECIPES
 from turboesm_cli.commands import options
+from turboesm_cli.commands.gpus import Gpus
 from turboesm_cli.commands.predicting import Bounds, learned
 from turboesm_cli.commands.reading import Reading
 from turboesm_cli.commands.sharding import ShardOption, of_shard, say_shard, seal_of
@@ -71,6 +72,7 @@ def calibrate(
     ] = True,
     max_proteins: options.MaxProteins = None,
     shard: ShardOption = None,
+    gpus: Gpus = None,
     strict: options.Strict = False,
     long: options.Long = LongPolicy.ERROR,
     rejects: options.Rejects = None,

@@ -12,6 +12,7 @@ from typing import Any
 import typer
 import typer.core
 
+from turboesm_cli.commands.gpus import is_spread, spread
 from turboesm_cli.errors import DeviceError
 
 LEAST_ADDRESS_SPACE = 700 << 20
@@ -28,6 +29,8 @@ class Command(typer.core.TyperCommand):
 
     def invoke(self, ctx: Any) -> Any:
         check_room()
+        if is_spread(ctx):
+            return spread(ctx)
         return super().invoke(ctx)
 
 

@@ -13,6 +13,7 @@ from turboesm_cli import console
 from turboesm_cli.cache.formats import FORMATS, PACKED
 from turboesm_cli.commands import options
 from turboesm_cli.commands.decoding import Decoding
+from turboesm_cli.commands.gpus import Gpus
 from turboesm_cli.commands.reading import Reading, hashed_bundle
 from turboesm_cli.commands.sharding import ShardOption, check_shard, of_shard, say_shard
 from turboesm_cli.errors import InputError
@@ -85,6 +86,7 @@ def decode(
     dtype: options.Dtype = "fp32",
     max_proteins: options.MaxProteins = None,
     shard: ShardOption = None,
+    gpus: Gpus = None,
     strict: options.Strict = False,
     long: options.Long = LongPolicy.ERROR,
     rejects: options.Rejects = None,

@@ -10,6 +10,7 @@ import typer
 
 from turboesm_cli import console
 from turboesm_cli.commands import options
+from turboesm_cli.commands.gpus import Gpus
 from turboesm_cli.commands.reading import Reading, hashed_bundle
 from turboesm_cli.commands.sharding import ShardOption, check_shard, of_shard, say_shard, seal_of
 from turboesm_cli.sequences.fasta import LongPolicy
@@ -33,6 +34,7 @@ def quantize(
     model: options.ModelName = None,
     max_proteins: options.MaxProteins = None,
     shard: ShardOption = None,
+    gpus: Gpus = None,
     strict: options.Strict = False,
     long: options.Long = LongPolicy.ERROR,
     rejects: options.Rejects = None,

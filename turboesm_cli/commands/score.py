@@ -12,6 +12,7 @@ import typer
 from turboesm_cli import console
 from turboesm_cli.cache.formats import FORMATS, PACKED
 from turboesm_cli.commands import options
+from turboesm_cli.commands.gpus import Gpus
 from turboesm_cli.commands.reading import Reading, hashed_bundle
 from turboesm_cli.commands.sharding import ShardOption, check_shard, of_shard, say_shard, seal_of
 from turboesm_cli.errors import InputError
@@ -30,6 +31,7 @@ def score(
     dtype: options.Dtype = "fp32",
     max_proteins: options.MaxProteins = None,
     shard: ShardOption = None,
+    gpus: Gpus = None,
     strict: options.Strict = False,
     long: options.Long = LongPolicy.ERROR,
     rejects: options.Rejects = None,

@@ -134,6 +134,11 @@ def test_too_few_tokens_are_refused_before_the_pass(run: Callable[..., Result], 
     assert "give at least 256 residues" in done.stderr and "statistics" not in done.stderr
 
 
+def test_few_proteins_are_a_warning_with_numbers(run: Callable[..., Result]) -> None:
+    done = run("--max-proteins", "12", "--recipe", "flat")
+    assert "warning: 12 proteins and 4,293 tokens are few" in done.stderr and "give 32 proteins" in done.stderr
+
+
 def test_one_protein_is_not_two(run: Callable[..., Result], tmp_path: Path) -> None:
     longest = max(read_fasta(CALIBRATION), key=lambda protein: protein.residues)
     write_fasta(tmp_path / "one.fasta", [longest])

@@ -88,7 +88,7 @@ def calibrate(
     Example: turboesm calibrate iglm antibodies.fasta --tags species=HUMAN -o iglm.tqz
     """
     from turboesm_cli.codec.bundle import write_bundle
-    from turboesm_cli.codec.calibration import require_enough
+    from turboesm_cli.codec.calibration import few, require_enough
     from turboesm_cli.codec.recipes import parse_recipe, with_bits
     from turboesm_cli.statistics.batching import told
 
@@ -106,6 +106,8 @@ def calibrate(
     loaded = options.open_model(model, device)
     proteins = reading.known(fasta, proteins, loaded.alphabet)
     require_enough(loaded, proteins)
+    if warning := few(loaded, proteins):
+        console.warn(warning)
     path = output or Path(f"{loaded.name}-{chosen.name}.tqz")
     kept = options.Kept(path, force, if_done, resume_anywhere)
     tagged = told(proteins, loaded.alphabet)

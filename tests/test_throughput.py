@@ -147,7 +147,7 @@ def test_the_command(tiny: EsmModel, tiny_path: Path, calibration_proteins: list
     def call(*more: str) -> Done:
         return run_forked(*command, *more, cwd=tmp_path, env=os.environ | {"COLUMNS": "220"})
 
-    planned = call("--plan", "--json", "--memory", "1GiB", "--model", "there-is-none")
+    planned = call("--plan", "--json", "--memory", "1GiB")
     assert {line["memory"] for line in json.loads(planned.stdout)} == {2**30}
     assert {line["context"] for line in json.loads(planned.stdout)} == {24, 32}
     measured = ("--kinds", "fp16,packed", "--batch", "1,2", "--dtype", "bf16", "-o", "t.csv")

@@ -185,6 +185,18 @@ def progress(label: str, total: int) -> Iterator[Tick]:
         yield tick
 
 
+@contextmanager
+def busy(label: str) -> Iterator[None]:
+    """Show on stderr what is going on where nobody knows how long it takes; in a log only where that was long."""
+    start = time.monotonic()
+    log(f"{label} ...")
+    with err.status(_shown(label)) if err.is_terminal else contextlib.nullcontext():
+        yield
+    took = time.monotonic() - start
+    if took >= SECONDS_BETWEEN_LOG_LINES and not err.is_terminal:
+        say(f"{label}: {took:.0f} s, done")
+
+
 class Pace:
     """Tells now and then how far work is, and how long it will take at the pace since its first step.
 

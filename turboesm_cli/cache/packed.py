@@ -278,6 +278,14 @@ class _Prepared:
         return self.tokens
 
 
+def make_ready(model: Model, spec: CodecSpec) -> None:
+    """Do what caches of this codec would wait for: on a GPU kernels are compiled, and checked before their use.
+
+    Raises DeviceError where a kernel is wrong on this device.
+    """
+    _prepare(model, spec)
+
+
 @lru_cache(maxsize=4)
 def _prepare(model: Model, spec: CodecSpec) -> _Prepared:
     spec = on_device(spec, model.device)

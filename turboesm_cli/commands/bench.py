@@ -10,9 +10,9 @@ import typer
 
 from turboesm_cli import console
 from turboesm_cli.cache.formats import PEERS
-from turboesm_cli.commands import options
+from turboesm_cli.commands import completion, options
 from turboesm_cli.commands.ablation import ablation
-from turboesm_cli.commands.checks import Command, Group, check_room, is_default, refuse_options
+from turboesm_cli.commands.checks import Command, Group, check_room, is_given, refuse_options
 from turboesm_cli.commands.kernels import kernels
 from turboesm_cli.commands.reading import Reading, digest_of, families_of
 from turboesm_cli.commands.sharding import ShardOption, check_shard, of_shard, say_shard, seal_of
@@ -22,6 +22,7 @@ from turboesm_cli.sequences.fasta import MAX_RESIDUES
 from turboesm_cli.sequences.records import RECORD_CAP
 
 if TYPE_CHECKING:
+    from turboesm_cli.codec.bundle import Bundle
     from turboesm_cli.codec.recipes import Recipe
     from turboesm_cli.evaluation.accuracy import Entry
     from turboesm_cli.models.protocol import Model
@@ -62,13 +63,26 @@ def accuracy(
     families: options.Families = options.EVERY_FAMILY,
     recipes: Annotated[
         str,
-        typer.Option(help="Recipes by comma; NAME@BITS or NAME@BITS_K/BITS_V sets a budget."),
+        typer.Option(
+            help="Recipes by comma; NAME@BITS or NAME@BITS_K/BITS_V sets a budget. With --bits: auto.",
+            autocompletion=completion.recipes,
+        ),
     ] = "paper,flat,auto@2,auto",
+    bits: Annotated[
+        str,
+        typer.Option(help="Measure each recipe at these budgets, by comma: 2,2.5,3,3.5,4.", show_default=False),
+    ] = "",
+    max_error: Annotated[
+        float | None,
+        typer.Option(min=0, help="Say which recipe is the smallest to hold this error.", show_default=False),
+    ] = None,
     peers: Annotated[
         str,
         typer.Option(
-            help=f"What others do, by comma, or all: {', '.join(PEERS)}; for accuracy and memory.",
+            help=f"What others do, by comma, or all: {', '.join(PEERS)}; for accuracy and memory. Names the "
+            "smallest recipe that does as well as each.",
             show_default=False,
+            autocompletion=completion.peers,
         ),
     ] = "",
     bundle: options.BundleFiles = None,
@@ -96,6 +110,8 @@ def accuracy(
 
     Example: turboesm bench --families tm,idr,peptide --recipes paper,auto -o results.csv
 
+    Example: turboesm bench --bits 2,2.5,3,3.5,4 --peers fp16,int8,fp8 -o sweep.csv
+
     With --shard the output holds results of some of the proteins, and `turboesm merge` makes the figures of all.
 
     Example: turboesm bench --model ./progen2-small --recipes auto,turboquant --peers int4,quanto4 -o peers.csv
@@ -106,15 +122,19 @@ def accuracy(
         return
     named, formats = _split_recipes(recipes, peers)
     if bundle and named:
-        refuse_options(ctx, ("recipes",), "--bundle takes the place of recipes: name others with --peers")
-    check_shard(shard, None if is_default(ctx, "output") else output)
+        why = "--bundle takes the place of recipes: name others with --peers"
+        refuse_options(ctx, ("recipes", "bits"), why)
+    if bits:
+        named = _at_budgets("auto" if not is_given(ctx, "recipes") else named, bits)
+    check_shard(shard, output if is_given(ctx, "output") else None)
     check_room()
+    from turboesm_cli.evaluation.recommendation import recommended
     from turboesm_cli.reporting.results import to_records, write_csv
 
     kept = options.Kept(output, force, if_done, resume_anywhere)
     reading = Reading(rejects=rejects, max_residues=RECORD_CAP, tags=tags)
     sets = families_of(reading, families, max_proteins, max_residues)
-    loaded = options.open_model(model, device)
+    loaded = options.open_model(model, device, _first_of(bundle) if model is None else None)
     sets = {family: reading.known(family, proteins, loaded.alphabet) for family, proteins in sets.items()}
     few = replace(reading, limit=max_calibration, max_residues=MAX_RESIDUES, alphabet=loaded.alphabet)
     learned = _calibration(few, calibration)
@@ -134,12 +154,23 @@ def accuracy(
             return
         rows, tables = _measure(loaded, entries, sets, formats, work)
         write_csv(output, rows)
+    recipes_measured = [entry.spec.recipe for entry in entries]
     if json:
         console.print_json(to_records(rows))
     else:
         for title, columns, cells in tables:
             console.print_table(title, columns, cells)
+    overall = "all" if len(sets) > 1 else next(iter(sets))
+    for sentence in recommended(rows, recipes_measured, formats, overall, max_error):
+        console.say(sentence)
     console.say(f"{len(rows)} figures in {output}; `turboesm report {output}` shows them")
+
+
+def _first_of(bundles: list[Path] | None) -> Bundle | None:
+    """The bundle whose model is measured where none is named."""
+    from turboesm_cli.codec.bundle import read_bundle
+
+    return read_bundle(bundles[0]) if bundles else None
 
 
 def _sources(recipes: str, bundles: list[Path] | None) -> list[str]:
@@ -191,6 +222,17 @@ def _split_recipes(names: str, peers: str) -> tuple[str, list[str]]:
         raise InputError(f"--peers {unknown[0]}: name some of {', '.join(PEERS)}, or all")
     found = dict.fromkeys([*(name for name in parts if name in PEERS), *others])
     return ",".join(name for name in parts if name not in PEERS), list(found)
+
+
+def _at_budgets(names: str, bits: str) -> str:
+    """Each recipe at each budget, by comma. Raises InputError for a recipe that has one already."""
+    recipes, budgets = (list(filter(None, text.split(","))) for text in (names, bits))
+    fixed = [name for name in recipes if "@" in name]
+    if fixed:
+        raise InputError(
+            f"--bits {bits}: {fixed[0]} has its own budget; name the recipe alone, or leave --bits out"
+        )
+    return ",".join(f"{name}@{budget}" for name in recipes for budget in budgets)
 
 
 def _recipes(names: str) -> dict[str, Recipe]:

@@ -9,7 +9,7 @@ import typer
 
 from turboesm_cli import console
 from turboesm_cli.codec.recipes import RECIPES
-from turboesm_cli.commands import options
+from turboesm_cli.commands import completion, options
 from turboesm_cli.commands.gpus import Gpus
 from turboesm_cli.commands.predicting import Bounds, learned
 from turboesm_cli.commands.reading import Reading
@@ -29,8 +29,9 @@ def calibrate(
         str,
         typer.Argument(
             help="Official ESM-2 (esm2_t33_650M), fair-esm .pt file, Hugging Face folder, OWNER/MODEL, iglm, "
-            "iglm-s or embedded.",
+            "iglm-s, embedded, or random:NAME (random weights, for time and memory).",
             show_default=False,
+            autocompletion=completion.model,
         ),
     ],
     fasta: Annotated[
@@ -44,7 +45,11 @@ def calibrate(
         typer.Option("--output", "-o", help="Bundle to write. Default: MODEL-RECIPE.tqz.", show_default=False),
     ] = None,
     recipe: Annotated[
-        str, typer.Option(help=f"How to code: {', '.join(RECIPES)}; NAME@BITS sets the budget.")
+        str,
+        typer.Option(
+            help=f"How to code: {', '.join(RECIPES)}; NAME@BITS sets the budget.",
+            autocompletion=completion.recipes,
+        ),
     ] = "auto",
     bits: Annotated[
         float | None, typer.Option(help="Bits per value, of keys and values.", show_default=False)
@@ -101,7 +106,7 @@ def calibrate(
     Example: turboesm calibrate iglm antibodies.fasta --tags species=HUMAN -o iglm.tqz
     """
     from turboesm_cli.codec.bundle import write_bundle
-    from turboesm_cli.codec.calibration import require_enough
+    from turboesm_cli.codec.calibration import few, require_enough
     from turboesm_cli.codec.recipes import parse_recipe, with_bits
     from turboesm_cli.statistics.batching import told
 
@@ -123,6 +128,8 @@ def calibrate(
     loaded = options.open_model(model, device)
     proteins = reading.known(fasta, proteins, loaded.alphabet)
     require_enough(loaded, proteins)
+    if warning := few(loaded, proteins):
+        console.warn(warning)
     path = output or Path(f"{loaded.name}-{chosen.name}.tqz")
     kept = options.Kept(path, force, if_done, resume_anywhere)
     tagged = told(proteins, loaded.alphabet)

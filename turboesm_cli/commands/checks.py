@@ -89,14 +89,14 @@ def _at_home(path: str) -> str:
     return found
 
 
+def is_given(ctx: typer.Context, name: str) -> bool:
+    """Whether the user gave an option."""
+    source = ctx.get_parameter_source(name)
+    return source is not None and source.name == "COMMANDLINE"
+
+
 def refuse_options(ctx: typer.Context, names: Sequence[str], why: str) -> None:
     """Raise BadParameter where the user gave one of these options, which would be ignored."""
     for name in names:
-        if not is_default(ctx, name):
+        if is_given(ctx, name):
             raise typer.BadParameter(why, param_hint=f"--{name.replace('_', '-')}")
-
-
-def is_default(ctx: typer.Context, name: str) -> bool:
-    """Whether the user did not give an option."""
-    source = ctx.get_parameter_source(name)
-    return source is None or source.name != "COMMANDLINE"

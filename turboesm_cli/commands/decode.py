@@ -82,6 +82,10 @@ def decode(
         bool,
         typer.Option("--plan", help="Print memory per sequence and the largest batch, and exit."),
     ] = False,
+    memory: Annotated[
+        str | None,
+        typer.Option(help="Plan with this much memory, such as 24GiB, not with the device's.", show_default=False),
+    ] = None,
     model: options.ModelName = None,
     dtype: options.Dtype = "fp32",
     max_proteins: options.MaxProteins = None,
@@ -117,6 +121,7 @@ def decode(
 
     Example: turboesm decode 650M.tqz proteins.fasta --shard 0/4 -o part-0.csv
     """
+    from turboesm_cli.cache.packed import make_ready
     from turboesm_cli.outputs.work import NOTHING_KEPT
 
     check_shard(shard, output)
@@ -127,7 +132,13 @@ def decode(
         raise typer.BadParameter(
             "go with an output that work is kept for: name one with -o", param_hint=_OF_OUTPUTS
         )
+    if memory and not plan:
+        raise typer.BadParameter("goes with --plan", param_hint="--memory")
     codec, sha256 = hashed_bundle(bundle)
+    if plan:
+        from turboesm_cli.commands.planning import check_named
+
+        check_named(codec, model, bundle)
     with ExitStack() as stack:
         reading = Reading(strict, long, max_proteins, rejects, tags=tags, alphabet=codec.alphabet)
         work = _workload(stack, sha256, codec, source, prompt, kv, reading, shard)
@@ -141,12 +152,15 @@ def decode(
             raise typer.BadParameter(
                 "go with --generate", param_hint=["--num-samples", "--top-k", "--repetition-penalty"]
             )
-        plans = _plans(codec, work, generate, device, dtype)
+        plans = _plans(codec, work, generate, device, dtype, memory)
         if plan:
-            _show_plans(plans, json)
+            _show_plans(plans, memory, json)
             return
         loaded = options.open_model(model, device, codec, dtype)
         codec.check_model(loaded, bundle)
+        if kv == PACKED:
+            with console.busy("checking kernels"):
+                make_ready(loaded, codec.spec)
         own = next(item for item in plans if item.kind == kv)
         slots = _slots(batch, own, work.count * num_samples, loaded, codec.spec)
         described = {"bundle": sha256[:16], "cache": kv, "dtype": dtype, "sampling": str(wanted or "none")}
@@ -191,7 +205,8 @@ def _workload(
         raise InputError(f"{source} holds packed caches; --kv {kv} needs the proteins' FASTA file")
     if packed:
         return of_packfile(stack, Packfile(Path(source), bundle, sha256), reading.limit, bundle, shard)
-    work = of_proteins(reading.stream(source), rule, bundle, prompt or "0.5", shard)
+    with console.busy(f"reading {source}"):
+        work = of_proteins(reading.stream(source), rule, bundle, prompt or "0.5", shard)
     if work.known:
         console.warn(
             f"{work.known} of {console.counted(work.total, 'protein')} were in the bundle's calibration set"
@@ -199,27 +214,30 @@ def _workload(
     return work
 
 
-def _plans(bundle: Bundle, work: Workload, generate: int, device: str, dtype: options.DtypeName) -> list[Plan]:
+def _plans(
+    bundle: Bundle, work: Workload, generate: int, device: str, dtype: options.DtypeName, memory: str | None
+) -> list[Plan]:
     """What each kind of cache would take for this work."""
-    from turboesm_cli.engine.memory_plan import device_memory, plans
+    from turboesm_cli.commands.planning import memory_of
+    from turboesm_cli.engine.memory_plan import plans
     from turboesm_cli.models.families import is_causal
-    from turboesm_cli.models.loading import pick_device
 
     weights = FORMATS[dtype].dtype
     context = work.longest_prompt + generate if generate else work.longest
     kinds = len(bundle.alphabet) if is_causal(bundle.family) else 20
     token = bundle.shape.width * weights.itemsize + 8 + (0 if is_causal(bundle.family) else 80)
     results = generate * 16 + kinds * 48 if generate else work.longest * token  # logits, sorted and summed up
-    return plans(bundle.shape, bundle.spec, weights, context, device_memory(pick_device(device)), results)
+    return plans(bundle.shape, bundle.spec, weights, context, memory_of(memory, device), results)
 
 
-def _show_plans(plans: list[Plan], as_json: bool) -> None:
+def _show_plans(plans: list[Plan], memory: str | None, as_json: bool) -> None:
     from turboesm_cli.engine.memory_plan import COLUMNS, LEGEND, RESERVED
 
     if as_json:
         console.print_json([item.as_dict() for item in plans])
         return
-    free = f"{plans[0].memory / 2**30:.1f} GiB of this device are free, of which {RESERVED:.0%} stay so"
+    whose = "planned with" if memory else "of this device are free"
+    free = f"{plans[0].memory / 2**30:.1f} GiB {whose}, of which {RESERVED:.0%} stay free"
     title = f"Memory for sequences of up to {plans[0].context:,} tokens; {free}"
     console.print_table(title, COLUMNS, [item.cells() for item in plans])
     console.say(LEGEND)

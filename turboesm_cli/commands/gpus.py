@@ -98,9 +98,11 @@ def _checked(given: Mapping[str, Any]) -> Path:
     """The output. Raises BadParameter for what does not go with several processes, OutputError as `Kept`."""
     from turboesm_cli.commands.options import Kept
 
-    for name in ("shard", "json", "plan"):
-        if given.get(name):
-            raise typer.BadParameter("does not go with --gpus; leave one out", param_hint=f"--{name}")
+    for name in ("shard", "json", "plan", "max_error", "max_kl"):
+        if given.get(name) not in (None, False):
+            raise typer.BadParameter(
+                "does not go with --gpus; leave one out", param_hint=f"--{name.replace('_', '-')}"
+            )
     if given["output"] is None:
         raise typer.BadParameter("goes with an output: name one with -o", param_hint="--gpus")
     if "-" in (given.get("fasta"), given.get("source")):

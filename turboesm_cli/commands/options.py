@@ -12,6 +12,7 @@ import typer
 
 from turboesm_cli import console
 from turboesm_cli.cache.formats import FORMATS, KINDS
+from turboesm_cli.commands import completion
 from turboesm_cli.errors import InputError
 from turboesm_cli.outputs.files import check_output, overwrites, work_folder
 from turboesm_cli.sequences.datasets import ANTIBODIES, FAMILIES, HELDOUT, SUFFIXES
@@ -27,9 +28,10 @@ ModelName = Annotated[
     typer.Option(
         "--model",
         help="Official ESM-2 (esm2_t33_650M), fair-esm .pt file, Hugging Face folder, OWNER/MODEL, iglm, iglm-s "
-        "or embedded. random:NAME has random weights. Default: $TURBOESM_MODEL, else the bundle's if that is an "
-        "official ESM-2 or IgLM, else, for ESM-2, the embedded 8M trunk.",
+        "or embedded. random:NAME has random weights. Default: $TURBOESM_MODEL, else the bundle's where it can be "
+        "found, by its name or as a file or folder here, else, for ESM-2, the embedded 8M trunk.",
         show_default=False,
+        autocompletion=completion.model,
     ),
 ]
 Device = Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:1 or auto (CUDA where there is one).")]
@@ -74,6 +76,7 @@ Families = Annotated[
     typer.Option(
         "--families",
         help=f"Families ({', '.join((*FAMILIES, HELDOUT, ANTIBODIES))}) or files of proteins, by comma.",
+        autocompletion=completion.families,
     ),
 ]
 EVERY_FAMILY = ",".join(FAMILIES)
@@ -125,23 +128,23 @@ Dtype = Annotated[DtypeName, typer.Option("--dtype", help="Data type of the mode
 
 
 def open_model(name: str | None, device: str, bundle: Bundle | None = None, dtype: DtypeName = "fp32") -> Model:
-    """Load the model of --model or $TURBOESM_MODEL, else the bundle's if it is official, else the embedded one."""
+    """Load the model of --model or $TURBOESM_MODEL, else the bundle's where it is found, else the embedded one."""
     import torch
 
-    from turboesm_cli.models.checkpoints import EMBEDDED, IGLM
+    from turboesm_cli.models.checkpoints import EMBEDDED, findable
     from turboesm_cli.models.families import is_causal
     from turboesm_cli.models.loading import load_model
-    from turboesm_cli.models.shapes import official_name
 
     default = EMBEDDED
-    if bundle and (official_name(bundle.model_name) or bundle.model_name.lower() in IGLM):
-        default = bundle.model_name
+    if bundle and (found := findable(bundle.model_name)):
+        default = found
     elif bundle and is_causal(bundle.family) and not os.environ.get("TURBOESM_MODEL"):
         default = ""
     if name is None and not default:
         raise InputError(f"the bundle is for {bundle and bundle.model_name}; name that model with --model")
     chosen = (os.environ.get("TURBOESM_MODEL") or default) if name is None else name
-    model = load_model(chosen, device, FORMATS[dtype].dtype)
+    with console.busy(f"loading {chosen}"):
+        model = load_model(chosen, device, FORMATS[dtype].dtype)
     shape = model.shape
     where = f"{model.device}, {torch.get_num_threads()} threads" if model.device.type == "cpu" else model.device
     console.say(f"model: {model.name} ({shape.layers} layers, {shape.heads} heads of {shape.head_dim}) on {where}")

@@ -112,6 +112,7 @@ def _record(point: Point) -> dict[str, Any]:
         "tokens": point.tokens,
         "ratio_fp16": point.ratio_fp16,
         "proteins_held_back": point.error.proteins,
+        "residues_held_back": list(point.residues),
         "error": _estimate(point.error),
         "kl": None if point.kl is None else _estimate(point.kl),
     }
@@ -128,7 +129,8 @@ def _estimate(found: Estimate) -> dict[str, float]:
 
 
 def _held(point: Point) -> str:
-    return f"{console.counted(point.error.proteins, 'protein')} held back"
+    shortest, longest = point.residues
+    return f"{console.counted(point.error.proteins, 'protein')} held back ({shortest} to {longest} residues)"
 
 
 def _title(chosen: Point) -> str:

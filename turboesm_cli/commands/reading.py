@@ -57,7 +57,7 @@ class Reading:
 
     def proteins(self, source: str) -> list[Protein]:
         """All proteins of a file, or the first `limit`. Raises InputError, also where it changes meanwhile."""
-        with self._told(source) as found, Input(source) as opened:
+        with console.busy(f"reading {source}"), self._told(source) as found, Input(source) as opened:
             return list(self._watched(opened, found, links=True))
 
     def stream(self, source: str) -> Callable[[], Iterator[Protein]]:

@@ -94,7 +94,6 @@ def throughput(
 
 def _bench(wanted: Wanted) -> None:
     """Measure, write the rows, show the tables."""
-    from turboesm_cli.codec.bundle import read_bundle
     from turboesm_cli.engine.memory_plan import device_memory, parse_memory
     from turboesm_cli.evaluation.crossover import crossovers, rows
     from turboesm_cli.evaluation.throughput import Load
@@ -103,16 +102,12 @@ def _bench(wanted: Wanted) -> None:
 
     loads = [Load(batch, context) for context in _numbers(wanted.contexts) for batch in _numbers(wanted.batches)]
     forms = _forms(wanted.kinds)
+    if wanted.plan:
+        _plan(wanted, loads)
+        return
     free = device_memory(pick_device(wanted.device))
     budget = parse_memory(wanted.memory) if wanted.memory else None
-    if wanted.plan and wanted.bundles:  # whose model need not be there
-        bundle = read_bundle(wanted.bundles[0])
-        _show_plans(wanted, bundle.shape, bundle.spec, loads, budget or free)
-        return
     model, specs = _model_and_codecs(wanted)
-    if wanted.plan:
-        _show_plans(wanted, model.shape, specs[0], loads, budget or free)
-        return
     _check_contexts(model, loads)
     found, largest = _measure(wanted, model, _kinds(forms, specs), loads, free, budget)
     if wanted.peers:
@@ -128,6 +123,24 @@ def _bench(wanted: Wanted) -> None:
     for crossing in crossovers(found):
         console.say(crossing.sentence)
     console.say(f"{len(made)} figures in {wanted.output}")
+
+
+def _plan(wanted: Wanted, loads: list[Load]) -> None:
+    """Show what caches would take, from shapes and a recipe alone: neither weights nor proteins are needed."""
+    from turboesm_cli.codec.blank import blank_spec
+    from turboesm_cli.codec.bundle import read_bundle
+    from turboesm_cli.codec.recipes import parse_recipe
+    from turboesm_cli.commands.planning import check_context, check_named, memory_of, shape_of
+
+    if wanted.bundles:
+        bundle = read_bundle(wanted.bundles[0])
+        check_named(bundle, wanted.model, wanted.bundles[0])
+        shape, spec = bundle.shape, bundle.spec
+    else:
+        shape = shape_of(wanted.model, wanted.device)
+        spec = blank_spec(shape, parse_recipe(next(filter(None, wanted.recipes.split(",")), "auto")))
+    check_context(max(load.context for load in loads), shape, "--context")
+    _show_plans(wanted, shape, spec, loads, memory_of(wanted.memory, wanted.device))
 
 
 def _measure(

@@ -65,7 +65,7 @@ class Estimate:
 class Point:
     """A budget: its bundle, what a sequence of so many tokens takes, and what it costs on proteins held back.
 
-    nbytes of a sequence of `tokens`; bits a value of it
+    nbytes of a sequence of `tokens`; bits a value of it; residues of the shortest and longest protein held back
     error  1 - mean cosine of final hidden states against an fp32 cache
     kl     of the next residue (an encoder) or token, nat; None without a language-model head
     """
@@ -74,6 +74,7 @@ class Point:
     tokens: int
     nbytes: int
     bits: float
+    residues: tuple[int, int]
     error: Estimate
     kl: Estimate | None
 
@@ -187,12 +188,14 @@ def _measured(
 def _point(bundle: Bundle, results: Sequence[ProteinResult]) -> Point:
     tokens = min(CONTEXT, bundle.shape.context or CONTEXT)
     nbytes = bytes_per_sequence(bundle.spec, tokens)
+    lengths = [result.protein.residues for result in results]
     predictions = [result.predictions.kl for result in results if result.predictions is not None]
     return Point(
         bundle,
         tokens,
         nbytes,
         nbytes / dense_bytes_per_sequence(bundle.spec, tokens, torch.float32) * 32,
+        (min(lengths), max(lengths)),
         estimate([1 - result.cosines for result in results]),
         estimate(predictions) if predictions else None,
     )

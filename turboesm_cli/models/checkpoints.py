@@ -51,6 +51,21 @@ IGLM = {"iglm": "IgLM", "iglm-s": "IgLM-S"}
 """Models of the package iglm: their names here, and their folders there, which bundles and results call them."""
 
 
+def known_shape(name: str) -> Shape | None:
+    """The shape of an ESM-2 model by its name alone, without weights: official, embedded or random; else None."""
+    for prefix in (RANDOM_PREFIX, RANDOM_NAME):
+        name = name.removeprefix(prefix)
+    official = "esm2_t6_8M_UR50D" if name in (EMBEDDED, EMBEDDED_NAME) else official_name(name)
+    return OFFICIAL[official] if official and not Path(name).exists() else None
+
+
+def findable(name: str) -> str | None:
+    """What to name a bundle's model by, without being told where it is: its name, or a folder or file here."""
+    if official_name(name) or name.lower() in IGLM or name == EMBEDDED_NAME or name.startswith(RANDOM_NAME):
+        return name
+    return next((f"./{each}" for each in (name, f"{name}.pt") if name and Path(each).exists()), None)
+
+
 def read_checkpoint(name: str) -> Checkpoint | DecoderCheckpoint:
     """What `name` names, see `loading.load_model`. Raises ModelError where it cannot be found or read."""
     try:

@@ -10,13 +10,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
-from turboesm_kernels.layout import BYTE, lanes_for
+from turboesm_kernels.layout import BYTE
 from turboesm_kernels.reference import Side, SideSpec, table_size
 
 from turboesm_cli.codec import bit_allocation
 from turboesm_cli.codec.fit import CodecSpec, LayerSpec
 from turboesm_cli.codec.recipes import Recipe
-from turboesm_cli.codec.sides import side_bytes
+from turboesm_cli.codec.sides import lanes_of, side_bytes
 from turboesm_cli.models.shapes import Shape
 
 
@@ -35,7 +35,7 @@ def _sizes(shape: Shape, recipe: Recipe) -> Iterator[tuple[int, int]]:
         for _ in range(layers):
             yield side_bytes(head_dim, recipe.bits_k, recipe), side_bytes(head_dim, recipe.bits_v, recipe)
         return
-    lanes = lanes_for(head_dim)
+    lanes = lanes_of(head_dim, recipe)
     steps = int(shape.layers * head_dim * (recipe.bits_k + recipe.bits_v) / BYTE / lanes)
     for part in range(0, 2 * layers, 2):
         k, v = ((steps * (end + 1)) // (2 * layers) - (steps * end) // (2 * layers) for end in (part, part + 1))
@@ -44,7 +44,7 @@ def _sizes(shape: Shape, recipe: Recipe) -> Iterator[tuple[int, int]]:
 
 def _side(side: Side, nbytes: int, shape: Shape, recipe: Recipe) -> SideSpec:
     heads, dim = shape.key_value_heads, shape.head_dim
-    profile = bit_allocation.flat(dim, nbytes)
+    profile = bit_allocation.flat(dim, nbytes, lanes_of(dim, recipe))
 
     def nothing(*size: int) -> torch.Tensor:
         return torch.empty(size, device="meta")

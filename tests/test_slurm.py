@@ -20,7 +20,6 @@ pytestmark = [
     pytest.mark.slow,
     pytest.mark.slurm,
     pytest.mark.skipif(bool(missing()), reason=f"no Slurm can be started: {missing()}"),
-    pytest.mark.xdist_group("slurm"),
 ]
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -144,7 +144,8 @@ _OWN = ("gpus", "output", "device", "force", "if_done", "shard", "json")
 
 def _command(ctx: Any, shard: str, part: Path, device: str) -> list[str]:
     """A worker's command line: what the user gave, on a shard and a device."""
-    words = [sys.executable, "-m", "turboesm_cli.app", ctx.command.name]
+    log = ctx.parent.params.get("log") if ctx.parent else None
+    words = [sys.executable, "-m", "turboesm_cli.app", *([f"--log={log}"] if log else []), ctx.command.name]
     words += [word for parameter in ctx.command.params for word in _words(ctx, parameter)]
     return [*words, "--shard", shard, "-o", str(part), "--device", device, "--if-done", "skip"]
 

@@ -176,6 +176,9 @@ def test_residues_of_atoms_are_told_and_must_have_no_gaps(tmp_path: Path) -> Non
     assert "missing, without a letter or out of order" in message(atoms(1, 2, 5), tmp_path)
     assert "missing, without a letter or out of order" in message(atoms(5, 6, 1, 2), tmp_path)
     assert "would be mended" in message(atoms(1, 2, 3), tmp_path, strict=True)
+    found, _ = read(atoms(1, 2, 3) + "END\n" + atoms(1, 2), tmp_path)
+    assert [(each.accession, each.sequence) for each in found] == [("chain:A", "KKK"), ("chain:A.2", "KK")]
+    assert "several chains of one name" in message(atoms(1, 2, 3) + "TER\n" + atoms(1, 2, 3, 4), tmp_path)
 
 
 def test_a3m_begins_with_a_comment(tmp_path: Path) -> None:

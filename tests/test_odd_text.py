@@ -20,6 +20,7 @@ import pytest
 from Bio.SeqIO.FastaIO import SimpleFastaParser
 from test_inputs import Place, bundle, check_stopped, place  # noqa: F401  (fixtures)
 
+from turboesm_cli.console import counted
 from turboesm_cli.sequences.fasta import LongPolicy, ReadPolicy, ReadReport, read_fasta
 
 DATA = Path(__file__).parents[1] / "data"
@@ -236,9 +237,9 @@ HEADERS = [
     Odd("no-break space", f">a\xa0b\n{ONE}\n", {"a": ONE}, "replaced by spaces"),
 ]
 FORMATS = [
-    Odd("GenBank's format", f"LOCUS       X 60 aa\nORIGIN\n{groups(ONE)}//\n", {}, "but like GenBank's format"),
-    Odd("Stockholm", f"# STOCKHOLM 1.0\na {ONE}\n//\n", {}, "but like a Stockholm alignment"),
-    Odd("CLUSTAL", f"CLUSTAL W\n\na {ONE}\n", {}, "but like a CLUSTAL alignment"),
+    Odd("GenBank's format", f"LOCUS       X 60 aa\nORIGIN\n{groups(ONE)}//\n", {"X": ONE}),
+    Odd("Stockholm", f"# STOCKHOLM 1.0\na {ONE}\n//\n", {"a": ONE}),
+    Odd("CLUSTAL", f"CLUSTAL W\n\na {ONE}\n", {"a": ONE}),
     Odd("GFF", f"##gff-version 3\n##FASTA\n>a\n{ONE}\n", {}, "but like GFF"),
     Odd("JSON", '{"a": "MKW"}\n', {}, "but like JSON"),
     Odd("an error page", "<!DOCTYPE html>\n", {}, "but like HTML or XML"),
@@ -256,7 +257,7 @@ def test_odd_text(case: Odd, place: Place) -> None:  # noqa: F811
         check_stopped(result, place, 3, case.said, "r.tsv")
         return
     assert result.exit_code == 0, result.stderr
-    assert case.said in result.stderr and f"of {len(case.proteins)} proteins" in result.stderr
+    assert case.said in result.stderr and f"of {counted(len(case.proteins), 'protein')} in" in result.stderr
     with (place.folder / "r.tsv").open() as stream:
         assert tuple(row["accession"] for row in csv.DictReader(stream, delimiter="\t")) == case.rejects
     assert {protein.accession: protein.sequence for protein in read_fasta(path)} == case.proteins

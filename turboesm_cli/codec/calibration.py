@@ -25,8 +25,7 @@ def calibrate(
     work: Work = NOTHING_KEPT,
 ) -> Bundle:
     """Statistics of `proteins` and the codec that `recipe` makes of them. Raises InputError: too few, too many."""
-    check_storable(model.name, len(proteins), recipe)
-    require_enough(model, proteins)
+    check(model, proteins, recipe)
     statistics = collect(model, proteins, phase=phase, work=work)
     with phase("fitting", 1) as tick:
         bundle = bundle_of(model, proteins, statistics, recipe)
@@ -37,6 +36,12 @@ def calibrate(
 def tokens_of(model: Model, proteins: Sequence[Protein]) -> int:
     """How many tokens the proteins are, control tokens included."""
     return sum(model.alphabet.length(protein) for protein in proteins)
+
+
+def check(model: Model, proteins: Sequence[Protein], recipe: Recipe) -> None:
+    """Raise InputError, before any pass, where proteins are too few to calibrate on, or too many for a bundle."""
+    check_storable(model.name, len(proteins), recipe)
+    require_enough(model, proteins)
 
 
 def require_enough(model: Model, proteins: Sequence[Protein]) -> None:

@@ -106,7 +106,7 @@ def calibrate(
     Example: turboesm calibrate iglm antibodies.fasta --tags species=HUMAN -o iglm.tqz
     """
     from turboesm_cli.codec.bundle import write_bundle
-    from turboesm_cli.codec.calibration import few, require_enough
+    from turboesm_cli.codec.calibration import check, few
     from turboesm_cli.codec.recipes import parse_recipe, with_bits
     from turboesm_cli.statistics.batching import told
 
@@ -127,7 +127,7 @@ def calibrate(
     proteins = reading.proteins(fasta)
     loaded = options.open_model(model, device)
     proteins = reading.known(fasta, proteins, loaded.alphabet)
-    require_enough(loaded, proteins)
+    check(loaded, proteins, chosen)
     if warning := few(loaded, proteins):
         console.warn(warning)
     path = output or Path(f"{loaded.name}-{chosen.name}.tqz")

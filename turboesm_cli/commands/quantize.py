@@ -66,12 +66,9 @@ def quantize(
     kept = options.Kept(path, force, if_done, resume_anywhere)
     codec, source = hashed_bundle(bundle)
     rule = storable(parse_prompt(prompt, codec.alphabet))
-    todo = of_proteins(
-        Reading(strict, long, max_proteins, rejects, tags=tags, alphabet=codec.alphabet).stream(fasta),
-        rule,
-        codec,
-        shard=shard,
-    )
+    reading = Reading(strict, long, max_proteins, rejects, tags=tags, alphabet=codec.alphabet)
+    with console.busy(f"reading {fasta}"):
+        todo = of_proteins(reading.stream(fasta), rule, codec, shard=shard)
     check_longest(codec, todo.longest)
     loaded = options.open_model(model, device, codec)
     codec.check_model(loaded, bundle)

@@ -189,7 +189,9 @@ def _point(bundle: Bundle, results: Sequence[ProteinResult]) -> Point:
     tokens = min(CONTEXT, bundle.shape.context or CONTEXT)
     nbytes = bytes_per_sequence(bundle.spec, tokens)
     lengths = [result.protein.residues for result in results]
-    predictions = [result.predictions.kl for result in results if result.predictions is not None]
+    predictions = [
+        result.predictions.kl for result in results if result.predictions and len(result.predictions.kl)
+    ]
     return Point(
         bundle,
         tokens,

@@ -25,10 +25,12 @@ def records(pieces: Iterable[Piece], label: str) -> Iterator[Record]:
     numbers = count(1)
     entry = _Entry(label, 1)
     for line in lines(pieces, label):
-        if line.text.startswith("HEADER") and not entry.empty:
+        ends = line.text.rstrip() == "END"
+        if (ends or line.text.startswith("HEADER")) and not entry.empty:
             yield from entry.chains(numbers)
             entry = _Entry(label, line.number)
-        entry.add(line)
+        if not ends:
+            entry.add(line)
     if not entry.empty:
         yield from entry.chains(numbers)
 
@@ -42,6 +44,8 @@ class _Entry:
         self._lengths: dict[str, int] = {}  # chain → residues, as SEQRES says
         self._declared: dict[str, int] = {}  # chain → its first line of SEQRES
         self._residues: dict[str, dict[str, int]] = {}  # chain → number of each residue of atoms → its line
+        self._carbons: set[str] = set()  # chain, number and alternative of each C-alpha
+        self._twice: set[str] = set()  # chains with one more than once: several, one after another
         self._code = ""
         self._first_model = True
         self.empty = True
@@ -59,6 +63,9 @@ class _Entry:
             self._first_model = False
         elif self._first_model and text.startswith(("ATOM  ", "HETATM")) and text[12:16] == " CA ":
             self._atoms.add(text)
+            if text[16:17] + text[21:27] in self._carbons:
+                self._twice.add(text[21:22])
+            self._carbons.add(text[16:17] + text[21:27])
             self._residues.setdefault(text[21:22], {}).setdefault(text[22:27], line.number)
 
     def _note_length(self, line: Line) -> None:
@@ -94,9 +101,12 @@ class _Entry:
         return without_letters(record, chain)
 
     def _of_atoms(self, chain: Any, number: int) -> Record:
-        residues = self._residues[chain.annotations["chain"]]
+        name = chain.annotations["chain"]
+        residues = self._residues[name]
         record = self._record(chain, number, min(residues.values()))
         record.mends[Mend.ATOMS] = record.line
+        if not record.reason and name in self._twice:
+            record.reason = "no SEQRES, and residues with the same number: several chains of one name"
         if not record.reason and ("X" in str(chain.seq) or len(chain) != len(residues)):
             record.reason = (
                 "no SEQRES, and residues of its atoms that are missing, without a letter or out of order"

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, fields
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 from turboesm_cli.errors import InputError
 from turboesm_cli.outputs.files import atomic_output
@@ -72,9 +72,14 @@ def write_csv(path: Path, rows: Iterable[ResultRow]) -> None:
     # A file's name that is no UTF-8 may be a family's: no reason to lose the work at its end.
     how = "backslashreplace"
     with atomic_output(path) as partial, partial.open("w", encoding="utf-8", errors=how, newline="") as stream:
-        writer = csv.writer(stream, lineterminator="\n")
-        writer.writerow(COLUMNS)
-        writer.writerows([_to_text(value) for value in _plain(row).values()] for row in rows)
+        write_rows(stream, rows)
+
+
+def write_rows(stream: TextIO, rows: Iterable[ResultRow]) -> None:
+    """Rows as CSV with a header."""
+    writer = csv.writer(stream, lineterminator="\n")
+    writer.writerow(COLUMNS)
+    writer.writerows([_to_text(value) for value in _plain(row).values()] for row in rows)
 
 
 def to_records(rows: Iterable[ResultRow]) -> list[dict[str, Any]]:

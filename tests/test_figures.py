@@ -21,9 +21,10 @@ from typer.testing import CliRunner, Result
 
 from turboesm_cli.commands.report import report
 from turboesm_cli.errors import BundleError, InputError, OutputError
+from turboesm_cli.reporting.numbers import cosine, number
 from turboesm_cli.reporting.results import ResultRow, read_csv, to_records, write_csv
 from turboesm_cli.reporting.sections import Section, sections
-from turboesm_cli.reporting.tables import Table, cosine, number
+from turboesm_cli.reporting.tables import Table
 
 MIB = 2**20
 HOSTILE = "<script>alert(1)</script>\"' onload=x $a$ _b_ | [x](javascript:y) `c` \x07 \\frac{"

@@ -15,7 +15,8 @@ from turboesm_cli.reporting.grouping import (
     seen,
     variant_of,
 )
-from turboesm_cli.reporting.tables import Table, number
+from turboesm_cli.reporting.numbers import number
+from turboesm_cli.reporting.tables import Table
 
 RANDOM = "random_"  # how models of random weights begin, see `models.checkpoints`
 SUBJECTS = {
@@ -69,12 +70,17 @@ def counts_table(rows: Rows) -> Table | None:
         return None
     named = proteins.named(rows)
     named["all"] = set().union(*named.values())
-    tokens = {row.family or "all": row.n for row in coded}
+    tokens = _tokens(rows)
     body = tuple(
         (family, f"{len(named[family]):,}" if named.get(family) else DASH, f"{tokens[family]:,}")
         for family in families_of(coded)
     )
     return Table("Proteins and tokens, by family", ("family", "proteins", "tokens"), body)
+
+
+def _tokens(rows: Rows) -> dict[str, int]:
+    """Tokens decoded, by family."""
+    return {row.family or "all": row.n for row in proteins.errors(rows)}
 
 
 def _measured(rows: Rows) -> str:
@@ -84,7 +90,8 @@ def _measured(rows: Rows) -> str:
         return f"Of {_model(rows)} these results tell {_and(found)}, for {_and(_recipes(rows))}."
     count = len(set().union(*proteins.named(rows).values()))
     families = [family for family in families_of(coded) if family != "all"]
-    tokens = f"{max(row.n for row in coded):,} tokens"
+    by_family = _tokens(rows)
+    tokens = f"{by_family.get('all', sum(by_family.values())):,} tokens"
     what = f"{_counted(count, 'protein')} ({tokens})" if count else tokens
     of = f" of {_counted(len(families), 'family')}" if families else ""
     return (
@@ -111,9 +118,9 @@ def _outcome(rows: Rows) -> str:
         cost = f" at {number(bits)} bits per value" if bits is not None else ""
         return f"{number(row.value)} ({f'{row.recipe} {bits_text(variant)}'.strip()}{cost})"
 
-    if len(ranked) == 1:
-        return f"The error, 1 minus the mean cosine, is {told(0)}."
-    return f"The error, 1 minus the mean cosine, goes from {told(0)} to {told(-1)}."
+    of = "" if overall == ["all"] or len(families_of(coded)) == 1 else f" in the family {overall[0]}"
+    ends = f"goes{of} from {told(0)} to {told(-1)}" if len(ranked) > 1 else f"is{of} {told(0)}"
+    return f"The error, 1 minus the mean cosine, {ends}."
 
 
 def _where(rows: Rows) -> str:

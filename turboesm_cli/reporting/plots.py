@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from typing import TypeVar
 
 from turboesm_cli.reporting import proteins
 from turboesm_cli.reporting.drawing import (
@@ -43,6 +44,9 @@ ERROR = "error: 1 minus mean cosine (log scale)"
 LANE = 0.18  # inches of height of a recipe within a family
 SPREAD = (0.1, 0.9)
 """Quantiles over proteins between which the frontier's bars go."""
+DOTS = 4000
+"""Of a recipe, at most: with more a page would be slow, and its dots one blot."""
+Drawn = TypeVar("Drawn")
 
 
 def frontier_plot(rows: Rows, recipes: Sequence[str]) -> Plot | None:
@@ -92,7 +96,7 @@ def family_plot(rows: Rows, recipes: Sequence[str]) -> Plot | None:
             ticks.append((top, short(family)))
             for lane, (variant, name) in enumerate(names.items(), start=top + 1):
                 ticks.append((lane, short(name)))
-                mine = [p.error for p in each.get(variant, ()) if family in (p.family, "all")]
+                mine = _thinned([p.error for p in each.get(variant, ()) if family in (p.family, "all")])
                 dots = dots or bool(mine)
                 draw_dots(axes, zip(sorted(mine), _jitter(lane, len(mine)), strict=True), drawn[variant].colour)
                 if (variant, family) in cells:
@@ -119,7 +123,7 @@ def length_plot(rows: Rows, recipes: Sequence[str]) -> Plot | None:
     with canvas("Error by length of the protein: a dot a protein") as (axes, publish):
         ends = {}
         for variant, found in each.items():
-            draw_dots(axes, [(p.tokens, p.error) for p in found], drawn[variant].colour)
+            draw_dots(axes, [(p.tokens, p.error) for p in _thinned(found)], drawn[variant].colour)
             ends[_named(variant, names[variant])] = (_at_the_right(found), drawn[variant])
         lengths = [p.tokens for found in each.values() for p in found]
         log_axis(axes, "y", ERROR)
@@ -176,6 +180,11 @@ def _at_the_right(found: Sequence[ProteinError]) -> float:
     """Where a cloud ends: the median error of its longest proteins, an eighth of them."""
     longest = sorted(found, key=lambda p: (p.tokens, p.accession))[-max(1, len(found) // 8) :]
     return proteins.quantile([p.error for p in longest], 0.5)
+
+
+def _thinned(found: Sequence[Drawn]) -> Sequence[Drawn]:
+    """At most `DOTS` of them, spread evenly."""
+    return found[:: math.ceil(len(found) / DOTS) or 1]
 
 
 def _jitter(lane: int, count: int) -> list[float]:

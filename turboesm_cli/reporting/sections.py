@@ -84,7 +84,7 @@ def _parts(rows: Rows, recipes: Sequence[str]) -> list[Part]:
     parts = (
         _part("What was measured", [], [overview.counts_table(rows)]),
         _part("Error against memory", [plots.frontier_plot(rows, recipes)], errors),
-        _part("Error by family", [plots.family_plot(rows, recipes)], [tables.language_table(rows), *others]),
+        _part("Error by family", [plots.family_plot(rows, recipes)], [*tables.language_tables(rows), *others]),
         _part("Error against length", [plots.length_plot(rows, recipes)], []),
         _part("Memory and time", [plots.memory_plot(rows, recipes)], tables.cost_tables(rows)),
         _part("Drift, which is no error of compression", [], [tables.drift_table(rows)]),

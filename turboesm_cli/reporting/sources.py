@@ -14,8 +14,8 @@ from turboesm_cli.reporting.results import rows_of_frame, write_rows
 if TYPE_CHECKING:
     import pandas as pd
 
-DATA_LIMIT = 500_000
-"""Rows of which a page holds the data: with more it would be hard to open, some 100 MB."""
+DATA_LIMIT = 100_000
+"""Rows of which a page holds the data, some 30 MB: with more it would be hard to open."""
 
 
 @dataclass(frozen=True)

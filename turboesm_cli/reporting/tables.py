@@ -6,7 +6,6 @@ Each function takes the rows of one model, no figure twice (`grouping.gathered`)
 from __future__ import annotations
 
 import heapq
-import math
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -22,15 +21,25 @@ from turboesm_cli.reporting.grouping import (
     seen,
     variant_of,
 )
-from turboesm_cli.reporting.metric_names import ACCURACY, BY_NAME, LANGUAGE
-from turboesm_cli.reporting.proteins import protein_errors
+from turboesm_cli.reporting.metric_names import ACCURACY, BY_NAME, LANGUAGE, LANGUAGE_OF_TOKENS
+from turboesm_cli.reporting.numbers import cosine, number
+from turboesm_cli.reporting.proteins import COMPARED, protein_errors
 from turboesm_cli.reporting.results import ResultRow
 
 TIMES = "\N{MULTIPLICATION SIGN}"
 MIB = 2**20
 WORST = 10
 _SHOWN_FIRST = ("error", *(metric.name for metric in ACCURACY if metric.name != "error"))
-_LANGUAGE = tuple(metric.name for metric in LANGUAGE)
+LANGUAGES = (
+    (
+        "residue",
+        LANGUAGE,
+        "At a mask in the residue's place, over the 20 amino acids: the model has not seen the residue.",
+    ),
+    ("token", LANGUAGE_OF_TOKENS, "Over all tokens of the model."),
+)
+"""What is predicted, its metrics, and how it is measured."""
+
 ACCESSION = "accession"
 """The column whose cells a page may link to UniProt."""
 
@@ -102,12 +111,17 @@ def time_tables(rows: Rows) -> list[Table]:
     return [_time_table([row for row in chosen if row.metric == metric]) for metric in metrics]
 
 
-def language_table(rows: Rows) -> Table | None:
-    """How far the language model's predictions move."""
-    chosen = [row for row in rows if row.metric in _LANGUAGE and row.protocol != "drift" and not row.accession]
-    title = "Predictions of the next residue, against an fp32 cache"
-    note = "At a mask in the residue's place, over the 20 amino acids: the model has not seen the residue."
-    return _metric_table(title, chosen, _LANGUAGE, note)
+def language_tables(rows: Rows) -> list[Table | None]:
+    """How far the language model's predictions move: of residues, and of an autoregressive model's tokens."""
+    chosen = [row for row in rows if row.protocol in COMPARED and not row.accession]
+    found = []
+    for of, metrics, note in LANGUAGES:
+        names = [metric.name for metric in metrics]
+        mine = [row for row in chosen if row.metric in names]
+        folded = len({row.family for row in mine}) > 1
+        title = f"Predictions of the next {of}, against an fp32 cache"
+        found.append(_metric_table(title, mine, names, note, folded))
+    return found
 
 
 def drift_table(rows: Rows) -> Table | None:
@@ -115,7 +129,12 @@ def drift_table(rows: Rows) -> Table | None:
     chosen = [row for row in rows if row.protocol == "drift" and not row.accession]
     note = "Not an error of compression: in a cache, earlier tokens never see the later ones."
     title = "Drift: fp32 cached decode against encoding the whole sequence again"
-    return _metric_table(title, chosen, seen(row.metric for row in chosen), note)
+    return _metric_table(title, chosen, sorted(seen(row.metric for row in chosen), key=_place), note)
+
+
+def _place(metric: str) -> int:
+    """Where a metric is shown: the error first, which is drift itself."""
+    return _SHOWN_FIRST.index(metric) if metric in _SHOWN_FIRST else len(_SHOWN_FIRST)
 
 
 def worst_table(rows: Rows) -> Table | None:
@@ -129,7 +148,7 @@ def worst_table(rows: Rows) -> Table | None:
     ]
     columns = (*LEAD[:3], ACCESSION, "family", "error", "tokens")
     title = f"Worst proteins: the {WORST} of the largest error, a recipe"
-    return Table(title, columns, tuple(body), folded=True) if body else None
+    return Table(title, columns, tuple(body)) if body else None
 
 
 def further_tables(rows: Rows) -> list[Table | None]:
@@ -139,28 +158,6 @@ def further_tables(rows: Rows) -> list[Table | None]:
         for protocol, title in FURTHER.items()
         for chosen in [[row for row in rows if row.protocol == protocol and not row.accession]]
     ]
-
-
-def number(value: float | None) -> str:
-    """Four significant digits (whole numbers in full), without an exponent from a millionth up."""
-    if value is None or math.isnan(value):
-        return DASH
-    if value == 0 or math.isinf(value):
-        return f"{value:g}"
-    if not 1e-6 <= abs(value) < 1e12:
-        return f"{value:.3e}"
-    rounded = float(f"{value:.3e}")  # first, or 9.9999 would show a fifth digit
-    if abs(rounded) >= 1000:
-        return f"{value:,.0f}"
-    return f"{rounded:.{max(0, 3 - math.floor(math.log10(abs(rounded))))}f}"
-
-
-def cosine(value: float | None) -> str:
-    """Four decimals, or more where four would round a cosine below 1 up to 1."""
-    if value is None or math.isnan(value):
-        return DASH
-    decimals = next((d for d in range(4, 8) if value >= 1 or round(value, d) < 1), 8)
-    return f"{value:.{decimals}f}"
 
 
 LEAD = ("recipe", "K bits", "V bits", "bits per value")

@@ -51,10 +51,12 @@ WITHOUT_TORCH = {
     "outputs.shard_records",
     "outputs.shards",
     "reporting.json_list",
+    "reporting.markdown",
     "reporting.pages",
     "reporting.plots",
     "reporting.results",
     "reporting.sections",
+    "reporting.sources",
     "reporting.tables",
     "sequences.fasta",
     "streams",
@@ -267,6 +269,7 @@ def test_the_wheel_holds_what_it_should(tmp_path: Path) -> None:
     code = {f"{name}/{path.relative_to(home)}" for name, home in homes.items() for path in home.rglob("*.py")}
     code |= {f"turboesm_cli/{path.relative_to(CLI)}" for path in CODE if path.parent.name != "turboesm"}
     code |= {"turboesm/py.typed", "turboesm_cli/py.typed", "turboesm_data/__init__.py"}
+    code |= {"turboesm_cli/reporting/page.css", "turboesm_cli/reporting/page.js"}
     data = {f"turboesm_data/{path.relative_to(DATA)}" for path in DATA.glob("*/*.fasta")}
     data |= {"turboesm_data/README.md", "turboesm_data/SOURCES.tsv"}
     data |= {f"turboesm_cli/guides/{path.name}" for path in (CLI / "guides").glob("*.md")}

@@ -21,9 +21,10 @@ from typer.testing import CliRunner, Result
 
 from turboesm_cli.commands.report import report
 from turboesm_cli.errors import BundleError, InputError, OutputError
+from turboesm_cli.reporting.numbers import cosine, number
 from turboesm_cli.reporting.results import ResultRow, read_csv, to_records, write_csv
 from turboesm_cli.reporting.sections import Section, sections
-from turboesm_cli.reporting.tables import Table, cosine, number
+from turboesm_cli.reporting.tables import Table
 
 MIB = 2**20
 HOSTILE = "<script>alert(1)</script>\"' onload=x $a$ _b_ | [x](javascript:y) `c` \x07 \\frac{"
@@ -145,15 +146,15 @@ def test_tables_of_time_language_and_drift(section: Section) -> None:
         ("flat", "3", "3", "NVIDIA H200", "float32", "1,234 (1,200–1,300)"),
     )
     language = table_of(section, "Predictions")
-    assert language.columns[5:] == ("residue kl mean (nat)", "residue top1 agreement")
-    assert language.rows == (("flat", "3", "3", "all", "–", "0.001235", "0.9877"),)
-    assert table_of(section, "Drift").rows == (("fp32", "32", "32", "all", "–", "0.9734"),)
+    assert language.columns[4:] == ("residue kl mean (nat)", "residue top1 agreement")
+    assert language.rows == (("flat", "3", "3", "all", "0.001235", "0.9877"),)
+    assert table_of(section, "Drift").rows == (("fp32", "32", "32", "all", "0.9734"),)
 
 
 def test_table_of_the_worst_proteins(section: Section) -> None:
     table = table_of(section, "Worst")
     assert [line[3] for line in table.rows] == [f"P{i:02}" for i in range(10)]
-    assert table.rows[0][4:] == ("all", "0.9000", "0")
+    assert table.rows[0][4:] == ("all", "0.1000", "0")
 
 
 def test_a_figure_measured_again_is_shown_once(tmp_path: Path) -> None:
@@ -179,12 +180,12 @@ def test_devices_are_told_apart(tmp_path: Path) -> None:
 
 
 def test_only_what_was_measured_is_shown(tmp_path: Path) -> None:
-    section = section_of(tmp_path, [row("flat", 3, "layer", "error", 0.1)])
-    assert section.tables == () and section.plots == ()
+    section = section_of(tmp_path, [row("flat", 3, "unheard_of", "error", 0.1)])
+    assert section.tables == () and section.plots == () and section.parts == ()
     section = section_of(
         tmp_path, [row("flat", 3, "decode", "error", 0.0), row("a", 3, "decode", "error", math.nan)]
     )
-    assert [line[-1] for line in section.tables[0].rows] == ["0", "–"] and section.plots == ()
+    assert [line[-1] for line in table_of(section, "Error").rows] == ["0", "–"] and section.plots == ()
 
 
 def test_a_section_a_model(tmp_path: Path) -> None:
@@ -223,15 +224,16 @@ def test_a_cosine_is_not_rounded_up_to_one(value: float, text: str) -> None:
 
 def test_plots_are_svg_with_axes_and_legend(section: Section) -> None:
     assert [plot.name for plot in section.plots] == [
-        "error-by-family",
         "error-against-bits",
+        "error-by-family",
+        "error-against-length",
         "memory-by-length",
     ]
     for plot in section.plots:
         ET.fromstring(plot.svg)
         assert plot.title in plot.svg and "flat" in plot.svg
-    assert ">memory held (MiB, log scale)<" in section.plots[2].svg
-    assert ">fp16<" in section.plots[2].svg and ">flat K3 V3<" in section.plots[2].svg
+    assert ">memory held (MiB, log scale)<" in section.plots[3].svg
+    assert ">fp16<" in section.plots[3].svg and ">flat K3 V3<" in section.plots[3].svg
 
 
 def test_many_recipes_and_one_point_can_be_drawn(tmp_path: Path) -> None:
@@ -295,11 +297,11 @@ def test_html_report(rows_csv: Path, tmp_path: Path) -> None:
         "2.11.0",
         "abc",
         "2026-01-02",
-        "predictions",
+        "fp32 cache",
     ):
         assert fact in text
     tags = Tags(text)
-    assert sum(tag == "svg" for tag, _ in tags.found) == 3
+    assert sum(tag == "svg" for tag, _ in tags.found) == 4
     ids = [attributes["id"] for _, attributes in tags.found if "id" in attributes]
     assert len(ids) == len(set(ids))
     named = {
@@ -313,10 +315,10 @@ def test_html_report(rows_csv: Path, tmp_path: Path) -> None:
 def test_html_report_asks_for_nothing(rows_csv: Path, tmp_path: Path) -> None:
     run(rows_csv, "-o", tmp_path / "report.html")
     tags = Tags((tmp_path / "report.html").read_text())
-    assert not {"script", "link", "img", "iframe", "image"} & {tag for tag, _ in tags.found}
+    assert not {"link", "img", "iframe", "image"} & {tag for tag, _ in tags.found}
     assert not [a for _, attributes in tags.found for a in attributes if a.startswith("on") or a == "src"]
     links = [attributes.get(name) or "" for _, attributes in tags.found for name in ("href", "xlink:href")]
-    assert all(link == "" or link.startswith("#") for link in links)
+    assert all(link == "" or link.startswith(("#", "data:text/csv;")) for link in links)
 
 
 @pytest.mark.filterwarnings("error")
@@ -331,7 +333,7 @@ def test_hostile_text_stays_text(tmp_path: Path, suffix: str) -> None:
     result = run(tmp_path / "rows.csv", "-o", output, "--title", HOSTILE)
     assert result.exit_code == 0, result.exception
     text = output.read_text()
-    assert "<script" not in text and "&lt;script&gt;" in text
+    assert text.count("<script") == (suffix == "html") and "&lt;script&gt;" in text
     if suffix == "html":
         tags = Tags(text)
         assert not [a for _, attributes in tags.found for a in attributes if a.startswith("on")]
@@ -348,11 +350,11 @@ def test_markdown_report(rows_csv: Path, tmp_path: Path) -> None:
     assert result.exit_code == 0 and result.stdout == f"{output}\n"
     text = output.read_text()
     assert "| flat | 3 | 3 | 3.250 | 0.004000 | 0.01000 | 3.000× |" in text
-    assert "- Device: NVIDIA H200" in text and "predictions and heuristics" in text
+    assert "- Device: NVIDIA H200" in text and "what compression changes" in text
     linked = re.findall(r"!\[.*\]\((.*)\)", text)
     assert linked == [
         f"my%20results_figures/1-{name}.svg"
-        for name in ("error-by-family", "error-against-bits", "memory-by-length")
+        for name in ("error-against-bits", "error-by-family", "error-against-length", "memory-by-length")
     ]
     assert all((tmp_path / link.replace("%20", " ")).is_file() for link in linked)
 

@@ -13,7 +13,6 @@ from turboesm_cli.outputs.files import write_text
 
 if TYPE_CHECKING:
     from turboesm_cli.reporting.pages import Page
-    from turboesm_cli.reporting.sections import Section
 
 
 def report(
@@ -38,9 +37,10 @@ def report(
 ) -> None:
     """Show result files as tables and plots, in one page; or what a bundle or a file of caches holds.
 
-    Accuracy by protein family, memory, time and drift, one section per model. Prints the path of the page. Of a
-    bundle it prints model, recipe, calibration, how each layer is coded and what error that is predicted to
-    make, sizes and sha256, with everything in the file checked.
+    Per model: what was measured, error against memory, by protein family and by length, memory, time, drift, the
+    worst proteins; with a glossary and the data as CSV inside. Prints the path of the page. Of a bundle it prints
+    model, recipe, calibration, how each layer is coded and what error that is predicted to make, sizes and sha256,
+    with everything in the file checked.
 
     Example: turboesm report results.csv more.csv -o report.html
 
@@ -55,8 +55,7 @@ def report(
     if json:
         raise InputError("--json goes with bundles and caches; results make a page (see --output)")
     _check_output(output, force)
-    sections = _sections(results)
-    page = _page(output, title, sections)
+    page = _page(output, title, results)
     for name, text in page.files:
         write_text(output.parent / name, text)
     # The page comes last: where it exists, all that it shows exists.
@@ -86,16 +85,14 @@ def _check_output(output: Path, force: bool) -> None:
         raise OutputError(f"{output} exists; pass --force to overwrite it, or choose another output path")
 
 
-def _sections(paths: list[Path]) -> list[Section]:
+def _page(output: Path, title: str, results: list[Path]) -> Page:
+    from turboesm_cli.reporting.markdown import markdown_page
+    from turboesm_cli.reporting.pages import html_page
     from turboesm_cli.reporting.results import read_csv
     from turboesm_cli.reporting.sections import sections
+    from turboesm_cli.reporting.sources import sources
 
-    return sections(read_csv(paths))
-
-
-def _page(output: Path, title: str, sections: list[Section]) -> Page:
-    from turboesm_cli.reporting.pages import html_page, markdown_page
-
+    frame = read_csv(results)
     if output.suffix.lower() == ".md":
-        return markdown_page(title, sections, f"{output.stem}_figures")
-    return html_page(title, sections)
+        return markdown_page(title, sections(frame), sources(results, frame), f"{output.stem}_figures")
+    return html_page(title, sections(frame), sources(results, frame))

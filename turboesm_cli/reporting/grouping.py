@@ -170,8 +170,9 @@ def labels(variants: Iterable[Variant]) -> dict[Variant, str]:
 
 
 def bits_text(variant: Variant) -> str:
-    """`K3 V4`; nothing for formats that are not coded."""
-    known = variant.recipe not in ("fp32", "fp16") and (variant.bits_k or variant.bits_v)
+    """`K3 V4`; nothing where the name says it (`fp16`, `int8`)."""
+    said = variant.recipe.endswith(f"{variant.bits_k:g}") and variant.bits_k == variant.bits_v
+    known = not said and (variant.bits_k or variant.bits_v)
     return f"K{variant.bits_k:g} V{variant.bits_v:g}" if known else ""
 
 

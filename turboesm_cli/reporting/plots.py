@@ -1,18 +1,30 @@
-"""Result rows → plots, as SVG text that is the same bytes each time.
+"""Result rows → plots. What they look like is in `drawing`.
 
-Each function takes the rows of one model, and gives nothing where they hold nothing to draw. Ink and paper
-are the colours INK and PAPER, which a page with a theme of its own may replace.
+Each function takes the rows of one model and the recipes of the whole page, in which a recipe has one colour, and
+gives nothing where the rows hold nothing to draw.
 """
 
 from __future__ import annotations
 
-import io
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator, Sequence
+from typing import TypeVar
 
+from turboesm_cli.reporting import proteins
+from turboesm_cli.reporting.drawing import (
+    HEIGHT,
+    PAPER,
+    Line,
+    Plot,
+    canvas,
+    draw_dots,
+    draw_lines,
+    label_right,
+    length_axis,
+    log_axis,
+    short,
+    styles,
+)
 from turboesm_cli.reporting.grouping import (
     Rows,
     Variant,
@@ -22,276 +34,171 @@ from turboesm_cli.reporting.grouping import (
     families_of,
     labels,
     memory_curves,
-    seen,
     variant_of,
 )
+from turboesm_cli.reporting.proteins import ProteinError
 from turboesm_cli.reporting.results import ResultRow
 from turboesm_cli.reporting.tables import MIB
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
-
-INK = "#1b1e22"
-PAPER = "#fefefe"
-GRID = "#9a9fa6"
-# Okabe and Ito's colours, told apart by colour-blind readers; black and yellow would vanish on dark or light.
-PALETTE = ("#0072b2", "#e69f00", "#009e73", "#d55e00", "#56b4e9", "#cc79a7", "#8c8c8c")
-MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*", "h")
-HATCHES = ("", "///", "...", "xxx")
-DASHES = ("-", "--", ":", "-.")
-SIZE = (8.0, 4.2)  # inches; 768 CSS pixels across
-LEGEND_LINE = 0.22  # inches of height that a line of the legend adds
-STYLE: dict[Any, Any] = {
-    "font.size": 10.5,
-    "font.family": "sans-serif",
-    "svg.fonttype": "none",  # text stays text: small, searchable, read aloud
-    "svg.hashsalt": "turboesm",  # otherwise the ids are random
-    "text.parse_math": False,  # a name with two dollar signs is no formula
-    "axes.titlelocation": "left",
-    "axes.titlesize": 12.5,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.axisbelow": True,
-    "axes.grid": True,
-    "grid.color": GRID,
-    "grid.alpha": 0.35,
-    "grid.linewidth": 0.7,
-    "legend.frameon": False,
-    "figure.facecolor": PAPER,
-    "axes.facecolor": PAPER,
-    **dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), INK),
-}
+ERROR = "error: 1 minus mean cosine (log scale)"
+LANE = 0.18  # inches of height of a recipe within a family
+SPREAD = (0.1, 0.9)
+"""Quantiles over proteins between which the frontier's bars go."""
+DOTS = 4000
+"""Of a recipe, at most: with more a page would be slow, and its dots one blot."""
+Drawn = TypeVar("Drawn")
 
 
-@dataclass(frozen=True)
-class Style:
-    """How a variant is drawn."""
-
-    colour: str
-    marker: str
-    hatch: str = ""
-    dash: str = "-"
-
-    def of_bar(self) -> dict[str, Any]:
-        return {"color": self.colour, "hatch": self.hatch, "edgecolor": PAPER}
-
-    def of_line(self) -> dict[str, Any]:
-        return {"color": self.colour, "marker": self.marker, "linestyle": self.dash}
-
-
-BASELINES = {"fp32": Style(INK, "o"), "fp16": Style(INK, "o", dash="--")}
-
-
-@dataclass(frozen=True)
-class Line:
-    name: str
-    style: Style
-    points: list[tuple[float, float]] = field(default_factory=list)
-
-
-@dataclass(frozen=True)
-class Plot:
-    name: str  # fit for a file's name
-    title: str
-    description: str  # for those who cannot see it
-    svg: str
-
-
-def plots(rows: Rows) -> list[Plot]:
-    """Every plot that the rows of one model can fill."""
-    made = (family_plot(rows), bits_plot(rows), memory_plot(rows))
-    return [plot for plot in made if plot is not None]
-
-
-def family_plot(rows: Rows) -> Plot | None:
-    """Error by family, a bar a recipe."""
-    chosen = _errors(rows)
-    if not chosen:
-        return None
-    title = "Error of the decoded hidden state, by protein family"
-    with _canvas(title) as (axes, publish):
-        _draw_bars(axes, chosen, _styles(rows, map(variant_of, chosen)))
-        return publish("error-by-family", "Grouped bars on a log scale; the table of errors has the same numbers.")
-
-
-def bits_plot(rows: Rows) -> Plot | None:
-    """Error against the bits held for a value; recipes that ran at several bits are joined."""
+def frontier_plot(rows: Rows, recipes: Sequence[str]) -> Plot | None:
+    """Error against the bits held for a value, a line a recipe, with the spread over proteins."""
     held = bits_held(rows)
     overall = families_of(_errors(rows))[-1:]
     chosen = [row for row in _errors(rows) if (row.family or "all") in overall]
-    names, styles = labels(map(variant_of, chosen)), _styles(rows, map(variant_of, chosen))
+    chosen = [row for row in chosen if math.isfinite(held.get(code_of(variant_of(row)), math.nan))]
+    if not chosen:
+        return None
+    names, drawn = labels(map(variant_of, chosen)), styles(recipes, map(variant_of, chosen))
     lines: dict[str, Line] = {}
     for row in chosen:
         variant = variant_of(row)
-        bits = held.get(code_of(variant))
-        if bits is not None and math.isfinite(bits):
-            # Variants of one recipe share a name, so a line, whatever their bits.
-            line = lines.setdefault(names[variant], Line(names[variant], styles[variant]))
-            line.points.append((bits, row.value))
-    if not lines:
+        # Variants of one recipe share a name, so a line, whatever their bits.
+        line = lines.setdefault(names[variant], Line(names[variant], drawn[variant]))
+        line.points.append((held[code_of(variant)], row.value))
+    with canvas(f"Error against memory, {_of(overall[0])}") as (axes, publish):
+        spread = False
+        for variant, low, high in _spreads(rows, overall[0]):
+            if variant in drawn:
+                spread = True
+                axes.vlines(held[code_of(variant)], low, high, color=drawn[variant].colour, alpha=0.4, linewidth=4)
+        draw_lines(axes, lines.values())
+        log_axis(axes, "y", ERROR)
+        note = "\nbars: the middle 80 % of the proteins" if spread else ""
+        axes.set_xlabel(f"bits held for a value, everything counted{note}")
+        return publish("error-against-bits", "A line a recipe; the table of errors has the same numbers.")
+
+
+def family_plot(rows: Rows, recipes: Sequence[str]) -> Plot | None:
+    """Error by family: a mark a recipe, and a dot a protein where there are rows of proteins."""
+    chosen = _errors(rows)
+    if not chosen:
         return None
-    title = f"Error against memory, family {overall[0]}"
-    with _canvas(title) as (axes, publish):
-        _draw_lines(axes, lines.values())
-        _log_error(axes)
-        axes.set_xlabel("bits held for a value, scales and padding included")
-        return publish("error-against-bits", "A line a recipe: the error falls as more bits are held.")
+    cells = {(variant_of(row), row.family or "all"): row.value for row in chosen}
+    names = {variant: _named(variant, name) for variant, name in labels(v for v, _ in cells).items()}
+    families, drawn, each = families_of(chosen), styles(recipes, names), _each_protein(rows)
+    ticks: list[tuple[float, str]] = []
+    dots = False
+    with canvas("Error by protein family", HEIGHT / 3 + LANE * len(families) * (len(names) + 1)) as (
+        axes,
+        publish,
+    ):
+        for index, family in enumerate(families):
+            top = index * (len(names) + 1)
+            ticks.append((top, short(family)))
+            for lane, (variant, name) in enumerate(names.items(), start=top + 1):
+                ticks.append((lane, short(name)))
+                mine = _thinned([p.error for p in each.get(variant, ()) if family in (p.family, "all")])
+                dots = dots or bool(mine)
+                draw_dots(axes, zip(sorted(mine), _jitter(lane, len(mine)), strict=True), drawn[variant].colour)
+                if (variant, family) in cells:
+                    axes.plot(
+                        cells[variant, family], lane, marker=drawn[variant].marker, color=drawn[variant].colour,
+                        markeredgecolor=PAPER, markersize=7, zorder=3,
+                    )  # fmt: skip
+        axes.set_yticks([place for place, _ in ticks], [text for _, text in ticks], fontsize=8.5)
+        for tick in axes.get_yticklabels()[:: len(names) + 1]:
+            tick.set(fontweight="bold", fontsize=9.5)
+        axes.tick_params(axis="y", length=0)
+        axes.grid(False, axis="y")
+        axes.set_ylim(len(ticks) - 0.3, -0.7)
+        log_axis(axes, "x", f"{ERROR}\nmark: all tokens together" + ("; dot: a protein" if dots else ""))
+        return publish("error-by-family", "Marks and dots on a log scale; the table of errors has the marks.")
 
 
-def memory_plot(rows: Rows) -> Plot | None:
+def length_plot(rows: Rows, recipes: Sequence[str]) -> Plot | None:
+    """Error against length, a dot a protein."""
+    each = _each_protein(rows)
+    if len({p.tokens for found in each.values() for p in found}) < 2:
+        return None
+    names, drawn = labels(each), styles(recipes, each)
+    with canvas("Error by length of the protein: a dot a protein") as (axes, publish):
+        ends = {}
+        for variant, found in each.items():
+            draw_dots(axes, [(p.tokens, p.error) for p in _thinned(found)], drawn[variant].colour)
+            ends[_named(variant, names[variant])] = (_at_the_right(found), drawn[variant])
+        lengths = [p.tokens for found in each.values() for p in found]
+        log_axis(axes, "y", ERROR)
+        if max(lengths) >= 4 * min(lengths):
+            length_axis(axes, _powers(min(lengths), max(lengths)), "tokens decoded")
+        else:
+            axes.set_xlabel("tokens decoded")
+        label_right(axes, ends)
+        return publish("error-against-length", "A cloud a recipe, named at the right beside its longest proteins.")
+
+
+def memory_plot(rows: Rows, recipes: Sequence[str]) -> Plot | None:
     """Bytes held against the length of the context; one length makes no plot, the table says all."""
     curves = memory_curves(rows)
     lengths = sorted({length for curve in curves.values() for length in curve})
     if len(lengths) < 2:
         return None
-    names, styles = labels(curves), _styles(rows, curves)
-    lines = [
-        Line(
-            f"{names[variant]} {bits_text(variant)}".strip(),
-            styles[variant],
-            [(length, size / MIB) for length, size in curve.items()],
-        )
-        for variant, curve in curves.items()
-    ]
-    with _canvas("Memory of the cache, by length of the context") as (axes, publish):
-        _draw_lines(axes, lines)
-        _plain_log(axes)
-        _length_axis(axes, lengths)
-        axes.set_ylabel("memory held (MiB, log scale)")
+    names, drawn = labels(curves), styles([*recipes, *(v.recipe for v in curves)], curves)
+    with canvas("Memory of the cache, by length of the context") as (axes, publish):
+        ends = {}
+        for variant, curve in curves.items():
+            points = [(length, size / MIB) for length, size in sorted(curve.items())]
+            axes.plot(*zip(*points, strict=True), **drawn[variant].of_line(), markersize=5, linewidth=1.6)
+            ends[_named(variant, names[variant])] = (points[-1][1], drawn[variant])
+        log_axis(axes, "y", "memory held (MiB, log scale)")
+        length_axis(axes, lengths, "length of the context in tokens")
+        label_right(axes, ends)
         return publish("memory-by-length", "A line a format; the table of memory has the same numbers.")
 
 
 def _errors(rows: Rows) -> list[ResultRow]:
     """Errors of whole-model decoding that a log axis can show."""
-    found = [row for row in rows if row.protocol == "decode" and row.metric == "error" and not row.accession]
-    return [row for row in found if row.value > 0 and math.isfinite(row.value)]
+    return [row for row in proteins.errors(rows) if row.value > 0 and math.isfinite(row.value)]
 
 
-def _styles(rows: Rows, drawn: Iterable[Variant]) -> dict[Variant, Style]:
-    """How each variant is drawn: a colour for a recipe at its bits, the same in every plot of a model.
-
-    Where one ran in several places (device and arithmetic), they differ in marker, dash and hatch.
-    """
-    drawn = seen(drawn)
-    codes = seen(code_of(variant_of(row)) for row in rows if row.recipe not in BASELINES)
-    places = seen((variant.device, variant.dtype) for variant in drawn)
-    return {
-        variant: BASELINES.get(variant.recipe)
-        or _style(codes.index(code_of(variant)), places.index((variant.device, variant.dtype)))
-        for variant in drawn
+def _each_protein(rows: Rows) -> dict[Variant, list[ProteinError]]:
+    """Proteins' errors that a log axis can show."""
+    found = {
+        variant: [p for p in each if p.error > 0 and p.tokens > 0]
+        for variant, each in proteins.protein_errors(rows).items()
     }
+    return {variant: each for variant, each in found.items() if each}
 
 
-def _style(code: int, place: int) -> Style:
-    """Where the palette ends its colours come again, hatched and with other markers."""
-    marker, hatch = code + 3 * place, code // len(PALETTE) + place
-    return Style(
-        PALETTE[code % len(PALETTE)],
-        MARKERS[marker % len(MARKERS)],
-        HATCHES[hatch % len(HATCHES)],
-        DASHES[place % len(DASHES)],
-    )
+def _spreads(rows: Rows, family: str) -> Iterator[tuple[Variant, float, float]]:
+    """Quantiles `SPREAD` of the errors of a family's proteins, a variant's where it has three or more."""
+    for variant, each in _each_protein(rows).items():
+        mine = [p.error for p in each if family in (p.family, "all")]
+        if len(mine) > 2:
+            yield variant, proteins.quantile(mine, SPREAD[0]), proteins.quantile(mine, SPREAD[1])
 
 
-@contextmanager
-def _canvas(title: str) -> Iterator[tuple[Axes, Callable[[str, str], Plot]]]:
-    """Axes to draw on, and `publish(name, description)`, which gives the finished plot."""
-    import matplotlib
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    # A Figure of its own: pyplot would keep it alive, and choose a backend.
-    with matplotlib.rc_context(), _quiet_fonts():
-        matplotlib.rcdefaults()
-        matplotlib.rcParams.update(STYLE)
-        figure = Figure(figsize=SIZE, layout="constrained")
-        FigureCanvasAgg(figure)
-        axes = figure.add_subplot()
-        axes.set_title(_plain(title))
-
-        def publish(name: str, description: str) -> Plot:
-            _legend(figure, axes)
-            return Plot(name, title, description, _svg(figure))
-
-        yield axes, publish
+def _at_the_right(found: Sequence[ProteinError]) -> float:
+    """Where a cloud ends: the median error of its longest proteins, an eighth of them."""
+    longest = sorted(found, key=lambda p: (p.tokens, p.accession))[-max(1, len(found) // 8) :]
+    return proteins.quantile([p.error for p in longest], 0.5)
 
 
-@contextmanager
-def _quiet_fonts() -> Iterator[None]:
-    """Letters that matplotlib's font lacks are drawn by the reader's font, so no warning is due."""
-    import warnings
-
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Glyph")
-        yield
+def _thinned(found: Sequence[Drawn]) -> Sequence[Drawn]:
+    """At most `DOTS` of them, spread evenly."""
+    return found[:: math.ceil(len(found) / DOTS) or 1]
 
 
-def _svg(figure: Figure) -> str:
-    stream = io.StringIO()
-    figure.savefig(stream, format="svg", metadata={"Date": None, "Creator": None})
-    text = stream.getvalue()
-    return text[text.index("<svg") :]
+def _jitter(lane: int, count: int) -> list[float]:
+    """Places within a lane that keep dots of like error apart: multiples of the golden ratio."""
+    return [lane + ((index * 0.618034) % 1 - 0.5) * 0.66 for index in range(count)]
 
 
-def _draw_bars(axes: Axes, chosen: Rows, styles: Mapping[Variant, Style]) -> None:
-    cells = {(variant_of(row), row.family or "all"): row.value for row in chosen}
-    families, names = families_of(chosen), labels(variant for variant, _ in cells)
-    width = 0.84 / len(names)
-    for index, (variant, name) in enumerate(names.items()):
-        heights = [cells.get((variant, family), math.nan) for family in families]
-        places = [at + (index - (len(names) - 1) / 2) * width for at in range(len(families))]
-        label = _plain(f"{name} {bits_text(variant)}")
-        axes.bar(places, heights, width * 0.92, **styles[variant].of_bar(), label=label)
-    axes.set_xticks(range(len(families)), [_plain(family) for family in families])
-    axes.tick_params(axis="x", length=0)
-    axes.grid(False, axis="x")
-    axes.set_xlabel("protein family")
-    _log_error(axes)
+def _powers(low: int, high: int) -> list[int]:
+    return [2**power for power in range(math.ceil(math.log2(low)), math.floor(math.log2(high)) + 1)]
 
 
-def _draw_lines(axes: Axes, lines: Iterable[Line]) -> None:
-    for line in lines:
-        across, up = zip(*sorted(line.points), strict=True)
-        axes.plot(across, up, **line.style.of_line(), markersize=6.5, linewidth=1.8, label=_plain(line.name))
+def _named(variant: Variant, name: str) -> str:
+    return f"{name} {bits_text(variant)}".strip()
 
 
-def _log_error(axes: Axes) -> None:
-    _plain_log(axes)
-    axes.set_ylabel("error: 1 minus mean cosine (log scale)")
-
-
-def _plain_log(axes: Axes) -> None:
-    """A log axis with plain numbers, more of them where it spans few powers of ten."""
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
-
-    axes.set_yscale("log")
-    low, high = axes.get_ylim()
-    wide = high / low > 30
-    plain = FuncFormatter(lambda value, _: f"{value:,.7g}")
-    axes.yaxis.set_major_locator(LogLocator(subs=(1.0,) if wide else (1.0, 2.0, 5.0)))
-    axes.yaxis.set_major_formatter(plain)
-    axes.yaxis.set_minor_formatter(NullFormatter())
-
-
-def _length_axis(axes: Axes, lengths: Sequence[int]) -> None:
-    from matplotlib.ticker import NullLocator
-
-    axes.set_xscale("log", base=2)
-    axes.set_xticks(lengths, [f"{length:,}" for length in lengths])
-    axes.xaxis.set_minor_locator(NullLocator())
-    axes.set_xlabel("length of the context (tokens, log scale)")
-
-
-def _legend(figure: Figure, axes: Axes) -> None:
-    handles, names = axes.get_legend_handles_labels()
-    longest = max(map(len, names), default=0)
-    columns = max(1, min(len(names), 120 // (longest + 9)))
-    figure.set_figheight(SIZE[1] + LEGEND_LINE * math.ceil(len(names) / columns))
-    figure.legend(handles, names, loc="outside lower left", ncols=columns)
-
-
-def _plain(text: str) -> str:
-    """Fit to be drawn: SVG forbids control characters, and a leading "_" would hide a legend's entry."""
-    printable = "".join(letter if letter.isprintable() else " " for letter in text).strip()
-    return f" {printable}" if printable.startswith("_") else printable
+def _of(family: str) -> str:
+    return "all families" if family == "all" else f"family {family}"

@@ -80,8 +80,7 @@ def write_csv(path: Path, rows: Iterable[ResultRow], seal: Seal | None = None) -
         atomic_output(path, seal) as partial,
         partial.open("w", encoding="utf-8", errors=_HOW, newline="") as stream,
     ):
-        stream.write(HEAD)
-        _write_rows(stream, rows)
+        write_rows(stream, rows)
 
 
 def csv_bytes(rows: Iterable[ResultRow]) -> bytes:
@@ -89,6 +88,12 @@ def csv_bytes(rows: Iterable[ResultRow]) -> bytes:
     text = io.StringIO(newline="")
     _write_rows(text, rows)
     return text.getvalue().encode("utf-8", _HOW)
+
+
+def write_rows(stream: TextIO, rows: Iterable[ResultRow]) -> None:
+    """Rows as CSV with a header."""
+    stream.write(HEAD)
+    _write_rows(stream, rows)
 
 
 def _write_rows(stream: TextIO, rows: Iterable[ResultRow]) -> None:

@@ -1,4 +1,4 @@
-"""Frame of results → sections of tables and plots, one section per model.
+"""Frame of results → sections of tables and plots, one section per model, each in parts under a heading.
 
 Needs neither torch nor a GPU: everything shown comes from the frame.
 """
@@ -9,36 +9,93 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from turboesm_cli.reporting import overview, plots, tables
+from turboesm_cli.reporting.drawing import Plot
+from turboesm_cli.reporting.glossary import Term, terms
 from turboesm_cli.reporting.grouping import Gathered, Rows, gathered
-from turboesm_cli.reporting.plots import Plot, plots
+from turboesm_cli.reporting.proteins import compared, recipes_of
 from turboesm_cli.reporting.results import ResultRow, rows_of_frame
-from turboesm_cli.reporting.tables import Table, tables
+from turboesm_cli.reporting.tables import Table
 
 if TYPE_CHECKING:
     import pandas as pd
 
 
 @dataclass(frozen=True)
+class Part:
+    """What a section shows under one heading."""
+
+    title: str
+    plots: tuple[Plot, ...]
+    tables: tuple[Table, ...]
+
+
+@dataclass(frozen=True)
 class Section:
-    """All that a report says of one model."""
+    """All that a report says of one model.
+
+    summary  sentences for who reads no further
+    caveats  what the figures are not
+    facts    names and values: where and with what it was measured
+    """
 
     model: str
+    summary: tuple[str, ...]
+    caveats: tuple[str, ...]
     facts: tuple[tuple[str, str], ...]
-    tables: tuple[Table, ...]
-    plots: tuple[Plot, ...]
+    parts: tuple[Part, ...]
+    terms: tuple[Term, ...]
+
+    @property
+    def plots(self) -> tuple[Plot, ...]:
+        return tuple(plot for part in self.parts for plot in part.plots)
+
+    @property
+    def tables(self) -> tuple[Table, ...]:
+        return tuple(table for part in self.parts for table in part.tables)
 
 
 def sections(frame: pd.DataFrame) -> list[Section]:
     """One section for each model of a frame that `results.read_csv` made, in order of appearance."""
+    rows = rows_of_frame(frame)
     by_model: dict[str, list[ResultRow]] = {}
-    for row in rows_of_frame(frame):
+    for row in rows:
         by_model.setdefault(row.model, []).append(row)
-    return [_section(model, rows) for model, rows in by_model.items()]
+    recipes = recipes_of(rows)
+    return [_section(model, mine, recipes) for model, mine in by_model.items()]
 
 
-def _section(model: str, rows: Sequence[ResultRow]) -> Section:
-    found = gathered(rows)
-    return Section(model, _facts(rows, found), tuple(tables(found.rows)), tuple(plots(found.rows)))
+def _section(model: str, measured: Sequence[ResultRow], recipes: Sequence[str]) -> Section:
+    found = gathered(measured)
+    rows = found.rows
+    return Section(
+        model,
+        overview.sentences(rows),
+        overview.caveats(rows),
+        _facts(measured, found),
+        tuple(_parts(rows, recipes)),
+        terms(rows),
+    )
+
+
+def _parts(rows: Rows, recipes: Sequence[str]) -> list[Part]:
+    """The parts that the rows can fill, the decision first."""
+    errors, others = tables.error_tables(rows, compared(rows))
+    parts = (
+        _part("What was measured", [], [overview.counts_table(rows)]),
+        _part("Error against memory", [plots.frontier_plot(rows, recipes)], errors),
+        _part("Error by family", [plots.family_plot(rows, recipes)], [*tables.language_tables(rows), *others]),
+        _part("Error against length", [plots.length_plot(rows, recipes)], []),
+        _part("Memory and time", [plots.memory_plot(rows, recipes)], tables.cost_tables(rows)),
+        _part("Drift, which is no error of compression", [], [tables.drift_table(rows)]),
+        _part("Proteins that fare worst", [], [tables.worst_table(rows)]),
+        _part("Further figures", [], tables.further_tables(rows)),
+    )
+    return [part for part in parts if part.plots or part.tables]
+
+
+def _part(title: str, drawn: Sequence[Plot | None], written: Sequence[Table | None]) -> Part:
+    return Part(title, tuple(filter(None, drawn)), tuple(filter(None, written)))
 
 
 def _facts(rows: Rows, found: Gathered) -> tuple[tuple[str, str], ...]:
@@ -50,6 +107,8 @@ def _facts(rows: Rows, found: Gathered) -> tuple[tuple[str, str], ...]:
         "Commit": "commit",
         "Seed": "seed",
         "Date": "date",
+        "Prompt": "prompt",
+        "Set of proteins": "inputs",
     }
     facts = [(name, _distinct(rows, field)) for name, field in named.items()]
     if found.again:

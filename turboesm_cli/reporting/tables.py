@@ -6,9 +6,8 @@ Each function takes the rows of one model, no figure twice (`grouping.gathered`)
 from __future__ import annotations
 
 import heapq
-import math
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from turboesm_cli.reporting.grouping import (
     DASH,
@@ -22,14 +21,36 @@ from turboesm_cli.reporting.grouping import (
     seen,
     variant_of,
 )
-from turboesm_cli.reporting.metric_names import ACCURACY, BY_NAME, LANGUAGE
+from turboesm_cli.reporting.metric_names import ACCURACY, BY_NAME, LANGUAGE, LANGUAGE_OF_TOKENS
+from turboesm_cli.reporting.numbers import cosine, number
+from turboesm_cli.reporting.proteins import COMPARED, protein_errors
 from turboesm_cli.reporting.results import ResultRow
 
 TIMES = "\N{MULTIPLICATION SIGN}"
 MIB = 2**20
 WORST = 10
 _SHOWN_FIRST = ("error", *(metric.name for metric in ACCURACY if metric.name != "error"))
-_LANGUAGE = tuple(metric.name for metric in LANGUAGE)
+LANGUAGES = (
+    (
+        "residue",
+        LANGUAGE,
+        "At a mask in the residue's place, over the 20 amino acids: the model has not seen the residue.",
+    ),
+    ("token", LANGUAGE_OF_TOKENS, "Over all tokens of the model."),
+)
+"""What is predicted, its metrics, and how it is measured."""
+
+ACCESSION = "accession"
+"""The column whose cells a page may link to UniProt."""
+
+FURTHER = {
+    "throughput": "Throughput of whole models, by batch and context",
+    "kernel": "Kernels of one attention layer, by context",
+    "ablation": "Recipes with one part changed",
+    "layer": "Relative error of each layer's attention output",
+}
+"""Protocols with a table of their own, and its title."""
+
 OUTPUTS = {
     "decode": "final hidden state, whole model decoded",
     "paper": "attention output of layer 0 alone",
@@ -46,19 +67,16 @@ class Table:
     folded: bool = False  # long, so shown only when asked for
 
 
-def tables(rows: Rows) -> list[Table]:
-    """Every table that the rows of one model can fill."""
-    found = [
-        *accuracy_tables(rows, "decode"),
-        *accuracy_tables(rows, "prompted"),
-        *accuracy_tables(rows, "paper"),
-        language_table(rows),
-        memory_table(rows),
-        *time_tables(rows),
-        drift_table(rows),
-        worst_table(rows),
-    ]
-    return [table for table in found if table is not None]
+def error_tables(rows: Rows, protocol: str) -> tuple[list[Table], list[Table]]:
+    """Tables of the error under the protocol that a page is about, and all other tables of accuracy, folded."""
+    first = accuracy_tables(rows, protocol) if protocol else []
+    others = [table for other in OUTPUTS if other != protocol for table in accuracy_tables(rows, other)]
+    return first[:1], [replace(table, folded=True) for table in (*first[1:], *others)]
+
+
+def cost_tables(rows: Rows) -> list[Table | None]:
+    """Memory and time."""
+    return [memory_table(rows), *time_tables(rows)]
 
 
 def accuracy_tables(rows: Rows, protocol: str) -> list[Table]:
@@ -93,12 +111,17 @@ def time_tables(rows: Rows) -> list[Table]:
     return [_time_table([row for row in chosen if row.metric == metric]) for metric in metrics]
 
 
-def language_table(rows: Rows) -> Table | None:
-    """How far the language model's predictions move."""
-    chosen = [row for row in rows if row.metric in _LANGUAGE and row.protocol != "drift" and not row.accession]
-    title = "Predictions of the next residue, against an fp32 cache"
-    note = "At a mask in the residue's place, over the 20 amino acids: the model has not seen the residue."
-    return _metric_table(title, chosen, _LANGUAGE, note)
+def language_tables(rows: Rows) -> list[Table | None]:
+    """How far the language model's predictions move: of residues, and of an autoregressive model's tokens."""
+    chosen = [row for row in rows if row.protocol in COMPARED and not row.accession]
+    found = []
+    for of, metrics, note in LANGUAGES:
+        names = [metric.name for metric in metrics]
+        mine = [row for row in chosen if row.metric in names]
+        folded = len({row.family for row in mine}) > 1
+        title = f"Predictions of the next {of}, against an fp32 cache"
+        found.append(_metric_table(title, mine, names, note, folded))
+    return found
 
 
 def drift_table(rows: Rows) -> Table | None:
@@ -106,47 +129,35 @@ def drift_table(rows: Rows) -> Table | None:
     chosen = [row for row in rows if row.protocol == "drift" and not row.accession]
     note = "Not an error of compression: in a cache, earlier tokens never see the later ones."
     title = "Drift: fp32 cached decode against encoding the whole sequence again"
-    return _metric_table(title, chosen, seen(row.metric for row in chosen), note)
+    return _metric_table(title, chosen, sorted(seen(row.metric for row in chosen), key=_place), note)
+
+
+def _place(metric: str) -> int:
+    """Where a metric is shown: the error first, which is drift itself."""
+    return _SHOWN_FIRST.index(metric) if metric in _SHOWN_FIRST else len(_SHOWN_FIRST)
 
 
 def worst_table(rows: Rows) -> Table | None:
-    """The proteins with the lowest mean cosine, ten per recipe."""
-    proteins: dict[Variant, list[ResultRow]] = {}
-    for row in rows:
-        if row.accession and row.metric == "cosine_mean" and row.protocol == "decode":
-            proteins.setdefault(variant_of(row), []).append(row)
+    """The proteins with the largest error, ten per recipe."""
+    proteins = protein_errors(rows)
     names = labels(proteins)
     body = [
-        (*_lead(variant, names), row.accession, row.family or DASH, cosine(row.value), f"{row.n:,}")
+        (*_lead(variant, names), one.accession, one.family or DASH, number(one.error), f"{one.tokens:,}")
         for variant, mine in proteins.items()
-        for row in heapq.nsmallest(WORST, mine, key=lambda row: (row.value, row.accession))
+        for one in heapq.nsmallest(WORST, mine, key=lambda one: (-one.error, one.accession))
     ]
-    columns = (*LEAD[:3], "accession", "family", "mean cosine", "tokens")
-    return (
-        Table(f"Worst proteins: the {WORST} lowest a recipe", columns, tuple(body), folded=True) if body else None
-    )
+    columns = (*LEAD[:3], ACCESSION, "family", "error", "tokens")
+    title = f"Worst proteins: the {WORST} of the largest error, a recipe"
+    return Table(title, columns, tuple(body)) if body else None
 
 
-def number(value: float | None) -> str:
-    """Four significant digits (whole numbers in full), without an exponent from a millionth up."""
-    if value is None or math.isnan(value):
-        return DASH
-    if value == 0 or math.isinf(value):
-        return f"{value:g}"
-    if not 1e-6 <= abs(value) < 1e12:
-        return f"{value:.3e}"
-    rounded = float(f"{value:.3e}")  # first, or 9.9999 would show a fifth digit
-    if abs(rounded) >= 1000:
-        return f"{value:,.0f}"
-    return f"{rounded:.{max(0, 3 - math.floor(math.log10(abs(rounded))))}f}"
-
-
-def cosine(value: float | None) -> str:
-    """Four decimals, or more where four would round a cosine below 1 up to 1."""
-    if value is None or math.isnan(value):
-        return DASH
-    decimals = next((d for d in range(4, 8) if value >= 1 or round(value, d) < 1), 8)
-    return f"{value:.{decimals}f}"
+def further_tables(rows: Rows) -> list[Table | None]:
+    """A table for each protocol of `FURTHER`, a column a metric."""
+    return [
+        _metric_table(title, chosen, seen(row.metric for row in chosen), folded=protocol == "layer")
+        for protocol, title in FURTHER.items()
+        for chosen in [[row for row in rows if row.protocol == protocol and not row.accession]]
+    ]
 
 
 LEAD = ("recipe", "K bits", "V bits", "bits per value")
@@ -193,7 +204,9 @@ def _gains_on_paper(cells: Mapping[tuple[Variant, str], float], family: str) -> 
     }
 
 
-def _metric_table(title: str, chosen: Rows, metrics: Sequence[str], note: str = "") -> Table | None:
+def _metric_table(
+    title: str, chosen: Rows, metrics: Sequence[str], note: str = "", folded: bool = False
+) -> Table | None:
     """A line a variant, family and context; a column a metric."""
     if not chosen:
         return None
@@ -202,17 +215,20 @@ def _metric_table(title: str, chosen: Rows, metrics: Sequence[str], note: str = 
     names = labels(variant_of(row) for row in chosen)
     units = {row.metric: row.unit for row in chosen}
     lines = seen((variant_of(row), row.family, row.tokens) for row in chosen)
+    # A column of dashes would say nothing.
+    with_family, with_tokens = any(family for _, family, _ in lines), any(tokens for _, _, tokens in lines)
     body = tuple(
         (
             *_lead(variant, names),
-            family or DASH,
-            f"{tokens:,}" if tokens else DASH,
+            *([family or DASH] if with_family else []),
+            *([f"{tokens:,}" if tokens else DASH] if with_tokens else []),
             *(_show(metric)(cells.get((variant, family, tokens, metric))) for metric in present),
         )
         for variant, family, tokens in lines
     )
     heads = tuple(_headed(metric.replace("_", " "), units[metric]) for metric in present)
-    return Table(title, (*LEAD[:3], "family", "tokens", *heads), body, note)
+    about = [name for name, shown in (("family", with_family), ("tokens", with_tokens)) if shown]
+    return Table(title, (*LEAD[:3], *about, *heads), body, note, folded)
 
 
 def _show(metric: str) -> Callable[[float | None], str]:
@@ -220,7 +236,8 @@ def _show(metric: str) -> Callable[[float | None], str]:
 
 
 def _headed(name: str, unit: str) -> str:
-    return f"{name} ({unit})" if unit not in ("", "1") else name
+    said = unit in ("", "1") or f"{name} ".startswith(f"{unit} ")  # us_per_token says its unit already
+    return name if said else f"{name} ({unit})"
 
 
 def _time_table(chosen: Rows) -> Table:
@@ -238,8 +255,7 @@ def _time_table(chosen: Rows) -> Table:
     )
     heads = tuple(f"{length:,} tokens" if length else "any length" for length in lengths)
     name, unit = chosen[0].metric.replace("_", " "), chosen[0].unit
-    # us_per_token says its unit already.
-    title = f"Time: {name if name.startswith(f'{unit} ') else _headed(name, unit)}"
+    title = f"Time: {_headed(name, unit)}"
     note = f"Median (20th{DASH}80th percentile)." if any(row.p20 is not None for row in chosen) else ""
     return Table(title, (*LEAD[:3], "device", "dtype", *heads), body, note)
 

@@ -8,6 +8,7 @@ who cannot see it.
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import shutil
 from collections.abc import Iterator
@@ -17,7 +18,10 @@ from typing import Any
 import pytest
 
 from turboesm_cli.commands.report import report
-from turboesm_cli.reporting.results import read_csv
+from turboesm_cli.reporting.pages import html_page
+from turboesm_cli.reporting.results import frame, read_csv, read_rows
+from turboesm_cli.reporting.sections import sections
+from turboesm_cli.reporting.sources import Sources
 
 CHROMIUM = shutil.which("chromium")
 RESULTS = Path(__file__).resolve().parents[1] / "data" / "results" / "0.1.0"
@@ -136,6 +140,30 @@ def test_on_a_telephone_nothing_is_cut(page: Any) -> None:
     assert page.evaluate("document.documentElement.scrollWidth") == PHONE["width"]
     assert page.evaluate(OVERFLOWING) == []
     assert page.evaluate(CUT) == [] and min(page.evaluate(LETTER_HEIGHTS)) >= 9
+
+
+def test_names_of_any_length_are_shown_whole_or_shortened(browser: Any) -> None:
+    base = next(read_rows(RESULTS / FILES[0]))
+    rows = [
+        dataclasses.replace(base, recipe=f"recipe {index} of a long and a longer name", family=family, **figure)
+        for index in range(18)
+        for family in ("a family that has a file's name, too", "b")
+        for figure in (
+            {"protocol": "decode", "metric": "error", "value": 0.5 / (index + 1)},
+            *(
+                {"protocol": "decode", "metric": "error", "value": 0.01 * n, "accession": f"p{n}", "n": n}
+                for n in (1, 9)
+            ),
+            {"protocol": "memory", "metric": "bits_per_value", "value": index, "tokens": 512},
+            *({"protocol": "memory", "metric": "bytes", "value": 99.0 * n, "tokens": n} for n in (1, 2)),
+        )
+    ]
+    context = browser.new_context(viewport=PHONE)
+    opened = context.new_page()
+    opened.set_content(html_page("t", sections(frame(rows)), Sources((), "")).text)
+    assert opened.locator("figure").count() == 4
+    assert opened.evaluate(CUT) == [] and opened.evaluate(OVERFLOWING) == []
+    context.close()
 
 
 def test_the_data_can_be_saved_from_the_page(page: Any, tmp_path: Path) -> None:

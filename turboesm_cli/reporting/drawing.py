@@ -32,7 +32,8 @@ MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*", "h")
 DASHES = ("-", "--", ":", "-.")
 WIDTH, HEIGHT = 4.8, 3.6  # inches, of a plot without its legend
 LEGEND_LINE = 0.2  # inches of height that a line of the legend adds
-LABEL_GAP = 0.062  # of the height of the axes, between labels at the right
+LABEL_GAP = 0.062  # of the axes of a plot of HEIGHT, between labels at the right
+LABELS_BESIDE = 14  # that there is room for at that height
 TITLE_LETTERS = 48
 NAME_LETTERS = 34
 STYLE: dict[Any, Any] = {
@@ -146,31 +147,49 @@ def draw_dots(axes: Axes, points: Iterable[tuple[float, float]], colour: str, si
 
 def label_right(axes: Axes, ends: Mapping[str, tuple[float, Style]]) -> None:
     """The name of each line or cloud at the right, at its height in the data or just beside the label there."""
+    from matplotlib.transforms import ScaledTranslation
+
+    figure = axes.get_figure(root=True)
+    assert figure is not None
     to_axes = axes.transData + axes.transAxes.inverted()
     wanted = sorted((to_axes.transform((axes.get_xlim()[1], y))[1], name) for name, (y, _) in ends.items())
-    for height, (_, name) in zip(_apart([height for height, _ in wanted]), wanted, strict=True):
-        style = ends[name][1]
-        axes.plot(
-            1.035, height, marker=style.marker, color=style.colour, transform=axes.transAxes, clip_on=False,
-            markersize=5,
+    heights = _apart([height for height, _ in wanted], LABEL_GAP * HEIGHT / figure.get_figheight())
+    beside = axes.transAxes + ScaledTranslation(9 / 72, 0, figure.dpi_scale_trans)
+    for height, (_, name) in zip(heights, wanted, strict=True):
+        look: dict[str, Any] = {"marker": ends[name][1].marker, "color": ends[name][1].colour, "markersize": 5}
+        axes.plot(1, height, transform=beside, clip_on=False, **look)
+        axes.annotate(
+            short(name), (1, height), (16, 0), xycoords="axes fraction", textcoords="offset points", va="center",
+            fontsize=9, annotation_clip=False,
         )  # fmt: skip
-        axes.text(1.065, height, short(name), transform=axes.transAxes, va="center", fontsize=9)
 
 
-def _apart(heights: Sequence[float]) -> list[float]:
-    """Ascending heights, moved up where they are closer than a label, then all down by half of the overhang."""
+def height_beside(labels: int) -> float:
+    """Inches of height of a plot with so many labels at the right."""
+    return HEIGHT * (1 + LABEL_GAP * max(0, labels - LABELS_BESIDE))
+
+
+def _apart(heights: Sequence[float], gap: float) -> list[float]:
+    """Ascending heights, moved up to be `gap` apart, then down to be below 1 where they were."""
     moved = list[float]()
     for height in heights:
-        moved.append(max(height, moved[-1] + LABEL_GAP) if moved else height)
-    shift = max(0.0, (moved[-1] - max(heights[-1], 1.0)) / 2) if moved else 0.0
-    return [height - shift for height in moved]
+        moved.append(max(height, moved[-1] + gap) if moved else height)
+    limit = max(1.0, *heights)
+    for index in reversed(range(len(moved))):
+        moved[index] = min(moved[index], limit)
+        limit = moved[index] - gap
+    return moved
 
 
 def log_axis(axes: Axes, which: str, label: str) -> None:
     """A log axis ("x" or "y") with plain numbers, more of them where it spans few powers of ten."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-    axes.set(**{f"{which}scale": "log", f"{which}label": label})
+    axes.set(**{f"{which}scale": "log"})
+    if which == "x":
+        label_below(axes, label)
+    else:
+        axes.set_ylabel(label)
     axis = axes.xaxis if which == "x" else axes.yaxis
     low, high = axis.get_view_interval()
     wide = high / low > 100
@@ -186,7 +205,12 @@ def length_axis(axes: Axes, lengths: Sequence[int], label: str) -> None:
     axes.set_xscale("log", base=2)
     axes.set_xticks(lengths, [f"{length:,}" for length in lengths])
     axes.xaxis.set_minor_locator(NullLocator())
-    axes.set_xlabel(f"{label} (log scale)")
+    label_below(axes, f"{label} (log scale)")
+
+
+def label_below(axes: Axes, label: str) -> None:
+    """What the x axis is, up to its end: to the left there is room, also where names beside it are long."""
+    axes.set_xlabel(label, loc="right")
 
 
 def short(text: str) -> str:
@@ -232,6 +256,6 @@ def _legend(figure: Figure, axes: Axes) -> None:
     if not names:
         return
     longest = max(map(len, names))
-    columns = max(1, min(len(names), 66 // (longest + 8)))
+    columns = max(1, min(len(names), 62 // (longest + 6)))
     figure.set_figheight(figure.get_figheight() + LEGEND_LINE * math.ceil(len(names) / columns))
     figure.legend(handles, names, loc="outside lower left", ncols=columns, fontsize=9)

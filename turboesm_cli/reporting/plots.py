@@ -19,6 +19,8 @@ from turboesm_cli.reporting.drawing import (
     canvas,
     draw_dots,
     draw_lines,
+    height_beside,
+    label_below,
     label_right,
     length_axis,
     log_axis,
@@ -73,7 +75,7 @@ def frontier_plot(rows: Rows, recipes: Sequence[str]) -> Plot | None:
         draw_lines(axes, lines.values())
         log_axis(axes, "y", ERROR)
         note = "\nbars: the middle 80 % of the proteins" if spread else ""
-        axes.set_xlabel(f"bits held for a value, everything counted{note}")
+        label_below(axes, f"bits held for a value, everything counted{note}")
         return publish("error-against-bits", "A line a recipe; the table of errors has the same numbers.")
 
 
@@ -120,7 +122,7 @@ def length_plot(rows: Rows, recipes: Sequence[str]) -> Plot | None:
     if len({p.tokens for found in each.values() for p in found}) < 2:
         return None
     names, drawn = labels(each), styles(recipes, each)
-    with canvas("Error by length of the protein: a dot a protein") as (axes, publish):
+    with canvas("Error by length of the protein: a dot a protein", height_beside(len(names))) as (axes, publish):
         ends = {}
         for variant, found in each.items():
             draw_dots(axes, [(p.tokens, p.error) for p in _thinned(found)], drawn[variant].colour)
@@ -130,7 +132,7 @@ def length_plot(rows: Rows, recipes: Sequence[str]) -> Plot | None:
         if max(lengths) >= 4 * min(lengths):
             length_axis(axes, _powers(min(lengths), max(lengths)), "tokens decoded")
         else:
-            axes.set_xlabel("tokens decoded")
+            label_below(axes, "tokens decoded")
         label_right(axes, ends)
         return publish("error-against-length", "A cloud a recipe, named at the right beside its longest proteins.")
 
@@ -142,14 +144,14 @@ def memory_plot(rows: Rows, recipes: Sequence[str]) -> Plot | None:
     if len(lengths) < 2:
         return None
     names, drawn = labels(curves), styles([*recipes, *(v.recipe for v in curves)], curves)
-    with canvas("Memory of the cache, by length of the context") as (axes, publish):
+    with canvas("Memory of the cache, by length of the context", height_beside(len(names))) as (axes, publish):
         ends = {}
         for variant, curve in curves.items():
             points = [(length, size / MIB) for length, size in sorted(curve.items())]
             axes.plot(*zip(*points, strict=True), **drawn[variant].of_line(), markersize=5, linewidth=1.6)
             ends[_named(variant, names[variant])] = (points[-1][1], drawn[variant])
         log_axis(axes, "y", "memory held (MiB, log scale)")
-        length_axis(axes, lengths, "length of the context in tokens")
+        length_axis(axes, lengths, "tokens of context")
         label_right(axes, ends)
         return publish("memory-by-length", "A line a format; the table of memory has the same numbers.")
 

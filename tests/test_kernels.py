@@ -579,6 +579,28 @@ def test_pack_without_triton(case: Case, backend: dispatch.Backend) -> None:
     check_pack(case, partial(dispatch.append, backend=backend))
 
 
+ATTENDED = """
+from kernel_cases import Case, make
+from turboesm_kernels import dispatch
+print(dispatch.attend(*make(Case(tokens=200, dim=16, heads=4)), "compiled").numpy().tobytes().hex())
+"""
+
+
+@compiled
+@pytest.mark.slow
+def test_loops_give_the_same_bits_compiled_and_from_the_cache(tmp_path: Path) -> None:
+    """Where loops call others, numba links a process that compiled them to other code than it keeps."""
+    environment = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path), "TRITON_INTERPRET": "0"}
+    environment["PYTHONPATH"] = os.pathsep.join(p for p in sys.path if p)
+    found = [
+        subprocess.run(
+            [sys.executable, "-c", ATTENDED], env=environment, capture_output=True, text=True, check=True
+        )
+        for _ in range(2)
+    ]
+    assert list(tmp_path.rglob("*.nbc")) and found[0].stdout == found[1].stdout != ""
+
+
 @compiled
 def test_compiled_packs_a_token_the_same_in_any_company(monkeypatch: pytest.MonkeyPatch) -> None:
     """Bits of a prefill by two threads are those of its tokens one by one."""

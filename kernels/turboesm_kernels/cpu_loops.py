@@ -61,7 +61,14 @@ LARGEST = np.float32(2.0 ** ((255 - SCALE_ZERO) / SCALE_STEPS_PER_OCTAVE))
 LOOSE = {"contract", "reassoc", "nsz", "arcp"}
 """What LLVM may do to sums: reorder and fuse, but not assume that nothing is infinite or NaN."""
 
-compiled = njit(nogil=True, error_model="numpy", fastmath=LOOSE, no_cpython_wrapper=True, no_cfunc_wrapper=True)
+compiled = njit(
+    nogil=True,
+    error_model="numpy",
+    fastmath=LOOSE,
+    no_cpython_wrapper=True,
+    no_cfunc_wrapper=True,
+    forceinline=True,
+)
 
 
 @intrinsic

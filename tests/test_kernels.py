@@ -588,6 +588,7 @@ print(dispatch.attend(*make(Case(tokens=200, dim=16, heads=4)), "compiled").nump
 
 @compiled
 @pytest.mark.slow
+@pytest.mark.skipif(INTERPRETED, reason="the child process")
 def test_loops_give_the_same_bits_compiled_and_from_the_cache(tmp_path: Path) -> None:
     """Where loops call others, numba links a process that compiled them to other code than it keeps."""
     environment = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path), "TRITON_INTERPRET": "0"}

@@ -19,13 +19,13 @@ import pytest
 
 from turboesm_cli.commands.report import report
 from turboesm_cli.reporting.pages import html_page
-from turboesm_cli.reporting.results import frame, read_csv, read_rows
+from turboesm_cli.reporting.results import frame, read_rows, write_csv
 from turboesm_cli.reporting.sections import sections
 from turboesm_cli.reporting.sources import Sources
 
 CHROMIUM = shutil.which("chromium")
 RESULTS = Path(__file__).resolve().parents[1] / "data" / "results" / "0.1.0"
-FILES = ("nvidia-h100-esm2_t8_25M_hd64-heldout.csv", "cpu-esm2_t6_8M_refit-throughput.csv")
+FILES = ("nvidia-h100-ar_gptj_25M_d80-families.csv", "cpu-esm2_t6_8M_refit-throughput.csv")
 WIDE, PHONE = {"width": 1200, "height": 900}, {"width": 400, "height": 800}
 OVERFLOWING = """
 () => [...document.querySelectorAll("main *")]
@@ -56,9 +56,18 @@ pytestmark = [
 
 
 @pytest.fixture(scope="module")
-def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("report") / "report.html"
-    report([RESULTS / name for name in FILES], path, "turboesm results", json=False, force=False)
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Some recipes of real results, a model with proteins and one without."""
+    path = tmp_path_factory.mktemp("report") / "data.csv"
+    rows = [row for name in FILES for row in read_rows(RESULTS / name)]
+    write_csv(path, [row for row in rows if row.recipe in ("fp32", "fp16", "int8", "paper", "auto")])
+    return path
+
+
+@pytest.fixture(scope="module")
+def written(data: Path) -> Path:
+    path = data.with_name("report.html")
+    report([data], path, "turboesm results", json=False, force=False)
     return path
 
 
@@ -166,18 +175,19 @@ def test_names_of_any_length_are_shown_whole_or_shortened(browser: Any) -> None:
     context.close()
 
 
-def test_the_data_can_be_saved_from_the_page(page: Any, tmp_path: Path) -> None:
+def test_the_data_can_be_saved_from_the_page(page: Any, data: Path, tmp_path: Path) -> None:
     with page.expect_download() as started:
         page.get_by_text("Save the data as CSV").click()
     started.value.save_as(tmp_path / "results.csv")
-    assert read_csv([tmp_path / "results.csv"]).equals(read_csv([RESULTS / name for name in FILES]))
+    assert (tmp_path / "results.csv").read_bytes() == data.read_bytes()
 
 
 def test_axe_finds_nothing_serious(page: Any) -> None:
     axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="needs axe-playwright-python").Axe()
-    everything = axe.run(page).response
+    drawings = {"exclude": [["svg > *"]]}  # their thousands of parts are one image to whoever cannot see them
+    everything = axe.run(page, context=drawings).response
     page.emulate_media(color_scheme="dark")
-    contrast = axe.run(page, options={"runOnly": ["color-contrast"]}).response
+    contrast = axe.run(page, context=drawings, options={"runOnly": ["color-contrast"]}).response
     assert {"color-contrast", "svg-img-alt"} <= {rule["id"] for rule in everything["passes"]}
     assert {rule["id"] for rule in contrast["passes"]} == {"color-contrast"}
     found = [rule for rule in everything["violations"] if rule["impact"] in ("serious", "critical")]

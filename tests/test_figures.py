@@ -381,7 +381,7 @@ def test_json_and_several_files(rows_csv: Path, tmp_path: Path) -> None:
     other = tmp_path / "other.json"
     other.write_text(json.dumps(to_records([dataclasses.replace(ROWS[0], model="second")])))
     assert run(rows_csv, other, "-o", tmp_path / "report.html").exit_code == 0
-    assert "<h2>second</h2>" in (tmp_path / "report.html").read_text()
+    assert '<h2 id="m1">second</h2>' in (tmp_path / "report.html").read_text()
 
 
 @pytest.mark.parametrize(

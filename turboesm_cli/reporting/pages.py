@@ -56,7 +56,7 @@ def html_page(title: str, sections: Sequence[Section], sources: Sources) -> Page
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     policy = f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
     parts = [_html_section(index, section) for index, section in enumerate(sections)]
-    body = "\n".join([*parts, _html_terms(all_terms(sections)), _html_sources(sources)])
+    body = "\n".join([_html_contents(sections), *parts, _html_terms(all_terms(sections)), _html_sources(sources)])
     return Page(
         HTML.format(policy=policy, title=escaped(title), css=_resource("page.css"), body=body, script=script)
     )
@@ -77,6 +77,12 @@ def escaped(text: str) -> str:
     return html.escape(printable(text), quote=True)
 
 
+def _html_contents(sections: Sequence[Section]) -> str:
+    """Links to the models, where there are several."""
+    links = [f'<li><a href="#m{index}">{escaped(one.model)}</a></li>' for index, one in enumerate(sections)]
+    return f'<nav aria-label="Models"><ul>\n{chr(10).join(links)}\n</ul></nav>' if len(links) > 1 else ""
+
+
 def _html_section(index: int, section: Section) -> str:
     summary = f'<p class="summary">{escaped(" ".join(section.summary))}</p>'
     caveats = "\n".join(f"<li>{escaped(text)}</li>" for text in section.caveats)
@@ -84,7 +90,8 @@ def _html_section(index: int, section: Section) -> str:
     parts = "\n".join(_html_part(f"m{index}", part) for part in section.parts)
     notes = f'<ul class="note">\n{caveats}\n</ul>' if caveats else ""
     listed = f'<dl class="facts">\n{facts}\n</dl>'
-    return f"<section>\n<h2>{escaped(section.model)}</h2>\n{summary}\n{notes}\n{listed}\n{parts}\n</section>"
+    heading = f'<h2 id="m{index}">{escaped(section.model)}</h2>'
+    return f"<section>\n{heading}\n{summary}\n{notes}\n{listed}\n{parts}\n</section>"
 
 
 def _html_part(prefix: str, part: Part) -> str:

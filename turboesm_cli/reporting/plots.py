@@ -104,7 +104,7 @@ def family_plot(rows: Rows, recipes: Sequence[str]) -> Plot | None:
                 if (variant, family) in cells:
                     axes.plot(
                         cells[variant, family], lane, marker=drawn[variant].marker, color=drawn[variant].colour,
-                        markeredgecolor=PAPER, markersize=7, zorder=3,
+                        markeredgecolor=PAPER, markeredgewidth=0.5, markersize=8, zorder=3,
                     )  # fmt: skip
         axes.set_yticks([place for place, _ in ticks], [text for _, text in ticks], fontsize=8.5)
         for tick in axes.get_yticklabels()[:: len(names) + 1]:

@@ -142,7 +142,8 @@ def test_a_full_disk_is_one_line_and_loses_nothing(commands: dict[str, Command],
 
 def test_two_at_once_on_one_output(commands: dict[str, Command], tmp_path: Path) -> None:
     first = start(commands["calibrate"], tmp_path)
-    while not (tmp_path / "out.tqz.partial").exists():
+    lock = tmp_path / "out.tqz.partial" / "lock"
+    while not (lock.exists() and f"process {first.pid}" in lock.read_text(encoding="utf-8")):
         assert first.poll() is None
         time.sleep(0.01)
     first.send_signal(signal.SIGSTOP)  # so that it is still there when the second has loaded its model

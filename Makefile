@@ -30,7 +30,7 @@ PROTEINS := 8
 DECODED := 4
 FRONTIER := --frontier
 else
-CALIBRATION := 60
+CALIBRATION := 40
 PROTEINS := 2
 DECODED := 2
 FRONTIER := --no-frontier

@@ -108,7 +108,7 @@ def serves(x: Tensor, weight: Tensor) -> bool:
     """Whether these kernels are for x [..., K] and weight [N, K]: few rows in 16 bits, channels that line up."""
     depth = x.shape[-1]
     return (
-        x.numel() <= MOST_ROWS * depth
+        0 < x.numel() <= MOST_ROWS * depth
         and depth % ALIGNMENT == 0
         and x.dtype in DTYPES
         and weight.dtype == x.dtype

@@ -841,40 +841,46 @@ def test_rotation_on_gpu(dtype: torch.dtype) -> None:
 
 
 def check_tokens(
-    dim: int, length: int, drops: bool, device: str = "cpu", dtype: torch.dtype = torch.float32
+    dim: int, length: int, drops: bool, heads: int, device: str = "cpu", dtype: torch.dtype = torch.float32
 ) -> None:
-    """Against softmax attention over the keys and values that the kinds of token stand for."""
+    """Against softmax attention over the keys and values that the kinds of token stand for.
+
+    One sequence has tokens of all kinds, one of a single kind, one none at all.
+    """
     from turboesm_kernels import token_kernels
 
     generator = torch.Generator().manual_seed(dim + length)
-    count, heads, lengths = 33, 3, torch.tensor([length, max(1, length - 5)])
+    count, lengths = 33, torch.tensor([length, max(1, length - 5), 0])
     k, v = torch.randn(2, heads, count, dim, generator=generator)
     k_const, v_const = torch.randn(2, heads, dim, generator=generator)
     sigma = torch.rand(count, generator=generator)
     tables = TokenTables(k, v, k_const, v_const, sigma, 1e-5, drops)
-    q = torch.randn(2, heads, 2, dim, generator=generator).to(dtype)
-    ids = torch.randint(count, (2, length + 2), generator=generator).to(torch.uint8)
-    unmasked = torch.tensor([1.0, 0.7])
+    q = torch.randn(3, heads, 2, dim, generator=generator).to(dtype)
+    ids = torch.randint(count, (3, length + 2), generator=generator).to(torch.uint8)
+    ids[1] = count - 1
+    unmasked = torch.tensor([1.0, 0.7, 0.9])
     rope = Rope.at(torch.arange(length + 2), 10000 ** (-torch.arange(0, dim, 2) / dim))
-    s = sigma / (unmasked if drops else torch.ones(2))[:, None]
+    s = sigma / (unmasked if drops else torch.ones(3))[:, None]
     factor = (s * (s * s + 1e-5).rsqrt())[:, None, :, None].double()
     index = ids.long()[:, None, :, None].expand(-1, heads, -1, dim)
     keys = rope.rotate((factor * k + k_const[:, None]).gather(2, index))
     values = (factor * v + v_const[:, None]).gather(2, index)
-    expected = reference.attend(q.double(), keys, values, lengths)
+    expected = reference.attend(q.double(), keys, values, lengths.clamp_min(1))
     moved = TokenTables(*(x.to(device) for x in (k, v, k_const, v_const, sigma)), 1e-5, drops)
     at = Rope(rope.cos.to(device), rope.sin.to(device))
-    found = token_kernels.attend(
-        q.to(device), ids.to(device)[:, : length + 1], moved, unmasked.to(device), at, lengths.int().to(device)
-    )
-    assert found.dtype == dtype
+    given = q.to(device), ids.to(device)[:, : length + 1], moved, unmasked.to(device), at, lengths.int().to(device)
+    poison(given[0])
+    found = token_kernels.attend(*given)
+    assert found.dtype == dtype and (found[2] == 0).all()
     tolerance = 1e-4 if dtype == torch.float32 else TOLERANCE[dtype]
-    assert relative_error(found.cpu(), expected) < tolerance
-    plain = token_layer.attend_tokens(q, ids, tables, unmasked, rope, lengths)
-    assert relative_error(plain, expected) < tolerance
+    for row in range(2):
+        assert relative_error(found[row].cpu(), expected[row]) < tolerance
+    assert torch.equal(token_kernels.attend(*given), found)
+    plain = token_layer.attend_tokens(q, ids, tables, unmasked, rope, lengths.clamp_min(1))
+    assert relative_error(plain[:2], expected[:2]) < tolerance
 
 
-TOKENS = [(16, 1, True), (24, 70, True), (64, 64, False), (64, 200, True)]
+TOKENS = [(16, 1, True, 3), (24, 70, True, 20), (64, 64, False, 3), (64, 200, True, 3), (16, 1030, True, 2)]
 
 
 @compiled
@@ -905,17 +911,20 @@ def test_compiled_tokens(dim: int, count: int, drops: bool, monkeypatch: pytest.
 
 
 @interpreted
-@pytest.mark.parametrize(("dim", "length", "drops"), TOKENS)
-def test_tokens(dim: int, length: int, drops: bool) -> None:
-    check_tokens(dim, length, drops)
+@pytest.mark.parametrize(("dim", "length", "drops", "heads"), TOKENS)
+def test_tokens(dim: int, length: int, drops: bool, heads: int) -> None:
+    check_tokens(dim, length, drops, heads)
 
 
 @pytest.mark.gpu
 @no_gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("dim", "length", "drops"), [*TOKENS, (64, 1024, True), (128, 500, True)])
-def test_tokens_on_gpu(dim: int, length: int, drops: bool, dtype: torch.dtype) -> None:
-    check_tokens(dim, length, drops, "cuda", dtype)
+@pytest.mark.parametrize(
+    ("dim", "length", "drops", "heads"),
+    [*TOKENS, (64, 1024, True, 20), (128, 500, True, 33), (64, 5000, False, 7)],
+)
+def test_tokens_on_gpu(dim: int, length: int, drops: bool, heads: int, dtype: torch.dtype) -> None:
+    check_tokens(dim, length, drops, heads, "cuda", dtype)
 
 
 def test_a_side_without_a_coded_axis_has_no_fields() -> None:

@@ -1,5 +1,11 @@
 # mypy: disable-error-code="no-untyped-def,untyped-decorator"
-"""A layer that keeps the kind of each token alone, on a GPU: one program per sequence, head, query; one launch."""
+"""A layer that keeps the kind of each token alone, on a GPU.
+
+All tokens of one kind have the same key but for RoPE, q . R_j k = <phases of q and k, angles of j>: their scores
+under all heads are one matrix product, and softmax needs the sum of each kind's shares alone. So a program takes
+one kind of one sequence, finds its tokens and leaves the greatest score and the sum for each query; then values
+are summed over kinds.
+"""
 
 from __future__ import annotations
 
@@ -8,79 +14,130 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from turboesm_kernels.launch import launch, processors
+from turboesm_kernels.launch import launch
 from turboesm_kernels.prepared import padded
 from turboesm_kernels.reference import Rope
 from turboesm_kernels.token_tables import TokenTables
+from turboesm_kernels.triton_kernels import LOG2E
 
-BLOCK = 64
-MANY = 16
-"""Programs a multiprocessor from which one warp does a sequence and head: fewer wait for each other."""
+SCAN = 1024
+"""Tokens that are looked at at once for those of a kind."""
+
+TILE = 64
+"""Tokens of one kind that are scored at once."""
+
+MOST_ROWS = 32
+"""Queries of a sequence, of any head, that a program scores."""
+
+ROW_BLOCK = 16
+"""Queries of a head, of any sequence, whose values are summed at once."""
+
+LARGE = 4096
+"""Numbers of a head's values from which a program has 8 warps."""
 
 
-@triton.jit
-def tokens_kernel(
-    q, q_b, q_h, q_q, ids, i_b, lengths, k, v, k_const, v_const, sigma, epsilon, unmasked, cos, sin, r_t, out,
-    kinds,
-    HEADS: tl.constexpr, QUERIES: tl.constexpr, HALF: tl.constexpr, HALF_PAD: tl.constexpr,
-    KINDS_PAD: tl.constexpr, DROPS: tl.constexpr, BLOCK: tl.constexpr,
+@triton.jit(do_not_specialize=["kinds", "rows"])
+def token_scores_kernel(
+    q, q_b, q_h, q_q, ids, i_b, lengths, k, k_const, sigma, epsilon, unmasked, cos, sin, r_t,
+    places, p_g, p_b, part_max, part_sum, kinds, rows,
+    QUERIES: tl.constexpr, HALF: tl.constexpr, HALF_PAD: tl.constexpr, DROPS: tl.constexpr, SCAN: tl.constexpr,
+    TILE: tl.constexpr, ROW_BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """out = softmax_j(q . R_j (f k + k_const)) (f v + v_const), k, v, f of the kind of token j (`TokenTables`).
+    """Of the tokens j of one kind: m = max_j s_j and sum_j 2^(s_j - m), s_j = log2(e) q . R_j (f k + k_const).
 
     The query is turned back to each position, q . R_j x = (R_j^T q) . x, pair by pair. q any float [B, H, Q, d],
-    ids uint8 [B, T], lengths int32 [B], tables f32, unmasked f32 [B], cos and sin f32 [T, d], out like q.
+    ids uint8 [B, T], lengths int32 [B], tables f32 (`TokenTables`), unmasked f32 [B], cos and sin f32 [T, d],
+    places int32 [G, B, T], which each program writes and reads a part of, part_max and part_sum f32 [B, H Q, N],
+    -inf and 0 where there is no token of the kind. Program (b, t, g): kind t, the g-th block of rows (h, q).
     """
-    row = tl.program_id(0) // QUERIES
-    batch, head = (row // HEADS).to(tl.int64), row % HEADS
-    pair, kind = tl.arange(0, HALF_PAD), tl.arange(0, KINDS_PAD)
-    inside = pair < HALF
-    at = q + batch * q_b + head * q_h + tl.program_id(0) % QUERIES * q_q + pair
-    first = tl.load(at, mask=inside, other=0.0).to(tl.float32)[None, :]
-    second = tl.load(at + HALF, mask=inside, other=0.0).to(tl.float32)[None, :]
-    constant = head * 2 * HALF + pair
-    k_first = tl.load(k_const + constant, mask=inside, other=0.0)[None, :]
-    k_second = tl.load(k_const + constant + HALF, mask=inside, other=0.0)[None, :]
-    part = 1.0
-    if DROPS:
-        part = tl.load(unmasked + batch)
+    batch, kind, group = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
     length = tl.load(lengths + batch)
-    top = tl.full((), float("-inf"), tl.float32)
-    mass = tl.full((), 0.0, tl.float32)
-    weight = tl.zeros((KINDS_PAD,), tl.float32)
-    for start in range(0, length, BLOCK):
-        token = start + tl.arange(0, BLOCK)
-        live = token < length
-        own = tl.load(ids + batch * i_b + token, mask=live, other=0).to(tl.int32)
-        s = tl.load(sigma + own) / part
-        factor = (s * tl.rsqrt(s * s + epsilon))[:, None]
-        key = k + ((head * kinds + own) * 2 * HALF)[:, None] + pair[None, :]
-        angle = token[:, None] * r_t + pair[None, :]
-        seen = live[:, None] & inside[None, :]
-        cosine = tl.load(cos + angle, mask=seen, other=0.0)
-        sine = tl.load(sin + angle, mask=seen, other=0.0)
-        score = (first * cosine + second * sine) * (
-            factor * tl.load(key, mask=inside[None, :], other=0.0) + k_first
-        )
-        score += (second * cosine - first * sine) * (
-            factor * tl.load(key + HALF, mask=inside[None, :], other=0.0) + k_second
-        )
-        scores = tl.where(live, tl.sum(score, 1), float("-inf"))
-        highest = tl.maximum(top, tl.max(scores, 0))
-        share = tl.exp(scores - highest)
-        shrink = tl.exp(top - highest)
-        mass = mass * shrink + tl.sum(share, 0)
-        weight = weight * shrink + tl.sum(tl.where(own[:, None] == kind[None, :], share[:, None], 0.0), 0)
-        top = highest
-    s = tl.load(sigma + kind, mask=kind < kinds, other=0.0) / part
-    weight = weight * s * tl.rsqrt(s * s + epsilon) / tl.where(mass > 0, mass, 1.0)
-    values = v + ((head * kinds + kind) * 2 * HALF)[:, None] + pair[None, :]
-    there = (kind < kinds)[:, None] & inside[None, :]
-    held = tl.where(mass > 0, 1.0, 0.0)
-    target = out + tl.program_id(0).to(tl.int64) * 2 * HALF + pair
-    for half in tl.static_range(2):
-        value = tl.sum(weight[:, None] * tl.load(values + half * HALF, mask=there, other=0.0), 0)
-        value += held * tl.load(v_const + constant + half * HALF, mask=inside, other=0.0)
-        tl.store(target + half * HALF, value.to(out.dtype.element_ty), mask=inside)
+    before, count = tl.full((), 0, tl.int32), tl.full((), 0, tl.int32)
+    for start in range(0, length, SCAN):
+        token = start + tl.arange(0, SCAN)
+        own = tl.load(ids + batch * i_b + token, mask=token < length, other=0).to(tl.int32)
+        before += tl.sum(((own < kind) & (token < length)).to(tl.int32), 0)
+    place = places + group.to(tl.int64) * p_g + batch * p_b + before
+    for start in range(0, length, SCAN):
+        token = start + tl.arange(0, SCAN)
+        own = tl.load(ids + batch * i_b + token, mask=token < length, other=0).to(tl.int32)
+        is_own = (own == kind) & (token < length)
+        tl.store(place + count + tl.cumsum(is_own.to(tl.int32), 0) - 1, token, mask=is_own)
+        count += tl.sum(is_own.to(tl.int32), 0)
+    tl.debug_barrier()  # other threads of the program wrote some of what each reads
+    row = group * ROW_BLOCK + tl.arange(0, ROW_BLOCK)
+    live = row < rows
+    top = tl.full((ROW_BLOCK,), float("-inf"), tl.float32)
+    mass = tl.zeros((ROW_BLOCK,), tl.float32)
+    if count > 0:
+        pair = tl.arange(0, HALF_PAD)
+        inside = (pair < HALF)[:, None] & live[None, :]
+        part = 1.0
+        if DROPS:
+            part = tl.load(unmasked + batch)
+        s = tl.load(sigma + kind) / part
+        factor = s * tl.rsqrt(s * s + epsilon)
+        head = row // QUERIES
+        q_at = q + batch * q_b + (head * q_h + row % QUERIES * q_q)[None, :] + pair[:, None]
+        first = tl.load(q_at, mask=inside, other=0.0).to(tl.float32) * LOG2E
+        second = tl.load(q_at + HALF, mask=inside, other=0.0).to(tl.float32) * LOG2E
+        k_at = k + ((head * kinds + kind) * 2 * HALF)[None, :] + pair[:, None]
+        const_at = k_const + (head * 2 * HALF)[None, :] + pair[:, None]
+        k_first = factor * tl.load(k_at, mask=inside, other=0.0) + tl.load(const_at, mask=inside, other=0.0)
+        k_second = factor * tl.load(k_at + HALF, mask=inside, other=0.0)
+        k_second += tl.load(const_at + HALF, mask=inside, other=0.0)
+        even = first * k_first + second * k_second
+        odd = second * k_first - first * k_second
+        for start in range(0, count, TILE):
+            at = start + tl.arange(0, TILE)
+            token = tl.load(place + at, mask=at < count, other=0)
+            angle = (token * r_t)[:, None] + pair[None, :]
+            cosine = tl.load(cos + angle, mask=(pair < HALF)[None, :], other=0.0)
+            sine = tl.load(sin + angle, mask=(pair < HALF)[None, :], other=0.0)
+            score = tl.dot(cosine, even, input_precision="tf32x3")
+            score = tl.dot(sine, odd, score, input_precision="tf32x3")
+            score = tl.where((at < count)[:, None], score, float("-inf"))
+            highest = tl.maximum(top, tl.max(score, 0))
+            mass = mass * tl.exp2(top - highest) + tl.sum(tl.exp2(score - highest[None, :]), 0)
+            top = highest
+    to = (batch * rows + row) * kinds + kind
+    tl.store(part_max + to, top, mask=live)
+    tl.store(part_sum + to, mass, mask=live)
+
+
+@triton.jit(do_not_specialize=["kinds", "items"])
+def token_values_kernel(
+    part_max, part_sum, v, v_const, sigma, epsilon, unmasked, out, items, kinds,
+    HEADS: tl.constexpr, QUERIES: tl.constexpr, DIM: tl.constexpr, DIM_PAD: tl.constexpr, KINDS_PAD: tl.constexpr,
+    DROPS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """out = sum_t p_t f_t v_t + v_const, p_t the share of kind t (`token_scores_kernel`); 0 without any token.
+
+    Tables f32, out any float [B, H, Q, d]. Program (h, r): the r-th block of items (b, q) of head h.
+    """
+    head = tl.program_id(0)
+    item = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    live = item < items
+    batch = (item // QUERIES).to(tl.int64)
+    row = (batch * HEADS + head) * QUERIES + item % QUERIES
+    kind, dim = tl.arange(0, KINDS_PAD), tl.arange(0, DIM_PAD)
+    there = live[:, None] & (kind < kinds)[None, :]
+    at = (row * kinds)[:, None] + kind[None, :]
+    tops = tl.load(part_max + at, mask=there, other=float("-inf"))
+    top = tl.max(tops, 1)
+    has = top > float("-inf")
+    mass = tl.load(part_sum + at, mask=there, other=0.0) * tl.exp2(tops - tl.where(has, top, 0.0)[:, None])
+    s = tl.load(sigma + kind, mask=kind < kinds, other=0.0)[None, :]
+    if DROPS:
+        s = s / tl.load(unmasked + batch, mask=live, other=1.0)[:, None]
+    weight = mass * (s * tl.rsqrt(s * s + epsilon)) / tl.where(has, tl.sum(mass, 1), 1.0)[:, None]
+    inside = (kind < kinds)[:, None] & (dim < DIM)[None, :]
+    values = tl.load(v + ((head * kinds + kind) * DIM)[:, None] + dim[None, :], mask=inside, other=0.0)
+    constant = tl.load(v_const + head * DIM + dim, mask=dim < DIM, other=0.0)
+    result = tl.dot(weight, values, input_precision="tf32x3")
+    result += tl.where(has, 1.0, 0.0)[:, None] * constant[None, :]
+    own = live[:, None] & (dim < DIM)[None, :]
+    tl.store(out + (row * DIM)[:, None] + dim[None, :], result.to(out.dtype.element_ty), mask=own)
 
 
 def attend(q: Tensor, ids: Tensor, tables: TokenTables, unmasked: Tensor, rope: Rope, lengths: Tensor) -> Tensor:
@@ -89,14 +146,25 @@ def attend(q: Tensor, ids: Tensor, tables: TokenTables, unmasked: Tensor, rope: 
     Nothing is synchronized: safe in a CUDA graph.
     """
     batch, heads, queries, dim = q.shape
-    kinds = len(tables.sigma)
+    kinds, rows = len(tables.sigma), heads * queries
+    row_block = min(MOST_ROWS, padded(rows))
+    groups = -(-rows // row_block)
+    places = torch.empty((groups, *ids.shape), dtype=torch.int32, device=q.device)
+    part_max, part_sum = torch.empty((2, batch, rows, kinds), dtype=torch.float32, device=q.device)
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     launch(
-        tokens_kernel, (batch * heads * queries,),
-        q, *q.stride()[:3], ids, ids.stride(0), lengths, tables.k, tables.v, tables.k_const,
-        tables.v_const, tables.sigma, tables.epsilon, unmasked, rope.cos, rope.sin, rope.cos.stride(0), out, kinds,
-        HEADS=heads, QUERIES=queries, HALF=dim // 2, HALF_PAD=padded(dim // 2),
-        KINDS_PAD=padded(kinds), DROPS=tables.drops, BLOCK=BLOCK,
-        num_warps=1 if batch * heads * queries >= MANY * processors(q) else 4,
+        token_scores_kernel, (batch, kinds, groups),
+        q, *q.stride()[:3], ids, ids.stride(0), lengths, tables.k, tables.k_const, tables.sigma, tables.epsilon,
+        unmasked, rope.cos, rope.sin, rope.cos.stride(0), places, *places.stride()[:2], part_max, part_sum, kinds,
+        rows,
+        QUERIES=queries, HALF=dim // 2, HALF_PAD=padded(dim // 2), DROPS=tables.drops, SCAN=SCAN, TILE=TILE,
+        ROW_BLOCK=row_block, num_stages=1,
+    )  # fmt: skip
+    launch(
+        token_values_kernel, (heads, -(-batch * queries // ROW_BLOCK)),
+        part_max, part_sum, tables.v, tables.v_const, tables.sigma, tables.epsilon, unmasked, out, batch * queries,
+        kinds,
+        HEADS=heads, QUERIES=queries, DIM=dim, DIM_PAD=padded(dim), KINDS_PAD=padded(kinds), DROPS=tables.drops,
+        BLOCK=ROW_BLOCK, num_stages=1, num_warps=8 if padded(kinds) * padded(dim) > LARGE else 4,
     )  # fmt: skip
     return out

@@ -56,7 +56,11 @@ MARKS = (
 )
 """Shapes that are also measured against the paper's kernel and against unpacking first."""
 
-OTHERS = (Shape(64, 1024, bits=4), *(Shape(64, 1024, dim=dim) for dim in (128, 96, 80, 32, 16)))
+OTHERS = (
+    Shape(64, 1024, bits=4),
+    *(Shape(64, 1024, dim=dim) for dim in (256, 128, 96, 80, 32, 24, 16)),
+    *(Shape(64, 4096, heads=8, dim=128, queries=queries) for queries in (1, 2, 4, 8)),
+)
 MAP = tuple(Shape(batch, tokens) for tokens in (256, 1024, 4096, 16384) for batch in (1, 4, 16, 64, 256))
 LARGEST = 6e9
 """Bytes of fp16 keys and values up to which a shape of the map is measured."""
@@ -84,7 +88,7 @@ def _bench_attend(
     shape: Shape, device: torch.device, bandwidth: float, stamp: Callable[..., ResultRow]
 ) -> Iterator[ResultRow]:
     layer, caches = make_caches(shape, device)
-    q = torch.randn(shape.batch, shape.heads, 1, shape.dim, device=device).half() / 8
+    q = shape.query(device) / 8
     backend = dispatch.choose(q, caches[0], layer)
     error = _error(q, caches[0], layer)
     ours = measure([partial(dispatch.attend, q, held, layer) for held in caches])
@@ -189,12 +193,14 @@ def _error(q: Tensor, held: Held, layer: PreparedLayer) -> float:
 
 
 def _time_peer(name: str, shape: Shape, device: torch.device) -> Timing | None:
-    """An fp16 backend of torch's attention on keys and values of the same shape; None where it does not run."""
+    """An fp16 backend of torch's attention on keys and values of the same shape; None where it does not run.
+
+    Queries of one key/value head are rows of one attention: it reads keys and values once for all of them."""
     size = shape.batch * shape.heads * shape.tokens * shape.dim * 4
     copies = copies_for(size)
     full = (2, shape.batch, shape.heads, shape.tokens, shape.dim)
     pairs = [torch.randn(full, dtype=torch.float16, device=device) for _ in range(copies)]
-    q = torch.randn(shape.batch, shape.heads, 1, shape.dim, dtype=torch.float16, device=device)
+    q = shape.query(device)
     only: AbstractContextManager[None] = sdpa_kernel(PEERS[name])
     try:
         with only:

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 from turboesm_kernels.layout import BYTE, wide_lanes
 from turboesm_kernels.operands import Held, PreparedLayer
 from turboesm_kernels.reference import Packed, Rope, Side, SideSpec, rope_frequencies, table_size, table_slice
@@ -23,16 +24,22 @@ FALL = 4.0
 
 @dataclass(frozen=True)
 class Shape:
-    """One layer's decode step: B sequences of T tokens, H heads of head_dim d, payload bits per value."""
+    """One layer's decode step: B sequences of T tokens, H key/value heads of head_dim d, payload bits per value,
+    Q queries of each head."""
 
     batch: int
     tokens: int
     heads: int = 20
     dim: int = 64
     bits: float = 3
+    queries: int = 1
 
     def __str__(self) -> str:
-        return f"B{self.batch}xH{self.heads}xd{self.dim}"
+        return f"B{self.batch}xH{self.heads}xd{self.dim}" + f"xQ{self.queries}" * (self.queries > 1)
+
+    def query(self, device: torch.device) -> Tensor:
+        """A random one of every sequence and head, float16 [B, H, Q, d]."""
+        return torch.randn(self.batch, self.heads, self.queries, self.dim, device=device).half()
 
     @property
     def fp16_bytes(self) -> int:

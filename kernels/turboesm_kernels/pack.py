@@ -31,20 +31,24 @@ what the second added (Triton 3.6, H200), which `test_pack_on_gpu` saw."""
 
 
 @triton.jit
-def _grid_codes(y, norm, grid, axis, head, AXES: tl.constexpr, SCALE: tl.constexpr):
-    """Codes int32 of normalised coordinates y on a uniform grid, and their scales (see `cpu_lookup.Bits`)."""
+def _grid_rows(grid, axis, head, AXES: tl.constexpr):
+    """The head's rows of `PreparedSide.grid`."""
     own = axis < AXES
     at = grid + head * 6 * AXES + axis
-    per_step = tl.load(at, mask=own, other=0.0)[None, :]
-    half = tl.load(at + AXES, mask=own, other=0.0)[None, :]
-    top = tl.load(at + 2 * AXES, mask=own, other=0.0)[None, :]
+    per_step, half = tl.load(at, mask=own, other=0.0), tl.load(at + AXES, mask=own, other=0.0)
+    top, level = tl.load(at + 2 * AXES, mask=own, other=0.0), tl.load(at + 3 * AXES, mask=own, other=0.0)
+    zero, spread = tl.load(at + 4 * AXES, mask=own, other=0.0), tl.load(at + 5 * AXES, mask=own, other=0.0)
+    return per_step[None, :], half[None, :], top[None, :], level[None, :], zero[None, :], spread[None, :]
+
+
+@triton.jit
+def _grid_codes(y, norm, grid_rows, SCALE: tl.constexpr):
+    """Codes int32 of normalised coordinates y on a uniform grid, and their scales (see `cpu_lookup.Bits`)."""
+    per_step, half, top, level, zero, spread = grid_rows
     code = tl.floor(y * (1.0 / norm)[:, None] * per_step + half)
     code = tl.minimum(tl.maximum(code, 0.0), top)
     factor = norm
     if SCALE == "least-squares":
-        level = tl.load(at + 3 * AXES, mask=own, other=0.0)[None, :]
-        zero = tl.load(at + 4 * AXES, mask=own, other=0.0)[None, :]
-        spread = tl.load(at + 5 * AXES, mask=own, other=0.0)[None, :]
         guess = code * level - zero
         factor = tl.sum(y * spread * guess, 1) / tl.maximum(tl.sum(guess * guess, 1), 1e-30)
     return code.to(tl.int32), factor
@@ -75,19 +79,21 @@ def _table_codes(
 
 
 @triton.jit
-def _words(
-    code, picks, head, AXES_PAD: tl.constexpr, LANES: tl.constexpr, WORDS: tl.constexpr, FIELDS: tl.constexpr
-):
+def _picks(picks, head, SIZE: tl.constexpr):
+    """The head's rows of `PreparedSide.picks`: group, low, mask, shift."""
+    at = picks + head * 4 * SIZE + tl.arange(0, SIZE)
+    return tl.load(at), tl.load(at + SIZE), tl.load(at + 2 * SIZE), tl.load(at + 3 * SIZE)
+
+
+@triton.jit
+def _words(code, pieces, AXES_PAD: tl.constexpr, LANES: tl.constexpr, WORDS: tl.constexpr, FIELDS: tl.constexpr):
     """Codes int32 [rows, A] as packed words int32 [rows, WORDS]: `LANES` neighbours side by side, then fields."""
     lane = tl.arange(0, LANES)
     rows: tl.constexpr = code.shape[0]
     groups = tl.reshape(code, (rows, AXES_PAD // LANES, LANES)) << (8 * lane)[None, None, :]
     groups = tl.sum(groups, 2)
-    size: tl.constexpr = WORDS * FIELDS
-    at = picks + head * 4 * size + tl.arange(0, size)
-    group, low = tl.load(at), tl.load(at + size)
-    mask, shift = tl.load(at + 2 * size), tl.load(at + 3 * size)
-    found = tl.gather(groups, tl.broadcast_to(group[None, :], (rows, size)), 1)
+    group, low, mask, shift = pieces
+    found = tl.gather(groups, tl.broadcast_to(group[None, :], (rows, WORDS * FIELDS)), 1)
     found = ((found >> low[None, :]) & mask[None, :]) << shift[None, :]
     return tl.sum(tl.reshape(found, (rows, WORDS, FIELDS)), 2)
 
@@ -104,9 +110,17 @@ def pack_rows(
     PLANES: tl.constexpr, HAS_STARTS: tl.constexpr, ONE_TOKEN: tl.constexpr, TURNED: tl.constexpr,
     POSITIONED: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    """`pack_kernel` for one side, head and block of rows (b, token)."""
+    """`pack_kernel` for one side, head and block of rows (b, token).
+
+    Tables are read before the wait, since a layer's have left the caches since the step before.
+    """
     dim = tl.arange(0, DIM_PAD)
     axis = tl.arange(0, AXES_PAD)
+    pieces = _picks(picks, head, WORDS * FIELDS)
+    coded = tl.load(coded_norm + head)
+    grid_rows = ()
+    if UNIFORM:
+        grid_rows = _grid_rows(grid, axis, head, AXES)
     matrix = (dim < DIM)[:, None] & (axis < AXES)[None, :]
     turn_at = analysis + (head * DIM + dim[:, None]) * AXES + axis[None, :]
     turn_high = tl.load(turn_at, mask=matrix, other=0.0)
@@ -149,12 +163,12 @@ def pack_rows(
     y = tl.dot(high, turn_high, y) * factor_of_axis[None, :]
     norm = tl.full((BLOCK,), 1.0, tl.float32)
     if SCALE != "none":
-        norm = tl.sqrt(tl.sum(y * y, 1)) * tl.load(coded_norm + head)
+        norm = tl.sqrt(tl.sum(y * y, 1)) * coded
         if SCALE == "least-squares":  # as in reference.start_scale
             norm += tl.max(tl.abs(y), 1) / 4
         norm = tl.maximum(norm, 1e-12)
     if UNIFORM:
-        code, factor = _grid_codes(y, norm, grid, axis, head, AXES, SCALE)
+        code, factor = _grid_codes(y, norm, grid_rows, SCALE)
     else:
         code, factor = _table_codes(
             y, norm, widths, table_start, levels, thresholds, deviation, axis, head,
@@ -165,7 +179,7 @@ def pack_rows(
         byte = tl.minimum(tl.maximum(tl.floor(steps + 0.5), 0.0), 255.0).to(tl.uint8)
         tl.store(scales + batch * s_b + head * s_h + place, byte, mask=live)
     # Neighbouring tokens side by side, as they are stored.
-    packed = tl.trans(_words(code, picks, head, AXES_PAD, LANES, WORDS, FIELDS))
+    packed = tl.trans(_words(code, pieces, AXES_PAD, LANES, WORDS, FIELDS))
     word = tl.arange(0, WORDS)
     there = (word < words)[:, None] & live[None, :]
     target = codes + (batch * c_b + head * c_h + place.to(tl.int64) * c_token)[None, :]

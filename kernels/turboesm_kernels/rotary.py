@@ -43,15 +43,16 @@ def rotate_kernel(
     at = head[:, None] * DIM + pair[None, :]
     before = tl.where(side == 0, 0, HEADS + (side - 1) * SHARED)  # heads
     source = joint + row * j_r + before * DIM + at
+    # Positions were there before the product, the kernel before, began.
+    angle = (tl.load(starts + row // tokens) + row % tokens).to(tl.int64) * r_t + pair
+    turned = pair < tl.where(side < 2, half, 0)
+    cosine = tl.load(cos + angle, mask=turned, other=1.0)[None, :]
+    sine = tl.load(sin + angle, mask=turned, other=0.0)[None, :]
     if EARLY:
         gdc_wait()
         gdc_launch_dependents()
     first = _summed(source, inside, joint_s, PARTS)
     second = _summed(source + half, inside, joint_s, PARTS)
-    angle = (tl.load(starts + row // tokens) + row % tokens).to(tl.int64) * r_t + pair
-    turned = pair < tl.where(side < 2, half, 0)
-    cosine = tl.load(cos + angle, mask=turned, other=1.0)[None, :]
-    sine = tl.load(sin + angle, mask=turned, other=0.0)[None, :]
     factor = tl.where(side == 0, scaling, 1.0)
     out = tl.where(side == 0, q_out, tl.where(side == 1, k_out, v_out)) + row * heads * DIM + at
     tl.store(out, ((first * cosine - second * sine) * factor).to(q_out.dtype.element_ty), mask=inside)
@@ -71,7 +72,7 @@ def rotate(
 
     That is dense, and v is a view of it; or it is parts float32 [S, B, T, (H + 2 K) d] to be summed, for results
     of `dtype`. rope float32 [T', d], starts int32 [B]: the positions of the first tokens, rows of it. One launch,
-    nothing synchronized.
+    nothing synchronized. `starts` and rope must be older than the kernel that made `joint`.
     """
     parts = len(joint) if joint.dim() == 4 else 1
     batch, tokens, width = joint.shape[-3:]

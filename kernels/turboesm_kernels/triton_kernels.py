@@ -278,6 +278,9 @@ def combine_kernel(
             inside = (i * AXES_BLOCK + axis < axes)[:, None] & (dim < DIM)[None, :]
             back = back + (tl.load(map_at + i * AXES_BLOCK * DIM, mask=inside, other=0.0),)  # noqa: RUF005
     constant = tl.load(centre + head * DIM + dim, mask=dim < DIM, other=0.0)
+    off = tl.zeros((DIM_PAD,), tl.float32)
+    if HAS_WEIGHT:
+        off = tl.load(offset + head * DIM + dim, mask=dim < DIM, other=0.0)
     top = tl.full((ROW_BLOCK,), NEGATIVE, tl.float32)
     mass = tl.zeros((ROW_BLOCK,), tl.float32)
     total = tl.zeros((ROW_BLOCK, DIM_PAD), tl.float32)
@@ -339,7 +342,6 @@ def combine_kernel(
             total = tl.dot(acc[i], matrix, total, input_precision="tf32x3")
     total += coded[:, None] * constant[None, :]
     if HAS_WEIGHT:
-        off = tl.load(offset + head * DIM + dim, mask=dim < DIM, other=0.0)
         total += heavy[:, None] * off[None, :]
     mass += coded
     result = total / tl.where(mass > 0, mass, 1.0)[:, None]

@@ -61,6 +61,7 @@ SMALL = [
     Case(dim=24, tokens=33, kind="flat", queries=3, batch=7, positions=20, dtype=torch.bfloat16),
     Case(dim=16, tokens=40, kind="uniform", sinks=2, positions=30),
     Case(dim=80, tokens=50, wide=True, ragged=True),
+    Case(dim=200, tokens=20),
 ]
 LARGE = SMALL + [
     Case(
@@ -82,6 +83,7 @@ LARGE = SMALL + [
         (33, 5, True, 2),
     )
 ]
+LARGE += [Case(dim=256, tokens=100, queries=queries, batch=9, ragged=True) for queries in (1, 4)]
 LARGE += [
     Case(dim=dim, tokens=tokens, bits=bits, queries=queries, batch=3, heads=3, ragged=True, sinks=4, wide=True)
     for dim in (32, 36, 80, 96, 112)
@@ -562,6 +564,7 @@ PACKED = [
     Case(dim=64, tokens=70, kind="uniform", positions=60),
     Case(dim=64, tokens=1, batch=35, kind="uniform", ragged=True, positions=9),
     Case(dim=80, tokens=20, wide=True),
+    Case(dim=200, tokens=5),
 ]
 
 
@@ -625,7 +628,16 @@ def _copy(packed: Packed) -> Packed:
 
 @pytest.mark.gpu
 @no_gpu
-@pytest.mark.parametrize("case", [*PACKED, Case(dim=64, tokens=1024, batch=4)], ids=str)
+@pytest.mark.parametrize(
+    "case",
+    [
+        *PACKED,
+        Case(dim=64, tokens=1024, batch=4),
+        Case(dim=256, tokens=100),
+        Case(dim=256, tokens=1, kind="table"),
+    ],
+    ids=str,
+)
 def test_pack_on_gpu(case: Case) -> None:
     from turboesm_kernels.pack import pack
 

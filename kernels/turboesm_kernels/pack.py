@@ -18,7 +18,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from turboesm_kernels.launch import early_launch, launch, launches_early
 from turboesm_kernels.operands import Held, PreparedLayer
-from turboesm_kernels.prepared import PreparedSide, padded
+from turboesm_kernels.prepared import PreparedSide, dims_at_once, padded
 from turboesm_kernels.reference import SCALE_STEPS_PER_OCTAVE, SCALE_ZERO, Packed
 
 STEPS = tl.constexpr(SCALE_STEPS_PER_OCTAVE)
@@ -99,6 +99,15 @@ def _words(code, pieces, AXES_PAD: tl.constexpr, LANES: tl.constexpr, WORDS: tl.
 
 
 @triton.jit
+def _turns(analysis, head, dim, axis, HEADS: tl.constexpr, DIM: tl.constexpr, AXES: tl.constexpr):
+    """The head's `analysis` for some channels: both halves of the numbers."""
+    inside = (dim < DIM)[:, None] & (axis < AXES)[None, :]
+    at = analysis + (head * DIM + dim[:, None]) * AXES + axis[None, :]
+    high = tl.load(at, mask=inside, other=0.0)
+    return high, tl.load(at + HEADS * DIM * AXES, mask=inside, other=0.0)
+
+
+@triton.jit
 def pack_rows(
     x, x_b, x_h, x_t, x_d, starts, first_token, batches, tokens, head, block,
     centre, analysis, factors, coded_norm, grid, widths, table_start, levels, thresholds, deviation, picks,
@@ -108,25 +117,22 @@ def pack_rows(
     LANES: tl.constexpr, WORDS: tl.constexpr, FIELDS: tl.constexpr, WIDEST: tl.constexpr,
     LEVELS: tl.constexpr, THRESHOLDS: tl.constexpr, SCALE: tl.constexpr, UNIFORM: tl.constexpr,
     PLANES: tl.constexpr, HAS_STARTS: tl.constexpr, ONE_TOKEN: tl.constexpr, TURNED: tl.constexpr,
-    POSITIONED: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr,
+    POSITIONED: tl.constexpr, BLOCK: tl.constexpr, DIM_BLOCK: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """`pack_kernel` for one side, head and block of rows (b, token).
 
     Tables are read before the wait, since a layer's have left the caches since the step before.
     """
-    dim = tl.arange(0, DIM_PAD)
     axis = tl.arange(0, AXES_PAD)
     pieces = _picks(picks, head, WORDS * FIELDS)
     coded = tl.load(coded_norm + head)
     grid_rows = ()
     if UNIFORM:
         grid_rows = _grid_rows(grid, axis, head, AXES)
-    matrix = (dim < DIM)[:, None] & (axis < AXES)[None, :]
-    turn_at = analysis + (head * DIM + dim[:, None]) * AXES + axis[None, :]
-    turn_high = tl.load(turn_at, mask=matrix, other=0.0)
-    turn_low = tl.load(turn_at + HEADS * DIM * AXES, mask=matrix, other=0.0)
+    own_dim = tl.arange(0, DIM_BLOCK)
+    turns = _turns(analysis, head, own_dim, axis, HEADS, DIM, AXES)
     factor_of_axis = tl.load(factors + head * AXES + axis, mask=axis < AXES, other=0.0)
-    constant = tl.load(centre + head * DIM + dim, mask=dim < DIM, other=0.0)
+    constant = tl.load(centre + head * DIM + own_dim, mask=own_dim < DIM, other=0.0)
     if EARLY:
         gdc_wait()
         gdc_launch_dependents()
@@ -138,29 +144,36 @@ def pack_rows(
     place = first_token + token
     if HAS_STARTS:
         place = tl.maximum(tl.load(starts + batch, mask=live, other=0).to(tl.int32) - first_token, 0) + token
-    inside = live[:, None] & (dim < DIM)[None, :]
-    at = x + (batch * x_b + head * x_h + token.to(tl.int64) * x_t)[:, None] + dim[None, :] * x_d
-    value = tl.load(at, mask=inside, other=0.0).to(tl.float32)
-    if TURNED:
-        half: tl.constexpr = DIM // 2
-        partner = tl.where(dim < half, dim + half, dim - half)
-        other = tl.load(centre + head * DIM + partner, mask=dim < DIM, other=0.0)
-        other = tl.where(dim < half, -other, other)
-        angle = (place.to(tl.int64) * rope_t)[:, None] + dim[None, :] * rope_d
-        cosine = tl.load(cos + angle, mask=inside, other=0.0)
-        sine = tl.load(sin + angle, mask=inside, other=0.0)
-        value -= constant[None, :] * cosine + other[None, :] * sine
-    else:
-        value = tl.where(inside, value - constant[None, :], 0.0)
-    if POSITIONED:
-        position = tl.minimum(place + sinks, positions - 1)
-        own_centre = centre_at + (head * positions + position)[:, None] * DIM + dim[None, :]
-        value -= tl.load(own_centre, mask=inside, other=0.0).to(tl.float32)
-    high = value.to(tl.float16)
-    low = (value - high.to(tl.float32)).to(tl.float16)
-    y = tl.dot(low, turn_high)
-    y = tl.dot(high, turn_low, y)
-    y = tl.dot(high, turn_high, y) * factor_of_axis[None, :]
+    y = tl.zeros((BLOCK, AXES_PAD), tl.float32)
+    for first in tl.static_range(0, DIM_PAD, DIM_BLOCK):
+        dim = first + own_dim
+        if first > 0:
+            turns = _turns(analysis, head, dim, axis, HEADS, DIM, AXES)
+            constant = tl.load(centre + head * DIM + dim, mask=dim < DIM, other=0.0)
+        inside = live[:, None] & (dim < DIM)[None, :]
+        at = x + (batch * x_b + head * x_h + token.to(tl.int64) * x_t)[:, None] + dim[None, :] * x_d
+        value = tl.load(at, mask=inside, other=0.0).to(tl.float32)
+        if TURNED:
+            half: tl.constexpr = DIM // 2
+            partner = tl.where(dim < half, dim + half, dim - half)
+            other = tl.load(centre + head * DIM + partner, mask=dim < DIM, other=0.0)
+            other = tl.where(dim < half, -other, other)
+            angle = (place.to(tl.int64) * rope_t)[:, None] + dim[None, :] * rope_d
+            cosine = tl.load(cos + angle, mask=inside, other=0.0)
+            sine = tl.load(sin + angle, mask=inside, other=0.0)
+            value -= constant[None, :] * cosine + other[None, :] * sine
+        else:
+            value = tl.where(inside, value - constant[None, :], 0.0)
+        if POSITIONED:
+            position = tl.minimum(place + sinks, positions - 1)
+            own_centre = centre_at + (head * positions + position)[:, None] * DIM + dim[None, :]
+            value -= tl.load(own_centre, mask=inside, other=0.0).to(tl.float32)
+        high = value.to(tl.float16)
+        low = (value - high.to(tl.float32)).to(tl.float16)
+        y = tl.dot(low, turns[0], y)
+        y = tl.dot(high, turns[1], y)
+        y = tl.dot(high, turns[0], y)
+    y *= factor_of_axis[None, :]
     norm = tl.full((BLOCK,), 1.0, tl.float32)
     if SCALE != "none":
         norm = tl.sqrt(tl.sum(y * y, 1)) * coded
@@ -215,7 +228,7 @@ def pack_kernel(
     V_WIDEST: tl.constexpr, V_LEVELS: tl.constexpr, V_THRESHOLDS: tl.constexpr, V_SCALE: tl.constexpr,
     V_UNIFORM: tl.constexpr,
     HAS_STARTS: tl.constexpr, ONE_TOKEN: tl.constexpr, TURNED: tl.constexpr, POSITIONED: tl.constexpr,
-    BLOCK: tl.constexpr, EARLY: tl.constexpr,
+    DIM_BLOCK: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """Compress k and v [B, H, n, d] into a cache from packed token start[b] on.
 
@@ -239,7 +252,8 @@ def pack_kernel(
             cos, sin, rope_t, rope_d, centre_at, positions, sinks,
             k_codes, kc_b, kc_h, kc_word, kc_token, k_words, k_scales, ks_b, ks_h,
             HEADS, DIM, K_AXES, DIM_PAD, K_PAD, K_LANES, K_WORDS, K_FIELDS, K_WIDEST, K_LEVELS,
-            K_THRESHOLDS, K_SCALE, K_UNIFORM, False, HAS_STARTS, ONE_TOKEN, TURNED, POSITIONED, BLOCK, EARLY,
+            K_THRESHOLDS, K_SCALE, K_UNIFORM, False, HAS_STARTS, ONE_TOKEN, TURNED, POSITIONED, BLOCK,
+            DIM_BLOCK, EARLY,
         )  # fmt: skip
     else:
         pack_rows(
@@ -249,7 +263,8 @@ def pack_kernel(
             cos, sin, rope_t, rope_d, centre_at, positions, sinks,
             v_codes, vc_b, vc_h, vc_plane, vc_token, v_words, v_scales, vs_b, vs_h,
             HEADS, DIM, V_AXES, DIM_PAD, V_PAD, V_LANES, V_WORDS, V_FIELDS, V_WIDEST, V_LEVELS,
-            V_THRESHOLDS, V_SCALE, V_UNIFORM, True, HAS_STARTS, ONE_TOKEN, False, False, BLOCK, EARLY,
+            V_THRESHOLDS, V_SCALE, V_UNIFORM, True, HAS_STARTS, ONE_TOKEN, False, False, BLOCK,
+            DIM_BLOCK, EARLY,
         )  # fmt: skip
 
 
@@ -291,7 +306,8 @@ def pack_operands(
         *_target(held.k, layer.k), *_target(held.v, layer.v),
     )  # fmt: skip
     constants = {
-        "HEADS": heads, "DIM": dim, "DIM_PAD": padded(dim), **layer.k.pack_constants, **layer.v.pack_constants,
+        "HEADS": heads, "DIM": dim, "DIM_PAD": padded(dim), "DIM_BLOCK": dims_at_once(dim),
+        **layer.k.pack_constants, **layer.v.pack_constants,
         "HAS_STARTS": starts is not None, "ONE_TOKEN": tokens == 1, "TURNED": turned,
         "POSITIONED": centre_at is not None,
     }  # fmt: skip

@@ -32,8 +32,11 @@ MOST_ROWS = 32
 ROW_BLOCK = 16
 """Queries of a head, of any sequence, whose values are summed at once."""
 
-LARGE = 4096
-"""Numbers of a head's values from which a program has 8 warps."""
+DIM_BLOCK = 64
+"""Channels of the values at once."""
+
+MANY_KINDS = 64
+"""Kinds above which a program has 8 warps."""
 
 
 @triton.jit(do_not_specialize=["kinds", "rows"])
@@ -108,19 +111,19 @@ def token_scores_kernel(
 @triton.jit(do_not_specialize=["kinds", "items"])
 def token_values_kernel(
     part_max, part_sum, v, v_const, sigma, epsilon, unmasked, out, items, kinds,
-    HEADS: tl.constexpr, QUERIES: tl.constexpr, DIM: tl.constexpr, DIM_PAD: tl.constexpr, KINDS_PAD: tl.constexpr,
-    DROPS: tl.constexpr, BLOCK: tl.constexpr,
+    HEADS: tl.constexpr, QUERIES: tl.constexpr, DIM: tl.constexpr, KINDS_PAD: tl.constexpr, DROPS: tl.constexpr,
+    BLOCK: tl.constexpr, DIM_BLOCK: tl.constexpr,
 ):  # fmt: skip
     """out = sum_t p_t f_t v_t + v_const, p_t the share of kind t (`token_scores_kernel`); 0 without any token.
 
-    Tables f32, out any float [B, H, Q, d]. Program (h, r): the r-th block of items (b, q) of head h.
+    Tables f32, out any float [B, H, Q, d]. Program (h, r, c): block r of items (b, q) of head h, c of channels.
     """
     head = tl.program_id(0)
     item = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     live = item < items
     batch = (item // QUERIES).to(tl.int64)
     row = (batch * HEADS + head) * QUERIES + item % QUERIES
-    kind, dim = tl.arange(0, KINDS_PAD), tl.arange(0, DIM_PAD)
+    kind, dim = tl.arange(0, KINDS_PAD), tl.program_id(2) * DIM_BLOCK + tl.arange(0, DIM_BLOCK)
     there = live[:, None] & (kind < kinds)[None, :]
     at = (row * kinds)[:, None] + kind[None, :]
     tops = tl.load(part_max + at, mask=there, other=float("-inf"))
@@ -161,10 +164,10 @@ def attend(q: Tensor, ids: Tensor, tables: TokenTables, unmasked: Tensor, rope: 
         ROW_BLOCK=row_block, num_stages=1,
     )  # fmt: skip
     launch(
-        token_values_kernel, (heads, -(-batch * queries // ROW_BLOCK)),
+        token_values_kernel, (heads, -(-batch * queries // ROW_BLOCK), -(-dim // DIM_BLOCK)),
         part_max, part_sum, tables.v, tables.v_const, tables.sigma, tables.epsilon, unmasked, out, batch * queries,
         kinds,
-        HEADS=heads, QUERIES=queries, DIM=dim, DIM_PAD=padded(dim), KINDS_PAD=padded(kinds), DROPS=tables.drops,
-        BLOCK=ROW_BLOCK, num_stages=1, num_warps=8 if padded(kinds) * padded(dim) > LARGE else 4,
+        HEADS=heads, QUERIES=queries, DIM=dim, KINDS_PAD=padded(kinds), DROPS=tables.drops, BLOCK=ROW_BLOCK,
+        DIM_BLOCK=DIM_BLOCK, num_stages=1, num_warps=8 if kinds > MANY_KINDS else 4,
     )  # fmt: skip
     return out

@@ -32,7 +32,7 @@ def project_query_kernel(
     query, q_b, q_h, q_q, q_d, key_map, centre, cos, sin, rope_t, rope_d, folded, bias, rows, tokens,
     HEADS: tl.constexpr, QUERIES: tl.constexpr, DIM: tl.constexpr, AXES: tl.constexpr,
     DIM_PAD: tl.constexpr, AXES_PAD: tl.constexpr, HALF_PAD: tl.constexpr,
-    ROW_BLOCK: tl.constexpr, TOKEN_BLOCK: tl.constexpr,
+    ROW_BLOCK: tl.constexpr, TOKEN_BLOCK: tl.constexpr, DIM_BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Queries in coded axes, and the scores of the keys' centre at each position.
 
@@ -49,15 +49,18 @@ def project_query_kernel(
     queries = query + batch.to(tl.int64) * q_b + head * q_h + (row % QUERIES) * q_q
     out_row = (batch.to(tl.int64) * HEADS + head) * QUERIES + row % QUERIES
     if tl.program_id(2) == 0:
-        dim = tl.arange(0, DIM_PAD)
         axis = tl.arange(0, AXES_PAD)
-        mask = live[:, None] & (dim < DIM)[None, :]
-        q = tl.load(queries[:, None] + dim[None, :] * q_d, mask=mask, other=0.0).to(tl.float32)
-        inside = (dim < DIM)[:, None] & (axis < AXES)[None, :]
-        weight = tl.load(key_map + (head * DIM + dim[:, None]) * AXES + axis[None, :], mask=inside, other=0.0)
-        result = tl.dot(q, weight, input_precision="tf32x3") * LOG2E
+        result = tl.zeros((ROW_BLOCK, AXES_PAD), tl.float32)
+        for start in tl.static_range(0, DIM_PAD, DIM_BLOCK):
+            dim = start + tl.arange(0, DIM_BLOCK)
+            mask = live[:, None] & (dim < DIM)[None, :]
+            q = tl.load(queries[:, None] + dim[None, :] * q_d, mask=mask, other=0.0).to(tl.float32)
+            inside = (dim < DIM)[:, None] & (axis < AXES)[None, :]
+            weight_at = key_map + (head * DIM + dim[:, None]) * AXES + axis[None, :]
+            weight = tl.load(weight_at, mask=inside, other=0.0)
+            result = tl.dot(q, weight, result, input_precision="tf32x3")
         target = folded + out_row[:, None] * AXES + axis[None, :]
-        tl.store(target, result, mask=live[:, None] & (axis < AXES)[None, :])
+        tl.store(target, result * LOG2E, mask=live[:, None] & (axis < AXES)[None, :])
     else:
         half: tl.constexpr = DIM // 2
         pair = tl.arange(0, HALF_PAD)

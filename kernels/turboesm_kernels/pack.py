@@ -144,6 +144,7 @@ def pack_rows(
     place = first_token + token
     if HAS_STARTS:
         place = tl.maximum(tl.load(starts + batch, mask=live, other=0).to(tl.int32) - first_token, 0) + token
+    half: tl.constexpr = DIM // 2
     y = tl.zeros((BLOCK, AXES_PAD), tl.float32)
     for first in tl.static_range(0, DIM_PAD, DIM_BLOCK):
         dim = first + own_dim
@@ -154,7 +155,6 @@ def pack_rows(
         at = x + (batch * x_b + head * x_h + token.to(tl.int64) * x_t)[:, None] + dim[None, :] * x_d
         value = tl.load(at, mask=inside, other=0.0).to(tl.float32)
         if TURNED:
-            half: tl.constexpr = DIM // 2
             partner = tl.where(dim < half, dim + half, dim - half)
             other = tl.load(centre + head * DIM + partner, mask=dim < DIM, other=0.0)
             other = tl.where(dim < half, -other, other)

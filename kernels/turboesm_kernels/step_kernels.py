@@ -36,7 +36,8 @@ def append_and_project_kernel(
     V_UNIFORM: tl.constexpr,
     HAS_STARTS: tl.constexpr, ONE_TOKEN: tl.constexpr, TURNED: tl.constexpr, POSITIONED: tl.constexpr,
     DIM_BLOCK: tl.constexpr, BLOCK: tl.constexpr, QUERIES: tl.constexpr, FOLD_PAD: tl.constexpr,
-    FOLD_BLOCK: tl.constexpr, EXACT: tl.constexpr, ROW_BLOCK: tl.constexpr, TOKEN_BLOCK: tl.constexpr, EARLY: tl.constexpr,
+    FOLD_BLOCK: tl.constexpr, EXACT: tl.constexpr, ROW_BLOCK: tl.constexpr, TOKEN_BLOCK: tl.constexpr,
+    EARLY: tl.constexpr,
 ):  # fmt: skip
     """`pack_kernel` for one token of each sequence, `fast_project_query_kernel`, `position_scores_kernel` at once.
 

@@ -22,13 +22,16 @@ _held: dict[Path, tuple[Path, str]] = {}
 
 
 @contextmanager
-def atomic_output(path: Path, seal: Callable[[Path], None] | None = None) -> Iterator[Path]:
+def atomic_output(
+    path: Path, seal: Callable[[Path], None] | None = None, body: Path | None = None
+) -> Iterator[Path]:
     """Yield a path beside `path`, or in its work folder; on success it is synced and renamed to `path`.
 
-    `seal` is given what was written before it is renamed.
+    seal  is given what was written before it is renamed
+    body  the file in the work folder to yield and to rename; it is made where there is none
 
-    On any exception the partial file is removed and `path` is left as it was. Raises OutputError where
-    the folder cannot be written to or the disk is full.
+    On any exception the partial file is removed, unless it is `body`, and `path` is left as it was. Raises
+    OutputError where the folder cannot be written to or the disk is full.
     """
     path = Path(path).resolve()  # a link's target is replaced, not the link
     if path.exists() and not path.is_file():
@@ -37,11 +40,10 @@ def atomic_output(path: Path, seal: Callable[[Path], None] | None = None) -> Ite
         path.parent.mkdir(parents=True, exist_ok=True)
         work = work_folder(path)
         folder = work if work.is_dir() else path.parent  # what kill -9 leaves there goes with the folder
-        handle, name = tempfile.mkstemp(prefix=".turboesm-", suffix=".part", dir=folder)
+        partial = _new_partial(folder) if body is None else body
+        partial.touch()
     except OSError as error:
         raise OutputError(f"cannot write {path}: {error.strerror}; choose another output path") from error
-    os.close(handle)
-    partial = Path(name)
     try:
         yield partial
         _check_held(path)
@@ -52,7 +54,14 @@ def atomic_output(path: Path, seal: Callable[[Path], None] | None = None) -> Ite
         _check_held(path)  # whoever took it over has cleared this process's files away
         raise OutputError(f"cannot write {path}: {error.strerror or error}") from error
     finally:
-        partial.unlink(missing_ok=True)
+        if body is None:
+            partial.unlink(missing_ok=True)
+
+
+def _new_partial(folder: Path) -> Path:
+    handle, name = tempfile.mkstemp(prefix=".turboesm-", suffix=".part", dir=folder)
+    os.close(handle)
+    return Path(name)
 
 
 def write_text(path: Path, text: str) -> None:

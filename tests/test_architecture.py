@@ -48,6 +48,7 @@ WITHOUT_TORCH = {
     "outputs.identity",
     "outputs.joining",
     "outputs.journal",
+    "outputs.locks",
     "outputs.shard_records",
     "outputs.shards",
     "reporting.json_list",

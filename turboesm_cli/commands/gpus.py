@@ -24,7 +24,7 @@ import typer
 
 from turboesm_cli import console
 from turboesm_cli.errors import DeviceError, TurboESMError
-from turboesm_cli.outputs.files import locked
+from turboesm_cli.outputs.locks import locked
 
 ALL = "all"
 TRIES = 4

@@ -1,6 +1,6 @@
 """Work saved while it is done, in a folder beside the output, so that a command that was stopped goes on.
 
-    OUT.partial/lock        held by the one process that works on OUT; the kernel frees it when the process ends
+    OUT.partial/lock        held by the one process that works on OUT; see `locks`
     OUT.partial/journal     the units of work that are done (see `journal`); the first record says of which run
     OUT.partial/NAME.total  a running total, replaced as a whole
     OUT.partial/overwrites  says that the work was begun with leave to overwrite OUT
@@ -35,13 +35,12 @@ from turboesm_cli.outputs.files import (
     atomic_output,
     check_output,
     file_sha256,
-    is_held,
-    locked,
     overwrites,
     work_folder,
     write_text,
 )
 from turboesm_cli.outputs.journal import Journal
+from turboesm_cli.outputs.locks import clear, is_held, locked
 from turboesm_cli.outputs.pieces import Piece, stamp
 from turboesm_cli.outputs.shard_records import RUN_SHARD, is_record, record_of
 
@@ -374,6 +373,7 @@ def _clear(folder: Path) -> None:
     with contextlib.suppress(OSError):
         for path in ours:
             path.unlink(missing_ok=True)
+        clear(folder / "lock")
         folder.rmdir()
 
 

@@ -172,7 +172,7 @@ def main() -> None:
     except ResultsLost as error:
         console.fail(str(error))
         code = error.exit_code
-    gc.freeze()  # or the interpreter looks for garbage in all of torch before it ends: a quarter of a short command
+    gc.freeze()  # or the interpreter looks for garbage in all of torch at its end: a quarter of a short command
     sys.exit(code)
 
 

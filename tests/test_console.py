@@ -95,7 +95,7 @@ for name in "abcd":
             check_rejects(table)
             write_rejects(table, [Reject("in.fasta", record, record, "x", "empty") for record in range(300)])
         os._exit(0)
-sys.exit(max(os.wait()[1] for _ in "abcd"))
+sys.exit(max(os.waitstatus_to_exitcode(os.wait()[1]) for _ in "abcd"))
 """
 
 

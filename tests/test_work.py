@@ -364,15 +364,14 @@ def test_without_locks_a_process_elsewhere_counts_as_alive_until_its_job_is_star
     path = tmp_path / "out"
     monkeypatch.setenv("SLURM_JOB_ID", "17")
     stop_after(path, 2)
-    held = work_folder(path) / "lock.1"
-    assert not held.exists()
+    held = work_folder(path) / "lock.2"  # the first one is released
     elsewhere = {"place": "another kernel", "process": "1", "started": "1", "job": "17", "restarts": "1"}
     held.write_text(json.dumps(elsewhere | {"who": "process 1 on node9"}))
     for job, restarts in (("17", "1"), ("17", "0"), ("18", "2"), ("", "2")):
         monkeypatch.setenv("SLURM_JOB_ID", job)
         monkeypatch.setenv("SLURM_RESTART_COUNT", restarts)
         with (
-            pytest.raises(OutputError, match=r"by process 1 on node9; .* remove .*lock\.1"),
+            pytest.raises(OutputError, match=r"by process 1 on node9; .* remove .*lock\.2"),
             saved_work(path, RUN),
         ):
             pass
@@ -389,36 +388,51 @@ def test_without_locks_a_process_elsewhere_counts_as_alive_until_its_job_is_star
 
 
 CONTEND = """
-import errno, fcntl, os, sys
+import errno, fcntl, os, random, sys, time
+from contextlib import suppress
 from pathlib import Path
 from turboesm_cli.errors import OutputError
-from turboesm_cli.outputs.locks import locked
+from turboesm_cli.outputs.locks import locked, remove_folder
 
 def no_locks(handle, how):
     raise OSError(errno.ENOLCK, "no locks")
 
+def work(child):
+    with locked(lock, folder / "out"):
+        os.close(os.open(folder / "inside", os.O_CREAT | os.O_EXCL))
+        time.sleep(0.0005)
+        (folder / "inside").unlink()
+        with (folder / "times").open("a") as stream:
+            print(child, file=stream)
+        if (chance := random.random()) < 0.3:
+            os._exit(0)
+        if chance > 0.8:
+            remove_folder(lock.parent, lock)
+
 fcntl.flock = no_locks
-folder, children = Path(sys.argv[1]), []
-for number in range(4):
-    if not (child := os.fork()):
-        done = 0
-        while done < 50:
-            try:
-                with locked(folder / "work" / "lock", folder / "out"):
-                    os.close(os.open(folder / "inside", os.O_CREAT | os.O_EXCL))
-                    (folder / "inside").unlink()
-                    done += 1
-            except OutputError:
-                pass
+folder, end = Path(sys.argv[1]), time.monotonic() + 1.5
+lock = folder / "work" / "lock"
+for child in range(4):
+    if not os.fork():
+        while time.monotonic() < end:
+            if not os.fork():
+                random.seed()
+                for _ in range(8):
+                    with suppress(OutputError):
+                        work(child)
+                os._exit(0)
+            if os.waitstatus_to_exitcode(os.wait()[1]):
+                os._exit(1)
         os._exit(0)
-    children.append(child)
-sys.exit(max(os.waitpid(child, 0)[1] for child in children))
+sys.exit(max(os.waitstatus_to_exitcode(os.wait()[1]) for child in range(4)))
 """
 
 
 def test_without_locks_those_who_contend_come_one_at_a_time(tmp_path: Path) -> None:
+    """Although some die over their lock, some release it, and some remove the folder that it is in."""
     done = subprocess.run([sys.executable, "-c", CONTEND, str(tmp_path)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+    assert len({*(tmp_path / "times").read_text().split()}) > 1
 
 
 @pytest.mark.parametrize("finished", [False, True])

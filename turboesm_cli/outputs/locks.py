@@ -2,7 +2,8 @@
 
     LOCK      held by `flock`: the kernel frees it when its process ends, on whichever host that is
     LOCK.N    where the file system has no `flock`: the highest N holds. It is created exclusively, and says whose
-              it is, in JSON; the next one is created only if that process has ended
+              it is, in JSON; the next one is created only if that process has ended, or has written RELEASED.
+              No N is used again: the files go with their folder, which is renamed before it is emptied
 
 Whether a process has ended is known of this host, and of an earlier run of this Slurm job, which Slurm has ended
 before it starts the job again. Any other counts as alive: who knows better removes the file.
@@ -15,6 +16,7 @@ import errno
 import fcntl
 import json
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -27,6 +29,7 @@ _NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.
 """What `flock` raises where a file system has no locks, or none for now."""
 _BUSY = {errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES}
 _READ = 2000
+RELEASED = "\nreleased\n"
 
 
 @dataclass(frozen=True)
@@ -43,8 +46,14 @@ class _Hold:
 
     @property
     def lasts(self) -> bool:
-        newest = not self.number or _numbers(self.lock)[-1:] == [self.number]
+        newest = not self.number or _newest(self.lock.parent, self.lock) == self.number
         return newest and _said(self.file) == self.text
+
+    def release(self) -> None:
+        """Let others have a lock that the kernel knows nothing of."""
+        if self.number and self.lasts:
+            with suppress(OSError), self.file.open("a", encoding="utf-8") as stream:
+                stream.write(RELEASED)
 
 
 _held: dict[Path, _Hold] = {}
@@ -74,20 +83,24 @@ def locked(lock: Path, path: Path) -> Iterator[None]:
                     yield
                 finally:
                     del _held[path]
-                    if hold.number:
-                        clear(lock, hold.number)
+                    hold.release()
                 return
         finally:
             os.close(handle)
     raise OutputError(f"cannot write {path}: {lock} cannot be held; choose another output path")
 
 
-def clear(lock: Path, last: int | None = None) -> None:
-    """Remove the files LOCK.N, up to `last`; the highest one goes last, so that it holds until then."""
-    for number in _numbers(lock):
-        if last is None or number <= last:
-            with suppress(OSError):
-                _numbered(lock, number).unlink()
+def remove_folder(folder: Path, lock: Path) -> None:
+    """Remove the folder of a lock with all that is in it, as who holds the lock may."""
+    with suppress(OSError):
+        if _newest(folder, lock):
+            folder = folder.rename(folder.with_name(f"{folder.name}.{os.getpid()}.removed"))
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def is_lock(path: Path, lock: Path) -> bool:
+    """Whether a file is `lock` or one of LOCK.N."""
+    return path.name == lock.name or _number(path.name, lock) > 0
 
 
 def is_held(path: Path) -> bool:
@@ -100,7 +113,7 @@ def check_held(path: Path) -> None:
     """Raise OutputError where `path` is worked on by this process, and another one has taken it over."""
     if path in _held and not is_held(path):
         hold = _held[path]
-        newest = max(_numbers(hold.lock), default=0)
+        newest = _newest(hold.lock.parent, hold.lock)
         other = _named(_said(_numbered(hold.lock, newest)), newest) or "another process, now done,"
         raise OutputError(
             f"{path} was taken over by {other} while this process worked on it, and this one wrote nothing there: "
@@ -127,49 +140,61 @@ def _by_flock(handle: int, lock: Path, path: Path, who: str) -> _Hold | None:
 
 def _by_number(lock: Path, path: Path, who: str) -> _Hold | None:
     """The same without `flock`."""
-    before = _numbers(lock)
-    if before:
-        newest = _numbered(lock, before[-1])
-        said = _said(newest)
-        if _is_alive(said):
-            end = f"; its file system has no locks: if that process has ended, remove {newest}"
-            raise _busy(path, _named(said, before[-1]), end)
-    number = max(before, default=0) + 1
     text = json.dumps(_identity() | {"who": who})
     try:
-        handle = os.open(_numbered(lock, number), os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
-    except (FileExistsError, FileNotFoundError):
+        folder = os.open(lock.parent, os.O_RDONLY | os.O_DIRECTORY)
+    except FileNotFoundError:
         return None
-    except OSError as error:
-        raise OutputError(f"cannot write {path}: {error.strerror}; choose another output path") from error
     try:
-        os.write(handle, text.encode())
+        newest = _newest(folder, lock)
+        if newest and _is_alive(said := _said(_numbered(lock, newest).name, folder)):
+            end = f"; its file system has no locks: if that process has ended, remove {_numbered(lock, newest)}"
+            raise _busy(path, _named(said, newest), end)
+        name = _numbered(lock, newest + 1).name
+        handle = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666, dir_fd=folder)
+        try:
+            os.write(handle, text.encode())
+        finally:
+            os.close(handle)
+        return _Hold(lock, text, newest + 1) if _is_at(folder, lock.parent) else None
+    except OSError as error:
+        if error.errno in (errno.EEXIST, errno.ENOENT, errno.ESTALE):
+            return None
+        raise OutputError(f"cannot write {path}: {error.strerror}; choose another output path") from error
     finally:
-        os.close(handle)
-    if not {*_numbers(lock)} <= {*before, number}:  # another process has done all its work since `before`
-        _numbered(lock, number).unlink(missing_ok=True)
-        return None
-    return _Hold(lock, text, number)
+        os.close(folder)
 
 
-def _numbers(lock: Path) -> list[int]:
-    """N of the files LOCK.N, in their order."""
-    with suppress(FileNotFoundError):
-        found = (path.name.removeprefix(f"{lock.name}.") for path in lock.parent.iterdir())
-        return sorted(int(end) for end in found if end.isascii() and end.isdigit())
-    return []
+def _newest(folder: Path | int, lock: Path) -> int:
+    """The highest N of the files LOCK.N in a folder, or one that is open; 0 where there are none."""
+    try:
+        with os.scandir(folder) as found:
+            return max((_number(entry.name, lock) for entry in found), default=0)
+    except FileNotFoundError:
+        return 0
+
+
+def _number(name: str, lock: Path) -> int:
+    end = name.removeprefix(f"{lock.name}.")
+    return int(end) if end != name and end.isascii() and end.isdigit() else 0
 
 
 def _numbered(lock: Path, number: int) -> Path:
     return lock.with_name(f"{lock.name}.{number}") if number else lock
 
 
-def _said(file: Path) -> str:
+def _said(file: Path | str, folder: int | None = None) -> str:
+    """What a file says; `folder` is the open one that it is in."""
     try:
-        with file.open(encoding="utf-8", errors="replace") as stream:
-            return stream.read(_READ)
+        handle = os.open(file, os.O_RDONLY, dir_fd=folder)
     except OSError:
         return ""
+    try:
+        return os.read(handle, _READ).decode(errors="replace")
+    except OSError:
+        return ""
+    finally:
+        os.close(handle)
 
 
 def _named(said: str, number: int) -> str:
@@ -177,7 +202,7 @@ def _named(said: str, number: int) -> str:
     words = said
     if number:
         with suppress(ValueError, TypeError, KeyError):
-            words = str(json.loads(said)["who"])
+            words = str(json.loads(said.removesuffix(RELEASED))["who"])
     return "".join(filter(str.isprintable, words[:200]))
 
 
@@ -201,6 +226,8 @@ def _identity() -> dict[str, str]:
 def _is_alive(said: str) -> bool:
     """Whether the process of an identity may be alive."""
     own = _identity()
+    if said.endswith(RELEASED):
+        return False
     try:
         other = {name: str(json.loads(said)[name]) for name in own}
         if own["place"] and other["place"] == own["place"]:

@@ -40,7 +40,7 @@ from turboesm_cli.outputs.files import (
     write_text,
 )
 from turboesm_cli.outputs.journal import Journal
-from turboesm_cli.outputs.locks import clear, is_held, locked
+from turboesm_cli.outputs.locks import is_held, is_lock, locked, remove_folder
 from turboesm_cli.outputs.pieces import Piece, stamp
 from turboesm_cli.outputs.shard_records import RUN_SHARD, is_record, record_of
 
@@ -57,6 +57,7 @@ DEVICE = "device"
 THEN = ", then "
 _PARTS = ".turboesm-*.part"
 _BODY = "body"
+_LOCK = "lock"
 _FINISHED = "finished"
 
 
@@ -335,7 +336,7 @@ def saved_work(path: Path, run: Run, policy: Policy = NO_LEAVE) -> Iterator[Save
     another run's work is there and `policy` does not say what to do.
     """
     folder = work_folder(path)
-    with locked(folder / "lock", path):
+    with locked(folder / _LOCK, path):
         with _disk(folder):
             work = _opened(folder, path, run, policy)
         kept = False
@@ -362,19 +363,15 @@ def saved_work(path: Path, run: Run, policy: Policy = NO_LEAVE) -> Iterator[Save
 
 def _clear(folder: Path) -> None:
     """Remove what is ours, and the folder unless something else is in it."""
-    ours = (
-        folder / "journal",
-        folder / _BODY,
-        folder / OVERWRITES,
-        *folder.glob("*.total"),
-        *folder.glob(_PARTS),
-        folder / "lock",
-    )
+    lock = folder / _LOCK
+    ours = (folder / "journal", folder / _BODY, folder / OVERWRITES, *folder.glob("*.total"), *folder.glob(_PARTS))
     with contextlib.suppress(OSError):
         for path in ours:
             path.unlink(missing_ok=True)
-        clear(folder / "lock")
-        folder.rmdir()
+        if all(is_lock(path, lock) for path in folder.iterdir()):
+            remove_folder(folder, lock)
+        else:
+            lock.unlink(missing_ok=True)
 
 
 def _opened(folder: Path, path: Path, run: Run, policy: Policy) -> SavedWork:

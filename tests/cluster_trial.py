@@ -2,6 +2,7 @@
 
     python tests/cluster_trial.py costs --proteins 100000 --shards 8
     python tests/cluster_trial.py faults --faults 20        (as root: it mounts a small file system of its own)
+    python tests/cluster_trial.py faults --command quantize
 
 Both make a tiny model and short random proteins, and print a line of JSON for each step.
 """
@@ -40,14 +41,14 @@ def write_proteins(path: Path, count: int) -> None:
             stream.write(f">p{number - number % 100 // 99}\n{sequence}\n")
 
 
-def prepared(folder: Path, count: int) -> list[str | Path]:
+def prepared(folder: Path, name: str, count: int) -> list[str | Path]:
     """A command over so many proteins, without its output."""
     from conftest import save_tiny
 
     model, fasta, bundle = save_tiny(folder / "tiny.pt"), folder / "in.fasta", folder / "tiny.tqz"
     write_proteins(fasta, count)
     measured([*COMMAND, "calibrate", model, fasta, "--max-proteins", "300", "-o", bundle])
-    return [*COMMAND, "decode", bundle, fasta, "--model", model]
+    return [*COMMAND, name, bundle, fasta, "--model", model]
 
 
 def measured(command: list[str | Path]) -> tuple[float, float, float]:
@@ -59,11 +60,11 @@ def measured(command: list[str | Path]) -> tuple[float, float, float]:
     return used.ru_utime + used.ru_stime, time.monotonic() - start, used.ru_maxrss / 1024
 
 
-def costs(proteins: int, shards: int) -> None:
+def costs(command_name: str, proteins: int, shards: int) -> None:
     """CPU time and memory of one run, and of shards and their merge."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        command = prepared(folder, proteins)
+        command = prepared(folder, command_name, proteins)
         cpu, took, memory = measured([*command, "-o", folder / "whole.csv"])
         tell(step="one run", cpu_s=cpu, wall_s=took, peak_mib=memory)
         total, parts = 0.0, [folder / f"part-{index}" for index in range(shards)]
@@ -155,11 +156,11 @@ def fault(kind: str, script: Script, moment: float) -> list[int]:
 KINDS = ("SIGKILL", "SIGTERM", "SIGUSR1", "requeue", "second task", "full disk", "read-only")
 
 
-def faults(count: int, seed: int, proteins: int, shards: int) -> None:
+def faults(command_name: str, count: int, seed: int, proteins: int, shards: int) -> None:
     """Random faults, each in a folder of its own; then the same script again, until it succeeds."""
     drawn, good = random.Random(seed), 0
     with tempfile.TemporaryDirectory() as name:
-        command = prepared(Path(name), proteins)
+        command = prepared(Path(name), command_name, proteins)
         measured([*command, "-o", Path(name) / "whole.csv"])
         expected = (Path(name) / "whole.csv").read_bytes()
         kinds = [*KINDS, *drawn.choices(KINDS, k=max(0, count - len(KINDS)))][:count]
@@ -178,15 +179,16 @@ def faults(count: int, seed: int, proteins: int, shards: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("trial", choices=("costs", "faults"))
+    parser.add_argument("--command", choices=("decode", "quantize"), default="decode")
     parser.add_argument("--proteins", type=int)
     parser.add_argument("--shards", type=int)
     parser.add_argument("--faults", type=int, default=20)
     parser.add_argument("--seed", type=int, default=1)
     given = parser.parse_args()
     if given.trial == "costs":
-        costs(given.proteins or 100_000, given.shards or 8)
+        costs(given.command, given.proteins or 100_000, given.shards or 8)
     else:
-        faults(given.faults, given.seed, given.proteins or 400, given.shards or 4)
+        faults(given.command, given.faults, given.seed, given.proteins or 400, given.shards or 4)
 
 
 if __name__ == "__main__":

@@ -68,7 +68,7 @@ class Slurm:
     """A running Slurm; jobs are submitted from `home`, with an environment."""
 
     def __init__(self, configuration: Path, home: Path, environment: Mapping[str, str]) -> None:
-        self.home = home
+        self.home, self.configuration = home, configuration
         self._environment = {**environment, "SLURM_CONF": str(configuration)}
 
     def ask(self, *command: object) -> str:

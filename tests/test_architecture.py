@@ -48,6 +48,7 @@ WITHOUT_TORCH = {
     "outputs.identity",
     "outputs.joining",
     "outputs.journal",
+    "outputs.locks",
     "outputs.shard_records",
     "outputs.shards",
     "reporting.json_list",
@@ -273,7 +274,7 @@ def test_the_wheel_holds_what_it_should(tmp_path: Path) -> None:
     data = {f"turboesm_data/{path.relative_to(DATA)}" for path in DATA.glob("*/*.fasta")}
     data |= {"turboesm_data/README.md", "turboesm_data/SOURCES.tsv"}
     data |= {f"turboesm_cli/guides/{path.name}" for path in (CLI / "guides").glob("*.md")}
-    data |= {f"turboesm_cli/slurm/{path.name}" for path in (CLI / "slurm").glob("*.sh")}
+    data |= {f"turboesm_cli/slurm/{path.name}" for path in (CLI / "slurm").iterdir()}
     described = {name for name in names if name.split("/")[0].endswith(".dist-info")}
     assert names - described == code | data
     zipfile.ZipFile(next(tmp_path.glob("*.whl"))).extractall(tmp_path / "installed")

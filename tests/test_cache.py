@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
 from turboesm_kernels import cpu_compiled, reference
 
@@ -31,6 +32,7 @@ from turboesm_cli.errors import BundleError
 from turboesm_cli.models import forward
 from turboesm_cli.models.esm2 import EsmModel
 from turboesm_cli.models.loading import load_model
+from turboesm_cli.outputs.archive import to_bytes
 from turboesm_cli.outputs.files import file_sha256
 from turboesm_cli.sequences.fasta import Protein
 from turboesm_cli.statistics.batching import to_tokens
@@ -190,7 +192,7 @@ def on_disk(tiny: EsmModel, calibration_proteins: list[Protein], tmp_path: Path)
     write_bundle(tmp_path / "b.tqz", bundle)
     proteins = calibration_proteins[:3]
     items = [
-        CachedProtein(protein, 5 + index, cache_protein(tiny, bundle.spec, protein, 5 + index).tensors)
+        CachedProtein(protein, 5 + index, to_bytes(cache_protein(tiny, bundle.spec, protein, 5 + index).tensors))
         for index, protein in enumerate(proteins)
     ]
     write_packfile(tmp_path / "c.tqkv", bundle, file_sha256(tmp_path / "b.tqz"), items)
@@ -209,7 +211,10 @@ def test_caches_come_back_from_disk_to_the_byte(on_disk, tiny: EsmModel) -> None
         for item, back in zip(items, file, strict=True):
             assert (back.protein.sequence, back.cached) == (item.protein.sequence, item.cached)
             cache = cache_of(back, tiny, bundle.spec)
-            assert all(torch.equal(cache.leading(item.cached)[name], t) for name, t in item.tensors.items())
+            assert all(
+                torch.equal(cache.leading(item.cached)[name], t)
+                for name, t in safetensors.torch.load(item.data).items()
+            )
             assert back.nbytes == item.nbytes == sum(t.nbytes for t in back.read().values())
 
 
@@ -235,7 +240,7 @@ def test_caches_of_another_bundle_are_refused(on_disk) -> None:  # type: ignore[
 
 def test_caches_that_do_not_fit_are_refused(on_disk) -> None:  # type: ignore[no-untyped-def]
     folder, bundle, items = on_disk
-    wrong = CachedProtein(Protein("x", "", "MKTAYIAKQRQISF"), 5, items[2].tensors)  # 7 tokens called 5
+    wrong = CachedProtein(Protein("x", "", "MKTAYIAKQRQISF"), 5, items[2].data)  # 7 tokens called 5
     write_packfile(folder / "d.tqkv", bundle, file_sha256(folder / "b.tqz"), [wrong])
     with Packfile(folder / "d.tqkv", bundle, file_sha256(folder / "b.tqz")) as file:
         (stored,) = file

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import re
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 from typer.testing import CliRunner
 
 from turboesm_cli import __version__, console
 from turboesm_cli.app import app
+from turboesm_cli.sequences.rejects import HEADER
 
 
 def told(monkeypatch: pytest.MonkeyPatch, total: int, ticks: list[tuple[float, int]]) -> list[str]:
@@ -72,3 +78,38 @@ def test_a_defect_is_one_line_that_says_what_a_report_needs(monkeypatch: pytest.
         assert word in done.stderr
     debugged = CliRunner().invoke(app, ["--debug", "report", "a file.tqz"])
     assert isinstance(debugged.exception, ZeroDivisionError)
+
+
+SHARING = """
+import os, sys
+from pathlib import Path
+from turboesm_cli import console
+from turboesm_cli.sequences.rejects import Reject, check_rejects, write_rejects
+
+log, table = Path(sys.argv[1]), Path(sys.argv[2])
+for name in "abcd":
+    if not os.fork():
+        console.log_to(log)
+        for number in range(50):
+            console.log(f"{name} {number}\\n" + "\\n".join([name * 5000] * 3))
+            check_rejects(table)
+            write_rejects(table, [Reject("in.fasta", record, record, "x", "empty") for record in range(300)])
+        os._exit(0)
+sys.exit(max(os.waitstatus_to_exitcode(os.wait()[1]) for _ in "abcd"))
+"""
+
+
+def test_a_log_and_a_table_of_rejects_are_shared(tmp_path: Path) -> None:
+    """Four processes at once: no message of the log is within another, and the table is always whole."""
+    command = [sys.executable, "-c", SHARING, str(tmp_path / "log"), str(tmp_path / "rejects.tsv")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    lines = [line.partition("] ")[2] for line in (tmp_path / "log").read_text().splitlines()]
+    assert len(lines) == 4 * 50 * 4
+    for head, *rest in zip(*[iter(lines)] * 4, strict=True):
+        assert re.fullmatch(r"[abcd] \d+", head) and rest == [head[0] * 5000] * 3
+    for name in "abcd":
+        assert [line.split()[1] for line in lines if re.fullmatch(rf"{name} \d+", line)] == [*map(str, range(50))]
+    table = (tmp_path / "rejects.tsv").read_text()
+    assert table.startswith(HEADER) and table.count(HEADER) == 1 and table.count("\n") == 301
+    assert {path.name for path in tmp_path.iterdir()} == {"log", "rejects.tsv"}

@@ -17,6 +17,7 @@ from turboesm_cli.cache.inventory import facts_of
 from turboesm_cli.cache.packed import PackedCache
 from turboesm_cli.codec.bundle import read_bundle
 from turboesm_cli.models.esm2 import EsmModel
+from turboesm_cli.outputs.archive import to_bytes
 from turboesm_cli.outputs.files import file_sha256
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -96,6 +97,6 @@ def test_golden_caches_hold_what_they_did(path: Path, tiny: EsmModel) -> None:
 def test_the_same_caches_give_the_same_parts(name: str, tmp_path: Path) -> None:
     bundle = GOLDEN / f"{name}-v1.tqz"
     with Packfile(GOLDEN / f"{name}-v1.tqkv") as file:
-        items = [CachedProtein(item.protein, item.cached, item.read()) for item in file]
+        items = [CachedProtein(item.protein, item.cached, to_bytes(item.read())) for item in file]
     write_packfile(tmp_path / "c.tqkv", read_bundle(bundle), file_sha256(bundle), items)
     assert facts_of(tmp_path / "c.tqkv")["parts"] == facts_of(GOLDEN / f"{name}-v2.tqkv")["parts"]

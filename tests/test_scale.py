@@ -5,10 +5,12 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import os
 import random
 import tracemalloc
 import zipfile
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,7 @@ from turboesm_cli.commands import generating
 from turboesm_cli.engine import prefill
 from turboesm_cli.errors import BundleError
 from turboesm_cli.outputs import archive
+from turboesm_cli.outputs.archive import to_bytes
 from turboesm_cli.outputs.files import file_sha256
 from turboesm_cli.outputs.journal import Journal
 from turboesm_cli.reporting import json_list, results
@@ -113,8 +116,86 @@ def test_what_was_interrupted_goes_on_to_the_same_bytes(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["c.tqkv", "p.fasta"]
 
 
+def bytes_held(folder: Path) -> int:
+    """Of all files in a folder, and of those that this process has open without a name."""
+    opened = []
+    for handle in Path("/proc/self/fd").iterdir():
+        with suppress(OSError):
+            opened.append(os.fstat(int(handle.name)))
+    nameless = [f.st_size for f in opened if f.st_nlink == 0 and f.st_dev == folder.stat().st_dev]
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) + sum(nameless)
+
+
+def test_unfinished_work_takes_little_more_disk_than_the_output(
+    quantized: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    append, replace, held = Journal.append, Path.replace, []
+
+    def appending(journal: Journal, name: str, data: bytes) -> None:
+        append(journal, name, data)
+        held.append(bytes_held(tmp_path))
+
+    def replacing(path: Path, target: Path) -> Path:
+        held.append(bytes_held(tmp_path))
+        return replace(path, target)
+
+    monkeypatch.setattr(Journal, "append", appending)
+    monkeypatch.setattr(Path, "replace", replacing)
+    before = bytes_held(tmp_path)
+    assert quantized(50).exit_code == 0
+    assert len(held) > 50
+    fasta, output = ((tmp_path / name).stat().st_size for name in ("p.fasta", "c.tqkv"))
+    assert max(held) - before - fasta < 1.1 * output, "of short proteins, of each of which 100 bytes are noted"
+
+
+@pytest.mark.parametrize("renamed", [False, True])
+def test_a_file_of_caches_is_finished_once(
+    renamed: bool, quantized: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stopped before it is renamed, and before what is beside it is cleared away; caches are not made again."""
+    assert quantized(6).exit_code == 0
+    output, whole = tmp_path / "c.tqkv", (tmp_path / "c.tqkv").read_bytes()
+    output.unlink()
+    replace = Path.replace
+
+    def stopping(path: Path, target: Path) -> Path:
+        if renamed:
+            replace(path, target)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", stopping)
+        assert quantized(6, "--if-done", "skip").exit_code == 130
+    assert output.exists() == renamed
+    monkeypatch.delattr(prefill, "cache_protein")
+    assert quantized(6, "--if-done", "skip").exit_code == 0
+    assert output.read_bytes() == whole
+    assert "nothing to do" in quantized(6, "--if-done", "skip").stderr
+
+
+@pytest.mark.parametrize("change", ["cut", "flipped", "gone"])
+def test_caches_that_a_power_cut_took_are_made_again(
+    change: str, quantized: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert quantized(6).exit_code == 0
+    whole = (tmp_path / "c.tqkv").read_bytes()
+    (tmp_path / "c.tqkv").unlink()
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", lambda *_: 1 / 0)
+        assert quantized(6).exit_code != 0
+    body = tmp_path / "c.tqkv.partial" / "body"
+    data = bytearray(body.read_bytes())
+    data[len(data) // 4] ^= 1
+    if change == "gone":
+        body.unlink()
+    else:
+        body.write_bytes(data if change == "flipped" else data[: len(data) // 2])
+    assert "6 units are done" in quantized(6).stderr
+    assert (tmp_path / "c.tqkv").read_bytes() == whole
+
+
 def made_up(count: int) -> Iterator[CachedProtein]:
-    held = {"x": torch.zeros(4, dtype=torch.uint8)}
+    held = to_bytes({"x": torch.zeros(4, dtype=torch.uint8)})
     return (CachedProtein(Protein(f"p{i}", "", "MKTAYIAKQR"), 11, held) for i in range(count))
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -32,6 +34,8 @@ ENVIRONMENT = {name: value for name, value in os.environ.items() if not name.sta
     "OMP_WAIT_POLICY": "passive",
 }
 ENDS = 60.0
+WORKFLOWS = Path(os.environ.get("TURBOESM_WORKFLOWS", sys.prefix))
+"""A virtual environment with snakemake, its Slurm executor and submitit, which no extra of turboesm has."""
 
 
 @pytest.fixture(scope="module")
@@ -134,3 +138,59 @@ def test_a_job_requeues_itself_and_is_preempted(
     slurm.wait(job)
     assert (slurm.home / f"turboesm-{job}.out").read_text().count("going on with the unfinished work") == 2
     assert (slurm.home / "long.csv").read_bytes() == single.read_bytes()
+
+
+def through(slurm: Slurm, folder: Path, command: list[object], **environment: str) -> None:
+    """Run a program of WORKFLOWS in `folder`, whose jobs find this Slurm although they are given no SLURM_CONF."""
+    configured = slurm.home / "bin" / "srun"
+    configured.parent.mkdir(exist_ok=True)
+    configured.write_text(f'#!/bin/sh\nSLURM_CONF={slurm.configuration} exec /usr/bin/srun "$@"\n')
+    configured.chmod(0o755)
+    path = f"{configured.parent}:{WORKFLOWS / 'bin'}:{ENVIRONMENT['PATH']}"
+    done = subprocess.run(
+        [WORKFLOWS / "bin" / str(command[0]), *map(str, command[1:])], cwd=folder, capture_output=True, text=True,
+        env=ENVIRONMENT | {"PATH": path, "SLURM_CONF": str(slurm.configuration)} | environment,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-4000:]
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.skipif(
+    not (WORKFLOWS / "bin" / "snakemake").exists(), reason=f"no snakemake in {WORKFLOWS}: set TURBOESM_WORKFLOWS"
+)
+def test_the_snakefile_on_its_slurm_executor(
+    slurm: Slurm, commands: dict[str, list[str]], tiny_path: Path
+) -> None:
+    folder = slurm.home / "snakemake"
+    folder.mkdir()
+    options = (
+        "--executor slurm --slurm-no-account --slurm-status-command squeue --jobs 2 "
+        "--set-threads calibrate=1 decode=1 --slurm-init-seconds-before-status-checks 1"
+    )
+    config = [f"model={tiny_path}", f"calibration={CALIBRATION}", f"proteins={PEPTIDES}", "shards=2"]
+    few = "options=--max-proteins 5"
+    through(
+        slurm,
+        folder,
+        ["snakemake", "--snakefile", SCRIPTS / "Snakefile", *options.split(), "--config", *config, few],
+    )
+    alone = ["decode", str(folder / "bundle.tqz"), PEPTIDES, "--max-proteins", "5", "--model", str(tiny_path)]
+    assert (folder / "decode.csv").read_bytes() == whole(slurm, alone, "alone.csv").read_bytes()
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.skipif(
+    not list(WORKFLOWS.glob("lib/python*/site-packages/submitit")),
+    reason=f"no submitit in {WORKFLOWS}: set TURBOESM_WORKFLOWS",
+)
+def test_the_example_of_submitit(slurm: Slurm, commands: dict[str, list[str]], tiny_path: Path) -> None:
+    guide = (ROOT / "turboesm_cli" / "guides" / "hpc.md").read_text(encoding="utf-8")
+    (example,) = re.findall(r"```python\n(import submitit.*?)```", guide, re.DOTALL)
+    folder = slurm.home / "submitit"
+    folder.mkdir()
+    (folder / "650M.tqz").write_bytes((slurm.home / "tiny.tqz").read_bytes())
+    (folder / "proteins.fasta").write_text(">a\nMKTAYIAKQRQISF\n>b\nGIGKFLHSAKKF\n>c\nFLPLIGRVLSGIL\n")
+    (folder / "example.py").write_text(example.replace("shards = 16", "shards = 2").replace("=8, mem", "=1, mem"))
+    through(slurm, folder, ["python", "example.py"], TURBOESM_MODEL=str(tiny_path))
+    alone = ["decode", "tiny.tqz", str(folder / "proteins.fasta"), "--model", str(tiny_path)]
+    assert (folder / "decode.csv").read_bytes() == whole(slurm, alone, "alone2.csv").read_bytes()

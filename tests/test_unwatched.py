@@ -387,5 +387,5 @@ def test_two_on_one_output_without_locks_lose_nothing_and_tell_the_truth(
     for code, text in zip(codes, said, strict=True):
         assert "Traceback" not in text
         if code:
-            assert "taken over by" in text or "exists; pass --force" in text or "another process" in text
+            assert "is being worked on by" in text or "exists; pass --force" in text
     assert (tmp_path / "out.csv").read_text() == (tmp_path / "alone.csv").read_text()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
+import json
 import os
 import resource
 import shutil
@@ -289,60 +291,148 @@ def test_two_at_once_are_refused_by_name(tmp_path: Path) -> None:
 
 
 HOLD = """
-import sys, time
+import fcntl, sys, time
 from pathlib import Path
-from turboesm_cli.outputs.work import saved_work
-with saved_work(Path(sys.argv[1]), {"command": "test", "seed": "1"}) as work:
+from turboesm_cli.outputs.locks import locked
+
+def no_locks(handle, how):
+    raise OSError(int(sys.argv[2]), "no locks")
+
+if sys.argv[2] != "0":
+    fcntl.flock = no_locks
+with locked(Path(sys.argv[1]) / "lock", Path(sys.argv[1]).with_suffix("")):
     print("held", flush=True)
     time.sleep(60)
 """
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
 
-@pytest.mark.slow
-def test_a_lock_ends_with_its_process(tmp_path: Path) -> None:
-    path = tmp_path / "out"
-    process = subprocess.Popen([sys.executable, "-c", HOLD, str(path)], stdout=subprocess.PIPE, text=True)
-    assert process.stdout is not None and process.stdout.readline() == "held\n"
-    with pytest.raises(OutputError, match=f"process {process.pid} "), saved_work(path, RUN):
-        pass
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    with saved_work(path, RUN):
-        pass
-
-
-def test_where_there_are_no_locks_work_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def without_locks(monkeypatch: pytest.MonkeyPatch, number: int = errno.ENOLCK) -> None:
     def no_locks(_handle: int, _how: int) -> None:
-        raise OSError(37, "No locks available")
+        raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr(fcntl, "flock", no_locks)
-    with saved_work(tmp_path / "out", RUN) as work:
-        work.unit("0", lambda: number(1))
-    lock = work_folder(tmp_path / "out") / "lock"
-    lock.parent.mkdir()
-    lock.write_text("process 1 on another host, since yesterday")
-    with saved_work(tmp_path / "out", RUN):
-        pass
 
 
 @pytest.mark.slow
-def test_where_there_are_no_locks_a_live_process_of_this_host_holds_its_output(
+@pytest.mark.parametrize("number", [0, errno.ENOLCK])
+def test_a_lock_ends_with_its_process(number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the file system has locks, and where it has none."""
+    path = tmp_path / "out"
+    command = [sys.executable, "-c", HOLD, str(work_folder(path)), str(number)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None and process.stdout.readline() == "held\n"
+    if number:
+        without_locks(monkeypatch, number)
+    with pytest.raises(OutputError, match=f"worked on by process {process.pid} on"), saved_work(path, RUN):
+        pass
+    process.send_signal(signal.SIGKILL)
+    if number:
+        os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)  # a zombie holds nothing
+    else:
+        process.wait()
+    with saved_work(path, RUN):
+        path.touch()
+    process.wait()
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("number", NO_LOCKS, ids=errno.errorcode.get)
+def test_where_there_are_no_locks_one_process_works_on_an_output(
+    number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    without_locks(monkeypatch, number)
+    path = tmp_path / "out"
+    with saved_work(path, RUN) as work:
+        work.unit("0", lambda: {"x": torch.tensor(1)})
+        with pytest.raises(OutputError, match=rf"process {os.getpid()} .*remove .*lock\.1"), saved_work(path, RUN):
+            pass
+        path.touch()
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_lock_that_fails_otherwise_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    without_locks(monkeypatch, errno.EIO)
+    with pytest.raises(OutputError, match=r"cannot lock .*Input/output error"), saved_work(tmp_path / "out", RUN):
+        pass
+
+
+def test_without_locks_a_process_elsewhere_counts_as_alive_until_its_job_is_started_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    without_locks(monkeypatch)
     path = tmp_path / "out"
-    process = subprocess.Popen([sys.executable, "-c", HOLD, str(path)], stdout=subprocess.PIPE, text=True)
-    assert process.stdout is not None and process.stdout.readline() == "held\n"
+    monkeypatch.setenv("SLURM_JOB_ID", "17")
+    stop_after(path, 2)
+    held = work_folder(path) / "lock.2"  # the first one is released
+    elsewhere = {"place": "another kernel", "process": "1", "started": "1", "job": "17", "restarts": "1"}
+    held.write_text(json.dumps(elsewhere | {"who": "process 1 on node9"}))
+    for job, restarts in (("17", "1"), ("17", "0"), ("18", "2"), ("", "2")):
+        monkeypatch.setenv("SLURM_JOB_ID", job)
+        monkeypatch.setenv("SLURM_RESTART_COUNT", restarts)
+        with (
+            pytest.raises(OutputError, match=r"by process 1 on node9; .* remove .*lock\.2"),
+            saved_work(path, RUN),
+        ):
+            pass
+    monkeypatch.setenv("SLURM_JOB_ID", "17")
+    with saved_work(path, RUN) as work:
+        assert work.units == 2
+        path.touch()
+    assert list(tmp_path.iterdir()) == [path]
+    for strange in ("", "[]", "{}", "process 1"):
+        held.parent.mkdir(exist_ok=True)
+        held.write_text(strange)
+        with pytest.raises(OutputError, match="being worked on by"), saved_work(path, RUN, FORCE):
+            pass
 
-    def no_locks(_handle: int, _how: int) -> None:
-        raise OSError(37, "No locks available")
 
-    monkeypatch.setattr(fcntl, "flock", no_locks)
-    with pytest.raises(OutputError, match=f"process {process.pid} "), saved_work(path, RUN):
-        pass
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    with saved_work(path, RUN):
-        pass
+CONTEND = """
+import errno, fcntl, os, random, sys, time
+from contextlib import suppress
+from pathlib import Path
+from turboesm_cli.errors import OutputError
+from turboesm_cli.outputs.locks import locked, remove_folder
+
+def no_locks(handle, how):
+    raise OSError(errno.ENOLCK, "no locks")
+
+def work(child):
+    with locked(lock, folder / "out"):
+        os.close(os.open(folder / "inside", os.O_CREAT | os.O_EXCL))
+        time.sleep(0.0005)
+        (folder / "inside").unlink()
+        with (folder / "times").open("a") as stream:
+            print(child, file=stream)
+        if (chance := random.random()) < 0.3:
+            os._exit(0)
+        if chance > 0.8:
+            remove_folder(lock.parent, lock)
+
+fcntl.flock = no_locks
+folder, end = Path(sys.argv[1]), time.monotonic() + 1.5
+lock = folder / "work" / "lock"
+for child in range(4):
+    if not os.fork():
+        while time.monotonic() < end:
+            if not os.fork():
+                random.seed()
+                for _ in range(8):
+                    with suppress(OutputError):
+                        work(child)
+                os._exit(0)
+            if os.waitstatus_to_exitcode(os.wait()[1]):
+                os._exit(1)
+        os._exit(0)
+sys.exit(max(os.waitstatus_to_exitcode(os.wait()[1]) for child in range(4)))
+"""
+
+
+def test_without_locks_those_who_contend_come_one_at_a_time(tmp_path: Path) -> None:
+    """Although some die over their lock, some release it, and some remove the folder that it is in."""
+    done = subprocess.run([sys.executable, "-c", CONTEND, str(tmp_path)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert len({*(tmp_path / "times").read_text().split()}) > 1
 
 
 @pytest.mark.parametrize("finished", [False, True])

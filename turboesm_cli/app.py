@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import gc
 import os
 import re
 import shlex
@@ -171,6 +172,7 @@ def main() -> None:
     except ResultsLost as error:
         console.fail(str(error))
         code = error.exit_code
+    gc.freeze()  # or the interpreter looks for garbage in all of torch at its end: a quarter of a short command
     sys.exit(code)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import fcntl
 import json
 import re
 import sys
@@ -11,7 +12,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import Any, Protocol, TextIO
+from typing import Any, BinaryIO, Protocol
 
 from rich.console import Console
 from rich.progress import (
@@ -57,21 +58,42 @@ def _unheard(done: int = 1, again: bool = False) -> None:
 
 files: list[Path] = []
 """Files that hold the results of this command, whole."""
-_logs: list[TextIO] = []
+_logs: list[BinaryIO] = []
+_LOCK_TRIES, _LOCK_PAUSE = 40, 0.005
 
 
 def log_to(path: Path) -> None:
     """Append all that is said on stderr from now on to a file, each line with its time. Raises OSError."""
-    _logs.append(path.open("a", encoding="utf-8", errors="backslashreplace"))
+    _logs.append(path.open("ab", buffering=0))
 
 
 def log(message: str) -> None:
     """Write a line to the log file alone, if there is one. A disk that is full stops the log, not the work."""
     now, where = datetime.datetime.now().astimezone().isoformat(" ", "seconds"), whereabouts.described()
+    lines = "".join(f"{now} [{where}] {line}\n" for line in message.splitlines())
     with contextlib.suppress(OSError, ValueError):
         for stream in _logs:
-            stream.write("".join(f"{now} [{where}] {line}\n" for line in message.splitlines()))
-            stream.flush()
+            _append(stream, lines.encode(errors="backslashreplace"))
+
+
+def _append(stream: BinaryIO, lines: bytes) -> None:
+    """Add lines in one write, under a lock where one is had soon: other hosts append to the file, too."""
+    locked = False
+    for _ in range(_LOCK_TRIES):
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:  # who has it is writing; were it stopped there, waiting would have no end
+            time.sleep(_LOCK_PAUSE)
+            continue
+        except OSError:
+            break
+        locked = True
+        break
+    try:
+        stream.write(lines)
+    finally:
+        if locked:
+            fcntl.flock(stream, fcntl.LOCK_UN)
 
 
 def counted(number: int, what: str) -> str:

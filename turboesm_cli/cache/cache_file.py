@@ -34,12 +34,14 @@ from turboesm_cli.outputs.archive import (
     MANIFEST,
     PART_LIMIT,
     Archive,
+    Writer,
     new_archive,
     parsed,
     printable,
-    to_bytes,
 )
+from turboesm_cli.outputs.pieces import Piece
 from turboesm_cli.outputs.shard_records import Seal
+from turboesm_cli.outputs.work import NOTHING_KEPT, Work
 from turboesm_cli.sequences.fasta import Protein
 from turboesm_cli.sequences.records import RECORD_CAP
 from turboesm_cli.sequences.residues import MASK_TEXT, count
@@ -59,16 +61,16 @@ Tensors = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class CachedProtein:
-    """A protein, and the tensors of a `PackedCache` that holds its first `cached` tokens, `<cls>` counted."""
+    """A protein, and a `PackedCache` that holds its first `cached` tokens, `<cls>` counted, as safetensors."""
 
     protein: Protein
     cached: int
-    tensors: Tensors
+    data: bytes
 
     @property
     def nbytes(self) -> int:
-        """Bytes that the cache holds."""
-        return sum(tensor.nbytes for tensor in self.tensors.values())
+        """Bytes that the cache holds: all but the header and its length."""
+        return len(self.data) - 8 - int.from_bytes(self.data[:8], "little")
 
 
 @dataclass(frozen=True)
@@ -133,22 +135,32 @@ def write_packfile(
     bundle: Bundle,
     bundle_sha256: str,
     caches: Iterable[CachedProtein],
-    devices: str = "",
+    work: Work = NOTHING_KEPT,
     seal: Seal | None = None,
 ) -> None:
     """Write caches as they come, one in memory at a time. Raises OutputError; InputError where there is none.
 
-    devices  those that the caches were made on, where they are more than one: the manifest names them
-    seal     of a shard, which may hold no proteins
+    work  where each is noted, by its number, once it is in the file that grows to be the output; where the caches
+          were made on more than one device, the manifest names them
+    seal  of a shard, which may hold no proteins
     """
-    with new_archive(path, KIND, VERSION, seal) as archive, tempfile.TemporaryFile(dir=archive.folder) as lines:
+
+    def finished(body: Path) -> None:
+        if seal is not None:
+            seal(body)
+        work.save_finished(body)
+
+    with (
+        new_archive(path, KIND, VERSION, finished, work.body) as archive,
+        tempfile.TemporaryFile(dir=archive.folder) as lines,
+    ):
         archive.manifest = {
             "bundle_sha256": bundle_sha256,
             "model": {"name": bundle.model_name, "fingerprint": bundle.fingerprint}
             | ({"family": bundle.family} if bundle.family != FIRST else {}),
             "proteins": 0,
-        } | ({"devices": devices} if devices else {})
-        archive.add(CACHES, _stored(caches, lines, archive.manifest, bundle.alphabet))
+        } | ({"devices": work.devices} if work.devices else {})
+        archive.add(CACHES, _stored(caches, lines, archive, bundle.alphabet, work))
         if not archive.manifest["proteins"] and seal is None:
             raise InputError(f"no proteins to write to {path}; check the input")
         lines.seek(0)
@@ -156,23 +168,26 @@ def write_packfile(
 
 
 def _stored(
-    caches: Iterable[CachedProtein], lines: IO[bytes], manifest: dict[str, Any], alphabet: Alphabet
+    caches: Iterable[CachedProtein], lines: IO[bytes], archive: Writer, alphabet: Alphabet, work: Work
 ) -> Iterator[bytes]:
-    """The caches as bytes, and counted; what describes them goes to `lines`, which wait on disk."""
-    for item in caches:
+    """The caches as bytes, counted and noted; what describes them goes to `lines`, which wait on disk."""
+    for number, item in enumerate(caches):
         check_storable(item.protein.accession, item.protein.sequence)
-        data = to_bytes(item.tensors)
+        sha256 = hashlib.sha256(item.data)
         described = {
             "accession": item.protein.accession,
             "sequence": item.protein.sequence,
             "cached": item.cached,
             "bytes": item.nbytes,
-            "stored": len(data),
-            "sha256": hashlib.sha256(data).hexdigest(),
+            "stored": len(item.data),
+            "sha256": sha256.hexdigest(),
         } | ({"tags": tags} if (tags := alphabet.tags(item.protein)) else {})
         lines.write(json.dumps(described, separators=(",", ":")).encode() + b"\n")
-        manifest["proteins"] += 1
-        yield data
+        archive.manifest["proteins"] += 1
+        at = archive.place()
+        yield item.data
+        archive.place()
+        work.save_piece(str(number), Piece(at, len(item.data), sha256.digest()))
 
 
 class Packfile:

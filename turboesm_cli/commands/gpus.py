@@ -24,7 +24,7 @@ import typer
 
 from turboesm_cli import console
 from turboesm_cli.errors import DeviceError, TurboESMError
-from turboesm_cli.outputs.files import locked
+from turboesm_cli.outputs.locks import locked, remove_folder
 
 ALL = "all"
 TRIES = 4
@@ -76,7 +76,8 @@ def spread(ctx: Any) -> None:
     output = _checked(given)
     devices = _devices(given["gpus"], given["device"])
     folder = output.with_name(f"{output.name}.gpus")
-    with locked(folder / "lock", folder):
+    lock = folder / "lock"
+    with locked(lock, folder):
         if given["force"]:
             _clear(folder)
         parts = [folder / f"part-{index}-of-{len(devices)}" for index in range(len(devices))]
@@ -88,10 +89,10 @@ def spread(ctx: Any) -> None:
             run(workers)
         except BaseException:
             if not list(folder.glob("part-*")):
-                shutil.rmtree(folder, ignore_errors=True)
+                remove_folder(folder, lock)
             raise
         merge(output, parts, any_device=True, force=given["force"], if_done=given["if_done"])
-        shutil.rmtree(folder, ignore_errors=True)
+        remove_folder(folder, lock)
 
 
 def _checked(given: Mapping[str, Any]) -> Path:

@@ -85,13 +85,14 @@ def quantize(
                 tick(again=work.resumed(str(index)))
 
     with kept.work(of_shard(run, shard)) as work:
-        seal = seal_of(path, run, shard, "tqkv", todo.place, work.devices)
-        write_packfile(path, codec, source, caches(work), work.devices, seal)
+        if not work.is_finished(path):
+            seal = seal_of(path, run, shard, "tqkv", todo.place, work.devices)
+            write_packfile(path, codec, source, caches(work), work, seal)
     if json:
         _print_json(path, codec.spec)
     elif tally.count:
         _show(tally, codec.spec.recipe.name, codec_nbytes(codec.spec))
-    count = console.counted(tally.count, "protein")
+    count = console.counted(todo.count, "protein")
     console.say(f"caches of {count} in {path} ({path.stat().st_size:,} bytes, headers included)")
     say_shard(shard)
 

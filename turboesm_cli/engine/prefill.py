@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from functools import partial
 
 import torch
 
@@ -13,7 +12,8 @@ from turboesm_cli.codec.fit import CodecSpec
 from turboesm_cli.engine.jobs import Prompt
 from turboesm_cli.models import forward
 from turboesm_cli.models.protocol import Model
-from turboesm_cli.outputs.work import Tensors, Work
+from turboesm_cli.outputs.archive import to_bytes
+from turboesm_cli.outputs.work import Work
 from turboesm_cli.sequences.fasta import Protein
 from turboesm_cli.statistics.batching import to_tokens
 
@@ -31,9 +31,7 @@ def cache_proteins(
 ) -> Iterator[CachedProtein]:
     """Each protein's prompt in a cache of its own, from `work` where it is saved there."""
     for index, prompt in enumerate(prompts):
-        tensors = work.unit(str(index), partial(_packed, model, spec, prompt.protein, prompt.cached))
-        yield CachedProtein(prompt.protein, prompt.cached, tensors)
-
-
-def _packed(model: Model, spec: CodecSpec, protein: Protein, cached: int) -> Tensors:
-    return cache_protein(model, spec, protein, cached).tensors
+        data = work.piece(str(index))
+        if data is None:
+            data = to_bytes(cache_protein(model, spec, prompt.protein, prompt.cached).tensors)
+        yield CachedProtein(prompt.protein, prompt.cached, data)

@@ -18,7 +18,7 @@ import zipfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import safetensors
 import safetensors.torch
@@ -43,8 +43,8 @@ class Writer:
     folder  on the disk that the archive is written to; a place for what has to wait
     """
 
-    def __init__(self, archive: zipfile.ZipFile, folder: Path) -> None:
-        self._zip, self.folder = archive, folder
+    def __init__(self, archive: zipfile.ZipFile, stream: IO[bytes], folder: Path) -> None:
+        self._zip, self._stream, self.folder = archive, stream, folder
         self.manifest: dict[str, Any] = {}
         self._parts: dict[str, dict[str, Any]] = {}
 
@@ -58,6 +58,11 @@ class Writer:
                 size += len(piece)
         self._parts[name] = {"bytes": size, "sha256": digest.hexdigest()}
 
+    def place(self) -> int:
+        """Where in the file the next piece goes; those before it are in the kernel's hands."""
+        self._stream.flush()
+        return self._stream.tell()
+
     def finish(self, head: dict[str, Any]) -> None:
         """Write the manifest. Raises OutputError where readers would refuse it."""
         text = json.dumps(head | self.manifest | {"parts": self._parts}, indent=1)
@@ -67,15 +72,20 @@ class Writer:
 
 
 @contextmanager
-def new_archive(path: Path, kind: str, version: int, seal: Seal | None = None) -> Iterator[Writer]:
+def new_archive(
+    path: Path, kind: str, version: int, seal: Seal | None = None, body: Path | None = None
+) -> Iterator[Writer]:
     """An archive to write parts to; the file appears whole or not at all. Raises OutputError.
 
-    `seal`: of a shard.
+    seal  of a shard
+    body  the file that grows to be the archive, and is written over from its start; see `atomic_output`
     """
-    with atomic_output(path, seal) as partial, zipfile.ZipFile(partial, "w", zipfile.ZIP_STORED) as archive:
-        writer = Writer(archive, partial.parent)
-        yield writer
-        writer.finish({"format": kind, "format_version": version, "tool_version": __version__})
+    with atomic_output(path, seal, body) as partial, partial.open("r+b") as stream:
+        with zipfile.ZipFile(stream, "w", zipfile.ZIP_STORED) as archive:
+            writer = Writer(archive, stream, partial.parent)
+            yield writer
+            writer.finish({"format": kind, "format_version": version, "tool_version": __version__})
+        stream.truncate()  # it may have been longer when it was begun
 
 
 def to_bytes(tensors: dict[str, Tensor]) -> bytes:

@@ -1,10 +1,8 @@
-"""Outputs that appear whole or not at all, and locks that end with their process."""
+"""Outputs that appear whole or not at all."""
 
 from __future__ import annotations
 
-import datetime
 import errno
-import fcntl
 import hashlib
 import os
 import tempfile
@@ -12,23 +10,24 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from turboesm_cli import whereabouts
 from turboesm_cli.errors import OutputError
+from turboesm_cli.outputs.locks import check_held
 
 OVERWRITES = "overwrites"
 """A file in a work folder that says so: see `overwrites`."""
-_held: dict[Path, tuple[Path, str]] = {}
-"""Outputs that this process works on: the lock of each, and what the process wrote into it."""
 
 
 @contextmanager
-def atomic_output(path: Path, seal: Callable[[Path], None] | None = None) -> Iterator[Path]:
+def atomic_output(
+    path: Path, seal: Callable[[Path], None] | None = None, body: Path | None = None
+) -> Iterator[Path]:
     """Yield a path beside `path`, or in its work folder; on success it is synced and renamed to `path`.
 
-    `seal` is given what was written before it is renamed.
+    seal  is given what was written before it is renamed
+    body  the file in the work folder to yield and to rename; it is made where there is none
 
-    On any exception the partial file is removed and `path` is left as it was. Raises OutputError where
-    the folder cannot be written to or the disk is full.
+    On any exception the partial file is removed, unless it is `body`, and `path` is left as it was. Raises
+    OutputError where the folder cannot be written to or the disk is full.
     """
     path = Path(path).resolve()  # a link's target is replaced, not the link
     if path.exists() and not path.is_file():
@@ -37,22 +36,28 @@ def atomic_output(path: Path, seal: Callable[[Path], None] | None = None) -> Ite
         path.parent.mkdir(parents=True, exist_ok=True)
         work = work_folder(path)
         folder = work if work.is_dir() else path.parent  # what kill -9 leaves there goes with the folder
-        handle, name = tempfile.mkstemp(prefix=".turboesm-", suffix=".part", dir=folder)
+        partial = _new_partial(folder) if body is None else body
+        partial.touch()
     except OSError as error:
         raise OutputError(f"cannot write {path}: {error.strerror}; choose another output path") from error
-    os.close(handle)
-    partial = Path(name)
     try:
         yield partial
-        _check_held(path)
+        check_held(path)
         if seal is not None:
             seal(partial)
         _publish(partial, path)
     except OSError as error:
-        _check_held(path)  # whoever took it over has cleared this process's files away
+        check_held(path)  # whoever took it over has cleared this process's files away
         raise OutputError(f"cannot write {path}: {error.strerror or error}") from error
     finally:
-        partial.unlink(missing_ok=True)
+        if body is None:
+            partial.unlink(missing_ok=True)
+
+
+def _new_partial(folder: Path) -> Path:
+    handle, name = tempfile.mkstemp(prefix=".turboesm-", suffix=".part", dir=folder)
+    os.close(handle)
+    return Path(name)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -101,106 +106,6 @@ def work_folder(path: Path) -> Path:
 def overwrites(path: Path) -> bool:
     """Whether unfinished work on output `path` was begun with leave to overwrite it."""
     return (work_folder(path) / OVERWRITES).exists()
-
-
-@contextmanager
-def locked(lock: Path, path: Path) -> Iterator[None]:
-    """Hold the file `lock`, its folder made if need be, while output `path` is worked on.
-
-    The kernel lets go of it when the process ends, however it ends. Raises OutputError where another process
-    holds it, naming that process. Where the file system knows no locks, a process of this host that is alive
-    counts as holding it; one of another host may take it over, which this one is told of when it publishes.
-    """
-    path, who = Path(path).resolve(), _who()
-    for _ in range(100):
-        try:
-            lock.parent.mkdir(parents=True, exist_ok=True)
-            handle = os.open(lock, os.O_RDWR | os.O_CREAT, 0o666)
-        except FileNotFoundError:  # who held it has just removed the folder
-            continue
-        except OSError as error:
-            raise OutputError(f"cannot write {path}: {error.strerror}; choose another output path") from error
-        try:
-            _lock(handle, path)
-            if _is_at(handle, lock):
-                os.truncate(handle, 0)
-                os.pwrite(handle, who.encode(), 0)
-                _held[path] = lock, who
-                try:
-                    yield
-                finally:
-                    del _held[path]
-                return
-        finally:
-            os.close(handle)
-    raise OutputError(f"cannot write {path}: {lock} cannot be held; choose another output path")
-
-
-def _lock(handle: int, path: Path) -> None:
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        raise _busy(path, _read(handle)) from error
-    except OSError as error:  # the file system knows no locks
-        who = _read(handle)
-        process, _, rest = who.removeprefix("process ").partition(" on ")
-        if process.isdecimal() and rest.startswith(f"{whereabouts.host()}, ") and _is_alive(int(process)):
-            raise _busy(path, who) from error
-
-
-def _read(handle: int) -> str:
-    who = os.pread(handle, 200, 0).decode(errors="replace")
-    return "".join(letter for letter in who if letter.isprintable()) or "another process"
-
-
-def _busy(path: Path, who: str) -> OutputError:
-    return OutputError(f"{path} is being worked on by {who}; wait for it, or choose another output path")
-
-
-def _is_alive(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except OSError as error:
-        return error.errno != errno.ESRCH
-    return process != os.getpid()
-
-
-def is_held(path: Path) -> bool:
-    """Whether this process works on output `path`, and no other one has taken it over."""
-    path = Path(path).resolve()
-    return path in _held and _who_holds(_held[path][0]) == _held[path][1]
-
-
-def _who_holds(lock: Path) -> str:
-    try:
-        return lock.read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return ""
-
-
-def _check_held(path: Path) -> None:
-    """Raise OutputError where `path` is worked on by this process, and another one has taken it over."""
-    if path in _held and not is_held(path):
-        found = _who_holds(_held[path][0])
-        other = "".join(letter for letter in found[:200] if letter.isprintable()) or "another process, now done,"
-        raise OutputError(
-            f"{path} was taken over by {other} while this process worked on it, and this one wrote nothing there: "
-            "its file system has no locks; let one process at a time work on an output"
-        )
-
-
-def _is_at(handle: int, lock: Path) -> bool:
-    """Whether the open file is still the one at the path: its folder goes when the work is finished."""
-    try:
-        return os.path.samestat(os.fstat(handle), lock.stat())
-    except FileNotFoundError:
-        return False
-
-
-def _who() -> str:
-    now = datetime.datetime.now().astimezone().isoformat(" ", "seconds")
-    job = whereabouts.slurm_job()
-    return f"process {os.getpid()} on {whereabouts.host()}, since {now}" + (f", Slurm job {job}" if job else "")
 
 
 def _publish(partial: Path, path: Path) -> None:

@@ -1,9 +1,11 @@
 """Work saved while it is done, in a folder beside the output, so that a command that was stopped goes on.
 
-    OUT.partial/lock        held by the one process that works on OUT; the kernel frees it when the process ends
+    OUT.partial/lock        held by the one process that works on OUT; see `locks`
     OUT.partial/journal     the units of work that are done (see `journal`); the first record says of which run
     OUT.partial/NAME.total  a running total, replaced as a whole
     OUT.partial/overwrites  says that the work was begun with leave to overwrite OUT
+    OUT.partial/body        of a file of caches: it grows to be the output, and is renamed; the journal notes the
+                            pieces that are whole
     OUT.partial/*.part      what is being written; worthless once its process is gone
 
 A unit is computed once, under a name, from nothing but what the first record lists; so a run that goes on ends
@@ -33,13 +35,13 @@ from turboesm_cli.outputs.files import (
     atomic_output,
     check_output,
     file_sha256,
-    is_held,
-    locked,
     overwrites,
     work_folder,
     write_text,
 )
 from turboesm_cli.outputs.journal import Journal
+from turboesm_cli.outputs.locks import is_held, is_lock, locked, remove_folder
+from turboesm_cli.outputs.pieces import Piece, stamp
 from turboesm_cli.outputs.shard_records import RUN_SHARD, is_record, record_of
 
 Tensors = dict[str, Tensor]
@@ -54,6 +56,9 @@ DEVICE = "device"
 """The one part of a run that its work may go on without."""
 THEN = ", then "
 _PARTS = ".turboesm-*.part"
+_BODY = "body"
+_LOCK = "lock"
+_FINISHED = "finished"
 
 
 _HOPELESS = (InputError, ModelError, BundleError)
@@ -79,6 +84,25 @@ class Work:
     def devices(self) -> str:
         """The devices that the work was done on, where they are more than one, else ""."""
         return ""
+
+    @property
+    def body(self) -> Path | None:
+        """The file that grows to be the output, if one does."""
+        return None
+
+    def piece(self, name: str) -> bytes | None:
+        """The piece of the body that is saved as `name`, or None where there is none, or it changed."""
+        return None
+
+    def save_piece(self, name: str, piece: Piece) -> None:
+        """Note that a piece is in the body, its bytes in the kernel's hands."""
+
+    def save_finished(self, body: Path) -> None:
+        """Note that the body is all of the output, and is about to be renamed."""
+
+    def is_finished(self, path: Path) -> bool:
+        """Whether `path` is the body that an earlier run renamed, and died before it cleared up."""
+        return False
 
     def total(self, name: str) -> Tensors:
         """The running total saved as `name`; empty where there is none."""
@@ -106,7 +130,7 @@ class SavedWork(Work):
     @property
     def units(self) -> int:
         """How many units are saved."""
-        return len(self._journal) - (RUN in self._journal)
+        return len(self._journal) - (RUN in self._journal) - (_FINISHED in self._journal)
 
     def unit(self, name: str, compute: Callable[[], Tensors]) -> Tensors:
         if name in self._journal:
@@ -128,6 +152,33 @@ class SavedWork(Work):
     def devices(self) -> str:
         found = self._run().get(DEVICE, "")
         return found if THEN in found else ""
+
+    @property
+    def body(self) -> Path:
+        return self._folder / _BODY
+
+    def piece(self, name: str) -> bytes | None:
+        if name not in self._journal or not self.body.exists():
+            return None
+        with _disk(self._folder):
+            try:
+                return Piece.parsed(self._journal.read(name)).read(self.body)
+            except ValueError as error:
+                raise _damaged(error) from error
+
+    def save_piece(self, name: str, piece: Piece) -> None:
+        with _disk(self._folder):
+            if name not in self._journal or self._journal.read(name) != piece.described:
+                self._journal.append(name, piece.described)
+
+    def save_finished(self, body: Path) -> None:
+        with _disk(self._folder):
+            self._journal.append(_FINISHED, stamp(body))
+
+    def is_finished(self, path: Path) -> bool:
+        if _FINISHED not in self._journal or self.body.exists() or not path.exists():
+            return False
+        return self._journal.read(_FINISHED) == stamp(path)
 
     def total(self, name: str) -> Tensors:
         path = self._folder / f"{name}.total"
@@ -157,7 +208,7 @@ class SavedWork(Work):
     def begin(self, run: Run, overwrites: bool = False) -> None:
         """Forget everything, and start on `run`."""
         self._journal.clear()
-        for path in (*self._folder.glob("*.total"), self._folder / OVERWRITES):
+        for path in (*self._folder.glob("*.total"), self.body, self._folder / OVERWRITES):
             path.unlink(missing_ok=True)
         if overwrites:
             (self._folder / OVERWRITES).touch()
@@ -285,7 +336,7 @@ def saved_work(path: Path, run: Run, policy: Policy = NO_LEAVE) -> Iterator[Save
     another run's work is there and `policy` does not say what to do.
     """
     folder = work_folder(path)
-    with locked(folder / "lock", path):
+    with locked(folder / _LOCK, path):
         with _disk(folder):
             work = _opened(folder, path, run, policy)
         kept = False
@@ -312,17 +363,15 @@ def saved_work(path: Path, run: Run, policy: Policy = NO_LEAVE) -> Iterator[Save
 
 def _clear(folder: Path) -> None:
     """Remove what is ours, and the folder unless something else is in it."""
-    ours = (
-        folder / "journal",
-        folder / OVERWRITES,
-        *folder.glob("*.total"),
-        *folder.glob(_PARTS),
-        folder / "lock",
-    )
+    lock = folder / _LOCK
+    ours = (folder / "journal", folder / _BODY, folder / OVERWRITES, *folder.glob("*.total"), *folder.glob(_PARTS))
     with contextlib.suppress(OSError):
         for path in ours:
             path.unlink(missing_ok=True)
-        folder.rmdir()
+        if all(is_lock(path, lock) for path in folder.iterdir()):
+            remove_folder(folder, lock)
+        else:
+            lock.unlink(missing_ok=True)
 
 
 def _opened(folder: Path, path: Path, run: Run, policy: Policy) -> SavedWork:
@@ -376,7 +425,11 @@ def _load(data: bytes) -> Tensors:
     try:
         return dict(safetensors.torch.load(data))
     except safetensors.SafetensorError as error:
-        raise OutputError(f"saved work is damaged ({error}); start anew with --force") from error
+        raise _damaged(error) from error
+
+
+def _damaged(error: Exception) -> OutputError:
+    return OutputError(f"saved work is damaged ({error}); start anew with --force")
 
 
 def _short(text: object) -> str:

@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from turboesm_cli.cache.packed import PackedCache, PackedCodec, bytes_per_sequence
+from turboesm_cli.cache.packed import PackedCache, PackedCodec
 from turboesm_cli.codec.bundle import Bundle
 from turboesm_cli.codec.calibration import bundle_of
 from turboesm_cli.codec.fit import without_residual
@@ -145,7 +145,7 @@ def test_paper_protocol_leaves_the_residual_out(
 def test_memory_rows_count_every_byte(tiny: EsmModel, entries: list[Entry]) -> None:
     rows = [row for row in memory(tiny, entries) if row.tokens == 1024]
     held = {(row.recipe, row.metric): row.value for row in rows}
-    assert held["flat", "bytes"] == bytes_per_sequence(entries[1].spec, 1024)
+    assert held["flat", "bytes"] == entries[1].spec.size.sequence_bytes(1024)
     assert held["flat", "bits_per_value"] == pytest.approx(8 * held["flat", "bytes"] / (2 * 2 * 2 * 16 * 1024))
     assert held["flat", "ratio_fp16"] * 2 == pytest.approx(held["flat", "ratio_fp32"])
     assert held["fp16", "ratio_fp32"] == 2

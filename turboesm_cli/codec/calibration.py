@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from turboesm_cli.codec.bundle import Bundle, Calibration, check_storable, sequence_key
+from turboesm_cli.codec.bundle import Bundle, check_storable
 from turboesm_cli.codec.fit import MOST_TOKENS, fit, require_tokens
+from turboesm_cli.codec.header import Calibration, sequence_key
 from turboesm_cli.codec.recipes import Recipe
 from turboesm_cli.console import Phases, counted, quiet
 from turboesm_cli.models.protocol import Model

@@ -13,8 +13,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from turboesm_cli.codec.bundle import Bundle, Calibration, parse_calibration, parse_recipe_fields
+from turboesm_cli.codec.bundle import Bundle
 from turboesm_cli.codec.calibration import fitted
+from turboesm_cli.codec.header import Calibration, parse_calibration, parse_recipe_fields
 from turboesm_cli.codec.recipes import Recipe
 from turboesm_cli.errors import BundleError, InputError
 from turboesm_cli.models.protocol import Model

@@ -11,12 +11,12 @@ from functools import partial
 from itertools import islice
 
 from turboesm_cli.cache.cache_file import Packfile
-from turboesm_cli.codec.bundle import Bundle, seen
-from turboesm_cli.engine.jobs import Prompt
+from turboesm_cli.codec.header import Known, seen
+from turboesm_cli.engine.prompts import Prompt
 from turboesm_cli.errors import InputError
+from turboesm_cli.models.shapes import check_context
 from turboesm_cli.outputs.shards import Shard, part_of
 from turboesm_cli.sequences.fasta import Protein
-from turboesm_cli.statistics.batching import check_context
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class Workload:
 def of_proteins(
     proteins: Callable[[], Iterable[Protein]],
     rule: Callable[[Protein], int],
-    bundle: Bundle,
+    bundle: Known,
     prompt: str = "",
     shard: Shard | None = None,
 ) -> Workload:
@@ -69,7 +69,7 @@ def of_proteins(
 
 
 def of_packfile(
-    stack: ExitStack, file: Packfile, limit: int | None, bundle: Bundle, shard: Shard | None = None
+    stack: ExitStack, file: Packfile, limit: int | None, bundle: Known, shard: Shard | None = None
 ) -> Workload:
     """The caches of a file, or the first `limit`; `stack` keeps the file open. Raises InputError for none."""
     stack.enter_context(file)
@@ -100,7 +100,7 @@ class _Notes:
         self.digests.append(_short_digest(described))
 
 
-def _counted(prompts: Callable[[], Iterator[Prompt]], bundle: Bundle, words: str, shard: Shard | None) -> Workload:
+def _counted(prompts: Callable[[], Iterator[Prompt]], bundle: Known, words: str, shard: Shard | None) -> Workload:
     count = decoded = longest = longest_prompt = known = 0
     identity, notes = hashlib.sha256(), _Notes()
     for prompt in prompts():

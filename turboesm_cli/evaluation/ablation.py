@@ -10,11 +10,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-import torch
-
-from turboesm_cli.cache.packed import PackedCodec, bytes_per_sequence, dense_bytes_per_sequence
-from turboesm_cli.codec.bundle import sequence_key
+from turboesm_cli.cache.packed import PackedCodec
 from turboesm_cli.codec.fit import CodecSpec, fit
+from turboesm_cli.codec.header import sequence_key
 from turboesm_cli.codec.recipes import RECIPES, Recipe, Rotation
 from turboesm_cli.console import Phases, Tick, quiet
 from turboesm_cli.evaluation import metrics
@@ -144,7 +142,7 @@ def _error(context: Context, variant: Variant, family: str, results: Sequence[Pr
 
 
 def _bits(context: Context, variant: Variant, spec: CodecSpec) -> ResultRow:
-    held = bytes_per_sequence(spec, CONTEXT) / dense_bytes_per_sequence(spec, CONTEXT, torch.float32) * 32
+    held = 8 * spec.size.sequence_bytes(CONTEXT) / spec.size.numbers(CONTEXT)
     return context.row(_named(variant), "", "ablation", "bits_per_value", held, "bit", 1, tokens=CONTEXT)
 
 

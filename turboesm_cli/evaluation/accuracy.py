@@ -20,10 +20,11 @@ import platformdirs
 import torch
 
 from turboesm_cli import __version__
-from turboesm_cli.cache.packed import PackedCodec, bytes_per_sequence, codec_nbytes, dense_bytes_per_sequence
-from turboesm_cli.codec.bundle import Bundle, read_bundle, seen, write_bundle
+from turboesm_cli.cache.packed import PackedCodec
+from turboesm_cli.codec.bundle import Bundle, read_bundle, write_bundle
 from turboesm_cli.codec.calibration import bundle_of, require_enough
 from turboesm_cli.codec.fit import CodecSpec
+from turboesm_cli.codec.header import seen
 from turboesm_cli.codec.recipes import Recipe
 from turboesm_cli.console import Phases, Tick, quiet
 from turboesm_cli.engine.jobs import new_cache
@@ -193,12 +194,12 @@ def memory(model: Model, entries: Sequence[Entry], formats: Sequence[str] = ()) 
     context = Context.of(model)
     for tokens in (length for length in MEMORY_LENGTHS if length <= (model.shape.context or length)):
         spec = entries[0].spec
-        fp32 = dense_bytes_per_sequence(spec, tokens, torch.float32)
+        fp32 = 4 * spec.size.numbers(tokens)
         dense = dict.fromkeys(("fp32", "fp16", *formats))
         held: list[tuple[Recipe | str, int]] = [
             (name, peer_nbytes(name, fp32 // 4, spec.head_dim)) for name in dense
         ]
-        held += [(entry.spec.recipe, bytes_per_sequence(entry.spec, tokens)) for entry in entries]
+        held += [(entry.spec.recipe, entry.spec.size.sequence_bytes(tokens)) for entry in entries]
         for recipe, nbytes in held:
             figures = {
                 "bytes": (float(nbytes), "B"),
@@ -209,7 +210,7 @@ def memory(model: Model, entries: Sequence[Entry], formats: Sequence[str] = ()) 
             for name, (value, unit) in figures.items():
                 yield context.row(recipe, "", "memory", name, value, unit, 1, tokens=tokens)
     for entry in entries:
-        shared = float(codec_nbytes(entry.spec))
+        shared = float(entry.spec.size.shared_bytes)
         yield context.row(entry.spec.recipe, "", "memory", "bytes_model_tables", shared, "B", 1)
 
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import torch
 
-from turboesm_cli.cache.packed import PackedCodec, bytes_per_sequence, dense_bytes_per_sequence
+from turboesm_cli.cache.packed import PackedCodec
 from turboesm_cli.codec.bundle import Bundle
 from turboesm_cli.codec.calibration import bundle_of
 from turboesm_cli.codec.recipes import BUDGETS, Recipe, with_bits
@@ -187,7 +187,7 @@ def _measured(
 
 def _point(bundle: Bundle, results: Sequence[ProteinResult]) -> Point:
     tokens = min(CONTEXT, bundle.shape.context or CONTEXT)
-    nbytes = bytes_per_sequence(bundle.spec, tokens)
+    nbytes = bundle.spec.size.sequence_bytes(tokens)
     lengths = [result.protein.residues for result in results]
     predictions = [
         result.predictions.kl for result in results if result.predictions and len(result.predictions.kl)
@@ -196,7 +196,7 @@ def _point(bundle: Bundle, results: Sequence[ProteinResult]) -> Point:
         bundle,
         tokens,
         nbytes,
-        nbytes / dense_bytes_per_sequence(bundle.spec, tokens, torch.float32) * 32,
+        8 * nbytes / bundle.spec.size.numbers(tokens),
         (min(lengths), max(lengths)),
         estimate([1 - result.cosines for result in results]),
         estimate(predictions) if predictions else None,

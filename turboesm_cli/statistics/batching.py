@@ -8,10 +8,9 @@ from collections.abc import Iterable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from turboesm_cli.errors import InputError
 from turboesm_cli.models.alphabet import Alphabet
 from turboesm_cli.models.protocol import Model
-from turboesm_cli.models.shapes import Shape
+from turboesm_cli.models.shapes import check_context
 from turboesm_cli.sequences.fasta import Protein
 
 HELD_BACK = 16
@@ -53,16 +52,6 @@ def told(proteins: Sequence[Protein], alphabet: Alphabet) -> str:
     if not any(tag for _, tag in tags):
         return ""
     return hashlib.sha256(repr(sorted(tags)).encode()).hexdigest()
-
-
-def check_context(protein: Protein, tokens: int, shape: Shape) -> None:
-    """Raise InputError where a protein has more tokens than a model takes."""
-    if shape.context is not None and tokens > shape.context:
-        where = f"{protein.source}: record {protein.record} ({protein.accession})"
-        raise InputError(
-            f"{where}: {tokens:,} tokens, control tokens counted, and the model takes {shape.context:,}; cut "
-            "or remove it"
-        )
 
 
 def hold_back(proteins: Sequence[Protein]) -> tuple[list[Protein], list[Protein]]:

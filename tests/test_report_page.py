@@ -66,6 +66,16 @@ def test_sentences_claim_no_more_than_the_rows() -> None:
 def test_what_the_figures_are_not() -> None:
     assert len(overview.caveats(ROWS)) == 3 and "disorder predicted" in overview.caveats(ROWS)[-1]
     assert not overview.caveats([replace(BASE, protocol="throughput")])
+    assert "the calibration set and the command" in overview.caveats([BASE])[1]
+    known = replace(
+        BASE, calibration="0123456789abcdef", calibration_source="train.fasta", calibration_proteins=1,
+        calibration_tokens=2000, command="turboesm bench",
+    )  # fmt: skip
+    assert len(overview.caveats([known])) == 1
+    (section,) = sections(frame([known, replace(known, metric="cosine_mean", calibration="", command="")]))
+    facts = dict(section.facts)
+    assert facts["Calibration set"] == "train.fasta: 1 protein, 2,000 tokens, sha256 0123456789abcdef..."
+    assert facts["Command"] == "turboesm bench"
     (random,) = overview.caveats([replace(BASE, protocol="throughput", model="random_650M")])
     assert "random weights" in random
 

@@ -89,7 +89,8 @@ def _of_bundle(bundle: Bundle) -> Facts:
             "sha256": calibration.sha256,
             "proteins": calibration.proteins,
             "tokens": calibration.tokens,
-        },
+        }
+        | ({"source": calibration.source} if calibration.source else {}),
         f"bits_per_value_at_{tokens}_tokens": held.bits_per_value,
         f"bytes_of_{tokens}_tokens": held.nbytes,
         "bytes_model_tables": spec.size.shared_bytes,

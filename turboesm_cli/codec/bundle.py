@@ -2,9 +2,10 @@
 
 manifest: model {name, fingerprint, layers, width, heads; family and further sizes where they are not ESM-2's};
 tokens: those of an autoregressive model, see `decoder_alphabets`; recipe (every field); calibration {sha256,
-proteins, tokens, sequences: the first 16 hex digits of each sequence's sha256}; layers: for each, null (the layer
-keeps tokens) or {"k": SIDE, "v": SIDE} with SIDE {profiles: [{widths, nbytes, lanes}], profile_of_head, scale};
-choices: for each coded layer and side its bytes per vector, its allocation and the errors predicted.
+proteins, tokens, sequences: the first 16 hex digits of each sequence's sha256; source: name of their file, where
+there is one}; layers: for each, null (the layer keeps tokens) or {"k": SIDE, "v": SIDE} with SIDE {profiles:
+[{widths, nbytes, lanes}], profile_of_head, scale}; choices: for each coded layer and side its bytes per vector,
+its allocation and the errors predicted.
 codec.safetensors: layers.I.{k,v}.{centre,analysis,deviation,synthesis,levels,thresholds}, and layers.I.k.centre_at
 where positions are learned; see `turboesm_kernels.reference.SideSpec`.
 """
@@ -115,7 +116,7 @@ def write_bundle(path: Path, bundle: Bundle, devices: str = "") -> None:
 
     devices  those that it was learned on, where they are more than one: the manifest names them
     """
-    calibration = asdict(bundle.calibration) | {"sequences": sorted(bundle.calibration.sequences)}
+    calibration = described_calibration(bundle.calibration)
     described = {
         "model": {"name": bundle.model_name, "fingerprint": bundle.fingerprint, **bundle.shape.as_dict()}
         | ({"family": bundle.family} if bundle.family != FIRST else {}),
@@ -134,6 +135,12 @@ def write_bundle(path: Path, bundle: Bundle, devices: str = "") -> None:
     with new_archive(path, KIND, VERSION) as archive:
         archive.manifest = described | ({"devices": devices} if devices else {})
         archive.add(PART, [to_bytes(tensors)])
+
+
+def described_calibration(calibration: Calibration) -> dict[str, Any]:
+    """As manifests have it; see `header.parse_calibration`."""
+    found = asdict(calibration) | {"sequences": sorted(calibration.sequences)}
+    return found if calibration.source else {name: value for name, value in found.items() if name != "source"}
 
 
 def read_bundle(path: Path) -> Bundle:

@@ -27,12 +27,16 @@ PART = "codec.safetensors"
 
 @dataclass(frozen=True)
 class Calibration:
-    """What a codec was fitted to: sha256 of the set, counts, and the start of each sequence's sha256."""
+    """What a codec was fitted to: sha256 of the set, counts, and the start of each sequence's sha256.
+
+    source  name of the file that the proteins came from, or of several
+    """
 
     sha256: str
     proteins: int
     tokens: int
     sequences: frozenset[str]
+    source: str = ""
 
 
 class Known(Protocol):
@@ -154,6 +158,7 @@ def parse_calibration(described: dict[str, Any]) -> Calibration:
         int(described["proteins"]),
         int(described["tokens"]),
         frozenset(map(printable, described["sequences"])),
+        printable(described.get("source", "")),
     )
 
 

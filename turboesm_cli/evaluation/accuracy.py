@@ -12,7 +12,7 @@ import contextlib
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -22,7 +22,7 @@ import torch
 from turboesm_cli import __version__
 from turboesm_cli.cache.packed import PackedCodec
 from turboesm_cli.codec.bundle import Bundle, read_bundle, write_bundle
-from turboesm_cli.codec.calibration import bundle_of, require_enough
+from turboesm_cli.codec.calibration import bundle_of, require_enough, source_of
 from turboesm_cli.codec.fit import CodecSpec
 from turboesm_cli.codec.header import seen
 from turboesm_cli.codec.recipes import Recipe
@@ -79,7 +79,7 @@ def calibrated(
     paths = {name: _cached_path(model, proteins, recipe) for name, recipe in recipes.items()}
     found = {name: _read_if_good(path) for name, path in paths.items()}
     if all(found.values()):
-        return [Entry(name, bundle) for name, bundle in found.items() if bundle]
+        return _entries(found, proteins)
     require_enough(model, proteins)
     statistics = collect(model, proteins, phase=phase, work=work)
     missing = [name for name in recipes if not found[name]]
@@ -89,7 +89,17 @@ def calibrated(
             tick()
             with contextlib.suppress(OutputError):  # kept for the next run where the cache can be written to
                 write_bundle(paths[name], bundle)
-    return [Entry(name, bundle) for name, bundle in found.items() if bundle]
+    return _entries(found, proteins)
+
+
+def _entries(found: Mapping[str, Bundle | None], proteins: Sequence[Protein]) -> list[Entry]:
+    """One that was kept may be of the same proteins from a file of another name."""
+    source = source_of(proteins)
+    return [
+        Entry(name, replace(bundle, calibration=replace(bundle.calibration, source=source)))
+        for name, bundle in found.items()
+        if bundle
+    ]
 
 
 def refuse_seen(entries: Sequence[Entry], families: Families) -> None:
@@ -142,7 +152,8 @@ def circumstances(
     recipes: dict[str, Coded | str] = {entry.name: entry.spec.recipe for entry in entries}
     everything = [protein for proteins in families.values() for protein in proteins]
     inputs = {family: digest(proteins)[:16] for family, proteins in {**families, ALL: everything}.items()}
-    return Circumstances(Context.of(model, devices=devices), recipes | {name: name for name in formats}, inputs)
+    context = Context.of(model, devices=devices, bundles=(entry.bundle for entry in entries))
+    return Circumstances(context, recipes | {name: name for name in formats}, inputs)
 
 
 def decoded(
@@ -191,7 +202,7 @@ def first_layers(
 
 def memory(model: Model, entries: Sequence[Entry], formats: Sequence[str] = ()) -> Iterator[ResultRow]:
     """Rows of the protocol memory: bytes that a sequence holds at some lengths, everything counted, and ratios."""
-    context = Context.of(model)
+    context = Context.of(model, bundles=(entry.bundle for entry in entries))
     for tokens in (length for length in MEMORY_LENGTHS if length <= (model.shape.context or length)):
         spec = entries[0].spec
         fp32 = 4 * spec.size.numbers(tokens)
@@ -228,7 +239,7 @@ def times(
     """
     if model.shape.context is not None and model.shape.context <= TIMED_CONTEXT:
         return
-    context = Context.of(model, devices=work.devices)
+    context = Context.of(model, devices=work.devices, bundles=(entry.bundle for entry in entries))
     tokens = model.alphabet.random(1, TIMED_CONTEXT).to(model.device)
     variants: list[tuple[Recipe | str, CodecSpec, str]] = [(kv, entries[0].spec, kv) for kv in ("fp32", "fp16")]
     variants += [(entry.spec.recipe, entry.spec, "packed") for entry in entries]

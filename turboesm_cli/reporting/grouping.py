@@ -60,7 +60,8 @@ def gathered(rows: Rows) -> Gathered:
 
     Means by the number of tokens or residues behind them, minima, and perplexities by their logarithms; quantiles
     and relative errors are left out. Raises InputError where rows measure the same thing on other proteins and do
-    not say on which, after other prompts, or where a protein is in several sets.
+    not say on which, after other prompts, with codecs of other calibration sets, or where a protein is in several
+    sets.
     """
     groups: dict[Hashable, list[ResultRow]] = {}
     for row in rows:
@@ -120,6 +121,8 @@ def _of_different_inputs(group: Rows) -> list[ResultRow]:
     if len({row.prompt for row in different}) > 1:
         prompts = ", ".join(seen(row.prompt or "unknown" for row in different))
         raise _refused(group, f"after other prompts ({prompts}); report them apart")
+    if len({row.calibration for row in different} - {""}) > 1:
+        raise _refused(group, "with codecs of other calibration sets; report them apart")
     return different
 
 

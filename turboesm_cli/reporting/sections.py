@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from turboesm_cli.reporting import overview, plots, tables
 from turboesm_cli.reporting.drawing import Plot
 from turboesm_cli.reporting.glossary import Term, terms
-from turboesm_cli.reporting.grouping import Gathered, Rows, gathered
+from turboesm_cli.reporting.grouping import Gathered, Rows, gathered, seen
 from turboesm_cli.reporting.proteins import compared, recipes_of
 from turboesm_cli.reporting.results import ResultRow, rows_of_frame
 from turboesm_cli.reporting.tables import Table
@@ -111,6 +111,8 @@ def _facts(rows: Rows, found: Gathered) -> tuple[tuple[str, str], ...]:
         "Set of proteins": "inputs",
     }
     facts = [(name, _distinct(rows, field)) for name, field in named.items()]
+    facts += [("Calibration set", "; ".join(overview.calibrations(rows)))]
+    facts += [("Command", "; ".join(seen(row.command for row in rows if row.command)))]
     if found.again:
         facts.append(("Measured again", f"{found.again:,} of {len(rows):,} figures; the last of each is shown"))
     if found.combined:

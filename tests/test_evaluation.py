@@ -104,15 +104,20 @@ def test_rows_of_all_are_the_tokens_of_all_families(
     tiny: EsmModel, entries: list[Entry], peptides: list[Protein]
 ) -> None:
     families = {"a": peptides[:2], "b": peptides[2:5]}
-    done: list[int] = []
+    done, costs = list[int](), list[float]()
 
     @contextmanager
-    def phase(name: str, total: int) -> Iterator[Tick]:
-        assert (name, total) == ("decoding", 5 * 3)  # two recipes and the drift
-        yield lambda done_now=1, again=False: done.append(done_now)
+    def phase(label: str, total: int, cost: float | None = None) -> Iterator[Tick]:
+        assert (label, total) == ("decoding", 5 * 3)  # two recipes and the drift
+        costs.append(cost or 0.0)
+        yield tick
+
+    def tick(done_now: int = 1, again: bool = False, cost: float | None = None) -> None:
+        done.append(done_now)
+        costs.append(-(cost or 0.0))
 
     rows = list(accuracy(tiny, entries, families, phase))
-    assert sum(done) == 5 * 3
+    assert sum(done) == 5 * 3 and sum(costs) == pytest.approx(0)
 
     def value(family: str, metric: str, protocol: str = "decode") -> tuple[float, int]:
         found = [

@@ -77,11 +77,11 @@ def quantize(
     tally = Tally()
 
     def caches(work: Work) -> Iterator[CachedProtein]:
-        with console.progress("packing", todo.count) as tick:
+        with console.progress("packing", todo.count, todo.cached) as tick:
             for index, item in enumerate(cache_proteins(loaded, codec.spec, todo.prompts(), work)):
                 tally.add(memory_of(codec.spec, item.protein.accession, item.cached, item.nbytes))
                 yield item
-                tick(again=work.resumed(str(index)))
+                tick(again=work.resumed(str(index)), cost=item.cached)
 
     with kept.work(of_shard(run, shard)) as work:
         seal = seal_of(path, run, shard, "tqkv", todo.place, work.devices)

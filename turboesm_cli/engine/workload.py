@@ -24,7 +24,8 @@ class Workload:
     """Prompts and what to expect of them; of a shard its own, and what all shards have to agree on of the whole.
 
     count     proteins; of a shard its own
-    decoded   tokens that follow the prompts, all proteins together; of a shard its own
+    cached    tokens of the prompts, all proteins together; of a shard its own
+    decoded   tokens that follow the prompts, likewise
     longest   tokens of the longest protein of the whole, control tokens counted
     longest_prompt  of the longest prompt of the whole
     known     proteins of the whole that were in the bundle's calibration set
@@ -37,6 +38,7 @@ class Workload:
     """
 
     count: int
+    cached: int
     decoded: int
     longest: int
     longest_prompt: int
@@ -88,25 +90,28 @@ def of_packfile(
 
 @dataclass(frozen=True)
 class _Notes:
-    """What is noted of each protein so that a shard can tell its own, and that they stay the same: 16 bytes."""
+    """What is noted of each protein so that a shard can tell its own, and that they stay the same: 20 bytes."""
 
     residues: array[int] = field(default_factory=lambda: array("I"))
+    cached: array[int] = field(default_factory=lambda: array("I"))
     decoded: array[int] = field(default_factory=lambda: array("I"))
     digests: array[int] = field(default_factory=lambda: array("Q"))
 
     def add(self, prompt: Prompt, decoded: int, described: bytes) -> None:
         self.residues.append(prompt.protein.residues)
+        self.cached.append(prompt.cached)
         self.decoded.append(decoded)
         self.digests.append(_short_digest(described))
 
 
 def _counted(prompts: Callable[[], Iterator[Prompt]], bundle: Known, words: str, shard: Shard | None) -> Workload:
-    count = decoded = longest = longest_prompt = known = 0
+    count = cached = decoded = longest = longest_prompt = known = 0
     identity, notes = hashlib.sha256(), _Notes()
     for prompt in prompts():
         tokens, described = prompt.length, _described(prompt)
         check_context(prompt.protein, tokens, bundle.shape)
         count, longest, longest_prompt = count + 1, max(longest, tokens), max(longest_prompt, prompt.cached)
+        cached += prompt.cached
         decoded += tokens - prompt.cached
         identity.update(described)
         known += len(seen(bundle, [prompt.protein]))
@@ -114,15 +119,16 @@ def _counted(prompts: Callable[[], Iterator[Prompt]], bundle: Known, words: str,
             notes.add(prompt, tokens - prompt.cached, described)
     sha256 = identity.hexdigest()
     same = partial(_unchanged, prompts, count, sha256)
-    whole = Workload(count, decoded, longest, longest_prompt, known, sha256, words, same, 0, count)
+    whole = Workload(count, cached, decoded, longest, longest_prompt, known, sha256, words, same, 0, count)
     return whole if shard is None else _part(whole, prompts, notes, part_of(notes.residues, shard))
 
 
 def _part(whole: Workload, prompts: Callable[[], Iterator[Prompt]], notes: _Notes, own: range) -> Workload:
-    decoded = sum(notes.decoded[own.start : own.stop])
+    cached, decoded = (sum(each[own.start : own.stop]) for each in (notes.cached, notes.decoded))
     return replace(
         whole,
         count=len(own),
+        cached=cached,
         decoded=decoded,
         prompts=lambda: _own(prompts(), notes.digests, own),
         first=own.start,

@@ -40,7 +40,14 @@ from turboesm_cli.evaluation.accuracy_rows import (
 from turboesm_cli.evaluation.peers import peer, peer_nbytes
 from turboesm_cli.evaluation.protein_results import ProteinResult
 from turboesm_cli.evaluation.rows import Coded, Context
-from turboesm_cli.evaluation.teacher_forced import DRIFT, FirstLayer, compare_decoding, first_layer_cosines
+from turboesm_cli.evaluation.teacher_forced import (
+    DRIFT,
+    FirstLayer,
+    compare_decoding,
+    decoding_cost,
+    first_layer_cosines,
+    first_layer_cost,
+)
 from turboesm_cli.models.forward import Codec, prefill, step
 from turboesm_cli.models.protocol import Model
 from turboesm_cli.outputs.identity import code_digest
@@ -129,7 +136,9 @@ def accuracy(
     The phase "decoding" hears of each protein and codec.
     """
     each = len(entries) + len(formats) + (not model.causal)  # drift is an encoder's
-    with phase("decoding", each * sum(map(len, families.values()))) as tick:
+    codecs = len(entries) + len(formats)
+    cost = sum(decoding_cost(model, proteins, codecs) for proteins in families.values())
+    with phase("decoding", each * sum(map(len, families.values())), cost) as tick:
         measured = Measured(decoded(model, entries, families, tick, formats, work))
     yield from decoded_rows(circumstances(model, entries, families, formats, work.devices), measured)
 
@@ -140,7 +149,8 @@ def first_layer(
     """Rows of the protocols paper (heads joined) and paper_heads (each head on its own): of encoders alone."""
     if model.causal:
         return
-    with phase("first layer", len(entries) * len(families)) as tick:
+    cost = len(entries) * sum(first_layer_cost(model, proteins) for proteins in families.values())
+    with phase("first layer", len(entries) * len(families), cost) as tick:
         measured = Measured(first=first_layers(model, entries, families, tick, work))
     yield from first_layer_rows(circumstances(model, entries, families, (), work.devices), measured)
 
@@ -196,7 +206,7 @@ def first_layers(
             batches = None if own is None else own[family]
             kept = work.under(f"{index}-{family}")
             found[entry.name][family] = list(first_layer_cosines(model, few, entry.spec, kept, batches))
-            tick()
+            tick(cost=first_layer_cost(model, few, batches))
     return found
 
 
@@ -243,7 +253,9 @@ def times(
     tokens = model.alphabet.random(1, TIMED_CONTEXT).to(model.device)
     variants: list[tuple[Recipe | str, CodecSpec, str]] = [(kv, entries[0].spec, kv) for kv in ("fp32", "fp16")]
     variants += [(entry.spec.recipe, entry.spec, "packed") for entry in entries]
-    with phase("timing", len(variants)) as tick:
+    costs = {"packed": 1.5}  # of the time that a dense cache takes, with what is made ready
+    cost = sum(costs.get(kv, 1.0) for *_, kv in variants)
+    with phase("timing", len(variants), cost) as tick:
         for index, (recipe, spec, kv) in enumerate(variants):
             cache = new_cache(model, spec, kv, 1, TIMED_CONTEXT + 1)
             prefill(model, tokens, cache)
@@ -258,7 +270,7 @@ def times(
                 recipe, "", "time", "us_per_token", median, "us", int(saved["n"]),
                 tokens=TIMED_CONTEXT, p20=p20, p80=p80,
             )  # fmt: skip
-            tick()
+            tick(cost=costs.get(kv, 1.0))
 
 
 def _timed(call: Callable[[], object], device: torch.device, repeats: int) -> Tensors:

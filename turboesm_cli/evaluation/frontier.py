@@ -21,7 +21,7 @@ from turboesm_cli.codec.recipes import BUDGETS, Recipe, with_bits
 from turboesm_cli.console import Phases, Tick, quiet
 from turboesm_cli.errors import InputError
 from turboesm_cli.evaluation.protein_results import ProteinResult
-from turboesm_cli.evaluation.teacher_forced import compare_decoding
+from turboesm_cli.evaluation.teacher_forced import compare_decoding, decoding_cost
 from turboesm_cli.models.protocol import Model
 from turboesm_cli.outputs.work import NOTHING_KEPT, Work
 from turboesm_cli.sequences.fasta import Protein
@@ -147,8 +147,8 @@ def half_fitted(
         return None
     again = work.under("half")
 
-    def half_phase(label: str, total: int) -> AbstractContextManager[Tick]:
-        return phase(f"{label}, half of the proteins", total)
+    def half_phase(label: str, total: int, cost: float | None = None) -> AbstractContextManager[Tick]:
+        return phase(f"{label}, half of the proteins", total, cost)
 
     try:
         statistics = collect(model, [*half, *held], phase=half_phase, work=again)
@@ -178,7 +178,8 @@ def _measured(
 ) -> list[Point]:
     codecs = {str(index): PackedCodec(bundle.spec, model.device) for index, bundle in enumerate(bundles)}
     found: dict[str, list[ProteinResult]] = {name: [] for name in codecs}
-    with phase("decoding proteins held back", len(held) * len(codecs)) as tick:
+    cost = decoding_cost(model, held, len(codecs), drift=False)
+    with phase("decoding proteins held back", len(held) * len(codecs), cost) as tick:
         results = compare_decoding(model, held, codecs, work=work.under("held back"), tick=tick, drift=False)
         for name, result in results:
             found[name].append(result)

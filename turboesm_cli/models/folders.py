@@ -121,8 +121,17 @@ def in_hub_cache(name: str) -> Path | None:
     folder = hub_folder(name)
     there = [path.name for path in (folder / "snapshots").glob("*/*")]
     if "config.json" in there and any(name.endswith((".safetensors", ".bin")) for name in there):
-        return snapshot(folder)
+        found = snapshot(folder)
+        return found if _is_whole(found) else None
     return None
+
+
+def _is_whole(folder: Path) -> bool:
+    """Whether all files of weights are there: a download may have been cut off. What is wrong, reading tells."""
+    try:
+        return all(path.exists() for path in weight_files(folder))
+    except ModelError:
+        return True
 
 
 def hub_cache() -> Path:

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from torch import Tensor
 
+from turboesm_cli import console
 from turboesm_cli.errors import ModelError
 from turboesm_cli.models.decoder_tokens import read_alphabet
 from turboesm_cli.models.decoder_weights import DecoderCheckpoint
+from turboesm_cli.models.downloads import size_text
 from turboesm_cli.models.esm_config import check_tokenizer, flag, layer_norm_eps
 from turboesm_cli.models.folders import (
     folder_name,
@@ -25,6 +27,7 @@ from turboesm_cli.models.folders import (
 from turboesm_cli.models.shapes import official_name
 from turboesm_cli.models.unreadable import one_line
 from turboesm_cli.models.weights import Checkpoint, load_tensors, renamed
+from turboesm_cli.outputs.files import file_sha256
 
 
 def read_folder(folder: Path, name: str = "", note: str = "") -> Checkpoint | DecoderCheckpoint:
@@ -80,9 +83,15 @@ def _download(name: str) -> str | None:
     from huggingface_hub import HfApi, snapshot_download
 
     try:
-        found = HfApi().model_info(name, timeout=20).siblings or []
-        safe = any(each.rfilename.endswith(".safetensors") for each in found)
-        snapshot_download(name, allow_patterns=[*_WANTED, *(() if safe else _IN_ITS_PLACE)], cache_dir=hub_cache())
+        found = HfApi().model_info(name, timeout=20, files_metadata=True)
+        safe = any(each.rfilename.endswith(".safetensors") for each in found.siblings or [])
+        wanted = [*_WANTED, *(() if safe else _IN_ITS_PLACE)]
+        to = {"allow_patterns": wanted, "cache_dir": hub_cache(), "revision": found.sha}
+        missing = snapshot_download(name, **to, dry_run=True)
+        size = sum(each.file_size for each in missing if each.will_download)
+        console.say(f"downloading {name} ({size_text(size)}) to {hub_folder(name)}")
+        folder = Path(snapshot_download(name, allow_patterns=wanted, cache_dir=hub_cache()))
+        _check_digests(folder, {each.rfilename: each.lfs.sha256 for each in found.siblings or [] if each.lfs})
     except Exception as error:  # it raises what its HTTP library raises
         return one_line(error)
     return None
@@ -91,6 +100,16 @@ def _download(name: str) -> str | None:
 def _weights(folder: Path) -> Iterator[tuple[str, Tensor]]:
     for path in weight_files(folder):
         yield from load_tensors(path).items()
+
+
+def _check_digests(folder: Path, expected: Mapping[str, str]) -> None:
+    """Raise ValueError where a file is not the one that the hub says; it is taken out of the cache."""
+    for name, sha256 in expected.items():
+        path = folder / name
+        if path.exists() and file_sha256(path) != sha256:
+            path.resolve().unlink()
+            path.unlink(missing_ok=True)
+            raise ValueError(f"{name} differs from the hub's sha256; run again")
 
 
 _NAMES = (

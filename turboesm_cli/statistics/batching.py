@@ -17,6 +17,10 @@ HELD_BACK = 16
 """One protein in 16 is held back from fitting."""
 
 
+ATTENTION_DOUBLES = 2500
+"""Tokens from which attention takes as long as the rest of a pass: 2,200 to 3,200 on a CPU (8M, 25M)."""
+
+
 def batches(proteins: Iterable[Protein], tokens_per_batch: int, alphabet: Alphabet) -> Iterator[list[Protein]]:
     """Proteins by length, in batches of at most `tokens_per_batch` tokens, padding counted.
 
@@ -32,6 +36,12 @@ def batches(proteins: Iterable[Protein], tokens_per_batch: int, alphabet: Alphab
         batch.append(protein)
     if batch:
         yield batch
+
+
+def cost_of(proteins: Sequence[Protein], alphabet: Alphabet) -> float:
+    """What a pass over a batch takes, about, in tokens of short proteins: attention grows with the length."""
+    longest = max(map(alphabet.length, proteins), default=0)
+    return len(proteins) * longest * (1 + longest / ATTENTION_DOUBLES)
 
 
 def to_tokens(proteins: Sequence[Protein], model: Model) -> Tensor:

@@ -101,6 +101,44 @@ def budgets_of(recipe: Recipe) -> list[Recipe]:
     return [found[total] for total in sorted(found)]
 
 
+@dataclass(frozen=True)
+class Learned:
+    """The budgets that were tried, the one that was chosen, and that one with half of the proteins, if tried."""
+
+    points: Sequence[Point]
+    chosen: Point
+    half: Point | None
+
+
+def learned(
+    model: Model,
+    proteins: Sequence[Protein],
+    recipe: Recipe,
+    *,
+    every_budget: bool = True,
+    max_error: float | None = None,
+    max_kl: float | None = None,
+    with_half: bool = False,
+    phase: Phases = quiet,
+    work: Work = NOTHING_KEPT,
+) -> Learned:
+    """Calibrate at the recipe's budget, or at the smallest that is predicted to hold bounds.
+
+    Raises InputError where none does, or for random weights, of which no error can be predicted.
+    """
+    bounded = max_error is not None or max_kl is not None
+    if model.is_random:
+        raise InputError(
+            f"{model.name} has random weights, of which no error can be predicted; leave the bound out"
+        )
+    statistics = collect(model, proteins, phase=phase, work=work)
+    recipes = budgets_of(recipe) if every_budget or bounded else [recipe]
+    points = frontier(model, proteins, statistics, recipes, phase, work)
+    chosen = smallest(points, max_error, max_kl) if bounded else points[recipes.index(recipe)]
+    half = half_fitted(model, proteins, chosen, phase, work) if with_half else None
+    return Learned(points, chosen, half)
+
+
 def frontier(
     model: Model,
     proteins: Sequence[Protein],

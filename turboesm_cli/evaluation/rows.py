@@ -11,13 +11,13 @@ import torch
 
 from turboesm_cli import __version__, whereabouts
 from turboesm_cli.codec.bundle import Bundle
-from turboesm_cli.codec.recipes import typed
 from turboesm_cli.evaluation import metrics
 from turboesm_cli.evaluation.peers import peer_bits
 from turboesm_cli.evaluation.protein_results import ProteinResult
 from turboesm_cli.evaluation.streaming import RunningAgreement, RunningDivergence, State
 from turboesm_cli.models.protocol import Model
 from turboesm_cli.reporting.metric_names import ACCURACY, LANGUAGE, LANGUAGE_OF_TOKENS, Metric
+from turboesm_cli.reporting.recipe_names import typed
 from turboesm_cli.reporting.results import ResultRow, commit_of_source
 from turboesm_cli.sequences.fasta import Protein, digest
 

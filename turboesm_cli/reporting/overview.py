@@ -9,8 +9,8 @@ from turboesm_cli.reporting.grouping import (
     DASH,
     Rows,
     bits_held,
-    bits_text,
     code_of,
+    code_text,
     families_of,
     seen,
     variant_of,
@@ -135,7 +135,7 @@ def _outcome(rows: Rows) -> str:
         row, variant = ranked[index], variant_of(ranked[index])
         bits = held.get(code_of(variant))
         cost = f" at {number(bits)} bits per value" if bits is not None else ""
-        return f"{number(row.value)} ({f'{row.recipe} {bits_text(variant)}'.strip()}{cost})"
+        return f"{number(row.value)} ({code_text(variant)}{cost})"
 
     of = "" if overall == ["all"] or len(families_of(coded)) == 1 else f" in the family {overall[0]}"
     ends = f"goes{of} from {told(0)} to {told(-1)}" if len(ranked) > 1 else f"is{of} {told(0)}"

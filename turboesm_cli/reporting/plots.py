@@ -31,7 +31,6 @@ from turboesm_cli.reporting.grouping import (
     Rows,
     Variant,
     bits_held,
-    bits_text,
     code_of,
     families_of,
     labels,
@@ -85,7 +84,7 @@ def family_plot(rows: Rows, recipes: Sequence[str]) -> Plot | None:
     if not chosen:
         return None
     cells = {(variant_of(row), row.family or "all"): row.value for row in chosen}
-    names = {variant: _named(variant, name) for variant, name in labels(v for v, _ in cells).items()}
+    names = labels((variant for variant, _ in cells), bits=True)
     families, drawn, each = families_of(chosen), styles(recipes, names), _each_protein(rows)
     ticks: list[tuple[float, str]] = []
     dots = False
@@ -121,12 +120,12 @@ def length_plot(rows: Rows, recipes: Sequence[str]) -> Plot | None:
     each = _each_protein(rows)
     if len({p.tokens for found in each.values() for p in found}) < 2:
         return None
-    names, drawn = labels(each), styles(recipes, each)
+    names, drawn = labels(each, bits=True), styles(recipes, each)
     with canvas("Error by length of the protein: a dot a protein", height_beside(len(names))) as (axes, publish):
         ends = {}
         for variant, found in each.items():
             draw_dots(axes, [(p.tokens, p.error) for p in _thinned(found)], drawn[variant].colour)
-            ends[_named(variant, names[variant])] = (_at_the_right(found), drawn[variant])
+            ends[names[variant]] = (_at_the_right(found), drawn[variant])
         lengths = [p.tokens for found in each.values() for p in found]
         log_axis(axes, "y", ERROR)
         if max(lengths) >= 4 * min(lengths):
@@ -143,13 +142,13 @@ def memory_plot(rows: Rows, recipes: Sequence[str]) -> Plot | None:
     lengths = sorted({length for curve in curves.values() for length in curve})
     if len(lengths) < 2:
         return None
-    names, drawn = labels(curves), styles([*recipes, *(v.recipe for v in curves)], curves)
+    names, drawn = labels(curves, bits=True), styles([*recipes, *(v.recipe for v in curves)], curves)
     with canvas("Memory of the cache, by length of the context", height_beside(len(names))) as (axes, publish):
         ends = {}
         for variant, curve in curves.items():
             points = [(length, size / MIB) for length, size in sorted(curve.items())]
             axes.plot(*zip(*points, strict=True), **drawn[variant].of_line(), markersize=5, linewidth=1.6)
-            ends[_named(variant, names[variant])] = (points[-1][1], drawn[variant])
+            ends[names[variant]] = (points[-1][1], drawn[variant])
         log_axis(axes, "y", "memory held (MiB, log scale)")
         length_axis(axes, lengths, "tokens of context")
         label_right(axes, ends)
@@ -196,10 +195,6 @@ def _jitter(lane: int, count: int) -> list[float]:
 
 def _powers(low: int, high: int) -> list[int]:
     return [2**power for power in range(math.ceil(math.log2(low)), math.floor(math.log2(high)) + 1)]
-
-
-def _named(variant: Variant, name: str) -> str:
-    return f"{name} {bits_text(variant)}".strip()
 
 
 def _of(family: str) -> str:

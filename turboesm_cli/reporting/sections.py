@@ -6,7 +6,7 @@ Needs neither torch nor a GPU: everything shown comes from the frame.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from turboesm_cli.reporting import overview, plots, tables
@@ -55,11 +55,20 @@ class Section:
         return tuple(table for part in self.parts for table in part.tables)
 
 
+KERNELS = "attention kernels"
+"""What the section of all shapes is called."""
+
+
 def sections(frame: pd.DataFrame) -> list[Section]:
-    """One section for each model of a frame that `results.read_csv` made, in order of appearance."""
+    """One section for each model of a frame that `results.read_csv` made, in order of appearance.
+
+    Kernels have one for all shapes, which stand where other rows name a family.
+    """
     rows = rows_of_frame(frame)
     by_model: dict[str, list[ResultRow]] = {}
     for row in rows:
+        if row.protocol == "kernel":
+            row = replace(row, model=KERNELS, family=row.model)
         by_model.setdefault(row.model, []).append(row)
     recipes = recipes_of(rows)
     return [_section(model, mine, recipes) for model, mine in by_model.items()]

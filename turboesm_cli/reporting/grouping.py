@@ -186,6 +186,11 @@ def code_text(variant: Variant) -> str:
     return " ".join(filter(None, (variant.recipe or DASH, bits)))
 
 
+def budget_text(variant: Variant) -> str:
+    """The part of `code_text` that is not the recipe's name: `@3`, `@4/3`, `K3 V4`."""
+    return code_text(variant).removeprefix(variant.recipe or DASH).strip()
+
+
 def families_of(rows: Rows) -> list[str]:
     """The families that occur: the known ones in their usual order, then others, then all."""
     present = seen(row.family or "all" for row in rows)

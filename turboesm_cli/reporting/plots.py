@@ -21,6 +21,7 @@ from turboesm_cli.reporting.drawing import (
     draw_lines,
     height_beside,
     label_below,
+    label_points,
     label_right,
     length_axis,
     log_axis,
@@ -31,6 +32,7 @@ from turboesm_cli.reporting.grouping import (
     Rows,
     Variant,
     bits_held,
+    budget_text,
     code_of,
     families_of,
     labels,
@@ -59,12 +61,16 @@ def frontier_plot(rows: Rows, recipes: Sequence[str]) -> Plot | None:
     if not chosen:
         return None
     names, drawn = labels(map(variant_of, chosen)), styles(recipes, map(variant_of, chosen))
+    whole = labels(map(variant_of, chosen), bits=True)
+    at = {variant_of(row): (held[code_of(variant_of(row))], row.value) for row in chosen}
     lines: dict[str, Line] = {}
-    for row in chosen:
-        variant = variant_of(row)
+    for variant, point in at.items():
         # Variants of one recipe share a name, so a line, whatever their bits.
-        line = lines.setdefault(names[variant], Line(names[variant], drawn[variant]))
-        line.points.append((held[code_of(variant)], row.value))
+        alone = list(names.values()).count(names[variant]) == 1
+        line = lines.setdefault(names[variant], Line((whole if alone else names)[variant], drawn[variant]))
+        line.points.append(point)
+    several = {name for name, line in lines.items() if len(line.points) > 1}
+    budgets = [(*at[variant], budget_text(variant)) for variant, name in names.items() if name in several]
     with canvas(f"Error against memory, {_of(overall[0])}") as (axes, publish):
         spread = False
         for variant, low, high in _spreads(rows, overall[0]):
@@ -72,6 +78,8 @@ def frontier_plot(rows: Rows, recipes: Sequence[str]) -> Plot | None:
                 spread = True
                 axes.vlines(held[code_of(variant)], low, high, color=drawn[variant].colour, alpha=0.4, linewidth=4)
         draw_lines(axes, lines.values())
+        label_points(axes, budgets)
+        axes.margins(x=0.1)  # for the letters beside the first points
         log_axis(axes, "y", ERROR)
         note = "\nbars: the middle 80 % of the proteins" if spread else ""
         label_below(axes, f"bits held for a value, everything counted{note}")

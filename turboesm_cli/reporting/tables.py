@@ -151,7 +151,7 @@ def worst_table(rows: Rows) -> Table | None:
 
 
 def further_tables(rows: Rows) -> list[Table | None]:
-    """A table for each protocol of `FURTHER`, a column a metric; of kernels a table a metric, a column a kernel."""
+    """A table for each protocol of `FURTHER`, a column a metric; of kernels one a metric, a column a kernel."""
     return [
         *_kernel_tables([row for row in rows if row.protocol == "kernel"]),
         *(

@@ -15,8 +15,9 @@ from turboesm_cli.codec.fit import CodecSpec
 from turboesm_cli.codec.header import read_header
 from turboesm_cli.codec.recipes import RECIPES
 from turboesm_cli.codec.sizes import planned_size
+from turboesm_cli.commands.planning import shape_of
 from turboesm_cli.engine import memory_plan
-from turboesm_cli.errors import BundleError, InputError
+from turboesm_cli.errors import BundleError, InputError, ModelError
 from turboesm_cli.evaluation import metrics
 from turboesm_cli.evaluation.streaming import RunningAgreement, RunningDivergence, Spread
 from turboesm_cli.models import decoder_weights, random_shapes
@@ -97,6 +98,15 @@ def test_random_weights_are_counted_without_any(monkeypatch: pytest.MonkeyPatch,
     monkeypatch.setitem(random_shapes.SHAPES, "small", (small, min(rows, 40), 96, rest))
     model = decoder_weights.build(random_decoder("small"))
     assert random_shapes.whole_shape("small") == model.shape
+
+
+def test_a_name_that_is_two_models_is_refused_in_plans_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "t6_8M").mkdir()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ModelError, match="an official model and also a folder here"):
+        shape_of("t6_8M", "cpu")
 
 
 def test_downloads_lie_where_torch_looks(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -50,7 +51,7 @@ class CodecSpec:
     choices: tuple[dict[str, Any], ...] = ()
     kinds: int = 256
 
-    @property
+    @cached_property
     def size(self) -> CodecSize:
         """How large it is, and its caches are."""
         layers = (None if layer is None else (size_of(layer.k), size_of(layer.v)) for layer in self.layers)

@@ -68,14 +68,17 @@ def _family_and_shape(name: str) -> tuple[str, Shape] | None:
     """What a model's name, or the settings and headers in its folder, say; None where it has to be loaded."""
     from turboesm_cli.models.families import FIRST
     from turboesm_cli.models.folders import family_and_shape, hub_name, in_hub_cache
-    from turboesm_cli.models.names import RANDOM_PREFIX, known_shape
+    from turboesm_cli.models.names import RANDOM_PREFIX, is_embedded, known_shape
     from turboesm_cli.models.random_shapes import SHAPES, layout_of, whole_shape
+    from turboesm_cli.models.shapes import official_name
 
     if (known := known_shape(name)) is not None:
         return FIRST, known
     random = name.removeprefix(RANDOM_PREFIX)
     if random != name and random in SHAPES:
         return layout_of(random).family, whole_shape(random)
+    if official_name(name) or is_embedded(name) or name.startswith("~"):
+        return None  # loading tells what it is, or refuses it beside a path of that name
     if Path(name).is_dir():
         return family_and_shape(Path(name))
     folder = in_hub_cache(name) if hub_name(name) and not Path(name).exists() else None

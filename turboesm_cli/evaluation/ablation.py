@@ -18,7 +18,7 @@ from turboesm_cli.console import Phases, Tick, quiet
 from turboesm_cli.evaluation import metrics
 from turboesm_cli.evaluation.protein_results import ProteinResult
 from turboesm_cli.evaluation.rows import Context
-from turboesm_cli.evaluation.teacher_forced import compare_decoding
+from turboesm_cli.evaluation.teacher_forced import compare_decoding, decoding_cost
 from turboesm_cli.models.protocol import Model
 from turboesm_cli.outputs.work import NOTHING_KEPT, Work
 from turboesm_cli.reporting.results import ResultRow
@@ -109,7 +109,8 @@ def ablate(
         context = Context.of(model, subset, devices=work.devices)
         everything: dict[Recipe, list[ProteinResult]] = {recipe: [] for recipe in distinct}
         for family, proteins in families.items():
-            with phase(f"decoding {family}", len(proteins) * (len(distinct) + (not model.causal))) as tick:
+            each, cost = len(distinct) + (not model.causal), decoding_cost(model, proteins, len(distinct))
+            with phase(f"decoding {family}", len(proteins) * each, cost) as tick:
                 found = _decode(model, proteins, distinct, tick, own.under(family))
             for variant in table:
                 yield _error(context, variant, family, found[variant.recipe])

@@ -55,7 +55,8 @@ def words_of(ctx: Any, parameters: Sequence[Any]) -> str:
         at = at.parent
     arguments, options = list[str](), list[str]()
     for parameter in parameters:
-        if parameter.name in _NOT_OF_FIGURES or not is_given(ctx, parameter.name):
+        aside = {parameter.name, f"{ctx.info_name} {parameter.name}"} & _NOT_OF_FIGURES
+        if aside or not is_given(ctx, parameter.name):
             continue
         value = ctx.params[parameter.name]
         words = [_without_folder(str(each)) for each in (value if isinstance(value, list | tuple) else [value])]
@@ -70,8 +71,10 @@ def words_of(ctx: Any, parameters: Sequence[Any]) -> str:
 
 _NOT_OF_FIGURES = {
     "output", "force", "if_done", "resume_anywhere", "json", "rejects", "device", "shard", "gpus", "log", "debug",
+    "decode batch",
 }  # fmt: skip
-"""Options that say where a measurement is done and what becomes of it; rows have a column for the device."""
+"""Options, of all commands or of one, that say where a measurement is done, how many proteins at a time, and what
+becomes of it; rows have a column for the device."""
 
 
 def _without_folder(text: str) -> str:

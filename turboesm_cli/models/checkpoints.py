@@ -115,16 +115,14 @@ def _read_official(name: str) -> Checkpoint | DecoderCheckpoint:
 def _download_official(name: str, path: Path) -> None:
     """Raises ModelError."""
     url, hub = WEIGHTS_URL.format(name=name), f"facebook/{name}"
-    elsewhere = (
-        f"fetch {url} (about {size_text(file_bytes(name))}) elsewhere and put it at {path}, or name its path as "
-        f"the model; or run `hf download {hub}` for Hugging Face's cache ({hub_folder(hub)})"
-    )
+    fetch = f"fetch {url} (about {size_text(file_bytes(name))}) elsewhere and"
+    otherwise = f"or run `hf download {hub}` for Hugging Face's cache ({hub_folder(hub)})"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ModelError(
-            f"cannot download {name}: {path.parent} cannot be made ({error.strerror}); set TORCH_HOME to a "
-            f"folder, or {elsewhere}"
+            f"cannot download {name}: {path.parent} cannot be made ({error.strerror}); set TORCH_HOME to a folder; "
+            f"or {fetch} name its path as the model; {otherwise}"
         ) from error
     try:
         download(url, path)
@@ -132,7 +130,10 @@ def _download_official(name: str, path: Path) -> None:
         reason = getattr(error, "reason", None) or error
         proxies = [f"{kind}_proxy" for kind in urllib.request.getproxies() if kind in ("http", "https", "all")]
         hint = f"; check {' and '.join(proxies)}" if proxies else ""
-        raise ModelError(f"cannot download {name} ({reason}{hint}); {elsewhere}") from error
+        raise ModelError(
+            f"cannot download {name} ({reason}{hint}); {fetch} put it at {path}, or name its path as the model; "
+            f"{otherwise}"
+        ) from error
 
 
 def file_bytes(name: str) -> int:

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from turboesm_cli.models import forward, norms, random_decoders
+from turboesm_cli.models import forward, norms, random_shapes
 from turboesm_cli.models.decoder import Decoder
 from turboesm_cli.models.esm2 import EsmModel
 from turboesm_cli.models.loading import load_model
@@ -253,7 +253,7 @@ SUMS = {"esm2": 4, "gpt2": 4, "progen": 2, "llama": 4}
 def model(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tiny_path: Path) -> Model:
     """Of a family, with norms that do something."""
     if request.param in DECODERS:
-        monkeypatch.setitem(random_decoders.SHAPES, "tiny", DECODERS[request.param])
+        monkeypatch.setitem(random_shapes.SHAPES, "tiny", DECODERS[request.param])
     found = load_model("random:tiny" if request.param in DECODERS else str(tiny_path), "cpu")
     for index, part in enumerate(norm_weights(found)):
         part.data += 0.3 * numbers(*part.shape, seed=index)

@@ -41,9 +41,20 @@ shares a line imports nothing of each other. Imports inside functions and for ty
 WITHOUT_TORCH = {
     "app",
     "cache.formats",
+    "cache.cache_file",
+    "codec.header",
     "codec.recipes",
+    "codec.sizes",
+    "commands.planning",
     "console",
+    "engine.memory_plan",
+    "engine.workload",
     "errors",
+    "models.families",
+    "models.folders",
+    "models.names",
+    "models.random_shapes",
+    "outputs.archive",
     "outputs.files",
     "outputs.identity",
     "outputs.joining",
@@ -229,6 +240,34 @@ def test_help_imports_nothing_slow() -> None:
     assert {"", "calibrate", "quantize", "decode", "bench", "report"} <= set(loaded)
     for command, modules in loaded.items():
         assert not SLOW_TO_IMPORT & set(modules), command
+
+
+PLAN = """
+import contextlib, io, sys
+from turboesm_cli.app import main
+sys.argv = ["turboesm", {arguments}]
+with contextlib.redirect_stdout(io.StringIO()) as printed, contextlib.suppress(SystemExit):
+    main()
+assert "largest batch" in printed.getvalue()
+print("torch" in sys.modules, "numpy" in sys.modules)
+"""
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("decode", "tests/golden/auto-v1.tqz", "data/evaluation/peptide.fasta"),
+        ("bench", "throughput", "--model", "random:esm2_t33_650M"),
+        ("bench", "throughput", "--bundle", "tests/golden/auto-v1.tqz", "--context", "64"),
+    ],
+    ids=["decode", "bench of a name", "bench of a bundle"],
+)
+def test_a_plan_imports_nothing_slow(arguments: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that it answers in less than a second."""
+    monkeypatch.chdir(ROOT)
+    monkeypatch.delenv("TURBOESM_MODEL", raising=False)
+    given = ", ".join(map(repr, (*arguments, "--plan", "--memory", "24GiB")))
+    assert run_python(PLAN.format(arguments=given)) == "False False"
 
 
 def is_private(name: str) -> bool:

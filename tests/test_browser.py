@@ -139,6 +139,10 @@ def test_dark_and_print_styles(page: Any) -> None:
     assert colours(page) == ["rgb(255, 255, 255)", "rgb(0, 0, 0)"]
     assert not page.get_by_text("Save the data as CSV").is_visible()
     assert page.locator("details:not([open])").count() > 0
+    assert page.evaluate('getComputedStyle(document.querySelector("th button")).display') == "contents"
+    page_height = 267 / 25.4 * 96  # of A4 within its margins, in pixels
+    heights = page.evaluate('Array.from(document.querySelectorAll("figure svg"), (x) => x.clientHeight)')
+    assert heights and max(heights) < page_height
     assert page.pdf(format="A4").startswith(b"%PDF")
     assert page.locator("details:not([open])").count() == 0
 

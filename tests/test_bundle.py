@@ -14,8 +14,9 @@ import safetensors.torch
 import torch
 
 from turboesm_cli.cache.packed import PackedCodec
-from turboesm_cli.codec.bundle import KIND, PART, VERSION, Bundle, read_bundle, seen, write_bundle
+from turboesm_cli.codec.bundle import Bundle, read_bundle, write_bundle
 from turboesm_cli.codec.calibration import calibrate
+from turboesm_cli.codec.header import KIND, PART, VERSION, seen
 from turboesm_cli.codec.recipes import RECIPES
 from turboesm_cli.errors import BundleError, TurboESMError
 from turboesm_cli.models.esm2 import EsmModel

@@ -18,10 +18,7 @@ from turboesm_cli.cache.formats import FORMATS
 from turboesm_cli.cache.packed import (
     PackedCache,
     PackedCodec,
-    bytes_per_sequence,
     check_tensors,
-    codec_nbytes,
-    dense_bytes_per_sequence,
 )
 from turboesm_cli.codec.bundle import read_bundle, write_bundle
 from turboesm_cli.codec.calibration import calibrate
@@ -88,7 +85,7 @@ def test_round_trip_is_exact_and_bytes_are_counted(
     for found, again, wanted in zip(cache.keys_values(1), whole.keys_values(1), expected, strict=True):
         assert torch.equal(found, again)
         assert torch.allclose(found, wanted, rtol=0, atol=1e-5)  # products of other shapes round otherwise
-    assert cache.nbytes == bytes_per_sequence(spec, 11) == sum(t.nbytes for t in cache.tensors.values())
+    assert cache.nbytes == spec.size.sequence_bytes(11) == sum(t.nbytes for t in cache.tensors.values())
     codes = sum(t.nbytes for name, t in cache.tensors.items() if name.endswith("codes"))
     assert codes == 2 * 2 * model.shape.heads * 10 * head_dim * bits // 8  # dense: no bit is wasted
 
@@ -96,8 +93,8 @@ def test_round_trip_is_exact_and_bytes_are_counted(
 def test_payload_by_hand(models: dict[int, EsmModel], statistics: dict[int, object]) -> None:
     spec = fit(models[64], statistics[64], RECIPES["flat"])  # type: ignore[arg-type]
     one_side = 24 * 1023 + 1023 + 2 * 64  # 3 bits of 64 channels, a scale byte, one sink in float16
-    assert bytes_per_sequence(spec, 1024) == 4 + 2 * 2 * 2 * one_side
-    assert dense_bytes_per_sequence(spec, 1024, torch.float32) == 2 * 2 * 2 * 64 * 1024 * 4
+    assert spec.size.sequence_bytes(1024) == 4 + 2 * 2 * 2 * one_side
+    assert 4 * spec.size.numbers(1024) == 2 * 2 * 2 * 64 * 1024 * 4
 
 
 @pytest.mark.parametrize("sinks", range(5))
@@ -177,13 +174,13 @@ def test_a_layer_may_keep_tokens_alone(tiny: EsmModel, calibration_proteins: lis
         q = random_keys_values(tiny, 1)[0]
         assert torch.allclose(cache.attend(0, q), dense.attend(0, q), atol=1e-5)
     assert cache.tensors["layers.0.tokens"].nbytes == 12
-    assert cache.nbytes == bytes_per_sequence(spec, 12)
+    assert cache.nbytes == spec.size.sequence_bytes(12)
 
 
 def test_tables_are_counted_apart(tiny: EsmModel, calibration_proteins: list[Protein]) -> None:
     spec = fit(tiny, collect(tiny, calibration_proteins[:12]), RECIPES["flat"])
     tables = 14 * 2  # of 1, 2 and 3 bits: levels and thresholds
-    assert codec_nbytes(spec) == 2 * 2 * 2 * 4 * (16 + 16 * 16 * 2 + 16 + tables)
+    assert spec.size.shared_bytes == 2 * 2 * 2 * 4 * (16 + 16 * 16 * 2 + 16 + tables)
 
 
 @pytest.fixture

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -457,6 +458,25 @@ def test_names_that_are_no_paths() -> None:
 def test_a_model_of_the_hub_that_is_not_in_the_cache_says_how_to_get_it() -> None:
     name = "facebook/esm2_t6_8M_UR50D"
     assert_refused(calibrate(name), f"hf download {name}", "or name esm2_t6_8M_UR50D")
+
+
+def test_a_download_from_the_hub_is_told_and_compared_with_its_sha256(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    weights, said = tmp_path / "model.safetensors", "0" * 64
+    weights.write_bytes(b"x")
+    file = SimpleNamespace(rfilename=weights.name, lfs=SimpleNamespace(sha256=said))
+    asked = SimpleNamespace(model_info=lambda *_, **__: SimpleNamespace(siblings=[file], sha="1"))
+    parts = [SimpleNamespace(file_size=2_600_000_000, will_download=True)]
+    monkeypatch.setattr("huggingface_hub.HfApi", lambda: asked)
+    monkeypatch.setattr(
+        "huggingface_hub.snapshot_download", lambda *_, dry_run=False, **__: parts if dry_run else str(tmp_path)
+    )
+    for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(ModelError, match=r"model\.safetensors differs from the hub's sha256"):
+        load_model("owner/model", "cpu")
+    assert "downloading owner/model (2.6 GB) to " in capsys.readouterr().err and not weights.exists()
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from turboesm_cli.app import app
 from turboesm_cli.codec.recipes import parse_recipe
 from turboesm_cli.commands import completion
 from turboesm_cli.evaluation.recommendation import recommended
-from turboesm_cli.models.checkpoints import findable, known_shape
+from turboesm_cli.models.names import findable, known_shape
 from turboesm_cli.models.shapes import OFFICIAL
 from turboesm_cli.reporting.results import ResultRow
 

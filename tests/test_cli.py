@@ -195,8 +195,10 @@ def test_results_do_not_depend_on_the_order_of_calibration(
     run: Run, home: Path, bundle: Path, tiny_path: Path
 ) -> None:
     records = (">" + part for part in Path(CALIBRATION).read_text().split(">")[1:13])
-    (home / "reversed.fasta").write_text("".join(reversed(list(records))))
-    assert run("calibrate", str(tiny_path), "reversed.fasta", "-o", "reversed.tqz").returncode == 0
+    other = home / "reversed" / Path(CALIBRATION).name  # whose name the bundle holds
+    other.parent.mkdir()
+    other.write_text("".join(reversed(list(records))))
+    assert run("calibrate", str(tiny_path), str(other), "-o", "reversed.tqz").returncode == 0
     assert (home / "reversed.tqz").read_bytes() == bundle.read_bytes()
 
 

@@ -59,6 +59,24 @@ def test_what_an_earlier_run_did_is_not_left_and_says_nothing_of_the_pace(monkey
     ]
 
 
+def test_estimates_follow_what_units_cost(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ten items that take 1, 2, ... 10 s: after the first tenth, 5 s, the whole is estimated right."""
+    now = 100.0
+    monkeypatch.setattr(console.time, "monotonic", lambda: now)
+    tick = console.Pace("decoding", 10, lambda _line: None, cost=5 * 55)
+    found = []
+    for seconds in range(1, 11):
+        now += seconds
+        tick(cost=5 * seconds)
+        found.append(tick.left(now))
+    assert found == [None, *(pytest.approx(sum(range(done + 1, 11))) for done in range(2, 11))]
+    uneven = console.Pace("decoding", 10, lambda _line: None)
+    uneven()
+    now += 1
+    uneven(0, cost=100)  # which was not told before
+    assert uneven.left(now) is None
+
+
 def test_work_that_an_earlier_run_finished_ends_at_once() -> None:
     lines: list[str] = []
     tick = console.Pace("decoding", 2, lines.append)

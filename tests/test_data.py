@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from turboesm_cli.codec.bundle import sequence_key
+from turboesm_cli.codec.header import sequence_key
 from turboesm_cli.errors import InputError
 from turboesm_cli.sequences.datasets import (
     ANTIBODIES,

@@ -18,16 +18,17 @@ from turboesm_kernels.token_layer import attend_tokens
 
 from turboesm_cli.cache.dense import DenseCache
 from turboesm_cli.cache.formats import FORMATS
-from turboesm_cli.cache.packed import PackedCache, PackedCodec, codec_nbytes
+from turboesm_cli.cache.packed import PackedCache, PackedCodec
 from turboesm_cli.codec.bundle import Bundle, read_bundle
 from turboesm_cli.codec.calibration import calibrate
 from turboesm_cli.codec.fit import CodecSpec, fit
 from turboesm_cli.codec.moments import layer_moments
 from turboesm_cli.codec.recipes import parse_recipe
 from turboesm_cli.errors import BundleError, InputError, ModelError
-from turboesm_cli.models import decoder, forward
+from turboesm_cli.models import decoder, decoder_config, forward
 from turboesm_cli.models.decoder import Decoder
 from turboesm_cli.models.esm2 import EsmModel
+from turboesm_cli.models.folders import family_and_shape
 from turboesm_cli.models.loading import load_model
 from turboesm_cli.models.shapes import MOST_SHARING, Shape, check_shape
 from turboesm_cli.sequences.fasta import Protein
@@ -67,6 +68,18 @@ def models(folders: Callable[[str], tuple[Path, Any]]) -> Callable[[str], Decode
         return loaded
 
     return model
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_folder_says_its_shape_without_its_weights(
+    folders: Callable[[str], tuple[Path, Any]], models: Callable[[str], Decoder], case: str
+) -> None:
+    model = models(case)
+    assert family_and_shape(folders(case)[0]) == (model.family, model.shape)
+
+
+def test_names_of_activations_are_those_that_are_computed() -> None:
+    assert tuple(decoder.ACTIVATIONS) == decoder_config.ACTIVATIONS
 
 
 def distance(found: Tensor, expected: Tensor) -> float:
@@ -466,7 +479,7 @@ def test_keys_are_centred_at_each_position_where_those_are_learned(
     plain = replace(parse_recipe(recipe), positions=False)
     found, without = (fit(model, statistics, each) for each in (parse_recipe(recipe), plain))
     assert 0 in _with_positions(found) and not _with_positions(without)
-    assert codec_nbytes(found) > codec_nbytes(without)
+    assert found.size.shared_bytes > without.size.shared_bytes
     tokens = to_tokens(calibration_proteins[30:34], model)[:, : min(len(p.sequence) for p in proteins)]
     seen: dict[int, tuple[Tensor, Tensor]] = {}
     observe = forward.own_attention(model, tokens)

@@ -11,9 +11,10 @@ from turboesm_cli.cache.formats import FORMATS
 from turboesm_cli.codec.calibration import calibrate
 from turboesm_cli.codec.recipes import parse_recipe
 from turboesm_cli.engine.batch import Batch
-from turboesm_cli.engine.jobs import Prompt, new_cache, run, samples_of
+from turboesm_cli.engine.jobs import new_cache, run, samples_of
+from turboesm_cli.engine.prompts import Prompt
 from turboesm_cli.engine.tasks import Generated
-from turboesm_cli.models import forward, random_decoders
+from turboesm_cli.models import forward, random_shapes
 from turboesm_cli.models.decoder import Decoder
 from turboesm_cli.models.loading import load_model
 from turboesm_cli.models.sampling import Sampling
@@ -45,7 +46,7 @@ def proteins() -> list[Protein]:
 
 @pytest.fixture(params=MODELS)
 def model(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Decoder:
-    monkeypatch.setitem(random_decoders.SHAPES, "tiny", MODELS[request.param])
+    monkeypatch.setitem(random_shapes.SHAPES, "tiny", MODELS[request.param])
     found = load_model("random:tiny", "cpu")
     assert isinstance(found, Decoder)
     return found

@@ -23,7 +23,8 @@ from turboesm_cli.codec.recipes import RECIPES, parse_recipe
 from turboesm_cli.commands.decode import Decoding
 from turboesm_cli.engine import batch as batches
 from turboesm_cli.engine.batch import CPU_SLOTS, Batch, Job, Stepper, cpu_slots
-from turboesm_cli.engine.jobs import Prompt, rest_of, run
+from turboesm_cli.engine.jobs import job_of, rest_of, run
+from turboesm_cli.engine.prompts import Prompt
 from turboesm_cli.engine.tasks import Forced, Sampled
 from turboesm_cli.engine.workload import of_proteins
 from turboesm_cli.evaluation.comparison import compare
@@ -449,7 +450,7 @@ def test_a_cpus_batch_gives_each_protein_the_bits_that_it_has_in_any_other(
     slots = cpu_slots(embedded, spec, "packed", None)
     assert slots == CPU_SLOTS
     prompts = [Prompt(protein, 2 + at % 7, ESM2_ALPHABET) for at, protein in enumerate(peptides[20:31])]
-    jobs = [replace(job, steps=min(job.steps, 9), rest=job.rest[:9]) for job in (p.job() for p in prompts)]
+    jobs = [replace(job, steps=min(job.steps, 9), rest=job.rest[:9]) for job in map(job_of, prompts)]
 
     def run(order: list[int]) -> dict[int, torch.Tensor]:
         batch = Batch(

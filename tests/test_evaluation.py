@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from turboesm_cli.cache.packed import PackedCache, PackedCodec, bytes_per_sequence
+from turboesm_cli.cache.packed import PackedCache, PackedCodec
 from turboesm_cli.codec.bundle import Bundle
 from turboesm_cli.codec.calibration import bundle_of
 from turboesm_cli.codec.fit import without_residual
@@ -104,15 +104,20 @@ def test_rows_of_all_are_the_tokens_of_all_families(
     tiny: EsmModel, entries: list[Entry], peptides: list[Protein]
 ) -> None:
     families = {"a": peptides[:2], "b": peptides[2:5]}
-    done: list[int] = []
+    done, costs = list[int](), list[float]()
 
     @contextmanager
-    def phase(name: str, total: int) -> Iterator[Tick]:
-        assert (name, total) == ("decoding", 5 * 3)  # two recipes and the drift
-        yield lambda done_now=1, again=False: done.append(done_now)
+    def phase(label: str, total: int, cost: float | None = None) -> Iterator[Tick]:
+        assert (label, total) == ("decoding", 5 * 3)  # two recipes and the drift
+        costs.append(cost or 0.0)
+        yield tick
+
+    def tick(done_now: int = 1, again: bool = False, cost: float | None = None) -> None:
+        done.append(done_now)
+        costs.append(-(cost or 0.0))
 
     rows = list(accuracy(tiny, entries, families, phase))
-    assert sum(done) == 5 * 3
+    assert sum(done) == 5 * 3 and sum(costs) == pytest.approx(0)
 
     def value(family: str, metric: str, protocol: str = "decode") -> tuple[float, int]:
         found = [
@@ -145,7 +150,7 @@ def test_paper_protocol_leaves_the_residual_out(
 def test_memory_rows_count_every_byte(tiny: EsmModel, entries: list[Entry]) -> None:
     rows = [row for row in memory(tiny, entries) if row.tokens == 1024]
     held = {(row.recipe, row.metric): row.value for row in rows}
-    assert held["flat", "bytes"] == bytes_per_sequence(entries[1].spec, 1024)
+    assert held["flat", "bytes"] == entries[1].spec.size.sequence_bytes(1024)
     assert held["flat", "bits_per_value"] == pytest.approx(8 * held["flat", "bytes"] / (2 * 2 * 2 * 16 * 1024))
     assert held["flat", "ratio_fp16"] * 2 == pytest.approx(held["flat", "ratio_fp32"])
     assert held["fp16", "ratio_fp32"] == 2

@@ -233,7 +233,7 @@ def test_plots_are_svg_with_axes_and_legend(section: Section) -> None:
         ET.fromstring(plot.svg)
         assert plot.title in plot.svg and "flat" in plot.svg
     assert ">memory held (MiB, log scale)<" in section.plots[3].svg
-    assert ">fp16<" in section.plots[3].svg and ">flat K3 V3<" in section.plots[3].svg
+    assert ">fp16<" in section.plots[3].svg and ">flat@3<" in section.plots[3].svg
 
 
 def test_many_recipes_and_one_point_can_be_drawn(tmp_path: Path) -> None:

@@ -9,17 +9,19 @@ from pathlib import Path
 
 import pytest
 import torch
+import turboesm
 from typer.testing import CliRunner, Result
 
 from turboesm_cli.app import app
 from turboesm_cli.cache.packed import PackedCodec
 from turboesm_cli.codec.bundle import read_bundle
-from turboesm_cli.codec.recipes import RECIPES, parse_recipe, typed
+from turboesm_cli.codec.recipes import RECIPES, parse_recipe
 from turboesm_cli.errors import InputError
 from turboesm_cli.evaluation import frontier
 from turboesm_cli.evaluation.frontier import Point, budgets_of, estimate, half_fitted, smallest
 from turboesm_cli.evaluation.teacher_forced import compare_decoding
 from turboesm_cli.models.esm2 import EsmModel
+from turboesm_cli.reporting.recipe_names import RECIPE_NAMES, typed
 from turboesm_cli.sequences.fasta import Protein, read_fasta, write_fasta
 from turboesm_cli.statistics.collect import collect
 
@@ -45,6 +47,18 @@ def test_budgets_are_those_that_a_recipe_takes() -> None:
         "paper@2", "paper@3", "paper@4/3", "paper@4"
     ]  # fmt: skip
     assert all(parse_recipe(typed(*bits)).typed == typed(*bits) for bits in [("auto", 3, 3), ("flat", 2.5, 4)])
+
+
+def test_reports_know_the_names_of_recipes() -> None:
+    assert set(RECIPE_NAMES) == set(RECIPES)
+
+
+def test_bounds_are_for_programs_too(tiny: EsmModel, calibration_proteins: list[Protein]) -> None:
+    few = calibration_proteins[:12]
+    bundle = turboesm.calibrate(tiny, few, "flat", max_error=0.9)
+    assert bundle.spec.recipe.typed == "flat@2" and bundle.calibration.proteins == 12
+    with pytest.raises(InputError, match="max_error and max_kl choose"):
+        turboesm.calibrate(tiny, few, "flat@3", max_kl=0.1)
 
 
 @pytest.fixture(scope="module")

@@ -158,6 +158,13 @@ def test_numbers_that_cannot_be_combined_are_refused(metric: str, value: float, 
         gathered([replace(ROW, metric=metric, value=value, n=n, inputs=name) for name in "ab"])
 
 
+def test_codecs_of_other_calibration_sets_are_not_combined() -> None:
+    other = replace(ROW, inputs="b", calibration="2")
+    assert gathered([ROW, other]).combined == 1
+    with pytest.raises(InputError, match="other calibration sets"):
+        gathered([replace(ROW, calibration="1"), other])
+
+
 def test_a_family_in_several_files_counts_once_in_all() -> None:
     def family(name: str, value: float, n: int, inputs: str) -> ResultRow:
         return replace(ROW, family=name, value=value, n=n, inputs=inputs)

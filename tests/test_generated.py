@@ -17,7 +17,8 @@ from turboesm_cli.codec.calibration import calibrate
 from turboesm_cli.codec.fit import CodecSpec
 from turboesm_cli.codec.recipes import RECIPES
 from turboesm_cli.engine.batch import AnyCache, Batch, Job, Stepper
-from turboesm_cli.engine.jobs import Prompt, run, samples_of
+from turboesm_cli.engine.jobs import run, samples_of
+from turboesm_cli.engine.prompts import Prompt
 from turboesm_cli.engine.tasks import Generated
 from turboesm_cli.models import forward
 from turboesm_cli.models.decoder import Decoder

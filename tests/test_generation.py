@@ -19,10 +19,11 @@ from turboesm_cli.codec.recipes import parse_recipe
 from turboesm_cli.commands.reading import Reading
 from turboesm_cli.engine import batch as engine
 from turboesm_cli.engine.batch import Batch
-from turboesm_cli.engine.jobs import Prompt, new_cache, run, samples_of
+from turboesm_cli.engine.jobs import new_cache, run, samples_of
+from turboesm_cli.engine.prompts import Prompt
 from turboesm_cli.engine.tasks import Generated
 from turboesm_cli.errors import BundleError, InputError
-from turboesm_cli.models import forward, random_decoders
+from turboesm_cli.models import forward, random_shapes
 from turboesm_cli.models.alphabet import AMINO_ACIDS
 from turboesm_cli.models.decoder import Decoder
 from turboesm_cli.models.decoder_alphabets import Plain, decoder_alphabet
@@ -43,7 +44,7 @@ TINY = (Shape(2, 64, 4, context=256), 30, 128, {"family": "gpt2", "activation": 
 
 @pytest.fixture(autouse=True)
 def named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(random_decoders.SHAPES, "tiny", TINY)
+    monkeypatch.setitem(random_shapes.SHAPES, "tiny", TINY)
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +55,7 @@ def proteins() -> list[Protein]:
 @pytest.fixture(scope="module")
 def model() -> Decoder:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(random_decoders.SHAPES, "tiny", TINY)
+        patch.setitem(random_shapes.SHAPES, "tiny", TINY)
         found = load_model("random:tiny", "cpu")
     assert isinstance(found, Decoder)
     return found

@@ -183,7 +183,7 @@ def test_running_out_of_memory_halves_the_batch(wide: EsmModel, wide_spec: Codec
     slots, room = 64, 4096
     torch.cuda.empty_cache()
     total = torch.cuda.get_device_properties(wide.device).total_memory
-    full = slots * sequence_bytes(wide_spec, "fp32", room)
+    full = slots * sequence_bytes(wide_spec.size, "fp32", room)
     torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + 0.7 * full + 2**28) / total)
     shrunk: list[int] = []
     try:

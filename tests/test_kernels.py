@@ -28,7 +28,7 @@ from turboesm_kernels.prepared import grid_steps
 from turboesm_kernels.reference import Packed, Rope, Side
 from turboesm_kernels.token_tables import TokenTables
 
-from turboesm_cli.cache.packed import token_dtype
+from turboesm_cli.codec.sizes import token_dtype
 from turboesm_cli.models.esm2_alphabet import ESM2_ALPHABET
 from turboesm_cli.models.loading import load_model
 from turboesm_cli.sequences.fasta import Protein
@@ -906,7 +906,9 @@ def test_compiled_tokens(dim: int, count: int, drops: bool, monkeypatch: pytest.
     k_const, v_const = torch.randn(2, heads, dim, generator=generator)
     tables = TokenTables(k, v, k_const, v_const, torch.rand(count, generator=generator), 1e-5, drops)
     q = torch.randn(3, heads, queries, dim, generator=generator)
-    ids = torch.randint(count, (3, tokens + 4), generator=generator).to(token_dtype(count))[:, :tokens]
+    ids = torch.randint(count, (3, tokens + 4), generator=generator).to(getattr(torch, token_dtype(count)))[
+        :, :tokens
+    ]
     unmasked, lengths = torch.tensor([1.0, 0.7, 0.9]), torch.tensor([tokens, 0, 7])
     rope = Rope.at(torch.arange(tokens + 9), 10000 ** (-torch.arange(0, dim, 2) / dim))
     found = token_layer.attend_tokens(q, ids, tables, unmasked, rope, lengths)

@@ -156,13 +156,13 @@ def test_an_official_model_that_cannot_be_had_says_what_to_download(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-
-    def offline(*_args: object, **_kwargs: object) -> None:
-        raise OSError("no route to host")
-
-    monkeypatch.setattr("torch.hub.download_url_to_file", offline)
-    with pytest.raises(ModelError, match=r"fetch https://.*/esm2_t33_650M_UR50D.pt elsewhere and put it at"):
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hf"))
+    monkeypatch.setattr("turboesm_cli.models.checkpoints.WEIGHTS_URL", "http://127.0.0.1:9/{name}.pt")
+    with pytest.raises(ModelError, match=r"fetch http://.*/esm2_t33_650M_UR50D.pt \(about 2.6 GB\)") as refused:
         load_model("esm2_t33_650M", "cpu")
+    for place in (tmp_path / "hub" / "checkpoints" / "esm2_t33_650M_UR50D.pt", "name its path", tmp_path / "hf"):
+        assert str(place) in str(refused.value)
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
 
 class Bomb:

@@ -46,8 +46,8 @@ def test_three_sentences() -> None:
     assert overview.sentences(ROWS) == (
         "m decoded 3 proteins (30 tokens) of 2 families with its key/value cache held as auto and paper, and its "
         "last hidden states were compared with those of the same decode over an fp32 cache.",
-        "The error, 1 minus the mean cosine, goes from 0.02000 (auto K3 V3 at 3.250 bits per value) to 0.3000 "
-        "(paper K3 V3 at 3.250 bits per value).",
+        "The error, 1 minus the mean cosine, goes from 0.02000 (auto@3 at 3.250 bits per value) to 0.3000 "
+        "(paper@3 at 3.250 bits per value).",
         "It ran on cpu in float32 with turboesm 0.1.0 and torch 2.13.0.",
     )
 
@@ -55,7 +55,7 @@ def test_three_sentences() -> None:
 def test_sentences_claim_no_more_than_the_rows() -> None:
     alone = [replace(row, family="tm") for row in ROWS if row.family == "all" and row.recipe == "auto"]
     first, second, _ = overview.sentences(alone)
-    assert first.startswith("m decoded 30 tokens of 1 family with") and "is 0.02000 (auto K3 V3)" in second
+    assert first.startswith("m decoded 30 tokens of 1 family with") and "is 0.02000 (auto@3)" in second
     parts = [row for row in ROWS if row.family in ("tm", "idr")]
     first, second, _ = overview.sentences(parts)
     assert "(30 tokens)" in first and "goes in the family idr from 0.03000" in second
@@ -66,8 +66,32 @@ def test_sentences_claim_no_more_than_the_rows() -> None:
 def test_what_the_figures_are_not() -> None:
     assert len(overview.caveats(ROWS)) == 3 and "disorder predicted" in overview.caveats(ROWS)[-1]
     assert not overview.caveats([replace(BASE, protocol="throughput")])
+    assert "the calibration set and the command" in overview.caveats([BASE])[1]
+    known = replace(
+        BASE, calibration="0123456789abcdef", calibration_source="train.fasta", calibration_proteins=1,
+        calibration_tokens=2000, command="turboesm bench",
+    )  # fmt: skip
+    assert len(overview.caveats([known])) == 1
+    (section,) = sections(frame([known, replace(known, metric="cosine_mean", calibration="", command="")]))
+    facts = dict(section.facts)
+    assert facts["Calibration set"] == "train.fasta: 1 protein, 2,000 tokens, sha256 0123456789abcdef..."
+    assert facts["Command"] == "turboesm bench"
     (random,) = overview.caveats([replace(BASE, protocol="throughput", model="random_650M")])
     assert "random weights" in random
+
+
+def test_kernels_of_all_shapes_have_one_section() -> None:
+    kernel = replace(BASE, protocol="kernel", family="", metric="us", unit="us", tokens=1024)
+    rows = [
+        replace(kernel, model=shape, recipe=name, value=value, metric=metric)
+        for shape in ("B1xH20xd64", "B8xH20xd64")
+        for name, metric, value in (("ptx", "us", 10.0), ("cudnn", "us", 40.0), ("cudnn", "ratio_cudnn", 4.0))
+    ]
+    (section,) = sections(frame(rows))
+    first, second = section.tables
+    assert first.columns == ("shape", "tokens", "bits", "ptx", "cudnn") and not first.folded
+    assert first.rows[1] == ("B8xH20xd64", "1,024", "3", "10.00", "40.00")
+    assert second.columns[3:] == ("cudnn",) and second.folded
 
 
 def test_proteins_and_tokens_are_counted() -> None:

@@ -20,6 +20,7 @@ from turboesm_cli.codec.bundle import read_bundle
 from turboesm_cli.evaluation.streaming import ExactSum
 from turboesm_cli.outputs.shard_records import record_of
 from turboesm_cli.outputs.shards import Shard, parse_shard, part_of
+from turboesm_cli.reporting.results import csv_rows
 
 ROOT = Path(__file__).resolve().parents[1]
 CALIBRATION = ROOT / "data" / "calibration" / "calibration.fasta"
@@ -245,6 +246,13 @@ def test_a_bench_of_shards_has_the_figures_of_one(folder: Path, tiny_path: Path,
     assert untimed(merged) == untimed(whole) and len(untimed(whole)) > 20
     assert len(merged.read_text().splitlines()) == len(whole.read_text().splitlines())
     refused(run(*command, "--shard", "0/3"), 2)
+    made_of = read_bundle(folder / "tiny.tqz").calibration
+    for row in csv_rows(merged):
+        known = (row.calibration, row.calibration_source, row.calibration_proteins, row.calibration_tokens)
+        own = (made_of.sha256[:16], CALIBRATION.name, made_of.proteins, made_of.tokens)
+        assert known == (own if row.recipe == "auto" else ("", "", 0, 0))
+        said = "turboesm bench --families in.fasta,other.fasta --peers fp16 --bundle tiny.tqz --model "
+        assert row.command == ("" if row.accession else said + tiny_path.name)
 
 
 @pytest.fixture(scope="module")

@@ -176,13 +176,19 @@ def test_no_proteins_are_an_error(tiny: EsmModel) -> None:
 def test_each_phase_counts_all_its_proteins(
     number: int, tiny: EsmModel, calibration_proteins: list[Protein]
 ) -> None:
-    promised, counted = dict[str, int](), Counter[str]()
+    promised, counted, costs = dict[str, int](), Counter[str](), list[float]()
 
     @contextmanager
-    def phase(name: str, total: int) -> Iterator[Tick]:
-        promised[name] = total
-        yield lambda done=1, again=False: counted.update({name: done})
+    def phase(label: str, total: int, cost: float | None = None) -> Iterator[Tick]:
+        def tick(done: int = 1, again: bool = False, cost: float | None = None) -> None:
+            counted[label] += done
+            costs.append(-(cost or 0.0))
+
+        promised[label] = total
+        costs.append(cost or 0.0)
+        yield tick
 
     collect(tiny, calibration_proteins[:number], phase=phase)
     assert list(promised) == ["statistics", "sensitivities"]
     assert counted == promised and sum(promised.values()) == max(2, number)
+    assert sum(costs) == pytest.approx(0)

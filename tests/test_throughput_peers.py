@@ -20,7 +20,7 @@ from turboesm_cli.errors import ModelError
 from turboesm_cli.evaluation import crossover, throughput, timing, transformers_peers
 from turboesm_cli.evaluation.throughput import Load, Throughput
 from turboesm_cli.evaluation.transformers_peers import DYNAMIC, PEERS, STATIC, Decoding, PeerKind, rebuilt
-from turboesm_cli.models import decoder_weights, export, forward, random_decoders
+from turboesm_cli.models import decoder_weights, export, forward, random_decoders, random_shapes
 from turboesm_cli.models.alphabet import AMINO_ACIDS
 from turboesm_cli.models.decoder import Decoder
 from turboesm_cli.models.esm2 import EsmModel
@@ -72,7 +72,7 @@ def opened(folder: Path) -> Decoder:
 def gpt2(monkeypatch: pytest.MonkeyPatch) -> Decoder:
     """Without transformers."""
     small = (Shape(2, 48, 4, context=64), 40, 96, {"family": "gpt2", "activation": "gelu_new"})
-    monkeypatch.setitem(random_decoders.SHAPES, "small", small)
+    monkeypatch.setitem(random_shapes.SHAPES, "small", small)
     return decoder_weights.build(random_decoders.random_decoder("small"))
 
 

@@ -21,7 +21,6 @@ from rich.progress import (
     Progress,
     TextColumn,
     TimeElapsedColumn,
-    TimeRemainingColumn,
 )
 from rich.table import Table
 from rich.text import Text
@@ -36,23 +35,29 @@ err = Console(stderr=True, highlight=False, soft_wrap=True)
 class Tick(Protocol):
     """Progress callback: `tick(done)` reports that `done` more units of work are finished.
 
-    With `again` they were finished by an earlier run, and are no part of what is left for this one.
+    With `again` they were finished by an earlier run, and are no part of what is left for this one. `cost`: what
+    they took, where units differ, in the measure of the phase's; else 1 each.
     """
 
-    def __call__(self, done: int = 1, again: bool = False) -> None: ...
+    def __call__(self, done: int = 1, again: bool = False, cost: float | None = None) -> None: ...
 
 
-Phases = Callable[[str, int], AbstractContextManager[Tick]]
-"""Progress of work that has several stages: `phase(name, total)` is open while one of `total` units goes on."""
+class Phases(Protocol):
+    """Progress of work that has several stages: `phase(name, total)` is open while one of `total` units goes on.
+
+    `cost`: what all of them will take, in any measure, where units differ: estimates of time follow it.
+    """
+
+    def __call__(self, label: str, total: int, cost: float | None = None) -> AbstractContextManager[Tick]: ...
 
 
 @contextmanager
-def quiet(label: str, total: int) -> Iterator[Tick]:
+def quiet(label: str, total: int, cost: float | None = None) -> Iterator[Tick]:
     """A phase that nobody looks at."""
     yield _unheard
 
 
-def _unheard(done: int = 1, again: bool = False) -> None:
+def _unheard(done: int = 1, again: bool = False, cost: float | None = None) -> None:
     """Progress that is not shown."""
 
 
@@ -180,12 +185,12 @@ def _table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) ->
 
 
 @contextmanager
-def progress(label: str, total: int) -> Iterator[Tick]:
+def progress(label: str, total: int, cost: float | None = None) -> Iterator[Tick]:
     """Show on stderr how far work is, with an estimate of the time left: a bar, or in a log a line at times.
 
-    Yields the callback that advances it.
+    Yields the callback that advances it; see `Phases` for `cost`.
     """
-    told = Pace(label, total, log if err.is_terminal else say)
+    told = Pace(label, total, log if err.is_terminal else say, cost)
     if not err.is_terminal:
         yield told
         return
@@ -194,15 +199,16 @@ def progress(label: str, total: int) -> Iterator[Tick]:
         BarColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
+        TextColumn("{task.fields[left]}"),
     )
     with Progress(*columns, console=err) as bar:
-        task = bar.add_task(label, total=total)
+        task = bar.add_task(label, total=total, left="")
 
-        def tick(done: int = 1, again: bool = False) -> None:
-            told(done, again)
-            bar.update(task, total=told.total, advance=0 if again else done)
+        def tick(done: int = 1, again: bool = False, cost: float | None = None) -> None:
+            told(done, again, cost)
+            seconds = told.left(time.monotonic())
+            left = "" if seconds is None else f"about {datetime.timedelta(seconds=round(seconds))} left"
+            bar.update(task, total=told.total, advance=0 if again else done, left=left)
 
         yield tick
 
@@ -223,25 +229,28 @@ class Pace:
     """Tells now and then how far work is, and how long it will take at the pace since its first step.
 
     What comes before that, such as compiling kernels, says nothing of the pace; nor does what an earlier run did,
-    which is taken off the total.
+    which is taken off the total. `cost` as in `Phases`; without it all units are alike.
     """
 
-    def __init__(self, label: str, total: int, tell: Callable[[str], None]) -> None:
+    def __init__(self, label: str, total: int, tell: Callable[[str], None], cost: float | None = None) -> None:
         self.total = total
+        self._ahead, self._weighed, self._spent = float(total if cost is None else cost), cost is not None, 0.0
         self._label, self._tell = label, tell
         self._start = self._last = time.monotonic()
         self._finished = self._earlier = 0
-        self._first: tuple[float, int] | None = None
+        self._first: tuple[float, float] | None = None
 
-    def __call__(self, done: int = 1, again: bool = False) -> None:
-        now = time.monotonic()
+    def __call__(self, done: int = 1, again: bool = False, cost: float | None = None) -> None:
+        now, took = time.monotonic(), cost if self._weighed and cost is not None else float(done)
+        self._ahead -= took
         if again:
             self.total -= done
             self._earlier += done
         else:
             self._finished += done
-            if done > 0:
-                self._first = self._first or (now, self._finished)
+            self._spent += took
+            if took > 0:
+                self._first = self._first or (now, self._spent)
         if now - self._last >= SECONDS_BETWEEN_LOG_LINES or self._finished >= self.total:
             self._last = now
             self._tell(self._line(now))
@@ -252,10 +261,14 @@ class Pace:
         found = _TOLD(line)
         return (found[1], int(found[2]), int(found[3])) if found else None
 
+    def left(self, now: float) -> float | None:
+        """Seconds that are left, where that can be told yet."""
+        since, spent = (now - self._first[0], self._spent - self._first[1]) if self._first else (0.0, 0.0)
+        return max(0.0, since / spent * self._ahead) if spent > 0 else None
+
     def _line(self, now: float) -> str:
-        since, count = (now - self._first[0], self._finished - self._first[1]) if self._first else (0.0, 0)
-        rest = self.total - self._finished
-        left = f"about {since / count * rest:.0f} s left" if count > 0 else "no estimate yet"
+        rest, seconds = self.total - self._finished, self.left(now)
+        left = "no estimate yet" if seconds is None else f"about {seconds:.0f} s left"
         earlier = f" left by an earlier run, which did {self._earlier}" if self._earlier else ""
         took = f"{now - self._start:.0f} s, {left if rest > 0 else 'done'}"
         return f"{self._label}: {self._finished} of {self.total}{earlier}, {took}"

@@ -1,9 +1,21 @@
-"""Where this process runs: its host, its number, and its job of a scheduler."""
+"""Where this process runs: its host, its number, its job of a scheduler, and the command that it was given."""
 
 from __future__ import annotations
 
 import os
 import socket
+
+_COMMAND: list[str] = []
+
+
+def note_command(words: str) -> None:
+    """Say what `command` gives from now on."""
+    _COMMAND[:] = [words]
+
+
+def command() -> str:
+    """The command that this process was given, as results name it: what figures follow from; "" in a program."""
+    return "".join(_COMMAND)
 
 
 def host() -> str:

@@ -26,12 +26,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Literal
+
+Side = Literal["k", "v"]
+SIDES: tuple[Side, Side] = ("k", "v")
 
 BYTE = 8
 MAX_WIDTH = 8
 WIDE = 4
 LEAST_WIDE = 32
 """head_dim from which a word more or less is no large part of a vector."""
+ROPE_BASE = 10000
+"""Of the angles by which keys are turned before they are coded, in ESM-2 and most models with RoPE."""
 
 
 @dataclass(frozen=True)
@@ -147,6 +153,18 @@ def uniform(head_dim: int, bits: int) -> Profile:
     lanes = lanes_for(head_dim)
     nbytes = -(-head_dim * bits // (BYTE * lanes)) * lanes
     return Profile((bits,) * head_dim, nbytes, lanes)
+
+
+def codes_shape(side: Side, heads: int, nbytes: int, lanes: int, batch: int, tokens: int) -> tuple[int, ...]:
+    """Of packed codes: keys [B, H, nbytes / lanes, T, lanes], values [B, H, nbytes, T]."""
+    if side == "v":
+        return batch, heads, nbytes, tokens
+    return batch, heads, nbytes // lanes, tokens, lanes
+
+
+def table_size(width: int) -> int:
+    """Entries of the tables of 1..width bits together."""
+    return 2 ** (width + 1) - 2
 
 
 def _groups(widths: Sequence[int], lanes: int) -> list[Sequence[int]]:

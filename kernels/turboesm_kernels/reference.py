@@ -23,9 +23,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from turboesm_kernels.layout import Profile
+from turboesm_kernels.layout import ROPE_BASE as ROPE_BASE
+from turboesm_kernels.layout import Profile, codes_shape
+from turboesm_kernels.layout import Side as Side
+from turboesm_kernels.layout import table_size as table_size
 
-Side = Literal["k", "v"]
 Scale = Literal["none", "norm", "least-squares"]
 
 SCALE_STEPS_PER_OCTAVE = 32
@@ -99,10 +101,8 @@ class SideSpec:
         return max(0, self.analysis.shape[-1] - self.head_dim)
 
     def codes_shape(self, batch: int, tokens: int) -> tuple[int, ...]:
-        """Of `Packed.codes`: keys [B, H, nbytes / lanes, T, lanes], values [B, H, nbytes, T]."""
-        if self.side == "v":
-            return batch, self.heads, self.nbytes, tokens
-        return batch, self.heads, self.nbytes // self.lanes, tokens, self.lanes
+        """Of `Packed.codes`, see `layout.codes_shape`."""
+        return codes_shape(self.side, self.heads, self.nbytes, self.lanes, batch, tokens)
 
     @property
     def tensors(self) -> dict[str, Tensor]:
@@ -131,11 +131,6 @@ class Packed:
 def table_slice(width: int) -> slice:
     """Where the table of codes of `width` bits lies: tables of 1, 2, ... bits follow each other."""
     return slice(2**width - 2, 2 ** (width + 1) - 2)
-
-
-def table_size(width: int) -> int:
-    """Entries of the tables of 1..width bits together."""
-    return 2 ** (width + 1) - 2
 
 
 def encode(x: Tensor, spec: SideSpec) -> tuple[Tensor, Tensor | None]:
@@ -235,10 +230,6 @@ def attend(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None = None) -> Te
         padding = torch.arange(k.shape[2], device=k.device) >= lengths[:, None]
         scores = scores.masked_fill(padding[:, None, None], -math.inf)
     return scores.softmax(-1) @ v
-
-
-ROPE_BASE = 10000
-"""Of the angles in ESM-2 and most models with RoPE."""
 
 
 def rope_frequencies(dim: int, device: torch.device) -> Tensor:

@@ -20,12 +20,8 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
-from torch import Tensor
-
-from turboesm_cli.cache.packed import bytes_per_sequence, check_tensors
-from turboesm_cli.codec.bundle import Bundle
 from turboesm_cli.errors import BundleError, InputError
 from turboesm_cli.models.alphabet import Alphabet
 from turboesm_cli.models.families import FIRST, alphabet_of
@@ -46,6 +42,13 @@ from turboesm_cli.sequences.fasta import Protein
 from turboesm_cli.sequences.records import RECORD_CAP
 from turboesm_cli.sequences.residues import MASK_TEXT, count
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from turboesm_cli.codec.bundle import Bundle
+
+    Tensors = dict[str, Tensor]
+
 KIND = "turboesm-caches"
 VERSION = 2
 CACHES = "caches.bin"
@@ -55,8 +58,6 @@ LINE_LIMIT = 8 << 20
 """Bytes of a line about one protein: its sequence, if need be of masks alone, and what else is said of it."""
 HEADER_ROOM = 1 << 20
 """Bytes that safetensors' header of a cache may take at most."""
-
-Tensors = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -112,7 +113,7 @@ def check_storable(accession: object, sequence: object) -> None:
 
 def check_longest(bundle: Bundle, tokens: int) -> None:
     """Raise InputError where the cache of so many tokens would be more than readers hold at once."""
-    size = bytes_per_sequence(bundle.spec, tokens)
+    size = bundle.spec.size.sequence_bytes(tokens)
     if size + HEADER_ROOM > PART_LIMIT:
         raise InputError(f"a cache of {tokens:,} tokens takes {size:,} bytes, over {PART_LIMIT:,}: cut it")
 
@@ -263,6 +264,8 @@ class Packfile:
         return StoredProtein(protein, cached, nbytes, partial(self._read, read, cached))
 
     def _read(self, read: Callable[[], Tensors], cached: int) -> Tensors:
+        from turboesm_cli.cache.packed import check_tensors
+
         tensors = read()
         try:
             if self._spec is not None and self._alphabet is not None:

@@ -17,10 +17,14 @@ INT8_TOP = 127
 
 @dataclass(frozen=True)
 class Format:
-    """A dense cache's dtype; `scaled`: each token and head has a float16 scale, a 127th of its largest number."""
+    """A dense cache's dtype, and bytes of a number.
+
+    `scaled`: each token and head has a float16 scale, a 127th of its largest number.
+    """
 
     name: str
     dtype_name: str
+    itemsize: int
     scaled: bool = False
 
     @property
@@ -35,12 +39,12 @@ class Format:
     @property
     def bits(self) -> float:
         """Of a number, scales not counted."""
-        return 8.0 * self.dtype.itemsize
+        return 8.0 * self.itemsize
 
     def store(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """Numbers [..., d] in the format, and scales [...] where it has them."""
         if not self.scaled:
-            if self.dtype.itemsize == 1:  # fp8 has no infinity: beyond its range lies NaN
+            if self.itemsize == 1:  # fp8 has no infinity: beyond its range lies NaN
                 import torch
 
                 x = x.clamp(-torch.finfo(self.dtype).max, torch.finfo(self.dtype).max)
@@ -57,17 +61,17 @@ class Format:
 
     def nbytes(self, numbers: int, head_dim: int) -> int:
         """Bytes of so many numbers, scales counted."""
-        return numbers * self.dtype.itemsize + (numbers // head_dim * 2 if self.scaled else 0)
+        return numbers * self.itemsize + (numbers // head_dim * 2 if self.scaled else 0)
 
 
 FORMATS = {
     form.name: form
     for form in (
-        Format("fp32", "float32"),
-        Format("fp16", "float16"),
-        Format("bf16", "bfloat16"),
-        Format("int8", "int8", scaled=True),
-        Format("fp8", "float8_e4m3fn"),
+        Format("fp32", "float32", 4),
+        Format("fp16", "float16", 2),
+        Format("bf16", "bfloat16", 2),
+        Format("int8", "int8", 1, scaled=True),
+        Format("fp8", "float8_e4m3fn", 1),
     )
 }
 

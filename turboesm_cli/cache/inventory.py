@@ -8,10 +8,10 @@ from typing import Any
 from turboesm_cli.cache.cache_file import KIND as CACHES
 from turboesm_cli.cache.cache_file import Packfile
 from turboesm_cli.cache.memory import memory_of
-from turboesm_cli.cache.packed import bytes_per_sequence, codec_nbytes
-from turboesm_cli.codec.bundle import KIND as BUNDLE
-from turboesm_cli.codec.bundle import VERSION, Bundle, read_bundle
+from turboesm_cli.codec.bundle import Bundle, read_bundle
 from turboesm_cli.codec.fit import CodecSpec
+from turboesm_cli.codec.header import KIND as BUNDLE
+from turboesm_cli.codec.header import VERSION
 from turboesm_cli.outputs.archive import Archive, kind_of, printable
 from turboesm_cli.outputs.files import file_sha256
 from turboesm_cli.statistics.sensitivity import SIDES
@@ -74,7 +74,7 @@ def _said(manifest: dict[str, Any], key: str) -> str:
 def _of_bundle(bundle: Bundle) -> Facts:
     spec, shape, calibration = bundle.spec, bundle.shape, bundle.calibration
     tokens = min(TOKENS, shape.context or TOKENS)
-    held = memory_of(spec, "", tokens, bytes_per_sequence(spec, tokens))
+    held = memory_of(spec, "", tokens, spec.size.sequence_bytes(tokens))
     return {
         "model": {
             "name": bundle.model_name,
@@ -89,10 +89,11 @@ def _of_bundle(bundle: Bundle) -> Facts:
             "sha256": calibration.sha256,
             "proteins": calibration.proteins,
             "tokens": calibration.tokens,
-        },
+        }
+        | ({"source": calibration.source} if calibration.source else {}),
         f"bits_per_value_at_{tokens}_tokens": held.bits_per_value,
         f"bytes_of_{tokens}_tokens": held.nbytes,
-        "bytes_model_tables": codec_nbytes(spec),
+        "bytes_model_tables": spec.size.shared_bytes,
         "codec": _codec(spec),
     }
 

@@ -5,9 +5,6 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-import torch
-
-from turboesm_cli.cache.packed import dense_bytes_per_sequence
 from turboesm_cli.codec.fit import CodecSpec
 
 
@@ -55,7 +52,7 @@ class MemoryLine:
 
 def memory_of(spec: CodecSpec, name: str, tokens: int, nbytes: int) -> MemoryLine:
     """The line of a cache that holds `tokens` tokens in `nbytes` bytes."""
-    return MemoryLine(name, tokens, nbytes, dense_bytes_per_sequence(spec, tokens, torch.float32))
+    return MemoryLine(name, tokens, nbytes, 4 * spec.size.numbers(tokens))
 
 
 @dataclass

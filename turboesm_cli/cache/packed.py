@@ -1,7 +1,7 @@
 """The packed key/value cache (`forward.Cache`).
 
 Memory is allocated once, for `capacity` tokens, and `nbytes` counts all of it. What a model's caches share
-(tables, rotations) is counted apart, by `codec_nbytes`.
+(tables, rotations) is counted apart, by `codec.sizes`, which also says how large the buffers are.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from turboesm_kernels.token_tables import TokenTables
 
 from turboesm_cli.cache.ragged import Ragged
 from turboesm_cli.codec.fit import CodecSpec, LayerSpec
+from turboesm_cli.codec.sizes import CodecSize
 from turboesm_cli.errors import DeviceError
 from turboesm_cli.models import forward
 from turboesm_cli.models.alphabet import Alphabet
@@ -75,9 +76,9 @@ class PackedCache(Ragged):
         self.fits_a_graph = not any(
             layer and (layer.k.residual_axes or layer.v.residual_axes) for layer in spec.layers
         )
+        size, room = spec.size, _room(capacity, model.device)
         self._layers = [
-            _LayerStore.empty(layer, spec, batch, _room(capacity, model.device), model.device)
-            for layer in spec.layers
+            _LayerStore.empty(size, layer, batch, room, model.device) for layer in range(len(spec.layers))
         ]
 
     @property
@@ -213,8 +214,9 @@ def check_tensors(
 ) -> None:
     """Raise ValueError where `tensors` are not those of a `PackedCache` that is full with `length` tokens."""
     full = {"unmasked": torch.empty(batch, 1, 1, device="meta")}
-    for index, layer in enumerate(spec.layers):
-        empty = _LayerStore.empty(layer, spec, batch, length, torch.device("meta"))
+    size = spec.size
+    for index in range(len(spec.layers)):
+        empty = _LayerStore.empty(size, index, batch, length, torch.device("meta"))
         full |= {f"layers.{index}.{name}": tensor for name, tensor in empty.tensors.items()}
     if set(full) != set(tensors):
         raise ValueError("the cache was packed by another codec")
@@ -234,28 +236,6 @@ def on_device(spec: CodecSpec, device: torch.device) -> CodecSpec:
     """The codec with its tensors on `device`; no copy where they are there already."""
     layers = (layer and LayerSpec(layer.k.to(device), layer.v.to(device)) for layer in spec.layers)
     return replace(spec, layers=tuple(layers))
-
-
-def token_dtype(kinds: int) -> torch.dtype:
-    """Of the tokens that a cache keeps in place of keys and values."""
-    return torch.uint8 if kinds <= 256 else torch.int16
-
-
-def codec_nbytes(spec: CodecSpec) -> int:
-    """Bytes of what all caches of a model share: centres, rotations, tables."""
-    sides = [side for layer in spec.layers if layer is not None for side in (layer.k, layer.v)]
-    return sum(tensor.nbytes for side in sides for tensor in side.tensors.values())
-
-
-def bytes_per_sequence(spec: CodecSpec, tokens: int) -> int:
-    """Bytes that `PackedCache` holds for one sequence of `tokens` tokens."""
-    stores = (_LayerStore.empty(layer, spec, 1, tokens, torch.device("meta")) for layer in spec.layers)
-    return 4 + sum(tensor.nbytes for store in stores for tensor in store.tensors.values())
-
-
-def dense_bytes_per_sequence(spec: CodecSpec, tokens: int, dtype: torch.dtype) -> int:
-    """Bytes that `DenseCache` holds for one sequence of `tokens` tokens of the same model."""
-    return len(spec.layers) * 2 * spec.heads * spec.head_dim * tokens * dtype.itemsize
 
 
 @dataclass(frozen=True)
@@ -339,22 +319,12 @@ class _LayerStore:
         return self.tokens.shape[1] if "tokens" in self.tensors else self.tensors["v.codes"].shape[3]
 
     @classmethod
-    def empty(
-        cls, layer: LayerSpec | None, spec: CodecSpec, batch: int, capacity: int, device: torch.device
-    ) -> _LayerStore:
-        if layer is None:
-            return cls({"tokens": torch.zeros(batch, capacity, dtype=token_dtype(spec.kinds), device=device)})
-        sinks = min(spec.recipe.sinks, capacity)
-        rest = capacity - sinks if device.type != "cuda" else _room(capacity - sinks, device)
-        tensors: dict[str, Tensor] = {}
-        for name, side in (("k", layer.k), ("v", layer.v)):
-            shape = (batch, spec.heads, sinks, spec.head_dim)
-            if sinks:
-                tensors[f"{name}.sinks"] = torch.zeros(shape, dtype=SINK_DTYPE, device=device)
-            tensors[f"{name}.codes"] = torch.zeros(side.codes_shape(batch, rest), dtype=torch.uint8, device=device)
-            if side.scale != "none":
-                tensors[f"{name}.scales"] = torch.zeros(batch, spec.heads, rest, dtype=torch.uint8, device=device)
-        return cls(tensors)
+    def empty(cls, size: CodecSize, layer: int, batch: int, capacity: int, device: torch.device) -> _LayerStore:
+        buffers = size.buffers(layer, batch, capacity, ALIGNMENT if device.type == "cuda" else 1)
+        return cls(
+            {name: torch.zeros(each.size, dtype=getattr(torch, each.dtype), device=device)
+             for name, each in buffers.items()}
+        )  # fmt: skip
 
     def rows(self, start: int, stop: int) -> _LayerStore:
         """Some sequences: a view."""

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 
-from turboesm_cli.codec.bundle import Bundle, Calibration, check_storable, sequence_key
+from turboesm_cli.codec.bundle import Bundle, check_storable
 from turboesm_cli.codec.fit import MOST_TOKENS, fit, require_tokens
+from turboesm_cli.codec.header import Calibration, sequence_key
 from turboesm_cli.codec.recipes import Recipe
 from turboesm_cli.console import Phases, counted, quiet
 from turboesm_cli.models.protocol import Model
+from turboesm_cli.outputs.archive import TEXT_LIMIT
 from turboesm_cli.outputs.work import NOTHING_KEPT, Work
 from turboesm_cli.sequences.fasta import Protein, digest
 from turboesm_cli.statistics.accumulators import Statistics
@@ -90,7 +93,14 @@ def described(model: Model, proteins: Sequence[Protein]) -> Calibration:
         len(proteins),
         sum(model.alphabet.length(protein) for protein in proteins),
         frozenset(sequence_key(protein) for protein in proteins),
+        source_of(proteins),
     )
+
+
+def source_of(proteins: Sequence[Protein]) -> str:
+    """The name of the file that proteins came from, or of several; "" where it is too long, or unknown."""
+    names = ", ".join(sorted({Path(protein.source).name for protein in proteins}))
+    return names if names.isprintable() and len(names) <= TEXT_LIMIT else ""
 
 
 def fitted(model: Model, calibration: Calibration, statistics: Statistics, recipe: Recipe) -> Bundle:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -17,7 +18,8 @@ from turboesm_kernels.reference import Rope, Side, SideSpec, roundtrip, table_sl
 from turboesm_cli.codec import bit_allocation
 from turboesm_cli.codec.moments import Moments, layer_moments
 from turboesm_cli.codec.recipes import Allocation, Recipe
-from turboesm_cli.codec.sides import basis_of, fit_side, lanes_of, side_bytes
+from turboesm_cli.codec.sides import basis_of, fit_side
+from turboesm_cli.codec.sizes import CodecSize, SideSize, budget_steps, lanes_of, side_bytes
 from turboesm_cli.errors import InputError
 from turboesm_cli.models.protocol import Model
 from turboesm_cli.statistics.accumulators import Statistics
@@ -48,6 +50,27 @@ class CodecSpec:
     head_dim: int
     choices: tuple[dict[str, Any], ...] = ()
     kinds: int = 256
+
+    @cached_property
+    def size(self) -> CodecSize:
+        """How large it is, and its caches are."""
+        layers = (None if layer is None else (size_of(layer.k), size_of(layer.v)) for layer in self.layers)
+        return CodecSize(tuple(layers), self.heads, self.head_dim, self.kinds, self.recipe.sinks)
+
+
+def size_of(spec: SideSpec) -> SideSize:
+    """The sizes of a side's code."""
+    return SideSize(
+        spec.side,
+        spec.heads,
+        spec.head_dim,
+        spec.analysis.shape[-1],
+        spec.nbytes,
+        spec.lanes,
+        max(width for profile in spec.profiles for width in profile.widths),
+        spec.scale != "none",
+        0 if spec.centre_at is None else spec.centre_at.shape[1],
+    )
 
 
 def without_residual(side: SideSpec) -> SideSpec:
@@ -135,8 +158,7 @@ def _sizes(model: Model, statistics: Statistics, recipe: Recipe) -> list[tuple[i
     if not errors:  # one layer, and it keeps tokens
         return []
     lanes = lanes_of(head_dim, recipe)
-    budget = model.shape.layers * head_dim * (recipe.bits_k + recipe.bits_v) / BYTE
-    sizes = [lanes * steps for steps in bit_allocation.share_out(errors, int(budget / lanes))]
+    sizes = [lanes * steps for steps in bit_allocation.share_out(errors, budget_steps(model.shape, recipe))]
     return list(zip(sizes[::2], sizes[1::2], strict=True))
 
 

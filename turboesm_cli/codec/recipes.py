@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from turboesm_cli.errors import InputError
+from turboesm_cli.reporting.recipe_names import typed
 
 if TYPE_CHECKING:
     from turboesm_kernels.reference import Scale, Side
@@ -116,11 +117,6 @@ where they change the final hidden states most, over axes, layers and sides; lay
 since peptides, all start, otherwise do half again as badly as the rest (an autoregressive model may get more, see
 `statistics.sinks`). auto-coded: auto with layer 0 coded like the others. turboquant: what TurboQuant (arXiv
 2504.19874) does, a Hadamard rotation, Lloyd-Max tables and each token's norm, to compare with."""
-
-
-def typed(name: str, bits_k: float, bits_v: float) -> str:
-    """A recipe and its budget as they are typed: `auto@2.5`, `paper@4/3`."""
-    return f"{name}@{bits_k:g}" if bits_k == bits_v else f"{name}@{bits_k:g}/{bits_v:g}"
 
 
 def parse_recipe(text: str) -> Recipe:

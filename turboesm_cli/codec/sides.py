@@ -11,14 +11,13 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
-from turboesm_kernels.layout import BYTE, Profile, bytes_for, lanes_for, uniform, wide_lanes
+from turboesm_kernels.layout import BYTE, Profile, table_size, uniform
 from turboesm_kernels.reference import (
     Side,
     SideSpec,
     decode,
     encode,
     start_scale,
-    table_size,
     table_slice,
 )
 
@@ -26,6 +25,7 @@ from turboesm_cli.codec import bit_allocation, scalar_quantizers
 from turboesm_cli.codec.moments import Moments
 from turboesm_cli.codec.recipes import Recipe, Residual
 from turboesm_cli.codec.rotations import mean_eigenvalue, orthogonal_axes, random_orthogonal, square_roots
+from turboesm_cli.codec.sizes import lanes_of
 
 
 @dataclass(frozen=True)
@@ -60,18 +60,6 @@ def basis_of(side: Side, moments: Moments, recipe: Recipe) -> Basis:
     variance, order = variance.sort(-1, descending=True)
     axes = axes.gather(2, order[:, None].expand_as(axes))
     return Basis(root, inverse_root, axes, variance, mean_eigenvalue(moments.metric))
-
-
-def lanes_of(head_dim: int, recipe: Recipe) -> int:
-    """Neighbouring axes that share a width: a recipe that shares a budget out counts in words where it can."""
-    return wide_lanes(head_dim) if recipe.budget == "model" else lanes_for(head_dim)
-
-
-def side_bytes(head_dim: int, bits: float, recipe: Recipe) -> int:
-    """Bytes of a head's vector at `bits` payload bits per value."""
-    if recipe.allocation == "flat" and bits == int(bits):
-        return uniform(head_dim, int(bits)).nbytes
-    return bytes_for(head_dim, bits)
 
 
 def fit_side(side: Side, moments: Moments, nbytes: int, recipe: Recipe) -> SideSpec:

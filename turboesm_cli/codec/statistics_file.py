@@ -8,13 +8,13 @@ A part, as safetensors, for each of PARTS; see `statistics.accumulators.Gathered
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from turboesm_cli.codec.bundle import Bundle, Calibration, parse_calibration, parse_recipe_fields
+from turboesm_cli.codec.bundle import Bundle, described_calibration
 from turboesm_cli.codec.calibration import fitted
+from turboesm_cli.codec.header import Calibration, parse_calibration, parse_recipe_fields
 from turboesm_cli.codec.recipes import Recipe
 from turboesm_cli.errors import BundleError, InputError
 from turboesm_cli.models.protocol import Model
@@ -45,7 +45,7 @@ def write_statistics(
         archive.manifest = {
             "model": {"name": model.name, "fingerprint": model.fingerprint, "given": given},
             "recipe": recipe.as_dict(),
-            "calibration": asdict(calibration) | {"sequences": sorted(calibration.sequences)},
+            "calibration": described_calibration(calibration),
         }
         for name, part in zip(PARTS, tensors, strict=True):
             archive.add(name, map(to_bytes, [part]))

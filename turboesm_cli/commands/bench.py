@@ -269,15 +269,19 @@ def _measure_part(
     from turboesm_cli.evaluation import accuracy
     from turboesm_cli.evaluation.accuracy_rows import Measured
     from turboesm_cli.evaluation.bench_shards import own_batches, own_proteins, write_part
+    from turboesm_cli.evaluation.teacher_forced import decoding_cost, first_layer_cost
 
     own, place = own_batches(model, sets, shard)
     results = len(entries) + len(formats) + (0 if model.causal else 1)
     rows = [] if shard.index else _of_no_protein(model, entries, formats, work)
     measured = None
     if not model.is_random:
-        with console.progress("decoding", results * own_proteins(model, sets, own)) as tick:
+        codecs = len(entries) + len(formats)
+        cost = sum(decoding_cost(model, sets[family], codecs, own=few) for family, few in own.items())
+        with console.progress("decoding", results * own_proteins(model, sets, own), cost) as tick:
             decoded = accuracy.decoded(model, entries, sets, tick, formats, work.under("decode"), own)
-        with console.progress("first layer", len(entries) * len(sets)) as tick:
+        cost = len(entries) * sum(first_layer_cost(model, sets[family], few) for family, few in own.items())
+        with console.progress("first layer", len(entries) * len(sets), cost) as tick:
             first = accuracy.first_layers(model, entries, sets, tick, work.under("layer0"), own)
         measured = Measured(decoded, first)
     about = accuracy.circumstances(model, entries, sets, formats, work.devices)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import resource
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 import typer
 import typer.core
 
+from turboesm_cli import whereabouts
 from turboesm_cli.commands.gpus import is_spread, spread
 from turboesm_cli.errors import DeviceError
 
@@ -25,6 +27,7 @@ class Command(typer.core.TyperCommand):
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         rest = super().parse_args(ctx, args)
         check_values(ctx, self.params)
+        whereabouts.note_command(words_of(ctx, self.params))
         return rest
 
     def invoke(self, ctx: Any) -> Any:
@@ -40,7 +43,42 @@ class Group(typer.core.TyperGroup):
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         rest = super().parse_args(ctx, args)
         check_values(ctx, self.params)
+        whereabouts.note_command(words_of(ctx, self.params))
         return rest
+
+
+def words_of(ctx: Any, parameters: Sequence[Any]) -> str:
+    """The command with what the user gave that figures follow from; files without their folders."""
+    names, at = list[str](), ctx
+    while at.parent is not None:
+        names.insert(0, str(at.info_name))
+        at = at.parent
+    arguments, options = list[str](), list[str]()
+    for parameter in parameters:
+        aside = {parameter.name, f"{ctx.info_name} {parameter.name}"} & _NOT_OF_FIGURES
+        if aside or not is_given(ctx, parameter.name):
+            continue
+        value = ctx.params[parameter.name]
+        words = [_without_folder(str(each)) for each in (value if isinstance(value, list | tuple) else [value])]
+        if parameter.param_type_name == "argument":
+            arguments += words
+        elif isinstance(value, bool):
+            options.append(max(parameter.opts if value else parameter.secondary_opts, key=len))
+        else:
+            options += [part for word in words for part in (max(parameter.opts, key=len), word)]
+    return shlex.join(["turboesm", *names, *arguments, *options])
+
+
+_NOT_OF_FIGURES = {
+    "output", "force", "if_done", "resume_anywhere", "json", "rejects", "device", "shard", "gpus", "log", "debug",
+    "decode batch",
+}  # fmt: skip
+"""Options, of all commands or of one, that say where a measurement is done, how many proteins at a time, and what
+becomes of it; rows have a column for the device."""
+
+
+def _without_folder(text: str) -> str:
+    return ",".join(Path(part).name if "/" in part and Path(part).exists() else part for part in text.split(","))
 
 
 def check_room() -> None:

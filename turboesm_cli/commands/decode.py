@@ -14,7 +14,7 @@ from turboesm_cli.cache.formats import FORMATS, PACKED
 from turboesm_cli.commands import options
 from turboesm_cli.commands.decoding import Decoding
 from turboesm_cli.commands.gpus import Gpus
-from turboesm_cli.commands.reading import Reading, hashed_bundle
+from turboesm_cli.commands.reading import Reading, hashed, hashed_bundle
 from turboesm_cli.commands.sharding import ShardOption, check_shard, of_shard, say_shard
 from turboesm_cli.errors import InputError
 from turboesm_cli.sequences.fasta import LongPolicy
@@ -22,8 +22,9 @@ from turboesm_cli.sequences.fasta import LongPolicy
 if TYPE_CHECKING:
     from turboesm_cli.codec.bundle import Bundle
     from turboesm_cli.codec.fit import CodecSpec
-    from turboesm_cli.engine.jobs import Prompt
+    from turboesm_cli.codec.header import Header, Known
     from turboesm_cli.engine.memory_plan import Plan
+    from turboesm_cli.engine.prompts import Prompt
     from turboesm_cli.engine.workload import Workload
     from turboesm_cli.evaluation.rows import Summary
     from turboesm_cli.models.protocol import Model
@@ -34,6 +35,8 @@ if TYPE_CHECKING:
 _OF_OUTPUTS = ["--if-done", "--resume-anywhere"]
 LARGEST_BATCH = 256
 """Sequences at once that a GPU is given where --batch does not say."""
+TOKEN_OF_PASS = 0.25
+"""What a token takes in a pass over a whole protein, in decoded tokens; measured on a CPU (8M)."""
 
 
 def decode(
@@ -121,9 +124,6 @@ def decode(
 
     Example: turboesm decode 650M.tqz proteins.fasta --shard 0/4 -o part-0.csv
     """
-    from turboesm_cli.cache.packed import make_ready
-    from turboesm_cli.outputs.work import NOTHING_KEPT
-
     check_shard(shard, output)
     kept = None
     if output is not None and not plan:
@@ -134,28 +134,34 @@ def decode(
         )
     if memory and not plan:
         raise typer.BadParameter("goes with --plan", param_hint="--memory")
-    codec, sha256 = hashed_bundle(bundle)
+    told, sha256 = _opened(bundle, source, plan)
     if plan:
         from turboesm_cli.commands.planning import check_named
 
-        check_named(codec, model, bundle)
+        check_named(told, model, bundle)
     with ExitStack() as stack:
-        reading = Reading(strict, long, max_proteins, rejects, tags=tags, alphabet=codec.alphabet)
-        work = _workload(stack, sha256, codec, source, prompt, kv, reading, shard)
+        reading = Reading(strict, long, max_proteins, rejects, tags=tags, alphabet=told.alphabet)
+        work = _workload(stack, sha256, told, source, prompt, kv, reading, shard)
         wanted = None
         if generate:
             from turboesm_cli.commands.generating import Wanted
 
             wanted = Wanted(generate, num_samples, temperature, top_p, top_k, repetition_penalty, seed)
-            wanted.check(codec, work)
+            wanted.check(told, work)
         elif num_samples > 1 or top_k or repetition_penalty != 1:
             raise typer.BadParameter(
                 "go with --generate", param_hint=["--num-samples", "--top-k", "--repetition-penalty"]
             )
-        plans = _plans(codec, work, generate, device, dtype, memory)
+        plans = _plans(told, work, generate, device, dtype, memory)
         if plan:
             _show_plans(plans, memory, json)
             return
+        from turboesm_cli.cache.packed import make_ready
+        from turboesm_cli.codec.bundle import Bundle
+        from turboesm_cli.outputs.work import NOTHING_KEPT
+
+        assert isinstance(told, Bundle)
+        codec = told
         loaded = options.open_model(model, device, codec, dtype)
         codec.check_model(loaded, bundle)
         if kv == PACKED:
@@ -181,10 +187,21 @@ def decode(
     say_shard(shard)
 
 
+def _opened(bundle: Path, source: str, plan: bool) -> tuple[Bundle | Header, str]:
+    """The bundle, or its header where that is enough for a plan; and its sha256."""
+    from turboesm_cli.cache.cache_file import is_packfile
+
+    if not plan or (source != "-" and is_packfile(Path(source))):
+        return hashed_bundle(bundle)
+    from turboesm_cli.codec.header import read_header
+
+    return hashed(bundle, read_header)
+
+
 def _workload(
     stack: ExitStack,
     sha256: str,
-    bundle: Bundle,
+    bundle: Bundle | Header,
     source: str,
     prompt: str | None,
     kv: str,
@@ -204,6 +221,9 @@ def _workload(
     if packed and kv != PACKED:
         raise InputError(f"{source} holds packed caches; --kv {kv} needs the proteins' FASTA file")
     if packed:
+        from turboesm_cli.codec.bundle import Bundle
+
+        assert isinstance(bundle, Bundle)
         return of_packfile(stack, Packfile(Path(source), bundle, sha256), reading.limit, bundle, shard)
     with console.busy(f"reading {source}"):
         work = of_proteins(reading.stream(source), rule, bundle, prompt or "0.5", shard)
@@ -215,19 +235,19 @@ def _workload(
 
 
 def _plans(
-    bundle: Bundle, work: Workload, generate: int, device: str, dtype: options.DtypeName, memory: str | None
+    bundle: Known, work: Workload, generate: int, device: str, dtype: options.DtypeName, memory: str | None
 ) -> list[Plan]:
     """What each kind of cache would take for this work."""
     from turboesm_cli.commands.planning import memory_of
     from turboesm_cli.engine.memory_plan import plans
     from turboesm_cli.models.families import is_causal
 
-    weights = FORMATS[dtype].dtype
+    itemsize = FORMATS[dtype].itemsize
     context = work.longest_prompt + generate if generate else work.longest
     kinds = len(bundle.alphabet) if is_causal(bundle.family) else 20
-    token = bundle.shape.width * weights.itemsize + 8 + (0 if is_causal(bundle.family) else 80)
+    token = bundle.shape.width * itemsize + 8 + (0 if is_causal(bundle.family) else 80)
     results = generate * 16 + kinds * 48 if generate else work.longest * token  # logits, sorted and summed up
-    return plans(bundle.shape, bundle.spec, weights, context, memory_of(memory, device), results)
+    return plans(bundle.shape, bundle.size, itemsize, context, memory_of(memory, device), results)
 
 
 def _show_plans(plans: list[Plan], memory: str | None, as_json: bool) -> None:
@@ -258,7 +278,7 @@ def _compare(run: Decoding, output: Path | None, as_json: bool) -> Callable[[], 
     from turboesm_cli.reporting.results import csv_rows, to_record, write_csv
 
     recipe = run.bundle.spec.recipe
-    context = Context.of(run.model, 0, run.work.sha256[:16], run.work.prompt, run.saved.devices)
+    context = Context.of(run.model, 0, run.work.sha256[:16], run.work.prompt, run.saved.devices, [run.bundle])
     summary = Summary(context, recipe if run.kv == PACKED else run.kv)
     rows = _compared(run, summary)
     if output is not None:
@@ -289,16 +309,25 @@ def _compared(run: Decoding, summary: Summary) -> Iterator[ResultRow]:
     from turboesm_cli.evaluation.protein_results import from_tensors, to_tensors
 
     predict = run.model.has_lm_head and not run.model.causal
+    passes = 1 if run.model.causal else 2
+
+    def finishing(cached: int, decoded: int) -> float:
+        """What is done of a protein beside decoding it: its prompt encoded, and what it is compared with."""
+        return TOKEN_OF_PASS * (cached + passes * (cached + decoded))
 
     def finish(prompt: Prompt, found: Tensors) -> Tensors:
-        return to_tensors(compare(run.model, prompt, found))
+        compared = to_tensors(compare(run.model, prompt, found))
+        tick(0, cost=finishing(prompt.cached, prompt.length - prompt.cached))
+        return compared
 
-    with console.progress("decoding tokens", run.work.decoded) as tick:
+    cost = run.work.decoded + finishing(run.work.cached, run.work.decoded)
+    with console.progress("decoding tokens", run.work.decoded, cost) as tick:
         batch = run.batch(lambda slots: Forced.of(run.model, slots, run.work.longest, predict), tick)
         todo = rest_of(run.work.prompts)
         for index, (prompt, _, held) in enumerate(decoded(batch, todo, finish, run.saved)):
             if run.saved.resumed(str(index)):
-                tick(prompt.length - prompt.cached, again=True)
+                left = prompt.length - prompt.cached
+                tick(left, again=True, cost=left + finishing(prompt.cached, left))
             yield from summary.add(*from_tensors(held, [prompt.protein] * (1 if run.model.causal else 2)))
     if run.shard is None:
         yield from summary.rows()

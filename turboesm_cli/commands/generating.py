@@ -13,10 +13,10 @@ from turboesm_cli.sequences.fasta import MAX_RESIDUES, Protein, write_fasta
 from turboesm_cli.sequences.records import RECORD_CAP
 
 if TYPE_CHECKING:
-    from turboesm_cli.codec.bundle import Bundle
+    from turboesm_cli.codec.header import Known
     from turboesm_cli.commands.decoding import Decoding
     from turboesm_cli.engine.batch import Job
-    from turboesm_cli.engine.jobs import Prompt
+    from turboesm_cli.engine.prompts import Prompt
     from turboesm_cli.engine.workload import Workload
     from turboesm_cli.outputs.work import Tensors
 
@@ -33,7 +33,7 @@ class Wanted:
     repetition_penalty: float
     seed: int
 
-    def check(self, bundle: Bundle, work: Workload) -> None:
+    def check(self, bundle: Known, work: Workload) -> None:
         """Raise InputError for what the model cannot do, or what could not be read as FASTA again."""
         from turboesm_cli.models.families import is_causal
 

@@ -131,9 +131,9 @@ def open_model(name: str | None, device: str, bundle: Bundle | None = None, dtyp
     """Load the model of --model or $TURBOESM_MODEL, else the bundle's where it is found, else the embedded one."""
     import torch
 
-    from turboesm_cli.models.checkpoints import EMBEDDED, findable
     from turboesm_cli.models.families import is_causal
     from turboesm_cli.models.loading import load_model
+    from turboesm_cli.models.names import EMBEDDED, findable
 
     default = EMBEDDED
     if bundle and (found := findable(bundle.model_name)):

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from turboesm_cli import console
-from turboesm_cli.errors import InputError
 
 if TYPE_CHECKING:
     from turboesm_cli.codec.bundle import Bundle
@@ -88,20 +87,14 @@ def learned(
     """
     from turboesm_cli.codec.calibration import calibrate
     from turboesm_cli.evaluation import frontier as tried
-    from turboesm_cli.statistics.collect import collect
 
-    if model.is_random:
-        if bounds.given:
-            raise InputError(
-                f"{model.name} has random weights, of which no error can be predicted; leave the bound out"
-            )
+    if model.is_random and not bounds.given:
         return Learned(calibrate(model, proteins, recipe, console.progress, work))
-    statistics = collect(model, proteins, phase=console.progress, work=work)
-    recipes = tried.budgets_of(recipe) if frontier else [recipe]
-    points = tried.frontier(model, proteins, statistics, recipes, console.progress, work)
-    chosen = tried.smallest(points, bounds.error, bounds.kl) if bounds.given else points[recipes.index(recipe)]
-    half = tried.half_fitted(model, proteins, chosen, console.progress, work) if frontier else None
-    return Learned(chosen.bundle, points, chosen, half)
+    found = tried.learned(
+        model, proteins, recipe, every_budget=frontier, max_error=bounds.error, max_kl=bounds.kl,
+        with_half=frontier, phase=console.progress, work=work,
+    )  # fmt: skip
+    return Learned(found.chosen.bundle, found.points, found.chosen, found.half)
 
 
 def _record(point: Point) -> dict[str, Any]:

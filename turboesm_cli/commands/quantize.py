@@ -56,7 +56,6 @@ def quantize(
     """
     from turboesm_cli.cache.cache_file import CachedProtein, check_longest, storable, write_packfile
     from turboesm_cli.cache.memory import Tally, memory_of
-    from turboesm_cli.cache.packed import codec_nbytes
     from turboesm_cli.engine.prefill import cache_proteins
     from turboesm_cli.engine.prompts import parse_prompt
     from turboesm_cli.engine.workload import of_proteins
@@ -78,11 +77,11 @@ def quantize(
     tally = Tally()
 
     def caches(work: Work) -> Iterator[CachedProtein]:
-        with console.progress("packing", todo.count) as tick:
+        with console.progress("packing", todo.count, todo.cached) as tick:
             for index, item in enumerate(cache_proteins(loaded, codec.spec, todo.prompts(), work)):
                 tally.add(memory_of(codec.spec, item.protein.accession, item.cached, item.nbytes))
                 yield item
-                tick(again=work.resumed(str(index)))
+                tick(again=work.resumed(str(index)), cost=item.cached)
 
     with kept.work(of_shard(run, shard)) as work:
         if not work.is_finished(path):
@@ -91,7 +90,7 @@ def quantize(
     if json:
         _print_json(path, codec.spec)
     elif tally.count:
-        _show(tally, codec.spec.recipe.name, codec_nbytes(codec.spec))
+        _show(tally, codec.spec.recipe.name, codec.spec.size.shared_bytes)
     count = console.counted(todo.count, "protein")
     console.say(f"caches of {count} in {path} ({path.stat().st_size:,} bytes, headers included)")
     say_shard(shard)
@@ -101,11 +100,10 @@ def _print_json(path: Path, spec: CodecSpec) -> None:
     """What the finished file says of its proteins, one by one: they may be too many to hold."""
     from turboesm_cli.cache.cache_file import Packfile
     from turboesm_cli.cache.memory import memory_of
-    from turboesm_cli.cache.packed import codec_nbytes
 
     with Packfile(path) as file:
         lines = (memory_of(spec, item.protein.accession, item.cached, item.nbytes).as_dict() for item in file)
-        console.print_json_rows(lines, "proteins", {"bytes_model_tables": codec_nbytes(spec)})
+        console.print_json_rows(lines, "proteins", {"bytes_model_tables": spec.size.shared_bytes})
 
 
 def _show(tally: Tally, recipe: str, codec_tables: int) -> None:

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import count, islice
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from turboesm_cli import console
 from turboesm_cli.errors import BundleError, InputError
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from turboesm_cli.models.alphabet import Alphabet
 
 SHOWN = 20
+Found = TypeVar("Found")
 
 
 @dataclass(frozen=True)
@@ -153,16 +154,22 @@ def _say(source: str, found: ReadReport) -> None:
 def hashed_bundle(path: Path) -> tuple[Bundle, str]:
     """A bundle, and the sha256 of the bytes that it was read from. Raises BundleError."""
     from turboesm_cli.codec.bundle import read_bundle
+
+    return hashed(path, read_bundle)
+
+
+def hashed(path: Path, read: Callable[[Path], Found]) -> tuple[Found, str]:
+    """What `read` makes of a bundle, and the sha256 of the bytes that it was read from. Raises BundleError."""
     from turboesm_cli.outputs.files import file_sha256
 
     try:
         before = file_sha256(path)
     except OSError:  # which reading it tells of
         before = ""
-    bundle = read_bundle(path)
+    found = read(path)
     if file_sha256(path) != before:
         raise BundleError(f"{path} changed while it was read; run the command again")
-    return bundle, before
+    return found, before
 
 
 def digest_of(sets: list[list[Protein]]) -> str:

@@ -80,10 +80,10 @@ def score(
 
         coded = PackedCodec(codec.spec, loaded.device) if kv == PACKED else DenseCodec(FORMATS[kv])
         yield "\t".join(COLUMNS)
-        with console.progress("scoring", todo.count) as tick:
+        with console.progress("scoring", todo.count, todo.decoded) as tick:
             for found, again in scores(loaded, todo.prompts(), None if kv == "fp32" else coded, work):
                 yield "\t".join(found.cells())
-                tick(again=again)
+                tick(again=again, cost=found.tokens)
 
     with kept.work(of_shard(run, shard)) if kept is not None else nullcontext(NOTHING_KEPT) as work:
         if output is None:

@@ -18,6 +18,7 @@ from turboesm_cli.outputs.files import check_output
 
 if TYPE_CHECKING:
     from turboesm_cli.codec.fit import CodecSpec
+    from turboesm_cli.codec.sizes import CodecSize
     from turboesm_cli.evaluation.throughput import Kind, Load, Throughput
     from turboesm_cli.models.protocol import Model
     from turboesm_cli.models.shapes import Shape
@@ -94,19 +95,18 @@ def throughput(
 
 def _bench(wanted: Wanted) -> None:
     """Measure, write the rows, show the tables."""
-    from turboesm_cli.engine.memory_plan import device_memory, parse_memory
+    contexts, batches, forms = _numbers(wanted.contexts), _numbers(wanted.batches), _forms(wanted.kinds)
+    if wanted.plan:
+        _plan(wanted, contexts)
+        return
+    from turboesm_cli.commands.planning import memory_of
     from turboesm_cli.evaluation.crossover import crossovers, rows
     from turboesm_cli.evaluation.throughput import Load
-    from turboesm_cli.models.loading import pick_device
     from turboesm_cli.reporting.results import to_records, write_csv
 
-    loads = [Load(batch, context) for context in _numbers(wanted.contexts) for batch in _numbers(wanted.batches)]
-    forms = _forms(wanted.kinds)
-    if wanted.plan:
-        _plan(wanted, loads)
-        return
-    free = device_memory(pick_device(wanted.device))
-    budget = parse_memory(wanted.memory) if wanted.memory else None
+    loads = [Load(batch, context) for context in contexts for batch in batches]
+    free = memory_of(None, wanted.device)
+    budget = memory_of(wanted.memory, wanted.device) if wanted.memory else None
     model, specs = _model_and_codecs(wanted)
     _check_contexts(model, loads)
     found, largest = _measure(wanted, model, _kinds(forms, specs), loads, free, budget)
@@ -125,22 +125,22 @@ def _bench(wanted: Wanted) -> None:
     console.say(f"{len(made)} figures in {wanted.output}")
 
 
-def _plan(wanted: Wanted, loads: list[Load]) -> None:
+def _plan(wanted: Wanted, contexts: list[int]) -> None:
     """Show what caches would take, from shapes and a recipe alone: neither weights nor proteins are needed."""
-    from turboesm_cli.codec.blank import blank_spec
-    from turboesm_cli.codec.bundle import read_bundle
+    from turboesm_cli.codec.header import read_header
     from turboesm_cli.codec.recipes import parse_recipe
+    from turboesm_cli.codec.sizes import planned_size
     from turboesm_cli.commands.planning import check_context, check_named, memory_of, shape_of
 
     if wanted.bundles:
-        bundle = read_bundle(wanted.bundles[0])
-        check_named(bundle, wanted.model, wanted.bundles[0])
-        shape, spec = bundle.shape, bundle.spec
+        header = read_header(wanted.bundles[0])
+        check_named(header, wanted.model, wanted.bundles[0])
+        shape, size = header.shape, header.size
     else:
         shape = shape_of(wanted.model, wanted.device)
-        spec = blank_spec(shape, parse_recipe(next(filter(None, wanted.recipes.split(",")), "auto")))
-    check_context(max(load.context for load in loads), shape, "--context")
-    _show_plans(wanted, shape, spec, loads, memory_of(wanted.memory, wanted.device))
+        size = planned_size(shape, parse_recipe(next(filter(None, wanted.recipes.split(",")), "auto")))
+    check_context(max(contexts), shape, "--context")
+    _show_plans(wanted, shape, size, contexts, memory_of(wanted.memory, wanted.device))
 
 
 def _measure(
@@ -207,13 +207,13 @@ def _show(model: Model, found: list[Throughput], largest: list[Throughput]) -> N
         console.print_table("Largest batch in --memory", ["cache", "context", "batch", "peak GiB"], lines)
 
 
-def _show_plans(wanted: Wanted, shape: Shape, spec: CodecSpec, loads: list[Load], memory: int) -> None:
+def _show_plans(wanted: Wanted, shape: Shape, size: CodecSize, contexts: list[int], memory: int) -> None:
     from turboesm_cli.engine.memory_plan import COLUMNS, LEGEND, RESERVED, plans
 
     made = [
         plan
-        for context in dict.fromkeys(load.context for load in loads)
-        for plan in plans(shape, spec, FORMATS[wanted.dtype].dtype, context, memory)
+        for context in dict.fromkeys(contexts)
+        for plan in plans(shape, size, FORMATS[wanted.dtype].itemsize, context, memory)
     ]
     if wanted.json:
         console.print_json([plan.as_dict() for plan in made])
@@ -228,7 +228,7 @@ def _largest(wanted: Wanted, model: Model, kind: Kind, context: int, memory: int
     from turboesm_cli.engine.memory_plan import plans
     from turboesm_cli.evaluation.throughput import largest_batch
 
-    every = plans(model.shape, kind.spec, FORMATS[wanted.dtype].dtype, context, memory)
+    every = plans(model.shape, kind.spec.size, FORMATS[wanted.dtype].itemsize, context, memory)
     planned = next(plan for plan in every if plan.kind == kind.form).batch
     return largest_batch(model, kind, context, memory, planned) if planned else None
 

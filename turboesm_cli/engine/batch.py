@@ -21,13 +21,10 @@ from turboesm_cli.cache.dense import DenseCache
 from turboesm_cli.cache.formats import PACKED
 from turboesm_cli.cache.packed import PackedCache, rows_apart
 from turboesm_cli.codec.fit import CodecSpec
+from turboesm_cli.engine.memory_plan import PREFILL_TOKENS
 from turboesm_cli.models import forward
 from turboesm_cli.models.protocol import Model
 from turboesm_cli.outputs.work import Tensors
-
-PREFILL_TOKENS = 16384
-"""Tokens that are encoded at once when slots are filled: what bounds the workspace of a prefill. Enough that a GPU
-is not kept waiting for the host."""
 
 LOOK_EVERY = 8
 """Steps on a GPU between looks at which sequences have ended: each look waits for the device."""

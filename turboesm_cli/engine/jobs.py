@@ -1,67 +1,34 @@
-"""Proteins decoded from a cache after their prompts, and what that is compared with."""
+"""Proteins decoded from a cache after their prompts: jobs for a batch, in the order of the input."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
-
-import torch
-from torch import Tensor
 
 from turboesm_cli.cache.dense import DenseCache
 from turboesm_cli.cache.formats import FORMATS
 from turboesm_cli.cache.packed import PackedCache
 from turboesm_cli.codec.fit import CodecSpec
 from turboesm_cli.engine.batch import AnyCache, Batch, Job, Shared, TaskT
-from turboesm_cli.models.alphabet import Alphabet
+from turboesm_cli.engine.prompts import Prompt
 from turboesm_cli.models.protocol import Model
 from turboesm_cli.outputs.work import Tensors, Work
-from turboesm_cli.sequences.fasta import Protein
 
 
-@dataclass(frozen=True)
-class Prompt:
-    """A protein, how many of its tokens are prompt, and what gives the tensors of a cache of them, or None.
+def job_of(prompt: Prompt) -> Job:
+    """Decode the rest of a protein."""
+    tokens, rest = prompt.tokens.tensor_split([prompt.cached])
+    return Job(tokens, len(rest), rest, prompt.held)
 
-    `alphabet` is that of the model that decodes it.
-    """
 
-    protein: Protein
-    cached: int
-    alphabet: Alphabet
-    held: Callable[[], Mapping[str, Tensor]] | None = None
-
-    @property
-    def tokens(self) -> Tensor:
-        """Ids int64 [T] of the whole protein."""
-        return torch.tensor(self.alphabet.tokenize(self.protein))
-
-    @property
-    def length(self) -> int:
-        """Tokens of the whole protein."""
-        return self.alphabet.length(self.protein)
-
-    @property
-    def text(self) -> str:
-        """The residues that are prompt, as they were read where that is all."""
-        if self.cached >= self.alphabet.prompt_length(self.protein):
-            return self.protein.sequence
-        return self.alphabet.detokenize(self.tokens[: self.cached].tolist())
-
-    def job(self) -> Job:
-        """Decode the rest of the protein."""
-        prompt, rest = self.tokens.tensor_split([self.cached])
-        return Job(prompt, len(rest), rest, self.held)
-
-    def samples(self, number: int, steps: int, count: int, causal: bool) -> Iterator[Job]:
-        """Sample up to `steps` tokens after it, `count` times; `number`: its own among the prompts."""
-        prompt, feed = self.tokens[: self.cached], None
-        if causal:  # the last token of the prompt is decoded, so that the first one to sample is predicted
-            prompt, feed = prompt[:-1], int(prompt[-1])
-        shared = Shared() if count > 1 else None
-        for sample in range(count):
-            yield Job(prompt, steps, None, self.held, shared, feed, number, sample)
+def _samples(prompt: Prompt, number: int, steps: int, count: int, causal: bool) -> Iterator[Job]:
+    """Sample up to `steps` tokens after a prompt, `count` times; `number`: its own among the prompts."""
+    tokens, feed = prompt.tokens[: prompt.cached], None
+    if causal:  # the last token of the prompt is decoded, so that the first one to sample is predicted
+        tokens, feed = tokens[:-1], int(tokens[-1])
+    shared = Shared() if count > 1 else None
+    for sample in range(count):
+        yield Job(tokens, steps, None, prompt.held, shared, feed, number, sample)
 
 
 def new_cache(model: Model, spec: CodecSpec, kv: str, slots: int, capacity: int) -> AnyCache:
@@ -77,7 +44,7 @@ Jobs = Callable[[], Iterable[tuple[Prompt, Job]]]
 
 def rest_of(prompts: Callable[[], Iterable[Prompt]]) -> Jobs:
     """Decode the rest of each protein."""
-    return lambda: ((prompt, prompt.job()) for prompt in prompts())
+    return lambda: ((prompt, job_of(prompt)) for prompt in prompts())
 
 
 def samples_of(
@@ -90,7 +57,7 @@ def samples_of(
 
     def jobs() -> Iterator[tuple[Prompt, Job]]:
         for number, prompt in enumerate(prompts(), first):
-            for job in prompt.samples(number, steps, count, causal):
+            for job in _samples(prompt, number, steps, count, causal):
                 yield prompt, job
 
     return jobs

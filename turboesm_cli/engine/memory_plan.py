@@ -1,4 +1,7 @@
-"""What decoding takes of a device's memory, before any is taken: weights, caches, workspace, the largest batch."""
+"""What decoding takes of a device's memory, before any is taken: weights, caches, workspace, the largest batch.
+
+Of shapes and sizes alone: imports no torch.
+"""
 
 from __future__ import annotations
 
@@ -7,15 +10,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from turboesm_cli.cache.formats import FORMATS, KINDS
-from turboesm_cli.cache.packed import bytes_per_sequence, codec_nbytes
-from turboesm_cli.codec.fit import CodecSpec
-from turboesm_cli.engine.batch import PREFILL_TOKENS
+from turboesm_cli.codec.sizes import CodecSize
 from turboesm_cli.errors import InputError
 from turboesm_cli.models.families import parameter_count
 from turboesm_cli.models.shapes import Shape
+
+PREFILL_TOKENS = 16384
+"""Tokens that are encoded at once when slots are filled: what bounds the workspace of a prefill. Enough that a GPU
+is not kept waiting for the host."""
 
 RESERVED = 0.06
 """Share of a device's memory that is left alone: contexts of libraries, graphs, fragments."""
@@ -75,32 +78,29 @@ COLUMNS = [
 ]
 
 
-def plans(
-    shape: Shape, spec: CodecSpec, dtype: torch.dtype, context: int, memory: int, results: int = 0
-) -> list[Plan]:
-    """A plan for each kind of cache, for weights of `dtype` and sequences of up to `context` tokens.
+def plans(shape: Shape, size: CodecSize, itemsize: int, context: int, memory: int, results: int = 0) -> list[Plan]:
+    """A plan for each kind of cache, for sequences of up to `context` tokens; a weight has `itemsize` bytes.
 
     `results`: bytes that a task keeps of a sequence. Needs no model: its shape says what it takes.
     """
     return [
         Plan(
             kind, context, memory,
-            weights=parameter_count(shape) * dtype.itemsize,
-            shared=4 * codec_nbytes(spec) if kind == "packed" else 0,
-            workspace=_workspace(shape, dtype, context),
-            sequence=sequence_bytes(spec, kind, context),
-            beside=results + _unpacked(shape, dtype, kind, context),
+            weights=parameter_count(shape) * itemsize,
+            shared=4 * size.shared_bytes if kind == "packed" else 0,
+            workspace=_workspace(shape, itemsize, context),
+            sequence=sequence_bytes(size, kind, context),
+            beside=results + _unpacked(shape, itemsize, kind, context),
         )
         for kind in KINDS
     ]  # fmt: skip
 
 
-def sequence_bytes(spec: CodecSpec, kind: str, context: int) -> int:
+def sequence_bytes(size: CodecSize, kind: str, context: int) -> int:
     """Bytes that one sequence of `context` tokens takes in a cache of a kind."""
     if kind == "packed":
-        return bytes_per_sequence(spec, context)
-    numbers = len(spec.layers) * 2 * spec.heads * spec.head_dim * context
-    return FORMATS[kind].nbytes(numbers, spec.head_dim)
+        return size.sequence_bytes(context)
+    return FORMATS[kind].nbytes(size.numbers(context), size.head_dim)
 
 
 def parse_memory(text: str) -> int:
@@ -116,14 +116,8 @@ def parse_memory(text: str) -> int:
     return int(size)
 
 
-def device_memory(device: torch.device) -> int:
-    """Bytes of memory that a device has free. For a CPU, those of the machine that are available."""
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    return _available()
-
-
-def _available() -> int:
+def machine_memory() -> int:
+    """Bytes of the machine's memory that are available."""
     try:
         text = Path("/proc/meminfo").read_text(encoding="ascii")
         lines: Mapping[str, str] = dict(line.split(":", 1) for line in text.splitlines())
@@ -132,18 +126,18 @@ def _available() -> int:
         return 8 * 2**30
 
 
-def _workspace(shape: Shape, dtype: torch.dtype, context: int) -> int:
+def _workspace(shape: Shape, itemsize: int, context: int) -> int:
     """Activations of a prefill of `PREFILL_TOKENS` tokens at its widest, the feed-forward layer, and cuBLAS's own.
 
     With bf16 weights 30 bytes per token and channel: peaks measured on an H200 held 23 to 30 (64 and 256 x 1024).
     """
     tokens = max(PREFILL_TOKENS, context)
-    return tokens * shape.width * 15 * dtype.itemsize + LIBRARIES
+    return tokens * shape.width * 15 * itemsize + LIBRARIES
 
 
-def _unpacked(shape: Shape, dtype: torch.dtype, kind: str, context: int) -> int:
-    """One layer's keys and values, which int8 and fp8 caches turn back into `dtype` for each step."""
+def _unpacked(shape: Shape, itemsize: int, kind: str, context: int) -> int:
+    """One layer's keys and values, which int8 and fp8 caches turn back into the weights' dtype in a step."""
     widened = {"int8": 8, "fp8": 0}.get(kind)
     if widened is None:
         return 0
-    return context * shape.width * (2 * dtype.itemsize + widened)
+    return context * shape.width * (2 * itemsize + widened)

@@ -9,7 +9,7 @@ import torch
 from turboesm_cli.cache.cache_file import CachedProtein
 from turboesm_cli.cache.packed import PackedCache
 from turboesm_cli.codec.fit import CodecSpec
-from turboesm_cli.engine.jobs import Prompt
+from turboesm_cli.engine.prompts import Prompt
 from turboesm_cli.models import forward
 from turboesm_cli.models.protocol import Model
 from turboesm_cli.outputs.archive import to_bytes

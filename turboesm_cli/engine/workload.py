@@ -11,12 +11,12 @@ from functools import partial
 from itertools import islice
 
 from turboesm_cli.cache.cache_file import Packfile
-from turboesm_cli.codec.bundle import Bundle, seen
-from turboesm_cli.engine.jobs import Prompt
+from turboesm_cli.codec.header import Known, seen
+from turboesm_cli.engine.prompts import Prompt
 from turboesm_cli.errors import InputError
+from turboesm_cli.models.shapes import check_context
 from turboesm_cli.outputs.shards import Shard, part_of
 from turboesm_cli.sequences.fasta import Protein
-from turboesm_cli.statistics.batching import check_context
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,8 @@ class Workload:
     """Prompts and what to expect of them; of a shard its own, and what all shards have to agree on of the whole.
 
     count     proteins; of a shard its own
-    decoded   tokens that follow the prompts, all proteins together; of a shard its own
+    cached    tokens of the prompts, all proteins together; of a shard its own
+    decoded   tokens that follow the prompts, likewise
     longest   tokens of the longest protein of the whole, control tokens counted
     longest_prompt  of the longest prompt of the whole
     known     proteins of the whole that were in the bundle's calibration set
@@ -37,6 +38,7 @@ class Workload:
     """
 
     count: int
+    cached: int
     decoded: int
     longest: int
     longest_prompt: int
@@ -56,7 +58,7 @@ class Workload:
 def of_proteins(
     proteins: Callable[[], Iterable[Protein]],
     rule: Callable[[Protein], int],
-    bundle: Bundle,
+    bundle: Known,
     prompt: str = "",
     shard: Shard | None = None,
 ) -> Workload:
@@ -69,7 +71,7 @@ def of_proteins(
 
 
 def of_packfile(
-    stack: ExitStack, file: Packfile, limit: int | None, bundle: Bundle, shard: Shard | None = None
+    stack: ExitStack, file: Packfile, limit: int | None, bundle: Known, shard: Shard | None = None
 ) -> Workload:
     """The caches of a file, or the first `limit`; `stack` keeps the file open. Raises InputError for none."""
     stack.enter_context(file)
@@ -88,25 +90,28 @@ def of_packfile(
 
 @dataclass(frozen=True)
 class _Notes:
-    """What is noted of each protein so that a shard can tell its own, and that they stay the same: 16 bytes."""
+    """What is noted of each protein so that a shard can tell its own, and that they stay the same: 20 bytes."""
 
     residues: array[int] = field(default_factory=lambda: array("I"))
+    cached: array[int] = field(default_factory=lambda: array("I"))
     decoded: array[int] = field(default_factory=lambda: array("I"))
     digests: array[int] = field(default_factory=lambda: array("Q"))
 
     def add(self, prompt: Prompt, decoded: int, described: bytes) -> None:
         self.residues.append(prompt.protein.residues)
+        self.cached.append(prompt.cached)
         self.decoded.append(decoded)
         self.digests.append(_short_digest(described))
 
 
-def _counted(prompts: Callable[[], Iterator[Prompt]], bundle: Bundle, words: str, shard: Shard | None) -> Workload:
-    count = decoded = longest = longest_prompt = known = 0
+def _counted(prompts: Callable[[], Iterator[Prompt]], bundle: Known, words: str, shard: Shard | None) -> Workload:
+    count = cached = decoded = longest = longest_prompt = known = 0
     identity, notes = hashlib.sha256(), _Notes()
     for prompt in prompts():
         tokens, described = prompt.length, _described(prompt)
         check_context(prompt.protein, tokens, bundle.shape)
         count, longest, longest_prompt = count + 1, max(longest, tokens), max(longest_prompt, prompt.cached)
+        cached += prompt.cached
         decoded += tokens - prompt.cached
         identity.update(described)
         known += len(seen(bundle, [prompt.protein]))
@@ -114,15 +119,16 @@ def _counted(prompts: Callable[[], Iterator[Prompt]], bundle: Bundle, words: str
             notes.add(prompt, tokens - prompt.cached, described)
     sha256 = identity.hexdigest()
     same = partial(_unchanged, prompts, count, sha256)
-    whole = Workload(count, decoded, longest, longest_prompt, known, sha256, words, same, 0, count)
+    whole = Workload(count, cached, decoded, longest, longest_prompt, known, sha256, words, same, 0, count)
     return whole if shard is None else _part(whole, prompts, notes, part_of(notes.residues, shard))
 
 
 def _part(whole: Workload, prompts: Callable[[], Iterator[Prompt]], notes: _Notes, own: range) -> Workload:
-    decoded = sum(notes.decoded[own.start : own.stop])
+    cached, decoded = (sum(each[own.start : own.stop]) for each in (notes.cached, notes.decoded))
     return replace(
         whole,
         count=len(own),
+        cached=cached,
         decoded=decoded,
         prompts=lambda: _own(prompts(), notes.digests, own),
         first=own.start,

@@ -10,17 +10,15 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-import torch
-
-from turboesm_cli.cache.packed import PackedCodec, bytes_per_sequence, dense_bytes_per_sequence
-from turboesm_cli.codec.bundle import sequence_key
+from turboesm_cli.cache.packed import PackedCodec
 from turboesm_cli.codec.fit import CodecSpec, fit
+from turboesm_cli.codec.header import sequence_key
 from turboesm_cli.codec.recipes import RECIPES, Recipe, Rotation
 from turboesm_cli.console import Phases, Tick, quiet
 from turboesm_cli.evaluation import metrics
 from turboesm_cli.evaluation.protein_results import ProteinResult
 from turboesm_cli.evaluation.rows import Context
-from turboesm_cli.evaluation.teacher_forced import compare_decoding
+from turboesm_cli.evaluation.teacher_forced import compare_decoding, decoding_cost
 from turboesm_cli.models.protocol import Model
 from turboesm_cli.outputs.work import NOTHING_KEPT, Work
 from turboesm_cli.reporting.results import ResultRow
@@ -111,7 +109,8 @@ def ablate(
         context = Context.of(model, subset, devices=work.devices)
         everything: dict[Recipe, list[ProteinResult]] = {recipe: [] for recipe in distinct}
         for family, proteins in families.items():
-            with phase(f"decoding {family}", len(proteins) * (len(distinct) + (not model.causal))) as tick:
+            each, cost = len(distinct) + (not model.causal), decoding_cost(model, proteins, len(distinct))
+            with phase(f"decoding {family}", len(proteins) * each, cost) as tick:
                 found = _decode(model, proteins, distinct, tick, own.under(family))
             for variant in table:
                 yield _error(context, variant, family, found[variant.recipe])
@@ -144,7 +143,7 @@ def _error(context: Context, variant: Variant, family: str, results: Sequence[Pr
 
 
 def _bits(context: Context, variant: Variant, spec: CodecSpec) -> ResultRow:
-    held = bytes_per_sequence(spec, CONTEXT) / dense_bytes_per_sequence(spec, CONTEXT, torch.float32) * 32
+    held = 8 * spec.size.sequence_bytes(CONTEXT) / spec.size.numbers(CONTEXT)
     return context.row(_named(variant), "", "ablation", "bits_per_value", held, "bit", 1, tokens=CONTEXT)
 
 

@@ -12,7 +12,7 @@ import contextlib
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -20,10 +20,11 @@ import platformdirs
 import torch
 
 from turboesm_cli import __version__
-from turboesm_cli.cache.packed import PackedCodec, bytes_per_sequence, codec_nbytes, dense_bytes_per_sequence
-from turboesm_cli.codec.bundle import Bundle, read_bundle, seen, write_bundle
-from turboesm_cli.codec.calibration import bundle_of, require_enough
+from turboesm_cli.cache.packed import PackedCodec
+from turboesm_cli.codec.bundle import Bundle, read_bundle, write_bundle
+from turboesm_cli.codec.calibration import bundle_of, require_enough, source_of
 from turboesm_cli.codec.fit import CodecSpec
+from turboesm_cli.codec.header import seen
 from turboesm_cli.codec.recipes import Recipe
 from turboesm_cli.console import Phases, Tick, quiet
 from turboesm_cli.engine.jobs import new_cache
@@ -39,7 +40,14 @@ from turboesm_cli.evaluation.accuracy_rows import (
 from turboesm_cli.evaluation.peers import peer, peer_nbytes
 from turboesm_cli.evaluation.protein_results import ProteinResult
 from turboesm_cli.evaluation.rows import Coded, Context
-from turboesm_cli.evaluation.teacher_forced import DRIFT, FirstLayer, compare_decoding, first_layer_cosines
+from turboesm_cli.evaluation.teacher_forced import (
+    DRIFT,
+    FirstLayer,
+    compare_decoding,
+    decoding_cost,
+    first_layer_cosines,
+    first_layer_cost,
+)
 from turboesm_cli.models.forward import Codec, prefill, step
 from turboesm_cli.models.protocol import Model
 from turboesm_cli.outputs.identity import code_digest
@@ -78,7 +86,7 @@ def calibrated(
     paths = {name: _cached_path(model, proteins, recipe) for name, recipe in recipes.items()}
     found = {name: _read_if_good(path) for name, path in paths.items()}
     if all(found.values()):
-        return [Entry(name, bundle) for name, bundle in found.items() if bundle]
+        return _entries(found, proteins)
     require_enough(model, proteins)
     statistics = collect(model, proteins, phase=phase, work=work)
     missing = [name for name in recipes if not found[name]]
@@ -88,7 +96,17 @@ def calibrated(
             tick()
             with contextlib.suppress(OutputError):  # kept for the next run where the cache can be written to
                 write_bundle(paths[name], bundle)
-    return [Entry(name, bundle) for name, bundle in found.items() if bundle]
+    return _entries(found, proteins)
+
+
+def _entries(found: Mapping[str, Bundle | None], proteins: Sequence[Protein]) -> list[Entry]:
+    """One that was kept may be of the same proteins from a file of another name."""
+    source = source_of(proteins)
+    return [
+        Entry(name, replace(bundle, calibration=replace(bundle.calibration, source=source)))
+        for name, bundle in found.items()
+        if bundle
+    ]
 
 
 def refuse_seen(entries: Sequence[Entry], families: Families) -> None:
@@ -118,7 +136,9 @@ def accuracy(
     The phase "decoding" hears of each protein and codec.
     """
     each = len(entries) + len(formats) + (not model.causal)  # drift is an encoder's
-    with phase("decoding", each * sum(map(len, families.values()))) as tick:
+    codecs = len(entries) + len(formats)
+    cost = sum(decoding_cost(model, proteins, codecs) for proteins in families.values())
+    with phase("decoding", each * sum(map(len, families.values())), cost) as tick:
         measured = Measured(decoded(model, entries, families, tick, formats, work))
     yield from decoded_rows(circumstances(model, entries, families, formats, work.devices), measured)
 
@@ -129,7 +149,8 @@ def first_layer(
     """Rows of the protocols paper (heads joined) and paper_heads (each head on its own): of encoders alone."""
     if model.causal:
         return
-    with phase("first layer", len(entries) * len(families)) as tick:
+    cost = len(entries) * sum(first_layer_cost(model, proteins) for proteins in families.values())
+    with phase("first layer", len(entries) * len(families), cost) as tick:
         measured = Measured(first=first_layers(model, entries, families, tick, work))
     yield from first_layer_rows(circumstances(model, entries, families, (), work.devices), measured)
 
@@ -141,7 +162,8 @@ def circumstances(
     recipes: dict[str, Coded | str] = {entry.name: entry.spec.recipe for entry in entries}
     everything = [protein for proteins in families.values() for protein in proteins]
     inputs = {family: digest(proteins)[:16] for family, proteins in {**families, ALL: everything}.items()}
-    return Circumstances(Context.of(model, devices=devices), recipes | {name: name for name in formats}, inputs)
+    context = Context.of(model, devices=devices, bundles=(entry.bundle for entry in entries))
+    return Circumstances(context, recipes | {name: name for name in formats}, inputs)
 
 
 def decoded(
@@ -184,21 +206,21 @@ def first_layers(
             batches = None if own is None else own[family]
             kept = work.under(f"{index}-{family}")
             found[entry.name][family] = list(first_layer_cosines(model, few, entry.spec, kept, batches))
-            tick()
+            tick(cost=first_layer_cost(model, few, batches))
     return found
 
 
 def memory(model: Model, entries: Sequence[Entry], formats: Sequence[str] = ()) -> Iterator[ResultRow]:
     """Rows of the protocol memory: bytes that a sequence holds at some lengths, everything counted, and ratios."""
-    context = Context.of(model)
+    context = Context.of(model, bundles=(entry.bundle for entry in entries))
     for tokens in (length for length in MEMORY_LENGTHS if length <= (model.shape.context or length)):
         spec = entries[0].spec
-        fp32 = dense_bytes_per_sequence(spec, tokens, torch.float32)
+        fp32 = 4 * spec.size.numbers(tokens)
         dense = dict.fromkeys(("fp32", "fp16", *formats))
         held: list[tuple[Recipe | str, int]] = [
             (name, peer_nbytes(name, fp32 // 4, spec.head_dim)) for name in dense
         ]
-        held += [(entry.spec.recipe, bytes_per_sequence(entry.spec, tokens)) for entry in entries]
+        held += [(entry.spec.recipe, entry.spec.size.sequence_bytes(tokens)) for entry in entries]
         for recipe, nbytes in held:
             figures = {
                 "bytes": (float(nbytes), "B"),
@@ -209,7 +231,7 @@ def memory(model: Model, entries: Sequence[Entry], formats: Sequence[str] = ()) 
             for name, (value, unit) in figures.items():
                 yield context.row(recipe, "", "memory", name, value, unit, 1, tokens=tokens)
     for entry in entries:
-        shared = float(codec_nbytes(entry.spec))
+        shared = float(entry.spec.size.shared_bytes)
         yield context.row(entry.spec.recipe, "", "memory", "bytes_model_tables", shared, "B", 1)
 
 
@@ -227,11 +249,13 @@ def times(
     """
     if model.shape.context is not None and model.shape.context <= TIMED_CONTEXT:
         return
-    context = Context.of(model, devices=work.devices)
+    context = Context.of(model, devices=work.devices, bundles=(entry.bundle for entry in entries))
     tokens = model.alphabet.random(1, TIMED_CONTEXT).to(model.device)
     variants: list[tuple[Recipe | str, CodecSpec, str]] = [(kv, entries[0].spec, kv) for kv in ("fp32", "fp16")]
     variants += [(entry.spec.recipe, entry.spec, "packed") for entry in entries]
-    with phase("timing", len(variants)) as tick:
+    costs = {"packed": 1.5}  # of the time that a dense cache takes, with what is made ready
+    cost = sum(costs.get(kv, 1.0) for *_, kv in variants)
+    with phase("timing", len(variants), cost) as tick:
         for index, (recipe, spec, kv) in enumerate(variants):
             cache = new_cache(model, spec, kv, 1, TIMED_CONTEXT + 1)
             prefill(model, tokens, cache)
@@ -246,7 +270,7 @@ def times(
                 recipe, "", "time", "us_per_token", median, "us", int(saved["n"]),
                 tokens=TIMED_CONTEXT, p20=p20, p80=p80,
             )  # fmt: skip
-            tick()
+            tick(cost=costs.get(kv, 1.0))
 
 
 def _timed(call: Callable[[], object], device: torch.device, repeats: int) -> Tensors:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from turboesm_cli.engine.jobs import Prompt
+from turboesm_cli.engine.prompts import Prompt
 from turboesm_cli.evaluation import metrics
 from turboesm_cli.evaluation.protein_results import ProteinResult
 from turboesm_cli.evaluation.teacher_forced import compare_next, compare_predictions

@@ -21,6 +21,7 @@ from turboesm_cli.evaluation.rows import device_name
 from turboesm_cli.evaluation.synthetic import Shape, make_layer, random_cache, rope_of
 from turboesm_cli.evaluation.timing import Timing, once
 from turboesm_cli.reporting.results import ResultRow
+from turboesm_cli.whereabouts import command
 
 CPU = torch.device("cpu")
 BACKENDS: tuple[Backend, ...] = ("compiled", "lookup")
@@ -120,7 +121,7 @@ def _row(
         model=str(shape), recipe=what, bits_k=shape.bits, bits_v=shape.bits, family="", protocol="kernel",
         metric=metric, value=timing.median, unit=unit, n=timing.n, device=device_name(CPU), dtype="float32",
         seed=0, version=version, commit=commit, tokens=shape.tokens, p20=spread[0], p80=spread[1],
-        torch=torch.__version__, date=datetime.now(UTC).date().isoformat(),
+        torch=torch.__version__, command=command(), date=datetime.now(UTC).date().isoformat(),
     )  # fmt: skip
 
 

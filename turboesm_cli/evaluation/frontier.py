@@ -14,14 +14,14 @@ from dataclasses import dataclass
 
 import torch
 
-from turboesm_cli.cache.packed import PackedCodec, bytes_per_sequence, dense_bytes_per_sequence
+from turboesm_cli.cache.packed import PackedCodec
 from turboesm_cli.codec.bundle import Bundle
 from turboesm_cli.codec.calibration import bundle_of
 from turboesm_cli.codec.recipes import BUDGETS, Recipe, with_bits
 from turboesm_cli.console import Phases, Tick, quiet
 from turboesm_cli.errors import InputError
 from turboesm_cli.evaluation.protein_results import ProteinResult
-from turboesm_cli.evaluation.teacher_forced import compare_decoding
+from turboesm_cli.evaluation.teacher_forced import compare_decoding, decoding_cost
 from turboesm_cli.models.protocol import Model
 from turboesm_cli.outputs.work import NOTHING_KEPT, Work
 from turboesm_cli.sequences.fasta import Protein
@@ -101,6 +101,44 @@ def budgets_of(recipe: Recipe) -> list[Recipe]:
     return [found[total] for total in sorted(found)]
 
 
+@dataclass(frozen=True)
+class Learned:
+    """The budgets that were tried, the one that was chosen, and that one with half of the proteins, if tried."""
+
+    points: Sequence[Point]
+    chosen: Point
+    half: Point | None
+
+
+def learned(
+    model: Model,
+    proteins: Sequence[Protein],
+    recipe: Recipe,
+    *,
+    every_budget: bool = True,
+    max_error: float | None = None,
+    max_kl: float | None = None,
+    with_half: bool = False,
+    phase: Phases = quiet,
+    work: Work = NOTHING_KEPT,
+) -> Learned:
+    """Calibrate at the recipe's budget, or at the smallest that is predicted to hold bounds.
+
+    Raises InputError where none does, or for random weights, of which no error can be predicted.
+    """
+    bounded = max_error is not None or max_kl is not None
+    if model.is_random:
+        raise InputError(
+            f"{model.name} has random weights, of which no error can be predicted; leave the bound out"
+        )
+    statistics = collect(model, proteins, phase=phase, work=work)
+    recipes = budgets_of(recipe) if every_budget or bounded else [recipe]
+    points = frontier(model, proteins, statistics, recipes, phase, work)
+    chosen = smallest(points, max_error, max_kl) if bounded else points[recipes.index(recipe)]
+    half = half_fitted(model, proteins, chosen, phase, work) if with_half else None
+    return Learned(points, chosen, half)
+
+
 def frontier(
     model: Model,
     proteins: Sequence[Protein],
@@ -147,8 +185,8 @@ def half_fitted(
         return None
     again = work.under("half")
 
-    def half_phase(label: str, total: int) -> AbstractContextManager[Tick]:
-        return phase(f"{label}, half of the proteins", total)
+    def half_phase(label: str, total: int, cost: float | None = None) -> AbstractContextManager[Tick]:
+        return phase(f"{label}, half of the proteins", total, cost)
 
     try:
         statistics = collect(model, [*half, *held], phase=half_phase, work=again)
@@ -178,7 +216,8 @@ def _measured(
 ) -> list[Point]:
     codecs = {str(index): PackedCodec(bundle.spec, model.device) for index, bundle in enumerate(bundles)}
     found: dict[str, list[ProteinResult]] = {name: [] for name in codecs}
-    with phase("decoding proteins held back", len(held) * len(codecs)) as tick:
+    cost = decoding_cost(model, held, len(codecs), drift=False)
+    with phase("decoding proteins held back", len(held) * len(codecs), cost) as tick:
         results = compare_decoding(model, held, codecs, work=work.under("held back"), tick=tick, drift=False)
         for name, result in results:
             found[name].append(result)
@@ -187,7 +226,7 @@ def _measured(
 
 def _point(bundle: Bundle, results: Sequence[ProteinResult]) -> Point:
     tokens = min(CONTEXT, bundle.shape.context or CONTEXT)
-    nbytes = bytes_per_sequence(bundle.spec, tokens)
+    nbytes = bundle.spec.size.sequence_bytes(tokens)
     lengths = [result.protein.residues for result in results]
     predictions = [
         result.predictions.kl for result in results if result.predictions and len(result.predictions.kl)
@@ -196,7 +235,7 @@ def _point(bundle: Bundle, results: Sequence[ProteinResult]) -> Point:
         bundle,
         tokens,
         nbytes,
-        nbytes / dense_bytes_per_sequence(bundle.spec, tokens, torch.float32) * 32,
+        8 * nbytes / bundle.spec.size.numbers(tokens),
         (min(lengths), max(lengths)),
         estimate([1 - result.cosines for result in results]),
         estimate(predictions) if predictions else None,

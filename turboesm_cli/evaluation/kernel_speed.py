@@ -32,6 +32,7 @@ from turboesm_cli.evaluation.synthetic import (
 )
 from turboesm_cli.evaluation.timing import Timing
 from turboesm_cli.reporting.results import ResultRow
+from turboesm_cli.whereabouts import command
 
 TOLERANCE = 1e-3
 REPLAYS = 20
@@ -241,7 +242,8 @@ def _row(
         metric=metric, value=timing.median if timing else float(value), unit=unit,  # type: ignore[arg-type]
         n=timing.n if timing else 1, device=torch.cuda.get_device_name(), dtype="float16", seed=0,
         version=version, commit=commit, tokens=shape.tokens, p20=timing.p20 if timing else None,
-        p80=timing.p80 if timing else None, torch=torch.__version__, date=datetime.now(UTC).date().isoformat(),
+        p80=timing.p80 if timing else None, torch=torch.__version__, command=command(),
+        date=datetime.now(UTC).date().isoformat(),
     )  # fmt: skip
 
 

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import datetime
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Protocol
 
 import torch
 
-from turboesm_cli import __version__
+from turboesm_cli import __version__, whereabouts
+from turboesm_cli.codec.bundle import Bundle
 from turboesm_cli.evaluation import metrics
 from turboesm_cli.evaluation.peers import peer_bits
 from turboesm_cli.evaluation.protein_results import ProteinResult
 from turboesm_cli.evaluation.streaming import RunningAgreement, RunningDivergence, State
 from turboesm_cli.models.protocol import Model
 from turboesm_cli.reporting.metric_names import ACCURACY, LANGUAGE, LANGUAGE_OF_TOKENS, Metric
+from turboesm_cli.reporting.recipe_names import typed
 from turboesm_cli.reporting.results import ResultRow, commit_of_source
 from turboesm_cli.sequences.fasta import Protein, digest
 
@@ -35,7 +37,8 @@ class Coded(Protocol):
 class Context:
     """What every row of a measurement says of its circumstances, as in `ResultRow`; `causal`: of the model.
 
-    date  that of the day where it is not given
+    date        that of the day where it is not given
+    calibrated  what rows say of each codec's calibration, by recipe and bits as they are typed
     """
 
     model: str
@@ -49,12 +52,23 @@ class Context:
     commit: str = field(default_factory=commit_of_source)
     torch: str = str(torch.__version__)
     date: str = ""
+    command: str = field(default_factory=whereabouts.command)
+    calibrated: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, model: Model, seed: int = 0, inputs: str = "", prompt: str = "", devices: str = "") -> Context:
+    def of(
+        cls,
+        model: Model,
+        seed: int = 0,
+        inputs: str = "",
+        prompt: str = "",
+        devices: str = "",
+        bundles: Iterable[Bundle] = (),
+    ) -> Context:
         """That of a model; `devices`: those that it is done on, where they are more than the model's."""
         device, dtype = devices or device_name(model.device), dtype_name(model.dtype)
-        return cls(model.name, device, dtype, model.causal, seed, inputs, prompt)
+        calibrated = {bundle.spec.recipe.typed: _calibration(bundle) for bundle in bundles}
+        return cls(model.name, device, dtype, model.causal, seed, inputs, prompt, calibrated=calibrated)
 
     def of_inputs(self, proteins: Sequence[Protein]) -> Context:
         """The same, for figures of these proteins, whatever their order."""
@@ -70,11 +84,13 @@ class Context:
     ) -> ResultRow:  # fmt: skip
         """A row; `recipe` is a recipe, or the dtype of a dense cache."""
         name, bits_k, bits_v = identity_of(recipe)
+        calibration = self.calibrated.get(typed(name, bits_k, bits_v), {})
         return ResultRow(
             self.model, name, bits_k, bits_v, family, protocol, metric, value, unit, n,
             self.device, self.dtype, self.seed, self.version, self.commit,
             accession=accession, tokens=tokens, p20=p20, p80=p80, torch=self.torch,
             date=self.date or datetime.date.today().isoformat(), inputs=self.inputs, prompt=self.prompt,
+            command="" if accession else self.command, **calibration,
         )  # fmt: skip
 
     def accuracy(
@@ -126,10 +142,21 @@ class Context:
     ) -> list[ResultRow]:
         """All figures of each protein alone."""
         return [
-            replace(row, accession=result.protein.accession)
+            replace(row, accession=result.protein.accession, command="")
             for result in results
             for row in self.of_proteins(recipe, family, protocol, [result])
         ]
+
+
+def _calibration(bundle: Bundle) -> dict[str, Any]:
+    """Columns of `ResultRow`."""
+    found = bundle.calibration
+    return {
+        "calibration": found.sha256[:16],
+        "calibration_source": found.source,
+        "calibration_proteins": found.proteins,
+        "calibration_tokens": found.tokens,
+    }
 
 
 def dtype_name(dtype: torch.dtype) -> str:

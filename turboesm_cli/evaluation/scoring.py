@@ -10,7 +10,7 @@ from itertools import islice
 import torch
 from torch import Tensor
 
-from turboesm_cli.engine.jobs import Prompt
+from turboesm_cli.engine.prompts import Prompt
 from turboesm_cli.models import forward
 from turboesm_cli.models.protocol import Model
 from turboesm_cli.outputs.work import Tensors, Work

@@ -20,7 +20,7 @@ from turboesm_cli.models.protocol import Model
 from turboesm_cli.models.sampling import residue_indices, residue_logits
 from turboesm_cli.outputs.work import NOTHING_KEPT, Tensors, Work
 from turboesm_cli.sequences.fasta import Protein
-from turboesm_cli.statistics.batching import batches, to_tokens
+from turboesm_cli.statistics.batching import batches, cost_of, to_tokens
 
 LOGITS = 1 << 22
 """Logits that are compared at once."""
@@ -54,8 +54,8 @@ def compare_decoding(
     Yields (codec's name, result), batch after batch, and for an encoder under DRIFT the fp32 decode against
     encoding the whole protein, of which hidden states alone are compared: ESM-2's own distribution over a residue,
     which must not see it, would take a pass per residue. `work` keeps each batch's results of each codec; `tick`
-    hears of each result. `own`: the numbers of the batches to decode, if not all. Without `drift` that is left
-    out.
+    hears of each batch and codec. `own`: the numbers of the batches to decode, if not all. Without `drift` that is
+    left out.
     """
     for number, proteins_of_batch in enumerate(batches(proteins, tokens_per_batch, model.alphabet)):
         if own is not None and number not in own:
@@ -65,13 +65,32 @@ def compare_decoding(
             {DRIFT: batch.drift} if drift and not model.causal else {}
         )
         units |= {name: partial(batch.quantized, codec) for name, codec in codecs.items()}
+        cost = cost_of(proteins_of_batch, model.alphabet)
         for index, (name, compute) in enumerate(units.items()):
             unit = f"{number}-{index}"
             saved = work.unit(unit, partial(_tensors_of, compute))
+            if tick:
+                passes = PASSES_OF_DRIFT if name == DRIFT else PASSES_OF_CODEC + (index == 0)
+                tick(len(proteins_of_batch), work.resumed(unit), passes * cost)
             for result in from_tensors(saved, proteins_of_batch):
                 yield name, result
-                if tick:
-                    tick(again=work.resumed(unit))
+
+
+PASSES_OF_DRIFT, PASSES_OF_CODEC = 2.5, 1.25
+"""What a batch takes, in fp32 decodes, of which the first has one more; measured on a CPU (8M, 25M)."""
+
+
+def decoding_cost(
+    model: Model, proteins: Sequence[Protein], codecs: int, drift: bool = True, own: range | None = None
+) -> float:
+    """What `compare_decoding` takes, in the measure in which its `tick` hears of it."""
+    few = [
+        batch
+        for number, batch in enumerate(batches(proteins, 4096, model.alphabet))
+        if own is None or number in own
+    ]
+    passes = codecs * PASSES_OF_CODEC + (PASSES_OF_DRIFT if drift and not model.causal else 1)
+    return passes * sum(cost_of(batch, model.alphabet) for batch in few)
 
 
 def _tensors_of(compute: Callable[[], list[ProteinResult]]) -> Tensors:
@@ -183,6 +202,17 @@ def first_layer_cosines(
             continue
         saved = work.unit(str(number), partial(_first_layer_cosines, model, batch, spec))
         yield FirstLayer(saved["joined"], saved["heads"])
+
+
+def first_layer_cost(model: Model, proteins: Sequence[Protein], own: range | None = None) -> float:
+    """What `first_layer_cosines` takes, about, in any measure: scores of all pairs of tokens are most of it."""
+    few = [
+        batch
+        for number, batch in enumerate(batches(proteins, 4096, model.alphabet))
+        if own is None or number in own
+    ]
+    longest = [max(map(model.alphabet.length, batch)) for batch in few]
+    return sum(len(batch) * tokens * (1 + tokens / 600) for batch, tokens in zip(few, longest, strict=True))
 
 
 def _first_layer_cosines(model: Model, batch: Sequence[Protein], spec: CodecSpec) -> Tensors:

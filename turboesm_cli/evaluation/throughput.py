@@ -20,9 +20,9 @@ from torch import Tensor
 
 from turboesm_cli.cache.dense import DenseCache
 from turboesm_cli.codec.fit import CodecSpec
-from turboesm_cli.engine.batch import PREFILL_TOKENS, Graph, Stepper
+from turboesm_cli.engine.batch import Graph, Stepper
 from turboesm_cli.engine.jobs import new_cache
-from turboesm_cli.engine.memory_plan import RESERVED, sequence_bytes
+from turboesm_cli.engine.memory_plan import PREFILL_TOKENS, RESERVED, sequence_bytes
 from turboesm_cli.evaluation import timing
 from turboesm_cli.evaluation.rows import Coded
 from turboesm_cli.models.protocol import Model
@@ -84,7 +84,7 @@ class Kind:
 
     def nbytes(self, context: int) -> int:
         """Bytes of one sequence."""
-        return sequence_bytes(self.spec, self.form, context)
+        return sequence_bytes(self.spec.size, self.form, context)
 
 
 @dataclass(frozen=True)

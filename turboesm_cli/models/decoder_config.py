@@ -1,26 +1,32 @@
 """What config.json of an autoregressive model says, in one form for all families.
 
 A setting that would make transformers compute anything else than `decoder` does is refused, and so is one that is
-not known: a model is read as what it is, or not at all.
+not known: a model is read as what it is, or not at all. Imports no torch.
 """
 
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from turboesm_cli.errors import ModelError
-from turboesm_cli.models.decoder import ACTIVATIONS
 from turboesm_cli.models.esm_config import FREE, flag
 from turboesm_cli.models.shapes import Shape, check_shape
 
 FAMILIES = ("gpt2", "gptj", "llama", "mistral", "progen")
 """Values of model_type that are read."""
+
+UNUSED = re.compile(
+    r"(transformer\.)?h\.\d+\.attn\.(bias|masked_bias|attention\.bias|attention\.masked_bias|embed_positions)"
+    r"|(model\.)?layers\.\d+\.self_attn\.rotary_emb\.inv_freq"
+)
+"""Buffers of causal masks and of RoPE's angles, which older versions of transformers saved."""
+
+ACTIVATIONS = ("gelu", "gelu_new", "gelu_pytorch_tanh", "relu", "silu", "swish")
+"""Names of those that `decoder` computes."""
 
 _BOOKKEEPING = {
     "_attn_implementation", "_attn_implementation_internal", "_from_model_config", "_name_or_path",
@@ -63,8 +69,9 @@ class Layout:
 
     vocabulary   rows of the embedding
     inner        channels of the feed-forward part, gate not counted
-    frequencies  as `decoder.Decoder.frequencies`
-    order        where each channel of a head comes from: pairs that RoPE turns lie half a head apart here
+    turned       channels of a head that RoPE turns; 0 where positions are learned
+    theta        base of RoPE's frequencies
+    interleaved  whether RoPE turns neighbouring channels together, not those half a head apart
     """
 
     family: str
@@ -73,8 +80,9 @@ class Layout:
     inner: int
     activation: str
     epsilon: float
-    frequencies: Tensor
-    order: Tensor
+    turned: int
+    theta: float
+    interleaved: bool
     tied: bool
     attention_bias: bool = True
     mlp_bias: bool = True
@@ -134,29 +142,24 @@ def _gpt(config: dict[str, Any], path: Path) -> Layout:
         context=config.get("n_positions", 1024 if family == "gpt2" else 2048),
     )  # fmt: skip
     check_shape(shape, path)
-    order, frequencies = torch.arange(shape.head_dim), torch.zeros(shape.head_dim // 2)
-    if family != "gpt2":
-        order, frequencies = _interleaved(shape, config, path)
+    turned = 0 if family == "gpt2" else _turned(shape, config, path)
     inner = config.get("n_inner")
     return Layout(
         family, shape, _size(config, "vocab_size", path), 4 * shape.width if inner is None else inner,
         _activation(config.get("activation_function", "gelu_new"), path),
-        _epsilon(config.get("layer_norm_epsilon", 1e-5), path), frequencies, order,
-        tied=flag(config, "tie_word_embeddings", family == "gpt2", path.parent),
+        _epsilon(config.get("layer_norm_epsilon", 1e-5), path), turned, 10000.0,
+        interleaved=family != "gpt2", tied=flag(config, "tie_word_embeddings", family == "gpt2", path.parent),
     )  # fmt: skip
 
 
-def _interleaved(shape: Shape, config: dict[str, Any], path: Path) -> tuple[Tensor, Tensor]:
+def _turned(shape: Shape, config: dict[str, Any], path: Path) -> int:
     """GPT-J's RoPE turns channels 2 i and 2 i + 1 of the first `rotary_dim`, others not at all."""
     turned = config.get("rotary_dim", 64 if config["model_type"] == "gptj" else None)
     if type(turned) is not int or not 0 < turned <= shape.head_dim or turned % 2:
         raise ModelError(
             f"{path}: rotary_dim is {turned!r:.60}, no even number up to the head_dim {shape.head_dim}"
         )
-    channels = torch.arange(shape.head_dim)
-    frequencies = torch.zeros(shape.head_dim // 2)
-    frequencies[: turned // 2] = 1.0 / 10000 ** (torch.arange(0, turned, 2) / turned)
-    return torch.cat((channels[::2], channels[1::2])), frequencies
+    return turned
 
 
 def _llama(config: dict[str, Any], path: Path) -> Layout:
@@ -171,12 +174,12 @@ def _llama(config: dict[str, Any], path: Path) -> Layout:
         context=context if window is None else min(window, context),  # up to there the window holds all
     )  # fmt: skip
     check_shape(shape, path)
-    frequencies = 1.0 / _theta(config, path) ** (torch.arange(0, shape.head_dim, 2).float() / shape.head_dim)
     folder = path.parent
     return Layout(
         family, shape, _size(config, "vocab_size", path), _size(config, "intermediate_size", path),
         _activation(config.get("hidden_act", "silu"), path), _epsilon(config.get("rms_norm_eps", 1e-6), path),
-        frequencies, torch.arange(shape.head_dim), tied=flag(config, "tie_word_embeddings", False, folder),
+        shape.head_dim, _theta(config, path), interleaved=False,
+        tied=flag(config, "tie_word_embeddings", False, folder),
         attention_bias=flag(config, "attention_bias", False, folder),
         mlp_bias=flag(config, "mlp_bias", False, folder),
     )  # fmt: skip

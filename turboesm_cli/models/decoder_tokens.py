@@ -9,7 +9,7 @@ from turboesm_cli.errors import ModelError
 from turboesm_cli.models.alphabet import Alphabet
 from turboesm_cli.models.decoder_alphabets import decoder_alphabet
 from turboesm_cli.models.esm_config import read_json, read_text
-from turboesm_cli.models.weights import one_line
+from turboesm_cli.models.unreadable import one_line
 
 LARGEST = 16 << 20
 """Bytes of a tokenizer.json: that of GPT-2 has two million."""

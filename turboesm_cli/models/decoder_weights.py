@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields, replace
 from typing import Any
@@ -14,18 +13,12 @@ from torch import Tensor
 from turboesm_cli.errors import ModelError
 from turboesm_cli.models.alphabet import Alphabet
 from turboesm_cli.models.decoder import Block, Decoder, Linear
-from turboesm_cli.models.decoder_config import Layout
+from turboesm_cli.models.decoder_config import UNUSED, Layout
 from turboesm_cli.models.norms import Norm
 from turboesm_cli.models.shapes import Shape
 from turboesm_cli.models.weights import same, widened
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-
-UNUSED = re.compile(
-    r"(transformer\.)?h\.\d+\.attn\.(bias|masked_bias|attention\.bias|attention\.masked_bias|embed_positions)"
-    r"|(model\.)?layers\.\d+\.self_attn\.rotary_emb\.inv_freq"
-)
-"""Buffers of causal masks and of RoPE's angles, which older versions of transformers saved."""
 
 _PARTITIONS = 8
 """ProGen's joint projection is written in 8 parts, each with queries, values and keys of its own."""
@@ -41,6 +34,19 @@ class DecoderCheckpoint:
     weights: dict[str, Tensor]
     is_random: bool = False
     note: str = ""
+
+
+def frequencies(layout: Layout) -> Tensor:
+    """As `decoder.Decoder.frequencies`."""
+    found, turned = torch.zeros(layout.shape.head_dim // 2), layout.turned
+    found[: turned // 2] = 1.0 / layout.theta ** (torch.arange(0, turned, 2).float() / max(1, turned))
+    return found
+
+
+def channel_order(layout: Layout) -> Tensor:
+    """Where each channel of a head comes from, int64 [d]: pairs that RoPE turns lie half a head apart here."""
+    channels = torch.arange(layout.shape.head_dim)
+    return torch.cat((channels[::2], channels[1::2])) if layout.interleaved else channels
 
 
 class _Weights:
@@ -109,7 +115,7 @@ def build(found: DecoderCheckpoint) -> Decoder:
         found.name, layout.family, layout.shape, found.alphabet, "",
         embedding,
         weights.take("wpe.weight", layout.shape.context, width) if learned else None,
-        layout.frequencies,
+        frequencies(layout),
         tuple(read(weights, layout, index) for index in range(layout.shape.layers)),
         weights.norm("norm" if gated else "ln_f", width, layout.epsilon, gated),
         _head(weights, layout, embedding, found.name),
@@ -166,7 +172,7 @@ def _parallel(weights: _Weights, layout: Layout, at: str, own: list[Tensor]) -> 
     """GPT-J's block: attention and feed-forward part side by side; queries' and keys' channels in our order."""
     shape, width = layout.shape, layout.shape.width
     for side in range(2):
-        own[side] = own[side].unflatten(0, (shape.heads, -1))[:, layout.order].flatten(0, 1)
+        own[side] = own[side].unflatten(0, (shape.heads, -1))[:, channel_order(layout)].flatten(0, 1)
     return Block(
         weights.norm(f"{at}.ln_1", width, layout.epsilon),
         Linear(torch.cat(own), None),

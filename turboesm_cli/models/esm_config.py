@@ -11,11 +11,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from turboesm_kernels.reference import ROPE_BASE
+from turboesm_kernels.layout import ROPE_BASE
 
 from turboesm_cli.errors import ModelError
 from turboesm_cli.models.esm2_alphabet import ESM2_ALPHABET
-from turboesm_cli.models.weights import one_line, sign_of
+from turboesm_cli.models.unreadable import one_line, sign_of
 
 _TOKENS = ESM2_ALPHABET
 UNKNOWN = _TOKENS.vocabulary.index("<unk>")

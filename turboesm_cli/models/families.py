@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 from turboesm_cli.models.alphabet import Alphabet
-from turboesm_cli.models.checkpoints import empty_net
 from turboesm_cli.models.decoder_alphabets import alphabet_from
 from turboesm_cli.models.decoder_config import FAMILIES as DECODERS
 from turboesm_cli.models.esm2_alphabet import ESM2_ALPHABET
@@ -34,4 +33,8 @@ def parameter_count(shape: Shape) -> int:
     """Weights of a model of this shape, its language-model head included."""
     if shape.own_parameters is not None:
         return shape.own_parameters
-    return sum(weight.numel() for weight in empty_net(shape).state_dict().values())
+    width, kinds = shape.width, len(ESM2_ALPHABET)
+    square, norm = width * width + width, 2 * width
+    layer = 4 * square + 2 * (4 * width * width) + 5 * width + 2 * norm + shape.head_dim // 2
+    contacts, head = shape.layers * shape.heads + 1, square + norm + kinds * width + kinds
+    return kinds * width + shape.layers * layer + norm + contacts + head

@@ -17,7 +17,7 @@ from turboesm_cli.models.alphabet import Alphabet
 from turboesm_cli.models.checkpoints import read_checkpoint
 from turboesm_cli.models.decoder import Decoder, Linear
 from turboesm_cli.models.decoder_config import read_layout
-from turboesm_cli.models.decoder_weights import DecoderCheckpoint, build
+from turboesm_cli.models.decoder_weights import DecoderCheckpoint, build, channel_order
 from turboesm_cli.models.protocol import Model
 
 SERVED = ("gpt2", "gptj", "llama", "mistral")
@@ -45,9 +45,8 @@ def read_loaded(name: str, config: dict[str, Any], weights: dict[str, Tensor], a
     """
     layout = read_layout(config, Path(name) / "config.json")
     held = {key: weight.cpu() for key, weight in weights.items()}
-    same = torch.equal(layout.order, torch.arange(len(layout.order)))
     model = build(DecoderCheckpoint(name, layout, alphabet, held))
-    return Loaded(model, model.dtype, None if same else layout.order)
+    return Loaded(model, model.dtype, channel_order(layout) if layout.interleaved else None)
 
 
 @torch.no_grad()

@@ -6,9 +6,8 @@ import torch
 
 from turboesm_cli.errors import DeviceError
 from turboesm_cli.models import decoder_weights, esm2_weights
-from turboesm_cli.models.checkpoints import EMBEDDED as EMBEDDED
-from turboesm_cli.models.checkpoints import known_shape as known_shape
 from turboesm_cli.models.checkpoints import read_checkpoint
+from turboesm_cli.models.names import EMBEDDED
 from turboesm_cli.models.protocol import Model
 from turboesm_cli.models.weights import Checkpoint
 

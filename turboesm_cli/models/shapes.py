@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from turboesm_cli.errors import ModelError
+from turboesm_cli.errors import InputError, ModelError
+from turboesm_cli.sequences.fasta import Protein
 
 
 @dataclass(frozen=True)
@@ -90,4 +91,14 @@ def check_shape(shape: Shape, where: Path) -> None:
         raise ModelError(
             f"{where}: {shape.width} wide in {shape.heads} heads makes a head_dim of {shape.head_dim}; turboesm "
             f"serves {SMALLEST_HEAD} to {LARGEST_HEAD}"
+        )
+
+
+def check_context(protein: Protein, tokens: int, shape: Shape) -> None:
+    """Raise InputError where a protein has more tokens than a model takes."""
+    if shape.context is not None and tokens > shape.context:
+        where = f"{protein.source}: record {protein.record} ({protein.accession})"
+        raise InputError(
+            f"{where}: {tokens:,} tokens, control tokens counted, and the model takes {shape.context:,}; cut "
+            "or remove it"
         )

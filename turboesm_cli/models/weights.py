@@ -18,13 +18,10 @@ from torch import Tensor
 
 from turboesm_cli.errors import ModelError
 from turboesm_cli.models.shapes import Shape
+from turboesm_cli.models.unreadable import HOW_TO_SAVE, again, one_line, sign_of
 
 LAYER_NORM_EPS = 1e-5
 """The epsilon of ESM-2's layer norms, which fair-esm gives every model."""
-
-HOW_TO_SAVE = (
-    "save it with its settings: `model.save_pretrained(FOLDER)`, or as the guide models.md (README: Models) shows"
-)
 
 
 @dataclass(frozen=True)
@@ -99,38 +96,6 @@ def unwrapped(name: str) -> str:
 def widened(x: Tensor) -> Tensor:
     """The same in float32 at least."""
     return x if x.dtype == torch.float64 else x.float()
-
-
-def one_line(error: Exception) -> str:
-    """The start of what an error says, on one line."""
-    return " ".join((str(error) or type(error).__name__).split())[:200]
-
-
-def again(path: Path) -> str:
-    """How to get a file again: one in torch's cache is not downloaded anew while it is there."""
-    cached = path.parent == Path(torch.hub.get_dir()) / "checkpoints"
-    return f"delete {path}, then run again" if cached else "download it again"
-
-
-SIGNS = (
-    (b"version https://git-lfs", "a Git LFS pointer and not the weights; run `git lfs pull` in its repository"),
-    (b"<", "a web page, not a checkpoint"),
-    (b"{", "JSON text, not a checkpoint"),
-    (b"gguf", "a GGUF file; name the Hugging Face folder or the fair-esm .pt file that it was made from"),
-    (b"\x89hdf", "an HDF5 file of TensorFlow; name a folder with model.safetensors"),
-)
-"""What files that are no checkpoints start with, in lower case, and what they are."""
-
-
-def sign_of(path: Path) -> str | None:
-    """What a file that is no checkpoint is by its first bytes, and how to mend it; None where they do not tell."""
-    try:
-        with path.open("rb") as file:
-            head = file.read(64).lstrip().lower()
-    except OSError:
-        return None
-    found = next((what for sign, what in SIGNS if head.startswith(sign)), None)
-    return found if found is None or ";" in found else f"{found}; {again(path)}"
 
 
 def _unreadable(path: Path, error: Exception) -> ModelError:

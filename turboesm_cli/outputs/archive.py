@@ -18,16 +18,15 @@ import zipfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
-
-import safetensors
-import safetensors.torch
-from torch import Tensor
+from typing import IO, TYPE_CHECKING, Any
 
 from turboesm_cli import __version__
 from turboesm_cli.errors import BundleError, OutputError
 from turboesm_cli.outputs.files import atomic_output
 from turboesm_cli.outputs.shard_records import Seal
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 MANIFEST = "manifest.json"
 MANIFEST_LIMIT = 64 << 20
@@ -90,6 +89,8 @@ def new_archive(
 
 def to_bytes(tensors: dict[str, Tensor]) -> bytes:
     """Tensors as safetensors. Raises OutputError where readers would refuse so many bytes."""
+    import safetensors.torch
+
     data = safetensors.torch.save({key: tensor.cpu().contiguous() for key, tensor in tensors.items()})
     if len(data) > PART_LIMIT:
         raise OutputError(f"{len(data):,} bytes of tensors, over {PART_LIMIT:,}: nothing is written")
@@ -149,6 +150,25 @@ class Archive:
             raise self.broken(f"part {name} has {self.size(name):,} bytes, over {PART_LIMIT:,}")
         return self._tensors(b"".join(self.checked(name)), f"part {name}")
 
+    def dimensions(self, name: str) -> dict[str, tuple[str, tuple[int, ...]]]:
+        """Dtype and size of each tensor of a part, its hash checked, without the memory that `read` takes."""
+        head = b""
+        for chunk in self.checked(name):
+            if len(head) < MANIFEST_LIMIT:
+                head += chunk
+        try:
+            length = int.from_bytes(head[:8], "little")
+            if length > len(head) - 8:
+                raise ValueError(f"a header of {length:,} bytes")
+            described = parsed(head[8 : 8 + length])
+            return {
+                key: (_DTYPES.get(each["dtype"], str(each["dtype"])), tuple(each["shape"]))
+                for key, each in described.items()
+                if key != "__metadata__"
+            }
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
+            raise self.broken(f"part {name} holds no tensors ({error})") from error
+
     def checked(self, name: str) -> Iterator[bytes]:
         """A part's bytes, chunk by chunk; the end comes only where its hash is right."""
         digest = hashlib.sha256()
@@ -193,6 +213,8 @@ class Archive:
         return BundleError(f"{self._path} is damaged: {reason}; make it again")
 
     def _tensors(self, data: bytes, where: str) -> dict[str, Tensor]:
+        import safetensors.torch
+
         try:
             return dict(safetensors.torch.load(data))
         except safetensors.SafetensorError as error:
@@ -281,6 +303,9 @@ def printable(value: object) -> str:
 
 _UNREADABLE = (OSError, zipfile.BadZipFile, EOFError, RuntimeError, NotImplementedError)
 """What reading a member raises where it is damaged, encrypted or compressed in an unknown way."""
+
+_DTYPES = {"F32": "float32", "F16": "float16", "U8": "uint8"}
+"""What safetensors calls those of a codec."""
 
 _LOCAL_HEADER = struct.Struct("<4s22xHH")  # of a part: signature, lengths of its name and of the extra field
 

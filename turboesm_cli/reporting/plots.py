@@ -21,6 +21,7 @@ from turboesm_cli.reporting.drawing import (
     draw_lines,
     height_beside,
     label_below,
+    label_points,
     label_right,
     length_axis,
     log_axis,
@@ -31,7 +32,7 @@ from turboesm_cli.reporting.grouping import (
     Rows,
     Variant,
     bits_held,
-    bits_text,
+    budget_text,
     code_of,
     families_of,
     labels,
@@ -60,12 +61,16 @@ def frontier_plot(rows: Rows, recipes: Sequence[str]) -> Plot | None:
     if not chosen:
         return None
     names, drawn = labels(map(variant_of, chosen)), styles(recipes, map(variant_of, chosen))
+    whole = labels(map(variant_of, chosen), bits=True)
+    at = {variant_of(row): (held[code_of(variant_of(row))], row.value) for row in chosen}
     lines: dict[str, Line] = {}
-    for row in chosen:
-        variant = variant_of(row)
+    for variant, point in at.items():
         # Variants of one recipe share a name, so a line, whatever their bits.
-        line = lines.setdefault(names[variant], Line(names[variant], drawn[variant]))
-        line.points.append((held[code_of(variant)], row.value))
+        alone = list(names.values()).count(names[variant]) == 1
+        line = lines.setdefault(names[variant], Line((whole if alone else names)[variant], drawn[variant]))
+        line.points.append(point)
+    several = {name for name, line in lines.items() if len(line.points) > 1}
+    budgets = [(*at[variant], budget_text(variant)) for variant, name in names.items() if name in several]
     with canvas(f"Error against memory, {_of(overall[0])}") as (axes, publish):
         spread = False
         for variant, low, high in _spreads(rows, overall[0]):
@@ -73,6 +78,8 @@ def frontier_plot(rows: Rows, recipes: Sequence[str]) -> Plot | None:
                 spread = True
                 axes.vlines(held[code_of(variant)], low, high, color=drawn[variant].colour, alpha=0.4, linewidth=4)
         draw_lines(axes, lines.values())
+        label_points(axes, budgets)
+        axes.margins(x=0.1)  # for the letters beside the first points
         log_axis(axes, "y", ERROR)
         note = "\nbars: the middle 80 % of the proteins" if spread else ""
         label_below(axes, f"bits held for a value, everything counted{note}")
@@ -85,7 +92,7 @@ def family_plot(rows: Rows, recipes: Sequence[str]) -> Plot | None:
     if not chosen:
         return None
     cells = {(variant_of(row), row.family or "all"): row.value for row in chosen}
-    names = {variant: _named(variant, name) for variant, name in labels(v for v, _ in cells).items()}
+    names = labels((variant for variant, _ in cells), bits=True)
     families, drawn, each = families_of(chosen), styles(recipes, names), _each_protein(rows)
     ticks: list[tuple[float, str]] = []
     dots = False
@@ -121,12 +128,12 @@ def length_plot(rows: Rows, recipes: Sequence[str]) -> Plot | None:
     each = _each_protein(rows)
     if len({p.tokens for found in each.values() for p in found}) < 2:
         return None
-    names, drawn = labels(each), styles(recipes, each)
+    names, drawn = labels(each, bits=True), styles(recipes, each)
     with canvas("Error by length of the protein: a dot a protein", height_beside(len(names))) as (axes, publish):
         ends = {}
         for variant, found in each.items():
             draw_dots(axes, [(p.tokens, p.error) for p in _thinned(found)], drawn[variant].colour)
-            ends[_named(variant, names[variant])] = (_at_the_right(found), drawn[variant])
+            ends[names[variant]] = (_at_the_right(found), drawn[variant])
         lengths = [p.tokens for found in each.values() for p in found]
         log_axis(axes, "y", ERROR)
         if max(lengths) >= 4 * min(lengths):
@@ -143,13 +150,13 @@ def memory_plot(rows: Rows, recipes: Sequence[str]) -> Plot | None:
     lengths = sorted({length for curve in curves.values() for length in curve})
     if len(lengths) < 2:
         return None
-    names, drawn = labels(curves), styles([*recipes, *(v.recipe for v in curves)], curves)
+    names, drawn = labels(curves, bits=True), styles([*recipes, *(v.recipe for v in curves)], curves)
     with canvas("Memory of the cache, by length of the context", height_beside(len(names))) as (axes, publish):
         ends = {}
         for variant, curve in curves.items():
             points = [(length, size / MIB) for length, size in sorted(curve.items())]
             axes.plot(*zip(*points, strict=True), **drawn[variant].of_line(), markersize=5, linewidth=1.6)
-            ends[_named(variant, names[variant])] = (points[-1][1], drawn[variant])
+            ends[names[variant]] = (points[-1][1], drawn[variant])
         log_axis(axes, "y", "memory held (MiB, log scale)")
         length_axis(axes, lengths, "tokens of context")
         label_right(axes, ends)
@@ -196,10 +203,6 @@ def _jitter(lane: int, count: int) -> list[float]:
 
 def _powers(low: int, high: int) -> list[int]:
     return [2**power for power in range(math.ceil(math.log2(low)), math.floor(math.log2(high)) + 1)]
-
-
-def _named(variant: Variant, name: str) -> str:
-    return f"{name} {bits_text(variant)}".strip()
 
 
 def _of(family: str) -> str:

@@ -58,6 +58,11 @@ class ResultRow:
     date: str = ""  # ISO date
     inputs: str = ""  # start of a sha256 of the proteins that the figure is of, where it is of proteins
     prompt: str = ""  # what of a protein was prompt, in protocol prompted: all, 0.5, 40, stored
+    calibration: str = ""  # start of a sha256 of the proteins that the codec was fitted to, where there is one
+    calibration_source: str = ""  # name of their file
+    calibration_proteins: int = 0
+    calibration_tokens: int = 0
+    command: str = ""  # that measured it, without what figures do not follow from; not on rows about one protein
 
 
 COLUMNS = tuple(field.name for field in fields(ResultRow))
@@ -66,7 +71,7 @@ HEAD = ",".join(COLUMNS) + "\n"
 REQUIRED = tuple(field.name for field in fields(ResultRow) if field.default is MISSING)
 SPREAD = ("p20", "p80")
 FLOATS = ("bits_k", "bits_v", "value", *SPREAD)
-WHOLE = ("n", "seed", "tokens")
+WHOLE = ("n", "seed", "tokens", "calibration_proteins", "calibration_tokens")
 Reader = Callable[[Path], Iterator[tuple[str, Mapping[str, Any]]]]
 """A file -> (where, record) for each of its records."""
 

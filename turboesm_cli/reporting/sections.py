@@ -6,13 +6,13 @@ Needs neither torch nor a GPU: everything shown comes from the frame.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from turboesm_cli.reporting import overview, plots, tables
 from turboesm_cli.reporting.drawing import Plot
 from turboesm_cli.reporting.glossary import Term, terms
-from turboesm_cli.reporting.grouping import Gathered, Rows, gathered
+from turboesm_cli.reporting.grouping import Gathered, Rows, gathered, seen
 from turboesm_cli.reporting.proteins import compared, recipes_of
 from turboesm_cli.reporting.results import ResultRow, rows_of_frame
 from turboesm_cli.reporting.tables import Table
@@ -55,11 +55,20 @@ class Section:
         return tuple(table for part in self.parts for table in part.tables)
 
 
+KERNELS = "attention kernels"
+"""What the section of all shapes is called."""
+
+
 def sections(frame: pd.DataFrame) -> list[Section]:
-    """One section for each model of a frame that `results.read_csv` made, in order of appearance."""
+    """One section for each model of a frame that `results.read_csv` made, in order of appearance.
+
+    Kernels have one for all shapes, which stand where other rows name a family.
+    """
     rows = rows_of_frame(frame)
     by_model: dict[str, list[ResultRow]] = {}
     for row in rows:
+        if row.protocol == "kernel":
+            row = replace(row, model=KERNELS, family=row.model)
         by_model.setdefault(row.model, []).append(row)
     recipes = recipes_of(rows)
     return [_section(model, mine, recipes) for model, mine in by_model.items()]
@@ -111,6 +120,8 @@ def _facts(rows: Rows, found: Gathered) -> tuple[tuple[str, str], ...]:
         "Set of proteins": "inputs",
     }
     facts = [(name, _distinct(rows, field)) for name, field in named.items()]
+    facts += [("Calibration set", "; ".join(overview.calibrations(rows)))]
+    facts += [("Command", "; ".join(seen(row.command for row in rows if row.command)))]
     if found.again:
         facts.append(("Measured again", f"{found.again:,} of {len(rows):,} figures; the last of each is shown"))
     if found.combined:

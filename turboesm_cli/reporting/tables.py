@@ -45,11 +45,10 @@ ACCESSION = "accession"
 
 FURTHER = {
     "throughput": "Throughput of whole models, by batch and context",
-    "kernel": "Kernels of one attention layer, by context",
     "ablation": "Recipes with one part changed",
     "layer": "Relative error of each layer's attention output",
 }
-"""Protocols with a table of their own, and its title."""
+"""Protocols with one table of their own, and its title."""
 
 OUTPUTS = {
     "decode": "final hidden state, whole model decoded",
@@ -152,12 +151,41 @@ def worst_table(rows: Rows) -> Table | None:
 
 
 def further_tables(rows: Rows) -> list[Table | None]:
-    """A table for each protocol of `FURTHER`, a column a metric."""
+    """A table for each protocol of `FURTHER`, a column a metric; of kernels one a metric, a column a kernel."""
     return [
-        _metric_table(title, chosen, seen(row.metric for row in chosen), folded=protocol == "layer")
-        for protocol, title in FURTHER.items()
-        for chosen in [[row for row in rows if row.protocol == protocol and not row.accession]]
-    ]
+        *_kernel_tables([row for row in rows if row.protocol == "kernel"]),
+        *(
+            _metric_table(
+                title, chosen, seen(row.metric for row in chosen), folded=protocol == "layer",
+                group="batch" if protocol == "throughput" else "family",
+            )
+            for protocol, title in FURTHER.items()
+            for chosen in [[row for row in rows if row.protocol == protocol and not row.accession]]
+        ),
+    ]  # fmt: skip
+
+
+def _kernel_tables(rows: Rows) -> list[Table]:
+    """A line a shape, context and bits; times first, which are not folded. A row's family is its shape."""
+    found = []
+    for metric in sorted(seen(row.metric for row in rows), key=lambda name: name != "us"):
+        chosen = [row for row in rows if row.metric == metric]
+        names = labels(map(variant_of, chosen))
+        kernels = seen(names.values())
+        cells = {(row.family, row.tokens, row.bits_k, names[variant_of(row)]): row.value for row in chosen}
+        lines = seen((row.family, row.tokens, row.bits_k) for row in chosen)
+        body = tuple(
+            (
+                shape,
+                f"{tokens:,}" if tokens else DASH,
+                _bits(bits),
+                *(number(cells.get((shape, tokens, bits, kernel))) for kernel in kernels),
+            )
+            for shape, tokens, bits in lines
+        )
+        title = f"Kernels of one attention layer: {_headed(metric.replace('_', ' '), chosen[0].unit)}"
+        found.append(Table(title, ("shape", "tokens", "bits", *kernels), body, folded=metric != "us"))
+    return found
 
 
 LEAD = ("recipe", "K bits", "V bits", "bits per value")
@@ -205,7 +233,12 @@ def _gains_on_paper(cells: Mapping[tuple[Variant, str], float], family: str) -> 
 
 
 def _metric_table(
-    title: str, chosen: Rows, metrics: Sequence[str], note: str = "", folded: bool = False
+    title: str,
+    chosen: Rows,
+    metrics: Sequence[str],
+    note: str = "",
+    folded: bool = False,
+    group: str = "family",
 ) -> Table | None:
     """A line a variant, family and context; a column a metric."""
     if not chosen:
@@ -227,7 +260,7 @@ def _metric_table(
         for variant, family, tokens in lines
     )
     heads = tuple(_headed(metric.replace("_", " "), units[metric]) for metric in present)
-    about = [name for name, shown in (("family", with_family), ("tokens", with_tokens)) if shown]
+    about = [name for name, shown in ((group, with_family), ("tokens", with_tokens)) if shown]
     return Table(title, (*LEAD[:3], *about, *heads), body, note, folded)
 
 

@@ -8,14 +8,17 @@ from collections.abc import Iterable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from turboesm_cli.errors import InputError
 from turboesm_cli.models.alphabet import Alphabet
 from turboesm_cli.models.protocol import Model
-from turboesm_cli.models.shapes import Shape
+from turboesm_cli.models.shapes import check_context
 from turboesm_cli.sequences.fasta import Protein
 
 HELD_BACK = 16
 """One protein in 16 is held back from fitting."""
+
+
+ATTENTION_DOUBLES = 2500
+"""Tokens from which attention takes as long as the rest of a pass: 2,200 to 3,200 on a CPU (8M, 25M)."""
 
 
 def batches(proteins: Iterable[Protein], tokens_per_batch: int, alphabet: Alphabet) -> Iterator[list[Protein]]:
@@ -33,6 +36,12 @@ def batches(proteins: Iterable[Protein], tokens_per_batch: int, alphabet: Alphab
         batch.append(protein)
     if batch:
         yield batch
+
+
+def cost_of(proteins: Sequence[Protein], alphabet: Alphabet) -> float:
+    """What a pass over a batch takes, about, in tokens of short proteins: attention grows with the length."""
+    longest = max(map(alphabet.length, proteins), default=0)
+    return len(proteins) * longest * (1 + longest / ATTENTION_DOUBLES)
 
 
 def to_tokens(proteins: Sequence[Protein], model: Model) -> Tensor:
@@ -53,16 +62,6 @@ def told(proteins: Sequence[Protein], alphabet: Alphabet) -> str:
     if not any(tag for _, tag in tags):
         return ""
     return hashlib.sha256(repr(sorted(tags)).encode()).hexdigest()
-
-
-def check_context(protein: Protein, tokens: int, shape: Shape) -> None:
-    """Raise InputError where a protein has more tokens than a model takes."""
-    if shape.context is not None and tokens > shape.context:
-        where = f"{protein.source}: record {protein.record} ({protein.accession})"
-        raise InputError(
-            f"{where}: {tokens:,} tokens, control tokens counted, and the model takes {shape.context:,}; cut "
-            "or remove it"
-        )
 
 
 def hold_back(proteins: Sequence[Protein]) -> tuple[list[Protein], list[Protein]]:

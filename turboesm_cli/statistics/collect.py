@@ -41,7 +41,15 @@ from turboesm_cli.statistics.accumulators import (
     sample_size,
     stacked,
 )
-from turboesm_cli.statistics.batching import batches, digest, hold_back, prompt_lengths, to_tokens, visible_keys
+from turboesm_cli.statistics.batching import (
+    batches,
+    cost_of,
+    digest,
+    hold_back,
+    prompt_lengths,
+    to_tokens,
+    visible_keys,
+)
 from turboesm_cli.statistics.sensitivity import DRAWS, MOST_TOKENS, measure
 
 BACKWARD_TOKENS = 512
@@ -79,11 +87,16 @@ def gather(
     todo = batches_of(model, proteins, tokens_per_batch)
     fitted, held = todo.of_shard(shard)
     size = sample_size(model.shape.head_dim)
+
+    def told(tick: Tick) -> Callable[[Sequence[Protein], bool], None]:
+        return lambda batch, again: tick(len(batch), again, cost_of(batch, model.alphabet))
+
     kept, kept_held = _Keeper(model.shape, size), _Keeper(model.shape, size // HELD_PART, DRAWS * model.causal)
-    with phase("statistics", sum(map(len, fitted))) as tick:
-        sums = _added_up(partial(_sum_batch, model), fitted, kept, work.under("fitted"), tick)
-    with phase("sensitivities", sum(map(len, held))) as tick:
-        gradients = _added_up(partial(_measure_batch, model), held, kept_held, work.under("held"), tick)
+    costs = [sum(cost_of(batch, model.alphabet) for batch in each) for each in (fitted, held)]
+    with phase("statistics", sum(map(len, fitted)), costs[0]) as tick:
+        sums = _added_up(partial(_sum_batch, model), fitted, kept, work.under("fitted"), told(tick))
+    with phase("sensitivities", sum(map(len, held)), costs[1]) as tick:
+        gradients = _added_up(partial(_measure_batch, model), held, kept_held, work.under("held"), told(tick))
     return Gathered(sums, kept.merged(), gradients, kept_held.merged())
 
 
@@ -131,7 +144,7 @@ def _added_up(
     todo: Batches,
     keeper: _Keeper,
     work: Work,
-    tick: Tick,
+    tick: Callable[[Sequence[Protein], bool], None],
 ) -> Tensors:
     """The sums that `measure` gives, over all batches in their order; the keeper takes in their tokens.
 
@@ -151,7 +164,7 @@ def _added_up(
             work.unit(unit, partial(dict, sample.tensors))
             so_far = total | {"batches": torch.tensor(number + 1)}
             work.save_total("sums", so_far, last=number + 1 == len(todo))
-        tick(len(batch), again=number < done)
+        tick(batch, number < done)
     return total
 
 

@@ -24,7 +24,8 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from turboesm_kernels.reference import Side
+from turboesm_kernels.layout import SIDES as SIDES
+from turboesm_kernels.layout import Side
 
 from turboesm_cli.models.alphabet import Alphabet
 from turboesm_cli.models.forward import encode, rope_at, shared
@@ -37,8 +38,6 @@ MOST_TOKENS = 512
 
 DRAWS = 2
 """Draws of u a protein."""
-
-SIDES: tuple[Side, Side] = ("k", "v")
 
 
 @dataclass(frozen=True)

@@ -14,10 +14,11 @@ from turboesm_cli.cache import packed
 from turboesm_cli.cache.formats import FORMATS
 from turboesm_cli.codec.bundle import Bundle, read_bundle
 from turboesm_cli.codec.calibration import calibrate as _calibrate
+from turboesm_cli.codec.calibration import check
 from turboesm_cli.codec.recipes import parse_recipe
 from turboesm_cli.console import counted
 from turboesm_cli.errors import InputError
-from turboesm_cli.evaluation import accuracy
+from turboesm_cli.evaluation import accuracy, frontier
 from turboesm_cli.models import forward
 from turboesm_cli.models.loading import load_model as _load_model
 from turboesm_cli.models.protocol import Model
@@ -59,12 +60,28 @@ def read_fasta(
     return found
 
 
-def calibrate(model: Model, proteins: Sequence[Protein], recipe: str = "auto") -> Bundle:
+def calibrate(
+    model: Model,
+    proteins: Sequence[Protein],
+    recipe: str = "auto",
+    *,
+    max_error: float | None = None,
+    max_kl: float | None = None,
+) -> Bundle:
     """Learn how to code a model's keys and values from proteins; `recipe` as in `turboesm calibrate --recipe`.
 
-    Raises InputError for too few proteins, or a recipe that does not exist.
+    With `max_error` (1 - mean cosine of final hidden states) or `max_kl` (of the next residue or token, nat) it is
+    the smallest budget of the recipe that is predicted to hold them, by decoding the proteins held back.
+
+    Raises InputError for too few proteins, a recipe that does not exist, or where no budget holds the bounds.
     """
-    return _calibrate(model, proteins, parse_recipe(recipe))
+    wanted = parse_recipe(recipe)
+    if max_error is None and max_kl is None:
+        return _calibrate(model, proteins, wanted)
+    if "@" in recipe:
+        raise InputError(f"max_error and max_kl choose the budget of bits: name {wanted.name} without one")
+    check(model, proteins, wanted)
+    return frontier.learned(model, proteins, wanted, max_error=max_error, max_kl=max_kl).chosen.bundle
 
 
 def load_bundle(path: str | Path) -> Bundle:

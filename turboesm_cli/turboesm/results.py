@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from turboesm_cli.cache.formats import PEERS
-from turboesm_cli.codec.recipes import typed
 from turboesm_cli.errors import InputError
 from turboesm_cli.reporting import results
 from turboesm_cli.reporting.metric_names import BY_NAME
+from turboesm_cli.reporting.recipe_names import typed
 
 if TYPE_CHECKING:
     import pandas as pd

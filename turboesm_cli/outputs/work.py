@@ -23,11 +23,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import safetensors
-import safetensors.torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from turboesm_cli.errors import BundleError, InputError, ModelError, OutputError
 from turboesm_cli.outputs.files import (
@@ -44,7 +40,10 @@ from turboesm_cli.outputs.locks import is_held, is_lock, locked, remove_folder
 from turboesm_cli.outputs.pieces import Piece, stamp
 from turboesm_cli.outputs.shard_records import RUN_SHARD, is_record, record_of
 
-Tensors = dict[str, Tensor]
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Tensors: TypeAlias = "dict[str, Tensor]"
 
 TOTALS_SHARE = 0.2
 """About how much of the time may go into saving totals: where they are large, not every unit saves them."""
@@ -137,6 +136,8 @@ class SavedWork(Work):
             with _disk(self._folder):
                 data = self._journal.read(name)
             return _load(data)
+        import safetensors.torch
+
         tensors = compute()
         with _disk(self._folder):
             self._journal.append(name, safetensors.torch.save(_plain(tensors)))
@@ -185,6 +186,8 @@ class SavedWork(Work):
         return _load(path.read_bytes()) if path.exists() else {}
 
     def save_total(self, name: str, tensors: Tensors, last: bool = False) -> None:
+        import safetensors.torch
+
         start = time.monotonic()
         if not last and (start - self._saved_at) * TOTALS_SHARE < self._cost:
             return
@@ -422,6 +425,8 @@ def _plain(tensors: Tensors) -> Tensors:
 
 def _load(data: bytes) -> Tensors:
     """Tensors that are checked by their record's sha256, or were renamed into place whole."""
+    import safetensors.torch
+
     try:
         return dict(safetensors.torch.load(data))
     except safetensors.SafetensorError as error:

@@ -121,8 +121,8 @@ def _download_official(name: str, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ModelError(
-            f"cannot download {name}: {path.parent} cannot be made ({error.strerror}); set TORCH_HOME to a folder; "
-            f"or {fetch} name its path as the model; {otherwise}"
+            f"cannot download {name}: {path.parent} cannot be made ({error.strerror}); set TORCH_HOME to a "
+            f"folder; or {fetch} name its path as the model; {otherwise}"
         ) from error
     try:
         download(url, path)

@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 
 from turboesm_cli import console
 from turboesm_cli.app import app
+from turboesm_cli.commands.gpus import Worker, progress_line
 
 ROOT = Path(__file__).resolve().parents[1]
 PEPTIDES = str(ROOT / "data" / "evaluation" / "peptide.fasta")
@@ -57,8 +58,20 @@ def test_lines_of_progress_are_read_as_they_are_told() -> None:
     pace = console.Pace("decoding tokens", 12, told.append)
     pace(2, again=True)
     pace(10)
-    assert [console.Pace.read(line) for line in told] == [("decoding tokens", 10, 10)]
+    assert [console.Pace.read(line) for line in told] == [("decoding tokens", 10, 10, 0)]
+    assert console.Pace.read("packing: 3 of 9, 12 s, about 24 s left") == ("packing", 3, 9, 24)
+    assert console.Pace.read("packing: 3 of 9, 12 s, no estimate yet") == ("packing", 3, 9, None)
     assert console.Pace.read("model: tiny (2 layers, 2 heads of 16) on cpu, 1 threads") is None
+
+
+def test_processes_are_told_together_where_they_do_the_same(tmp_path: Path) -> None:
+    one, other = (Worker([], tmp_path / name) for name in "ab")
+    one.label, one.done, one.total, one.left = "packing", 3, 9, 24
+    assert progress_line([one, other], 20) == "packing: 3 of 9 in 1 of 2 processes, 20 s"
+    other.label, other.done, other.total, other.left = "packing", 4, 8, 30
+    assert progress_line([one, other], 30) == "packing: 7 of 17 in 2 processes, 30 s, about 30 s left"
+    other.label = "reading"
+    assert progress_line([one, other], 40) == "packing: 3 of 9 in 1 of 2 processes, 40 s"
 
 
 @pytest.mark.slow

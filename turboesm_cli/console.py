@@ -256,10 +256,13 @@ class Pace:
             self._tell(self._line(now))
 
     @staticmethod
-    def read(line: str) -> tuple[str, int, int] | None:
-        """Label, what is finished and the total of a line that another process told; None for other lines."""
-        found = _TOLD(line)
-        return (found[1], int(found[2]), int(found[3])) if found else None
+    def read(line: str) -> tuple[str, int, int, int | None] | None:
+        """Label, what is finished, the total, and seconds left where known, of a line that another process told;
+        None for other lines."""
+        if not (found := _TOLD(line)):
+            return None
+        left = 0 if found["left"] == "done" else None if found["seconds"] is None else int(found["seconds"])
+        return found["label"], int(found["done"]), int(found["total"]), left
 
     def left(self, now: float) -> float | None:
         """Seconds that are left, where that can be told yet."""
@@ -274,5 +277,8 @@ class Pace:
         return f"{self._label}: {self._finished} of {self.total}{earlier}, {took}"
 
 
-_TOLD = re.compile(r"([^:]+): (-?\d+) of (-?\d+)( left by an earlier run, which did -?\d+)?, \d+ s, ").match
+_TOLD = re.compile(
+    r"(?P<label>[^:]+): (?P<done>-?\d+) of (?P<total>-?\d+)( left by an earlier run, which did -?\d+)?, \d+ s, "
+    r"(?P<left>about (?P<seconds>\d+) s left|done|no estimate yet)"
+).match
 """What `Pace` tells."""

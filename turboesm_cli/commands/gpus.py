@@ -175,6 +175,7 @@ class Worker:
     label: str = ""
     done: int = 0
     total: int = 0
+    left: int | None = None
     process: subprocess.Popen[str] | None = None
 
     def start(self) -> None:
@@ -190,7 +191,7 @@ class Worker:
         assert process.stderr is not None
         for line in process.stderr:
             if found := console.Pace.read(line):
-                self.label, self.done, self.total = found
+                self.label, self.done, self.total, self.left = found
             elif line.strip():
                 self.said.append(line.strip())
                 del self.said[:-100]
@@ -234,7 +235,7 @@ def run(workers: Sequence[Worker]) -> None:
             time.sleep(POLL)
             if time.monotonic() - last >= console.SECONDS_BETWEEN_LOG_LINES and any(w.total for w in workers):
                 last = time.monotonic()
-                _tell(workers, last - begun)
+                console.say(progress_line(workers, last - begun))
     except BaseException as error:
         for worker in workers:
             worker.stop()
@@ -246,7 +247,12 @@ def run(workers: Sequence[Worker]) -> None:
             console.warn(line.removeprefix("warning: "))
 
 
-def _tell(workers: Sequence[Worker], seconds: float) -> None:
+def progress_line(workers: Sequence[Worker], seconds: float) -> str:
+    """How far those are that do the same as the first of whom something is known."""
     label = next(worker.label for worker in workers if worker.label)
-    done, total = (sum(getattr(worker, name) for worker in workers) for name in ("done", "total"))
-    console.say(f"{label}: {done} of {total} in {len(workers)} processes, {seconds:.0f} s")
+    same = [worker for worker in workers if worker.label == label]
+    done, total = sum(worker.done for worker in same), sum(worker.total for worker in same)
+    who = f"{len(workers)} processes" if len(same) == len(workers) else f"{len(same)} of {len(workers)} processes"
+    known = [worker.left for worker in same if worker.left is not None]
+    left = f", about {max(known)} s left" if len(known) == len(workers) and max(known) else ""
+    return f"{label}: {done} of {total} in {who}, {seconds:.0f} s{left}"

@@ -20,7 +20,7 @@ from pathlib import Path
 import pytest
 import torch
 from kernel_cases import Case, angles, make, make_spec, relative_error
-from turboesm_kernels import cpu_compiled, dispatch, reference, token_layer
+from turboesm_kernels import cpu_compiled, dispatch, reference, token_layer, verify
 from turboesm_kernels.dispatch import BackendError
 from turboesm_kernels.layout import Profile
 from turboesm_kernels.operands import Held, PreparedLayer
@@ -651,6 +651,8 @@ def test_pack_on_gpu(case: Case) -> None:
         Case(tokens=70, batch=19, heads=3, ragged=True),
         Case(tokens=33, batch=2, heads=2, dim=128, queries=4, sinks=3, ragged=True),
         Case(tokens=140, batch=20, queries=2, ragged=True, sinks=2, positions=100),
+        Case(tokens=9, batch=2, heads=2, dim=144, wide=True, ragged=True),
+        Case(tokens=9, batch=19, heads=2, dim=192, bits=1, queries=2, ragged=True),
     ],
     ids=str,
 )
@@ -728,7 +730,6 @@ def test_selfcheck(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     ids=str,
 )
 def test_selfcheck_sees_every_kind_of_layer(one: Case, other: Case, monkeypatch: pytest.MonkeyPatch) -> None:
-    from turboesm_kernels import verify
 
     layers = [PreparedLayer.of(make_spec("k", case), make_spec("v", case)) for case in (one, other, one)]
     assert len(verify.kinds_of(layers)) == 2
@@ -739,7 +740,6 @@ def test_selfcheck_sees_every_kind_of_layer(one: Case, other: Case, monkeypatch:
 
 def test_selfcheck_compiles_in_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     """What fails there is left to the check; what fails before does not start them."""
-    from turboesm_kernels import verify
 
     layers = [PreparedLayer.of(make_spec("k", case), make_spec("v", case)) for case in CHECKED]
     runs: list[tuple[PreparedLayer, bool]] = []
@@ -924,6 +924,25 @@ def test_compiled_tokens(dim: int, count: int, drops: bool, monkeypatch: pytest.
     assert relative_error(found[[0, 2]], plain[[0, 2]]) < 1e-5
 
 
+@pytest.mark.parametrize("positions", [0, 400])
+def test_attention_over_tokens_is_checked(positions: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = torch.Generator().manual_seed(1)
+    k, v = torch.randn(2, 3, 30, 16, generator=generator)
+    const = torch.randn(3, 16, generator=generator)
+    tables = TokenTables(k, v, const, -const, torch.rand(30, generator=generator), 1e-5, True)
+    if positions:
+        at = torch.randn(3, positions, 16, generator=generator)
+        tables = replace(tables, k_at=at, v_at=-at, across=torch.rand(30, positions, generator=generator))
+    assert verify.token_problem(tables, queries=2) is None
+    real = token_layer.attend_tokens
+
+    def wrong(q: torch.Tensor, *given: object) -> torch.Tensor:
+        return real(q, *given) * (1.02 if q.dtype == torch.float32 else 1.0)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(token_layer, "attend_tokens", wrong)
+    assert "off by 0.02" in (verify.token_problem(tables) or "")
+
+
 @interpreted
 @pytest.mark.parametrize(("dim", "length", "drops", "heads"), TOKENS)
 def test_tokens(dim: int, length: int, drops: bool, heads: int) -> None:
@@ -935,7 +954,7 @@ def test_tokens(dim: int, length: int, drops: bool, heads: int) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
     ("dim", "length", "drops", "heads"),
-    [*TOKENS, (64, 1024, True, 20), (128, 500, True, 33), (64, 5000, False, 7)],
+    [*TOKENS, (64, 1024, True, 20), (128, 500, True, 33), (64, 5000, False, 7), (256, 300, True, 20)],
 )
 def test_tokens_on_gpu(dim: int, length: int, drops: bool, heads: int, dtype: torch.dtype) -> None:
     check_tokens(dim, length, drops, heads, "cuda", dtype)

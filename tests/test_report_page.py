@@ -74,7 +74,10 @@ def test_what_the_figures_are_not() -> None:
     assert len(overview.caveats([known])) == 1
     (section,) = sections(frame([known, replace(known, metric="cosine_mean", calibration="", command="")]))
     facts = dict(section.facts)
-    assert facts["Calibration set"] == "train.fasta: 1 protein, 2,000 tokens, sha256 0123456789abcdef..."
+    fitted = "train.fasta: 1 protein, 2,000 tokens, sha256 0123456789abcdef..."
+    assert facts["Calibration set"] == f"{fitted}; of the proteins measured none took part"
+    first, *_ = overview.caveats([replace(known, calibration_seen=2)])
+    assert first == "NOT AN HONEST EVALUATION: 2 proteins had been in a codec's calibration set."
     assert facts["Command"] == "turboesm bench"
     (random,) = overview.caveats([replace(BASE, protocol="throughput", model="random_650M")])
     assert "random weights" in random

@@ -45,11 +45,11 @@ TIME = dataclasses.replace(
 GOLDEN = (
     b"model,recipe,bits_k,bits_v,family,protocol,metric,value,unit,n,device,dtype,seed,version,commit,"
     b"accession,tokens,p20,p80,torch,date,inputs,prompt,"
-    b"calibration,calibration_source,calibration_proteins,calibration_tokens,command\n"
+    b"calibration,calibration_source,calibration_proteins,calibration_tokens,calibration_seen,command\n"
     b"esm2_t6_8M_UR50D,flat,3.0,2.5,tm,decode,error,0.30000000000000004,1,80,NVIDIA H200,float32,7,0.1.0,"
-    b"abc+dirty,,0,,,,,,,,,0,0,\n"
+    b"abc+dirty,,0,,,,,,,,,0,0,0,\n"
     b"esm2_t6_8M_UR50D,flat,3.0,2.5,tm,time,us_per_token,12.0,1,80,NVIDIA H200,float32,7,0.1.0,"
-    b"abc+dirty,,1024,11.5,1e-07,,2026-01-02,,,,,0,0,\n"
+    b"abc+dirty,,1024,11.5,1e-07,,2026-01-02,,,,,0,0,0,\n"
 )
 
 
@@ -145,7 +145,7 @@ def test_what_spreadsheets_write_is_read(written: Path) -> None:
         (",1024,", ",long,", "line 3: tokens is 'long', expected a whole number"),
         ("11.5", "fast", "line 3: p20 is 'fast', expected a number or nothing"),
         ("esm2_t6_8M_UR50D", " ", "line 2: model is ' ', expected a name"),
-        ("flat", "flat,flat", "line 2: 29 cells under 28 columns"),
+        ("flat", "flat,flat", "line 2: 30 cells under 29 columns"),
         ("model,recipe,", "model,", "no column recipe"),
         ("model,recipe,bits_k", "name,recipe,k", "no column model, bits_k"),
         ("torch", "model", "column model appears twice"),

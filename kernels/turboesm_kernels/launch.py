@@ -18,6 +18,9 @@ from turboesm_kernels.available import on_nvidia
 ALIGNMENT = 16
 """What Triton compiles for apart: pointers (bytes) and integers that are multiples of it."""
 
+ROOMY = (9, 10)
+"""Compute capabilities whose programs may have 227 KB of shared memory; those before and others 99 or 163."""
+
 compiled_kernels: dict[Hashable, tuple[Any, list[str]]] = {}
 """By kernel, device and kinds of arguments: what Triton compiled, and the names of its constants."""
 
@@ -52,6 +55,11 @@ def kind(x: object) -> Hashable:
 def processors(q: Tensor) -> int:
     """Multiprocessors of the query's device."""
     return torch.cuda.get_device_properties(q.device).multi_processor_count if q.is_cuda else 1
+
+
+def is_roomy(q: Tensor) -> bool:
+    """Whether a program on the query's device may have more than 200 KB of shared memory, as on Hopper."""
+    return not q.is_cuda or torch.cuda.get_device_capability(q.device)[0] in ROOMY
 
 
 def launches_early(q: Tensor) -> bool:

@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from turboesm_kernels.launch import early_launch, launch, launches_early
+from turboesm_kernels.launch import early_launch, is_roomy, launch, launches_early
 from turboesm_kernels.operands import Held, PreparedLayer
 from turboesm_kernels.prepared import PreparedSide, dims_at_once, padded
 from turboesm_kernels.reference import SCALE_STEPS_PER_OCTAVE, SCALE_ZERO, Packed
@@ -306,7 +306,7 @@ def pack_operands(
         *_target(held.k, layer.k), *_target(held.v, layer.v),
     )  # fmt: skip
     constants = {
-        "HEADS": heads, "DIM": dim, "DIM_PAD": padded(dim), "DIM_BLOCK": dims_at_once(dim),
+        "HEADS": heads, "DIM": dim, "DIM_PAD": padded(dim), "DIM_BLOCK": dims_at_once(dim, is_roomy(k)),
         **layer.k.pack_constants, **layer.v.pack_constants,
         "HAS_STARTS": starts is not None, "ONE_TOKEN": tokens == 1, "TURNED": turned,
         "POSITIONED": centre_at is not None,

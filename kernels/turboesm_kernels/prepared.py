@@ -298,12 +298,9 @@ def padded(size: int, least: int = 16) -> int:
     return max(least, 1 << (size - 1).bit_length())
 
 
-LARGEST_SQUARE = 128
-
-
-def dims_at_once(dim: int) -> int:
+def dims_at_once(dim: int, is_roomy: bool) -> int:
     """Rows of a matrix [d, d] that a kernel multiplies by at once: all, or as many as shared memory holds."""
-    return padded(dim) if dim <= LARGEST_SQUARE else LARGEST_SQUARE // 2
+    return padded(dim) if dim <= 64 or (dim <= 128 and is_roomy) else 64
 
 
 def grid_steps(spec: SideSpec) -> list[dict[int, float]] | None:

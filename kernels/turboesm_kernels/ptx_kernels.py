@@ -97,7 +97,7 @@ def _two_halves(x):
 def fast_project_query_kernel(
     query, q_b, q_h, q_q, q_d, key_map, factors, middle, descriptors, scalars, rows, words,
     HEADS: tl.constexpr, QUERIES: tl.constexpr, DIM: tl.constexpr, WORDS_PAD: tl.constexpr, DIM_PAD: tl.constexpr,
-    FOLD_BLOCK: tl.constexpr, EARLY: tl.constexpr,
+    FOLD_BLOCK: tl.constexpr, DIM_BLOCK: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """Queries in coded axes as 16-bit integers, cut into two digits.
 
@@ -110,42 +110,55 @@ def fast_project_query_kernel(
     """
     fold_rows(
         query, q_b, q_h, q_q, q_d, key_map, factors, middle, descriptors, scalars, rows, words,
-        tl.program_id(0), tl.program_id(1), HEADS, QUERIES, DIM, WORDS_PAD, DIM_PAD, FOLD_BLOCK, EARLY,
+        tl.program_id(0), tl.program_id(1), HEADS, QUERIES, DIM, WORDS_PAD, DIM_PAD, FOLD_BLOCK,
+        DIM_BLOCK, EARLY,
     )  # fmt: skip
+
+
+@triton.jit
+def _map_rows(key_map, head, dim, column, words, HEADS: tl.constexpr, DIM: tl.constexpr):
+    """The head's `key_map` for some channels: both halves of the numbers."""
+    inside = (dim < DIM)[:, None] & (column < 4 * words)[None, :]
+    at = key_map + (head * DIM + dim[:, None]) * (4 * words) + column[None, :]
+    high = tl.load(at, mask=inside, other=0.0)
+    return high, tl.load(at + HEADS * DIM * 4 * words, mask=inside, other=0.0)
 
 
 @triton.jit
 def fold_rows(
     query, q_b, q_h, q_q, q_d, key_map, factors, middle, descriptors, scalars, rows, words, head, group,
     HEADS: tl.constexpr, QUERIES: tl.constexpr, DIM: tl.constexpr, WORDS_PAD: tl.constexpr, DIM_PAD: tl.constexpr,
-    FOLD_BLOCK: tl.constexpr, EARLY: tl.constexpr,
+    FOLD_BLOCK: tl.constexpr, DIM_BLOCK: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """`fast_project_query_kernel` for one head and block of rows."""
     item = group * FOLD_BLOCK + tl.arange(0, FOLD_BLOCK)
     live = item < rows
-    dim = tl.arange(0, DIM_PAD)
+    own_dim = tl.arange(0, DIM_BLOCK)
     column = tl.arange(0, 4 * WORDS_PAD)
     own = column < 4 * words
-    weight_at = key_map + (head * DIM + dim[:, None]) * (4 * words) + column[None, :]
-    inside = (dim < DIM)[:, None] & own[None, :]
-    weight_high = tl.load(weight_at, mask=inside, other=0.0)
-    weight_low = tl.load(weight_at + HEADS * DIM * 4 * words, mask=inside, other=0.0)
+    weights = _map_rows(key_map, head, own_dim, column, words, HEADS, DIM)
     factor = tl.load(factors + head * 4 * words + column, mask=own, other=0.0) * LOG2E
     centre_of_piece = tl.load(middle + head * 4 * words + column, mask=own, other=0.0)
     if EARLY:  # wait for what was launched before, then let what comes after start: it may read the cache at once
         gdc_wait()
         gdc_launch_dependents()
     q_at = (item // QUERIES).to(tl.int64) * q_b + head * q_h + item % QUERIES * q_q
-    q = tl.load(query + q_at[:, None] + dim[None, :] * q_d, mask=live[:, None] & (dim < DIM)[None, :], other=0.0)
-    q = q.to(tl.float32)
-    if FOLD_BLOCK == 1:
-        weight = weight_high.to(tl.float32) + weight_low.to(tl.float32)
-        r = tl.sum(tl.sum(q, 0)[:, None] * weight, 0)[None, :] * factor[None, :]
-    else:
-        q_high, q_low = _two_halves(q)
-        r = tl.dot(q_low, weight_high)
-        r = tl.dot(q_high, weight_low, r)
-        r = tl.dot(q_high, weight_high, r) * factor[None, :]
+    r = tl.zeros((FOLD_BLOCK, 4 * WORDS_PAD), tl.float32)
+    for first in tl.static_range(0, DIM_PAD, DIM_BLOCK):
+        dim = first + own_dim
+        if first > 0:
+            weights = _map_rows(key_map, head, dim, column, words, HEADS, DIM)
+        asked = live[:, None] & (dim < DIM)[None, :]
+        q = tl.load(query + q_at[:, None] + dim[None, :] * q_d, mask=asked, other=0.0).to(tl.float32)
+        if FOLD_BLOCK == 1:
+            weight = weights[0].to(tl.float32) + weights[1].to(tl.float32)
+            r += tl.sum(tl.sum(q, 0)[:, None] * weight, 0)[None, :]
+        else:
+            q_high, q_low = _two_halves(q)
+            r = tl.dot(q_low, weights[0], r)
+            r = tl.dot(q_high, weights[1], r)
+            r = tl.dot(q_high, weights[0], r)
+    r *= factor[None, :]
     gain = tl.max(tl.abs(r), 1) / QUERY_UNIT + 1e-30
     rounded = tl.floor(r / gain[:, None] + 0.5)
     constant = -gain * tl.sum(rounded * centre_of_piece[None, :], 1)

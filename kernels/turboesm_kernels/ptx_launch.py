@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from turboesm_kernels import ptx_kernels, ptx_text, triton_launch
-from turboesm_kernels.launch import early_launch, launch, launches_early, processors
+from turboesm_kernels.launch import early_launch, is_roomy, launch, launches_early, processors
 from turboesm_kernels.operands import Held, PreparedLayer
 from turboesm_kernels.pack import STEP_ROWS, pack_operands, warps_for
-from turboesm_kernels.prepared import FIELD_LANES, Fields, padded
+from turboesm_kernels.prepared import FIELD_LANES, Fields, dims_at_once, padded
 from turboesm_kernels.reference import PAIRED, TURN, Packed, Rope
 from turboesm_kernels.step_kernels import append_and_project_kernel
 from turboesm_kernels.triton_launch import Partials
@@ -206,7 +206,8 @@ def project_query(q: Tensor, layer: PreparedLayer, fields: Fields, early: bool) 
         q, *q.stride(), *fields.halves, fields.middle,
         found.descriptors, found.scalars, rows, found.words, HEADS=heads, QUERIES=queries, DIM=dim,
         WORDS_PAD=padded(found.words), DIM_PAD=padded(dim), FOLD_BLOCK=fold_block,
-        EARLY=early, num_warps=warps_for(dim), **early_launch(early),
+        DIM_BLOCK=dims_at_once(dim, is_roomy(q)), EARLY=early, num_warps=warps_for(dim),
+        **early_launch(early),
     )  # fmt: skip
     return found
 

@@ -70,7 +70,7 @@ def append_and_project_kernel(
     elif (part == 2) & (block * FOLD_BLOCK < rows):
         fold_rows(
             query, q_b, q_h, q_q, q_d, key_map, map_factors, middle, descriptors, scalars, rows, words,
-            head, block, HEADS, QUERIES, DIM, FOLD_PAD, DIM_PAD, FOLD_BLOCK, EARLY,
+            head, block, HEADS, QUERIES, DIM, FOLD_PAD, DIM_PAD, FOLD_BLOCK, DIM_BLOCK, EARLY,
         )  # fmt: skip
     elif POSITIONED:  # noqa: SIM102  a constant's branch is compiled or not, the other is taken or not
         if (part >= 3) & (block * ROW_BLOCK < rows):

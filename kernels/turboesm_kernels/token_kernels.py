@@ -49,12 +49,13 @@ def token_scores_kernel(
     """Of the tokens j of one kind: m = max_j s_j and sum_j 2^(s_j - m), s_j = log2(e) q . R_j (f k + k_const).
 
     The query is turned back to each position, q . R_j x = (R_j^T q) . x, pair by pair. q any float [B, H, Q, d],
-    ids uint8 [B, T], lengths int32 [B], tables f32 (`TokenTables`), unmasked f32 [B], cos and sin f32 [T, d],
-    places int32 [G, B, T], which each program writes and reads a part of, part_max and part_sum f32 [B, H Q, N],
-    -inf and 0 where there is no token of the kind. Program (b, t, g): kind t, the g-th block of rows (h, q).
+    ids uint8 [B, T], lengths int32 [B], up to T, tables f32 (`TokenTables`), unmasked f32 [B], cos and sin f32
+    [T, d], places int32 [G, B, T], which each program writes and reads a part of, part_max and part_sum f32
+    [B, H Q, N], -inf and 0 where there is no token of the kind. Program (b, t, g): kind t, the g-th block of rows
+    (h, q).
     """
     batch, kind, group = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
-    length = tl.load(lengths + batch)
+    length = tl.minimum(tl.load(lengths + batch), p_b)
     before, count = tl.full((), 0, tl.int32), tl.full((), 0, tl.int32)
     for start in range(0, length, SCAN):
         token = start + tl.arange(0, SCAN)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from turboesm_kernels.launch import early_launch, launch, processors
+from turboesm_kernels.launch import early_launch, is_roomy, launch, processors
 from turboesm_kernels.operands import Held, PreparedLayer
 from turboesm_kernels.prepared import dims_at_once, padded
 from turboesm_kernels.reference import Packed
@@ -95,7 +95,7 @@ def project_query(q: Tensor, held: Held, layer: PreparedLayer) -> tuple[Tensor, 
         folded, folded if bias is None else bias, rows, held.tokens,
         HEADS=heads, QUERIES=queries, DIM=dim, AXES=layer.k.axes,
         DIM_PAD=padded(dim), AXES_PAD=padded(layer.k.axes), HALF_PAD=padded(dim // 2),
-        ROW_BLOCK=ROW_BLOCK, TOKEN_BLOCK=FOLD_TOKENS, DIM_BLOCK=dims_at_once(dim),
+        ROW_BLOCK=ROW_BLOCK, TOKEN_BLOCK=FOLD_TOKENS, DIM_BLOCK=dims_at_once(dim, is_roomy(q)),
     )  # fmt: skip
     return folded, bias
 

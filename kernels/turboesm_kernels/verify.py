@@ -11,15 +11,16 @@ import math
 import os
 from collections.abc import Hashable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from turboesm_kernels import dispatch, reference
+from turboesm_kernels import dispatch, reference, token_layer
 from turboesm_kernels.operands import Held, PreparedLayer
 from turboesm_kernels.prepared import PreparedSide
 from turboesm_kernels.reference import TURN, Packed, Rope, SideSpec, rope_frequencies
+from turboesm_kernels.token_tables import TokenTables
 
 SEQUENCES, TOKENS = 3, 3 * TURN
 RUBBISH = 0xA5
@@ -50,7 +51,36 @@ def problem(
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # Triton and its compilers raise anything
-        return f"a kernel does not compile or start ({type(error).__name__}: {error})"
+        return _does_not_start(error)
+
+
+def token_problem(tables: TokenTables, dtype: torch.dtype = torch.float32, queries: int = 1) -> str | None:
+    """The same of a layer that keeps tokens: attention over tokens of all kinds, in sequences of three lengths."""
+    heads, kinds, dim = tables.k.shape
+    generator, device = torch.Generator().manual_seed(0), tables.k.device
+    q = (torch.randn(SEQUENCES, heads, queries, dim, generator=generator) / math.sqrt(dim)).to(dtype)
+    ids = torch.randint(kinds, (SEQUENCES, TOKENS), generator=generator)
+    ids = ids.to(torch.uint8 if kinds <= 256 else torch.int16)
+    lengths = torch.tensor([TOKENS, TOKENS - 7, 1], dtype=torch.int32)
+    unmasked = torch.tensor([1.0, 0.9, 0.8])
+    rope = Rope.at(torch.arange(TOKENS), rope_frequencies(dim, torch.device("cpu")))
+    wide = {name: x.cpu().double() for name, x in vars(tables).items() if isinstance(x, Tensor)}
+    expected = token_layer.attend_tokens(q.double(), ids, replace(tables, **wide), unmasked, rope, lengths)
+    try:
+        there = Rope(rope.cos.to(device), rope.sin.to(device))
+        found = token_layer.attend_tokens(
+            q.to(device), ids.to(device), tables, unmasked.to(device), there, lengths.to(device)
+        ).cpu()
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        return _does_not_start(error)
+    off = ((found.double() - expected).norm() / expected.norm()).item()
+    return None if off <= TOLERANCE else f"attention over tokens is off by {off:.2g} of the plain result"
+
+
+def _does_not_start(error: Exception) -> str:
+    return f"a kernel does not compile or start ({type(error).__name__}: {error})"
 
 
 def kinds_of(layers: Iterable[PreparedLayer]) -> list[PreparedLayer]:

@@ -271,10 +271,10 @@ def _prepare(model: Model, spec: CodecSpec) -> _Prepared:
     spec = on_device(spec, model.device)
     layers = [None if layer is None else PreparedLayer.of(layer.k, layer.v) for layer in spec.layers]
     on_cpu = model.device.type == "cpu"
-    if model.device.type == "cuda":
-        _check_kernels(model, spec.recipe.sinks, [layer for layer in layers if layer is not None])
-    pairs = [_pair(layer) if layer and on_cpu else None for layer in layers]
     tokens = model.first_layer_tables() if None in spec.layers else None
+    if model.device.type == "cuda":
+        _check_kernels(model, spec.recipe.sinks, [layer for layer in layers if layer is not None], tokens)
+    pairs = [_pair(layer) if layer and on_cpu else None for layer in layers]
     return _Prepared(model, spec, layers, tokens, pairs)
 
 
@@ -282,7 +282,7 @@ def _pair(layer: PreparedLayer) -> cpu_lookup.Pair | None:
     return cpu_lookup.Pair.of(layer.k, layer.v) if cpu_compiled.no_loops(layer) else None
 
 
-def _check_kernels(model: Model, sinks: int, layers: list[PreparedLayer]) -> None:
+def _check_kernels(model: Model, sinks: int, layers: list[PreparedLayer], tokens: TokenTables | None) -> None:
     """Raise DeviceError where a kernel is wrong on this device; make what the kernels need of the codec."""
     for layer in layers:
         layer.k.ready()
@@ -290,6 +290,8 @@ def _check_kernels(model: Model, sinks: int, layers: list[PreparedLayer]) -> Non
     dtype = model.dtype
     queries = model.shape.heads // model.shape.key_value_heads
     problem = verify.problem(layers, dtype, sinks, queries) if has_triton() else None
+    if tokens is not None and has_triton():
+        problem = problem or verify.token_problem(tokens, dtype, queries)
     if problem:
         raise DeviceError(f"{model.device}: {problem}; install another version of Triton, or use --device cpu")
 

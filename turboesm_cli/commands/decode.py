@@ -278,7 +278,8 @@ def _compare(run: Decoding, output: Path | None, as_json: bool) -> Callable[[], 
     from turboesm_cli.reporting.results import csv_rows, to_record, write_csv
 
     recipe = run.bundle.spec.recipe
-    context = Context.of(run.model, 0, run.work.sha256[:16], run.work.prompt, run.saved.devices, [run.bundle])
+    work = run.work
+    context = Context.of(run.model, 0, work.sha256[:16], work.prompt, run.saved.devices, [run.bundle], work.known)
     summary = Summary(context, recipe if run.kv == PACKED else run.kv)
     rows = _compared(run, summary)
     if output is not None:

@@ -162,7 +162,8 @@ def circumstances(
     recipes: dict[str, Coded | str] = {entry.name: entry.spec.recipe for entry in entries}
     everything = [protein for proteins in families.values() for protein in proteins]
     inputs = {family: digest(proteins)[:16] for family, proteins in {**families, ALL: everything}.items()}
-    context = Context.of(model, devices=devices, bundles=(entry.bundle for entry in entries))
+    known = max((len(seen(entry.bundle, everything)) for entry in entries), default=0)
+    context = Context.of(model, devices=devices, bundles=(entry.bundle for entry in entries), seen=known)
     return Circumstances(context, recipes | {name: name for name in formats}, inputs)
 
 

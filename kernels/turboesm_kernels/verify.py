@@ -12,6 +12,7 @@ import os
 from collections.abc import Hashable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -64,7 +65,7 @@ def token_problem(tables: TokenTables, dtype: torch.dtype = torch.float32, queri
     lengths = torch.tensor([TOKENS, TOKENS - 7, 1], dtype=torch.int32)
     unmasked = torch.tensor([1.0, 0.9, 0.8])
     rope = Rope.at(torch.arange(TOKENS), rope_frequencies(dim, torch.device("cpu")))
-    wide = {name: x.cpu().double() for name, x in vars(tables).items() if isinstance(x, Tensor)}
+    wide: dict[str, Any] = {name: x.cpu().double() for name, x in vars(tables).items() if isinstance(x, Tensor)}
     expected = token_layer.attend_tokens(q.double(), ids, replace(tables, **wide), unmasked, rope, lengths)
     try:
         there = Rope(rope.cos.to(device), rope.sin.to(device))

@@ -259,6 +259,25 @@ def test_proteins_seen_in_calibration_are_refused(run: Run, bundle: Path, tiny_p
     assert allowed.returncode == 0 and "NOT AN HONEST EVALUATION" in allowed.stderr
 
 
+def test_what_a_command_reads_it_does_not_overwrite(run: Run, home: Path, bundle: Path, tiny_path: Path) -> None:
+    (home / "own.fasta").write_bytes(Path(PEPTIDES).read_bytes())
+    (home / "own.tqz").write_bytes(bundle.read_bytes())
+    model = ("--model", str(tiny_path), "--force")
+    for words in (
+        ("calibrate", str(tiny_path), "own.fasta", "-o", "own.fasta", "--force"),
+        ("decode", "own.tqz", "own.fasta", "-o", "./own.tqz", *model),
+        ("bench", "--families", f"own.fasta,{PEPTIDES}", "-o", "own.fasta", "-f"),
+    ):
+        assert_one_line_error(run(*words), 7, "is read by")
+    assert (home / "own.fasta").read_bytes() == Path(PEPTIDES).read_bytes()
+
+
+def test_what_would_be_ignored_is_refused(run: Run, home: Path, bundle: Path) -> None:
+    assert_one_line_error(run("report", str(bundle), "-o", "page.html"), 3, "leave --output")
+    done = run("decode", str(bundle), PEPTIDES, "--generate", "3", "--json")
+    assert done.returncode == 2 and "does not go with --generate" in done.stderr.replace("\n", " ")
+
+
 def test_models_have_exit_code_4(run: Run) -> None:
     assert_one_line_error(run("calibrate", "esm9", PEPTIDES), 4, "esm9")
     assert_one_line_error(run("calibrate", "esm2_t33_650M", PEPTIDES, "-o", "x.tqz"), 4, "esm2_t33_650M_UR50D.pt")

@@ -147,9 +147,20 @@ def test_an_official_model_loads_from_the_hub_cache(
 ) -> None:
     folder = tmp_path / "hub" / "checkpoints"
     folder.mkdir(parents=True)
-    save_tiny_model(folder / "esm2_t6_8M_UR50D.pt", layers=6, width=160, heads=20)
+    save_tiny_model(folder / "esm2_t6_8M_UR50D.pt", layers=6, width=320, heads=20)
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     assert load_model("t6_8M", "cpu").name == "esm2_t6_8M_UR50D"
+
+
+def test_another_models_file_under_an_official_name_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, save_tiny_model: Callable[..., Path]
+) -> None:
+    folder = tmp_path / "hub" / "checkpoints"
+    folder.mkdir(parents=True)
+    save_tiny_model(folder / "esm2_t12_35M_UR50D.pt", layers=6, width=320, heads=20)
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    with pytest.raises(ModelError, match="is not esm2_t12_35M_UR50D: it holds 6 layers of 320 channels"):
+        load_model("t12_35M", "cpu")
 
 
 def test_an_official_model_that_cannot_be_had_says_what_to_download(

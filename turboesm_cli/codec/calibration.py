@@ -63,9 +63,11 @@ def few(model: Model, proteins: Sequence[Protein]) -> str:
     tokens, wanted = tokens_of(model, proteins), FEW_TOKENS * model.shape.head_dim
     if len(proteins) >= FEW_PROTEINS and tokens >= wanted:
         return ""
+    lacking = [f"{FEW_PROTEINS} proteins"] if len(proteins) < FEW_PROTEINS else []
+    lacking += [f"{wanted:,} tokens"] if tokens < wanted else []
     return (
         f"{counted(len(proteins), 'protein')} and {tokens:,} tokens are few for a steady codec: the error may be "
-        f"twice what it could be; give {FEW_PROTEINS} proteins and {wanted:,} tokens at least, better some hundred"
+        f"twice what it could be; give {' and '.join(lacking)} at least, better some hundred proteins"
     )
 
 

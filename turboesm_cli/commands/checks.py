@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import resource
@@ -15,7 +16,7 @@ import typer.core
 
 from turboesm_cli import whereabouts
 from turboesm_cli.commands.gpus import is_spread, spread
-from turboesm_cli.errors import DeviceError
+from turboesm_cli.errors import DeviceError, OutputError
 
 LEAST_ADDRESS_SPACE = 700 << 20
 """Bytes. With less, libraries that torch loads end the process, each in its own words."""
@@ -32,6 +33,7 @@ class Command(typer.core.TyperCommand):
 
     def invoke(self, ctx: Any) -> Any:
         check_room()
+        check_inputs_stay(ctx, self.params)
         if is_spread(ctx):
             return spread(ctx)
         return super().invoke(ctx)
@@ -40,11 +42,31 @@ class Command(typer.core.TyperCommand):
 class Group(typer.core.TyperGroup):
     """Commands, with options of their own that are checked likewise."""
 
+    def invoke(self, ctx: Any) -> Any:
+        check_inputs_stay(ctx, self.params)
+        return super().invoke(ctx)
+
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         rest = super().parse_args(ctx, args)
         check_values(ctx, self.params)
         whereabouts.note_command(words_of(ctx, self.params))
         return rest
+
+
+_OUTPUTS = ("output", "rejects")
+
+
+def check_inputs_stay(ctx: Any, parameters: Sequence[Any]) -> None:
+    """Raise OutputError where an output is one of the files that the command reads, with --force, too."""
+    given = {parameter.name: ctx.params.get(parameter.name) for parameter in parameters}
+    outputs = [Path(given[name]) for name in _OUTPUTS if given.get(name) is not None]
+    inputs = [value for name, value in given.items() if name not in _OUTPUTS and value is not None]
+    texts = [str(each) for value in inputs for each in (value if isinstance(value, list | tuple) else [value])]
+    for text in {part for whole in texts for part in (whole, *whole.split(","))}:
+        for output in outputs:
+            with contextlib.suppress(OSError, ValueError):
+                if output.is_file() and output.samefile(text):
+                    raise OutputError(f"{output} is read by this command; choose another output path")
 
 
 def words_of(ctx: Any, parameters: Sequence[Any]) -> str:

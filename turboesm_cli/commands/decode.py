@@ -148,6 +148,8 @@ def decode(
 
             wanted = Wanted(generate, num_samples, temperature, top_p, top_k, repetition_penalty, seed)
             wanted.check(told, work)
+            if json and not plan:
+                raise typer.BadParameter("does not go with --generate, which writes FASTA", param_hint="--json")
         elif num_samples > 1 or top_k or repetition_penalty != 1:
             raise typer.BadParameter(
                 "go with --generate", param_hint=["--num-samples", "--top-k", "--repetition-penalty"]
@@ -224,7 +226,12 @@ def _workload(
         from turboesm_cli.codec.bundle import Bundle
 
         assert isinstance(bundle, Bundle)
-        return of_packfile(stack, Packfile(Path(source), bundle, sha256), reading.limit, bundle, shard)
+        work = of_packfile(stack, Packfile(Path(source), bundle, sha256), reading.limit, bundle, shard)
+        if work.count and work.decoded <= work.count:
+            console.warn(
+                f"{source} holds whole proteins: one token of each is left; quantize --prompt 0.5 leaves more"
+            )
+        return work
     with console.busy(f"reading {source}"):
         work = of_proteins(reading.stream(source), rule, bundle, prompt or "0.5", shard)
     if work.known:
@@ -257,10 +264,14 @@ def _show_plans(plans: list[Plan], memory: str | None, as_json: bool) -> None:
         console.print_json([item.as_dict() for item in plans])
         return
     whose = "planned with" if memory else "of this device are free"
-    free = f"{plans[0].memory / 2**30:.1f} GiB {whose}, of which {RESERVED:.0%} stay free"
+    size = plans[0].memory / 2**30
+    room = f"{size:.1f} GiB" if size >= 1 else f"{size * 1024:.0f} MiB"
+    free = f"{room} {whose}, of which {RESERVED:.0%} stay free"
     title = f"Memory for sequences of up to {plans[0].context:,} tokens; {free}"
     console.print_table(title, COLUMNS, [item.cells() for item in plans])
     console.say(LEGEND)
+    if not any(item.batch for item in plans):
+        console.warn("not one sequence of that length fits with any kind of cache")
 
 
 def _slots(wanted: int | None, plan: Plan, jobs: int, model: Model, spec: CodecSpec) -> int:

@@ -206,7 +206,7 @@ def run_of(command: str, model: Model, proteins: str, **options: object) -> dict
         "command": command,
         "model": f"{model.name} {model.fingerprint[:16]}",
         "device": device_name(model.device),
-        "proteins": proteins[:16],
+        "proteins and prompts": proteins[:16],
         "version": f"turboesm {__version__} ({code_digest()[:8]}), torch {torch.__version__}",
     }
 

@@ -128,8 +128,8 @@ def _held(point: Point) -> str:
 
 def _title(chosen: Point) -> str:
     return (
-        f"Predicted for proteins like these, from {_held(chosen)}: their mean and a standard error; error = 1 - "
-        "mean cosine"
+        f"Predicted for proteins like these, decoded from an empty cache, from {_held(chosen)}: their mean plus a "
+        "standard error; error = 1 - mean cosine"
     )
 
 
@@ -160,7 +160,10 @@ def _taking(point: Point) -> str:
 def _costing(point: Point) -> str:
     kl = "" if point.kl is None else f", KL {point.kl.bound:.3g} nat"
     error = point.error
-    return f"predicted error {error.bound:.3g} (single proteins {error.lowest:.2g} to {error.highest:.2g}){kl}"
+    if error.proteins == 1:
+        return f"error {error.mean:.3g} of the one protein held back, which predicts little"
+    spread = f"single proteins {error.lowest:.2g} to {error.highest:.2g}"
+    return f"predicted error {error.bound:.3g}, decoded from an empty cache ({spread}){kl}"
 
 
 def _worth(whole: Estimate, half: Estimate) -> str:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from turboesm_cli import console
+from turboesm_cli.commands.checks import is_given
 from turboesm_cli.errors import InputError, OutputError
 from turboesm_cli.outputs.files import write_text
 
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 
 
 def report(
+    ctx: typer.Context,
     results: Annotated[
         list[Path],
         typer.Argument(
@@ -50,6 +52,8 @@ def report(
     if archives and len(archives) < len(results):
         raise InputError("bundles and caches are not reported together with results; name one kind of file")
     if archives:
+        if is_given(ctx, "output") or is_given(ctx, "title"):
+            raise InputError("what bundles and caches hold is printed; leave --output and --title out")
         _inventory(archives, json)
         return
     if json:

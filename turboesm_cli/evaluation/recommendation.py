@@ -41,14 +41,15 @@ def recommended(
         peer = _measured(rows, name, (name, None, None), family)
         if peer is not None:
             smaller = [each for each in ours if each.bits < peer.bits]
-            said.append(_sentence(smaller, peer.error, f"no more error than {name} ({peer.words})"))
+            words = f"no more error than {name} ({peer.words})"
+            said.append(_sentence(smaller, peer.error, words, " and smaller"))
     return said
 
 
-def _sentence(ours: Sequence[Measured], bound: float, what: str) -> str:
+def _sentence(ours: Sequence[Measured], bound: float, what: str, smaller: str = "") -> str:
     holding = [each for each in ours if each.error <= bound]
     if not holding:
-        return f"no smaller recipe has {what}; try more bits" if ours else f"no recipe is smaller and has {what}"
+        return f"no recipe measured{smaller} has {what}"
     best = min(holding, key=lambda each: (each.bits, each.error))
     return f"{best.name} ({best.words}) is the smallest with {what}"
 

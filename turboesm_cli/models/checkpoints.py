@@ -85,7 +85,10 @@ def _read(name: str) -> Checkpoint | DecoderCheckpoint:
     if path.is_file():
         return _read_fair_esm(path)
     if hub_name(name):
-        return read_from_hub_cache(name)
+        owner, _, own = name.partition("/")
+        official = official_name(own) if owner == "facebook" else None
+        found = read_from_hub_cache(name)
+        return _of_that_size(found, official, hub_folder(name)) if official else found
     known = ", ".join(key.removesuffix("_UR50D") for key in OFFICIAL)
     raise ModelError(
         f"no model {name!r}: neither a file nor a folder, nor one of {known}, {EMBEDDED}, {', '.join(IGLM)}; "
@@ -106,10 +109,22 @@ def _read_official(name: str) -> Checkpoint | DecoderCheckpoint:
     """An official model: fair-esm's file in torch's cache, else Hugging Face's in its cache, else downloaded."""
     path = torch_cache() / f"{name}.pt"
     if not path.exists() and (folder := in_hub_cache(f"facebook/{name}")) is not None:
-        return read_folder(folder)
+        return _of_that_size(read_folder(folder), name, folder)
     if not path.exists():
         _download_official(name, path)
-    return _read_fair_esm(path)
+    return _of_that_size(_read_fair_esm(path), name, path)
+
+
+def _of_that_size(found: Checkpoint | DecoderCheckpoint, name: str, path: Path) -> Checkpoint | DecoderCheckpoint:
+    """The same. Raises ModelError where it is not of the size of the official model that it lies there for."""
+    wanted = OFFICIAL[name]
+    if isinstance(found, Checkpoint) and found.shape == wanted:
+        return found
+    size = f"{found.shape.layers} layers of {found.shape.width} channels" if isinstance(found, Checkpoint) else ""
+    raise ModelError(
+        f"{path} is not {name}: it holds {size or 'another kind of model'}, that has {wanted.layers} layers of "
+        f"{wanted.width}; put the right file there, or name this one by its path"
+    )
 
 
 def _download_official(name: str, path: Path) -> None:

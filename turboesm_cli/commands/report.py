@@ -59,6 +59,11 @@ def report(
     if json:
         raise InputError("--json goes with bundles and caches; results make a page (see --output)")
     _check_output(output, force)
+    from turboesm_cli.outputs.shard_records import record_of
+
+    for path in results:
+        if record_of(path).exists():
+            console.warn(f"{path} is one shard of several; `turboesm merge` joins them")
     page = _page(output, title, results)
     for name, text in page.files:
         write_text(output.parent / name, text)

@@ -482,7 +482,7 @@ def test_a_download_from_the_hub_is_told_and_compared_with_its_sha256(
 @pytest.fixture
 def snapshot(folder: Path, tmp_path: Path) -> Path:
     """The folder in the hub's cache, at a commit."""
-    repository = tmp_path / "hf_home" / "hub" / "models--facebook--esm2_t6_8M_UR50D"
+    repository = tmp_path / "hf_home" / "hub" / "models--facebook--esm2_tiny"
     commit = repository / "snapshots" / ("0" * 40)
     commit.parent.mkdir(parents=True)
     (repository / "refs").mkdir()
@@ -495,20 +495,20 @@ def snapshot(folder: Path, tmp_path: Path) -> Path:
 def test_a_model_in_the_hubs_cache_has_the_repositorys_name(snapshot: Path, way: str) -> None:
     Path("link").symlink_to(snapshot)
     ways = {
-        "name": "facebook/esm2_t6_8M_UR50D",
+        "name": "facebook/esm2_tiny",
         "snapshot": str(snapshot),
         "repository": str(snapshot.parents[1]),
         "link": "link",
     }
     done = calibrate(ways[way])
-    assert done.stdout.strip() == "esm2_t6_8M_UR50D-flat.tqz", done.stderr
-    assert read_bundle(Path("esm2_t6_8M_UR50D-flat.tqz")).model_name == "esm2_t6_8M_UR50D"
+    assert done.stdout.strip() == "esm2_tiny-flat.tqz", done.stderr
+    assert read_bundle(Path("esm2_tiny-flat.tqz")).model_name == "esm2_tiny"
 
 
 def test_two_snapshots_without_main_are_refused(snapshot: Path) -> None:
     (snapshot.parents[1] / "refs" / "main").unlink()
     snapshot.with_name("1" * 40).mkdir()
-    assert_refused(calibrate("facebook/esm2_t6_8M_UR50D"), "2 snapshots")
+    assert_refused(calibrate("facebook/esm2_tiny"), "2 snapshots")
 
 
 def test_a_name_that_no_bundle_may_hold_is_refused(folder: Path) -> None:

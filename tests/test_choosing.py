@@ -50,7 +50,7 @@ def test_bits_are_swept(tiny_path: Path, tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     few = ["--families", "peptide", "--max-calibration", "8", "--max-proteins", "2", "--model", str(tiny_path)]
-    done = CliRunner().invoke(app, ["bench", "--bits", "2,3", "--peers", "fp8", "--max-error", "0.5", *few])
+    done = CliRunner().invoke(app, ["bench", "--bits", "2, 3", "--peers", " fp8", "--max-error", "0.5", *few])
     assert done.exit_code == 0, done.output
     assert "auto@2 " in done.stdout and "auto@3 " in done.stdout and "paper" not in done.stdout
     assert "auto@2 (" in done.stderr and "is the smallest with an error up to 0.5" in done.stderr

@@ -256,7 +256,7 @@ def test_fasta_in_processes_of_their_own(content: str, command: str, place: Plac
 def test_a_rejects_file_does_not_replace_another_file(place: Place) -> None:
     (place.folder / "in.fasta").write_text(GOOD)
     result = place.run("quantize", "in.fasta", "--rejects", "in.fasta")
-    check_stopped(result, place, 7, "is no table of rejects")
+    check_stopped(result, place, 7, "is read by this command")
     assert (place.folder / "in.fasta").read_text() == GOOD
     for _ in range(2):
         assert place.run("quantize", "in.fasta", "--rejects", "r.tsv", "--force").exit_code == 0

@@ -291,7 +291,7 @@ def test_gaps_and_overlaps_are_refused(parts: list[Path], commands: Commands, tm
 @pytest.mark.parametrize(
     "changes",
     [
-        {"bundle": "0"}, {"model": "other 0"}, {"proteins": "0"}, {"cache": "fp16"}, {"dtype": "bf16"},
+        {"bundle": "0"}, {"model": "other 0"}, {"proteins and prompts": "0"}, {"cache": "fp16"}, {"dtype": "bf16"},
         {"slots": "16"}, {"sampling": "0"}, {"version": "turboesm 0.0.9 (00000000), torch 2"}, {"device": "tape"},
     ],
     ids=lambda changes: next(iter(changes)),

@@ -12,7 +12,7 @@ from turboesm_cli import console
 from turboesm_cli.cache.formats import PEERS
 from turboesm_cli.commands import completion, options
 from turboesm_cli.commands.ablation import ablation
-from turboesm_cli.commands.checks import Command, Group, check_room, is_given, refuse_options
+from turboesm_cli.commands.checks import Command, Group, check_room, is_given, listed, refuse_options
 from turboesm_cli.commands.kernels import kernels
 from turboesm_cli.commands.reading import Reading, digest_of, families_of
 from turboesm_cli.commands.sharding import ShardOption, check_shard, of_shard, say_shard, seal_of
@@ -215,8 +215,8 @@ def _refuse_twins(entries: list[Entry]) -> None:
 
 def _split_recipes(names: str, peers: str) -> tuple[str, list[str]]:
     """Recipes, and peers: those named as such, and among the recipes."""
-    parts = list(dict.fromkeys(filter(None, names.split(","))))
-    others = list(PEERS) if peers == "all" else list(filter(None, peers.split(",")))
+    parts = list(dict.fromkeys(listed(names)))
+    others = list(PEERS) if peers == "all" else listed(peers)
     unknown = [name for name in others if name not in PEERS]
     if unknown:
         raise InputError(f"--peers {unknown[0]}: name some of {', '.join(PEERS)}, or all")
@@ -226,7 +226,7 @@ def _split_recipes(names: str, peers: str) -> tuple[str, list[str]]:
 
 def _at_budgets(names: str, bits: str) -> str:
     """Each recipe at each budget, by comma. Raises InputError for a recipe that has one already."""
-    recipes, budgets = (list(filter(None, text.split(","))) for text in (names, bits))
+    recipes, budgets = (listed(text) for text in (names, bits))
     fixed = [name for name in recipes if "@" in name]
     if fixed:
         raise InputError(
@@ -238,7 +238,7 @@ def _at_budgets(names: str, bits: str) -> str:
 def _recipes(names: str) -> dict[str, Recipe]:
     from turboesm_cli.codec.recipes import parse_recipe
 
-    chosen = {name: parse_recipe(name) for name in filter(None, names.split(","))}
+    chosen = {name: parse_recipe(name) for name in listed(names)}
     if not chosen:
         raise InputError("no recipe to measure; name some with --recipes")
     return chosen

@@ -69,6 +69,11 @@ def check_inputs_stay(ctx: Any, parameters: Sequence[Any]) -> None:
                     raise OutputError(f"{output} is read by this command; choose another output path")
 
 
+def listed(text: str) -> list[str]:
+    """What a list by comma names, blanks around it left out."""
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
 def words_of(ctx: Any, parameters: Sequence[Any]) -> str:
     """The command with what the user gave that figures follow from; files without their folders."""
     names, at = list[str](), ctx

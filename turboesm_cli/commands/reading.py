@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from turboesm_cli import console
+from turboesm_cli.commands.checks import listed
 from turboesm_cli.errors import BundleError, InputError
 from turboesm_cli.sequences.fasta import MAX_RESIDUES, LongPolicy, Protein, ReadPolicy, ReadReport, read_fasta
 from turboesm_cli.sequences.inputs import Input
@@ -97,7 +99,7 @@ class Reading:
         policy = ReadPolicy(strict=self.strict, long=self.long, max_residues=self.max_residues)
         read = read_fasta(opened, policy, found)
         known = read if self.alphabet is None else self._known(read, self.alphabet, found)
-        few = islice(known, self.limit)
+        few = islice(known, None if self.limit is None else min(self.limit, sys.maxsize))
         tags = parse_tags(self.tags)
         return (with_tags(each, tags) for each in few) if tags else few
 
@@ -184,16 +186,16 @@ def families_of(reading: Reading, names: str, limit: int | None, max_residues: i
     from turboesm_cli.sequences.datasets import family_label, family_path
 
     sets = {}
-    for name in filter(None, names.split(",")):
+    for name in listed(names):
         label = family_label(name)
         if label in sets or label == "all":
             raise InputError(f"two families are called {label!r}, or one 'all'; rename a file")
         proteins = reading.proteins(str(family_path(name)))
         short = [protein for protein in proteins if protein.residues <= min(max_residues, MAX_RESIDUES)]
-        console.say(
-            f"{label}: {len(short)} of {console.counted(len(proteins), 'protein')}, up to {max_residues} residues"
-        )
         sets[label] = short[:limit]
+        some = "" if limit is None or limit >= len(short) else f"the first {limit} of "
+        which = f"{some}{len(short)} of {console.counted(len(proteins), 'protein')}"
+        console.say(f"{label}: {which}, up to {max_residues} residues")
     if not sets or not all(sets.values()):
         raise InputError("no proteins to evaluate on; name families with --families, or raise --max-residues")
     return sets

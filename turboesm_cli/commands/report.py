@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from turboesm_cli import console
-from turboesm_cli.commands.checks import is_given
 from turboesm_cli.errors import InputError, OutputError
 from turboesm_cli.outputs.files import write_text
 
@@ -16,8 +15,10 @@ if TYPE_CHECKING:
     from turboesm_cli.reporting.pages import Page
 
 
+PAGE, TITLE = Path("report.html"), "turboesm results"
+
+
 def report(
-    ctx: typer.Context,
     results: Annotated[
         list[Path],
         typer.Argument(
@@ -30,8 +31,8 @@ def report(
         typer.Option(
             "--output", "-o", help="Page to write: .html (one file) or .md (plots in a folder beside it)."
         ),
-    ] = Path("report.html"),
-    title: Annotated[str, typer.Option(help="Title of the page.")] = "turboesm results",
+    ] = PAGE,
+    title: Annotated[str, typer.Option(help="Title of the page.")] = TITLE,
     json: Annotated[
         bool, typer.Option("--json", help="Print what a bundle or a file of caches holds as JSON.")
     ] = False,
@@ -52,9 +53,7 @@ def report(
     if archives and len(archives) < len(results):
         raise InputError("bundles and caches are not reported together with results; name one kind of file")
     if archives:
-        if is_given(ctx, "output") or is_given(ctx, "title"):
-            raise InputError("what bundles and caches hold is printed; leave --output and --title out")
-        _inventory(archives, json)
+        _inventory(archives, json, to_page=output != PAGE or title != TITLE)
         return
     if json:
         raise InputError("--json goes with bundles and caches; results make a page (see --output)")
@@ -73,10 +72,12 @@ def report(
     console.print_line(str(output))
 
 
-def _inventory(paths: list[Path], as_json: bool) -> None:
+def _inventory(paths: list[Path], as_json: bool, to_page: bool) -> None:
     from turboesm_cli.cache.inventory import facts_of, tables_of
 
     found = [facts_of(path) for path in paths]
+    if to_page:
+        raise InputError("what bundles and caches hold is printed; leave --output and --title out")
     if as_json:
         console.print_json(found)
         return

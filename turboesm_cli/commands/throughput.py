@@ -11,7 +11,7 @@ import typer
 from turboesm_cli import console
 from turboesm_cli.cache.formats import FORMATS, KINDS
 from turboesm_cli.commands import options
-from turboesm_cli.commands.checks import refuse_options
+from turboesm_cli.commands.checks import listed, refuse_options
 from turboesm_cli.commands.reading import Reading
 from turboesm_cli.errors import InputError
 from turboesm_cli.outputs.files import check_output
@@ -83,7 +83,7 @@ def throughput(
         refuse_options(
             ctx, ("batch", "kinds", "peers"), "--plan says how much each batch takes, for every kind of cache"
         )
-        if len(list(filter(None, recipes.split(",")))) > 1 or len(bundle or []) > 1:
+        if len(listed(recipes)) > 1 or len(bundle or []) > 1:
             raise typer.BadParameter("--plan is of one codec: name one", param_hint="--recipes, --bundle")
     else:
         check_output(output, force)
@@ -138,7 +138,7 @@ def _plan(wanted: Wanted, contexts: list[int]) -> None:
         shape, size = header.shape, header.size
     else:
         shape = shape_of(wanted.model, wanted.device)
-        size = planned_size(shape, parse_recipe(next(filter(None, wanted.recipes.split(",")), "auto")))
+        size = planned_size(shape, parse_recipe(next(iter(listed(wanted.recipes)), "auto")))
     check_context(max(contexts), shape, "--context")
     _show_plans(wanted, shape, size, contexts, memory_of(wanted.memory, wanted.device))
 
@@ -248,7 +248,7 @@ def _model_and_codecs(wanted: Wanted) -> tuple[Model, list[CodecSpec]]:
     for path, bundle in zip(wanted.bundles, ready, strict=True):
         bundle.check_model(model, path)
     if not ready:
-        named = {name: parse_recipe(name) for name in filter(None, wanted.recipes.split(","))}
+        named = {name: parse_recipe(name) for name in listed(wanted.recipes)}
         proteins = Reading(limit=CALIBRATION_PROTEINS).proteins(str(calibration_path()))
         ready = [entry.bundle for entry in calibrated(model, proteins, named, console.progress)]
     if not ready:
@@ -263,7 +263,7 @@ def _kinds(forms: list[str], specs: list[CodecSpec]) -> list[Kind]:
 
 
 def _forms(names: str) -> list[str]:
-    forms = list(dict.fromkeys(filter(None, names.split(","))))
+    forms = list(dict.fromkeys(listed(names)))
     if not forms or not set(forms) <= set(KINDS):
         raise InputError(f"--kinds {names}: name some of {', '.join(KINDS)}")
     return forms
@@ -271,7 +271,7 @@ def _forms(names: str) -> list[str]:
 
 def _numbers(text: str) -> list[int]:
     """Whole numbers from 1 on, by comma. Raises InputError."""
-    parts = list(filter(None, text.split(",")))
+    parts = listed(text)
     if not parts or not all(part.isascii() and part.isdigit() and 0 < int(part) < 10**6 for part in parts):
         raise InputError(f"{text!r}: give whole numbers by comma, such as 1,8,64")
     return [int(part) for part in parts]

@@ -13,7 +13,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from forked import run_forked
 from slurm_node import Slurm, missing, one_node
 
 from turboesm_cli.codec.bundle import read_bundle
@@ -60,8 +59,11 @@ def commands(slurm: Slurm, tiny_path: Path) -> dict[str, list[str]]:
 
 
 def whole(slurm: Slurm, command: list[str], output: str) -> Path:
-    """The output of one run that nothing happens to."""
-    done = run_forked(*command, "-o", output, cwd=slurm.home, env=ENVIRONMENT)
+    """The output of one run that nothing happens to, in a process of its own, as the jobs have."""
+    done = subprocess.run(
+        [sys.executable, "-m", "turboesm_cli.app", *command, "-o", output], cwd=slurm.home, env=ENVIRONMENT,
+        capture_output=True, text=True,
+    )  # fmt: skip
     assert done.returncode == 0, done.stderr
     return slurm.home / output
 

@@ -18,11 +18,12 @@ shift
 mkdir -p "$out.parts"
 # As in requeue.sh: before the time limit, and where its step was killed, the task goes back into the queue. It must
 # not fail before that: a job that waits by afterok would never start, although the task succeeds later.
-trap 'scontrol requeue "$SLURM_JOB_ID"' USR1
+again() { scontrol requeue "$SLURM_JOB_ID" && sleep 120; }
+trap again USR1
 srun turboesm "$@" --shard auto -o "$out.parts/part-$SLURM_ARRAY_TASK_ID" --if-done skip &
 wait $!
 code=$?
 if [ "$code" -eq 137 ] && [ "${SLURM_RESTART_COUNT:-0}" -lt 3 ]; then
-  scontrol requeue "$SLURM_JOB_ID"
+  again
 fi
 exit "$code"

@@ -14,13 +14,15 @@
 out=$1
 shift
 # Two minutes before the time limit this shell is told, and requeues the job. Slurm ends the step by SIGTERM, which
-# saves its work; so does preemption, where the partition requeues what it preempts.
-trap 'scontrol requeue "$SLURM_JOB_ID"' USR1
+# saves its work; so does preemption, where the partition requeues what it preempts. The shell stays until Slurm ends
+# it, too: its exit code could be taken for that of the job that was just requeued.
+again() { scontrol requeue "$SLURM_JOB_ID" && sleep 120; }
+trap again USR1
 srun turboesm "$@" -o "$out" --if-done skip &
 wait $!
 code=$?
 # A step that was killed (kill -9, out of memory) is tried again, three times.
 if [ "$code" -eq 137 ] && [ "${SLURM_RESTART_COUNT:-0}" -lt 3 ]; then
-  scontrol requeue "$SLURM_JOB_ID"
+  again
 fi
 exit "$code"

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from forked import run_afresh
 from slurm_node import Slurm, missing, one_node
 
 from turboesm_cli.codec.bundle import read_bundle
@@ -60,10 +61,7 @@ def commands(slurm: Slurm, tiny_path: Path) -> dict[str, list[str]]:
 
 def whole(slurm: Slurm, command: list[str], output: str) -> Path:
     """The output of one run that nothing happens to, in a process of its own, as the jobs have."""
-    done = subprocess.run(
-        [sys.executable, "-m", "turboesm_cli.app", *command, "-o", output], cwd=slurm.home, env=ENVIRONMENT,
-        capture_output=True, text=True,
-    )  # fmt: skip
+    done = run_afresh(*command, "-o", output, cwd=slurm.home, env=ENVIRONMENT)
     assert done.returncode == 0, done.stderr
     return slurm.home / output
 

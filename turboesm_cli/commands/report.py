@@ -61,7 +61,7 @@ def report(
     from turboesm_cli.outputs.shard_records import record_of
 
     for path in results:
-        if record_of(path).exists():
+        if path.is_file() and record_of(path).exists():
             console.warn(f"{path} is one shard of several; `turboesm merge` joins them")
     page = _page(output, title, results)
     for name, text in page.files:

@@ -26,6 +26,7 @@ from turboesm_cli.models.esm2 import EsmModel
 from turboesm_cli.models.esm2_alphabet import ESM2_ALPHABET
 from turboesm_cli.models.fair_esm import ESM2
 from turboesm_cli.models.loading import load_model
+from turboesm_cli.models.shapes import OFFICIAL, Shape
 from turboesm_cli.sequences.fasta import Protein
 from turboesm_cli.statistics.batching import to_tokens
 
@@ -503,6 +504,16 @@ def test_a_model_in_the_hubs_cache_has_the_repositorys_name(snapshot: Path, way:
     done = calibrate(ways[way])
     assert done.stdout.strip() == "esm2_tiny-flat.tqz", done.stderr
     assert read_bundle(Path("esm2_tiny-flat.tqz")).model_name == "esm2_tiny"
+
+
+def test_an_official_name_of_the_hub_is_of_the_official_size(
+    snapshot: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    repository = snapshot.parents[1]
+    repository.rename(repository.with_name("models--facebook--esm2_t6_8M_UR50D"))
+    assert_refused(calibrate("facebook/esm2_t6_8M_UR50D"), "is not esm2_t6_8M_UR50D: it holds 2 layers of 32")
+    monkeypatch.setitem(OFFICIAL, "esm2_t6_8M_UR50D", Shape(2, 32, 2))
+    assert calibrate("facebook/esm2_t6_8M_UR50D").stdout.strip() == "esm2_t6_8M_UR50D-flat.tqz"
 
 
 def test_two_snapshots_without_main_are_refused(snapshot: Path) -> None:

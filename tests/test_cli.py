@@ -269,6 +269,8 @@ def test_what_a_command_reads_it_does_not_overwrite(run: Run, home: Path, bundle
         ("bench", "--families", f"own.fasta,{PEPTIDES}", "-o", "own.fasta", "-f"),
     ):
         assert_one_line_error(run(*words), 7, "is read by")
+    done = run("--log", "own.fasta", "calibrate", str(tiny_path), "own.fasta", "-o", "x.tqz")
+    assert done.returncode == 2 and "is read by this command" in " ".join(done.stderr.replace("│", " ").split())
     assert (home / "own.fasta").read_bytes() == Path(PEPTIDES).read_bytes()
 
 

@@ -78,6 +78,10 @@ def test_what_the_figures_are_not() -> None:
     assert facts["Calibration set"] == f"{fitted}; of the proteins measured none took part"
     first, *_ = overview.caveats([replace(known, calibration_seen=2)])
     assert first == "NOT AN HONEST EVALUATION: 2 proteins had been in a codec's calibration set."
+    of_memory = replace(known, protocol="memory", metric="bytes")
+    assert overview.calibrations([of_memory, replace(known, calibration_seen=2)]) == [
+        f"{fitted}; of the proteins measured 2 took part"
+    ]
     assert facts["Command"] == "turboesm bench"
     (random,) = overview.caveats([replace(BASE, protocol="throughput", model="random_650M")])
     assert "random weights" in random

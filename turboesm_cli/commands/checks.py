@@ -8,6 +8,7 @@ import os
 import resource
 import shlex
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +48,9 @@ class Group(typer.core.TyperGroup):
         return super().invoke(ctx)
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        words = list(args)
         rest = super().parse_args(ctx, args)
+        check_log(ctx, words)
         check_values(ctx, self.params)
         whereabouts.note_command(words_of(ctx, self.params))
         return rest
@@ -62,11 +65,28 @@ def check_inputs_stay(ctx: Any, parameters: Sequence[Any]) -> None:
     outputs = [Path(given[name]) for name in _OUTPUTS if given.get(name) is not None]
     inputs = [value for name, value in given.items() if name not in _OUTPUTS and value is not None]
     texts = [str(each) for value in inputs for each in (value if isinstance(value, list | tuple) else [value])]
-    for text in {part for whole in texts for part in (whole, *whole.split(","))}:
-        for output in outputs:
-            with contextlib.suppress(OSError, ValueError):
-                if output.is_file() and output.samefile(text):
-                    raise OutputError(f"{output} is read by this command; choose another output path")
+    for output in outputs:
+        if any(map(partial(_is_file, output), texts)):
+            raise OutputError(f"{output} is read by this command; choose another output path")
+
+
+def check_log(ctx: Any, words: Sequence[str]) -> None:
+    """Raise BadParameter where --log is another of the command's words, too: lines would be added to an input."""
+    log = ctx.params.get("log")
+    if log is None:
+        return
+    times = sum(_is_file(log, word.partition("=")[2] or word) for word in words)
+    if times > is_given(ctx, "log"):  # else the environment names it
+        raise typer.BadParameter(f"{log} is read by this command; name another file", param_hint="--log")
+
+
+def _is_file(path: Path, text: str) -> bool:
+    """Whether text, or a part of it by comma, names the file at `path`."""
+    for part in {text, *text.split(",")}:
+        with contextlib.suppress(OSError, ValueError):
+            if path.is_file() and path.samefile(part):
+                return True
+    return False
 
 
 def listed(text: str) -> list[str]:

@@ -150,7 +150,11 @@ def decode(
             wanted.check(told, work)
             if json and not plan:
                 raise typer.BadParameter("does not go with --generate, which writes FASTA", param_hint="--json")
-        elif num_samples > 1 or top_k or repetition_penalty != 1:
+        elif work.known:
+            console.warn(
+                f"{work.known} of {console.counted(work.total, 'protein')} were in the bundle's calibration set"
+            )
+        if not generate and (num_samples > 1 or top_k or repetition_penalty != 1):
             raise typer.BadParameter(
                 "go with --generate", param_hint=["--num-samples", "--top-k", "--repetition-penalty"]
             )
@@ -234,10 +238,6 @@ def _workload(
         return work
     with console.busy(f"reading {source}"):
         work = of_proteins(reading.stream(source), rule, bundle, prompt or "0.5", shard)
-    if work.known:
-        console.warn(
-            f"{work.known} of {console.counted(work.total, 'protein')} were in the bundle's calibration set"
-        )
     return work
 
 

@@ -72,12 +72,15 @@ def caveats(rows: Rows) -> tuple[str, ...]:
 
 def calibrations(rows: Rows) -> list[str]:
     """The sets of proteins that codecs were fitted to, each with its counts and the start of its sha256."""
-    measured = proteins.compared(rows)
+    known: dict[str, int] = {}  # rows of memory and time are of no proteins
+    for row in rows:
+        known[row.calibration] = max(row.calibration_seen, known.get(row.calibration, 0))
+    compared = bool(proteins.compared(rows))
     return seen(
         f"{row.calibration_source or 'a set without a name'}: {_counted(row.calibration_proteins, 'protein')}, "
         f"{row.calibration_tokens:,} tokens, sha256 {row.calibration}..."
-        + f"; of the proteins measured {row.calibration_seen or 'none'} took part"
-        * bool(measured)
+        + f"; of the proteins measured {known[row.calibration] or 'none'} took part"
+        * compared
         for row in rows
         if row.calibration
     )

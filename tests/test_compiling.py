@@ -14,6 +14,7 @@ triton = pytest.importorskip("triton")
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 from turboesm_kernels import ptx_launch, triton_launch  # noqa: E402
+from turboesm_kernels.arguments import spread  # noqa: E402
 
 KIB = 1024
 SHARED = {80: 163 * KIB, 90: 227 * KIB}
@@ -21,7 +22,7 @@ SHARED = {80: 163 * KIB, 90: 227 * KIB}
 TYPES = {torch.float32: "*fp32", torch.float16: "*fp16", torch.uint8: "*u8", torch.int32: "*i32"}
 
 
-def compiled(kernel: Any, capability: int, given: tuple[Any, ...], named: dict[str, Any]) -> Any:
+def compiled(kernel: Any, capability: int, given: list[Any], named: dict[str, Any]) -> Any:
     """What `launch` would have compiled."""
     kinds, constants, aligned = {}, {}, {}
     for index, (name, value) in enumerate(zip(kernel.arg_names, given, strict=False)):
@@ -44,10 +45,10 @@ def compiled(kernel: Any, capability: int, given: tuple[Any, ...], named: dict[s
 @pytest.mark.skipif(triton.knobs.runtime.interpret, reason="nothing is compiled there")
 @pytest.mark.parametrize(("dim", "capability"), [(64, 90), (128, 80), (256, 80)])
 def test_kernels_fit(dim: int, capability: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    calls: list[tuple[Any, tuple[Any, ...], dict[str, Any]]] = []
+    calls: list[tuple[Any, list[Any], dict[str, Any]]] = []
     for module in (triton_launch, ptx_launch):
         monkeypatch.setattr(
-            module, "launch", lambda kernel, grid, *given, **named: calls.append((kernel, given, named))
+            module, "launch", lambda kernel, grid, *given, **named: calls.append((kernel, spread(given), named))
         )
         monkeypatch.setattr(module, "is_roomy", lambda x: capability >= 90)
     q, held, layer = make(Case(dim=dim, tokens=20, batch=20, ragged=True))

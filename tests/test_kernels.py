@@ -6,6 +6,7 @@ Triton is imported; with a GPU the larger set runs there on every backend that c
 
 from __future__ import annotations
 
+import copy
 import math
 import os
 import subprocess
@@ -208,6 +209,44 @@ def test_compiled_reads_any_memory_order() -> None:
 
 
 @compiled
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(dim=16, tokens=40, heads=5, batch=3, ragged=True),
+        Case(dim=24, tokens=7, batch=1, kind="flat-uniform", bits=4, scale="norm", sinks=0, ragged=True),
+        Case(dim=64, tokens=33, sinks=3, positions=20, ragged=True),
+        Case(dim=80, tokens=21, queries=3, centred=False, dtype=torch.bfloat16, wide=True, ragged=True),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("threads", [1, 2])
+def test_a_prepared_step_does_what_single_calls_do(
+    case: Case, threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To the bit, call after call, over buffers whose rest is junk; what sinks hold may change in between."""
+    monkeypatch.setattr(cpu_compiled, "_threads", lambda work, few, most: min(threads, most))
+    q, held, layer = make(case, room=9)
+    step = cpu_compiled.Step.of(layer, held)
+    assert step is not None and held.lengths is not None
+    generator = torch.Generator().manual_seed(1)
+    for turn in range(3):
+        longest = int(held.lengths.max())
+        alone = replace(held, lengths=held.lengths.clone())
+        assert torch.equal(step.reading.attend(q, held.lengths, longest), cpu_compiled.attend(q, alone, layer))
+        k, v = torch.randn(2, case.batch, case.heads, 1, case.dim, generator=generator).to(case.dtype)
+        for x in (held.sink_k, held.sink_v):
+            if x is not None:
+                x.add_(0.5)
+        starts = held.lengths - 1
+        copied = [copy.deepcopy(side) for side in (held.k, held.v)]
+        cpu_compiled.append(k, v, layer, replace(held, k=copied[0], v=copied[1]), starts)
+        step.writing.append(k, v, starts)
+        for mine, other in zip((held.k, held.v), copied, strict=True):
+            assert torch.equal(mine.codes, other.codes) and torch.equal(mine.scales, other.scales)  # type: ignore[arg-type]
+        q, held.lengths[:] = -q, (held.lengths - turn).clamp_min(1)
+
+
+@compiled
 def test_compiled_keeps_nan_and_its_place() -> None:
     """A NaN shows; a token that has no room is refused, since nothing would stop it from being written."""
     q, held, layer = make(Case(tokens=20))
@@ -275,6 +314,7 @@ def test_loops_are_written_with_the_numbers_of_others() -> None:
     )
     kinds = {"none": cpu_loops.NO_SCALE, "norm": cpu_loops.NORM, "least-squares": cpu_loops.LEAST_SQUARES}
     assert [kinds[name] for name in cpu_compiled.SCALES] == [0, 1, 2]
+    assert cpu_loops.HEADS == 6 and cpu_loops.P_HEADS == 4  # after as many that differ from call to call
     layer = make(Case(tokens=4))[2]
     assert layer.k.loops is not None and layer.v.loops is not None
     assert cpu_loops.K_MAP + 2 * len(layer.k.loops.reading) == cpu_loops.V_FACTORS + 1

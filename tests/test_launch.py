@@ -14,7 +14,8 @@ triton = pytest.importorskip("triton")
 import triton.language as tl  # noqa: E402
 from triton.backends.compiler import BaseBackend  # noqa: E402
 from turboesm_kernels import launch as launching  # noqa: E402
-from turboesm_kernels.launch import kind, launch  # noqa: E402
+from turboesm_kernels.arguments import Fixed, kind  # noqa: E402
+from turboesm_kernels.launch import launch  # noqa: E402
 
 libtriton = pytest.importorskip("triton._C.libtriton")
 
@@ -90,6 +91,22 @@ def test_what_was_launched_before_is_launched_directly(monkeypatch: pytest.Monke
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
     launch(stub, (3,), x, 7, SIZE=32, FLAG=True, num_warps=4)
     assert len(stub.launched) == before
+
+
+def test_fixed_tensors_are_launched_by_address(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(triton, "JITFunction", Stub)
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(launching, "compiled_kernels", {})
+    stub, x = Stub(), torch.zeros(64)
+    stub.arg_names = ("before", "x", "y", "after", "SIZE")  # type: ignore[assignment]
+    pairs = [(x, x[16:]), (x[32:], x[4:]), (x[1:], x), (x, x[1:]), (x.half(), x), (x, x)]
+    kept = [Fixed(pair) for pair in pairs]
+    for fixed in kept:
+        launch(stub, (1,), 5, fixed, 6, SIZE=32)
+    assert [args for _, args, _ in stub.looked_up] == [(5, *kept[i].tensors, 6) for i in (0, 2, 3, 4)]
+    found = [(5, *(own.data_ptr() for own in fixed.tensors), 6, 32) for fixed in (kept[1], kept[5])]
+    assert stub.launched == [(1, (1, 1, 1), args) for args in found]
 
 
 @triton.jit

@@ -86,7 +86,7 @@ def at_work(slurm: Slurm, output: str, units: int = 4000) -> int:
 def start_again(slurm: Slurm, job: str) -> None:
     """What is requeued waits for two minutes; here for two seconds.
 
-    In the second in which a node ended a job it refuses to start it again ("Job credential revoked", state FAILED).
+    In the second in which a node ended a job it refuses to start it anew ("Job credential revoked", FAILED).
     """
     slurm.wait(job, "PENDING", seconds=ENDS)
     slurm.ask("scontrol", "update", f"JobId={job}", "StartTime=now+2")

@@ -20,9 +20,15 @@ def runs_triton(device: torch.device) -> bool:
     """Whether Triton is installed and compiles for `device`."""
     if device.type != "cuda" or not has_triton():
         return False
-    return torch.version.hip is not None or torch.cuda.get_device_capability(device) >= (8, 0)
+    return torch.version.hip is not None or capability(device) >= (8, 0)
 
 
 def on_nvidia(x: Tensor) -> bool:
     """Whether `x` is on an NVIDIA GPU: AMD's are "cuda" to torch, too, with compute capabilities of their own."""
     return x.is_cuda and torch.version.hip is None
+
+
+@cache
+def capability(device: torch.device) -> tuple[int, int]:
+    """A GPU's compute capability: torch looks it up anew each time, some microseconds."""
+    return torch.cuda.get_device_capability(device)

@@ -11,6 +11,7 @@ import ctypes
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
 
@@ -67,27 +68,39 @@ def problem() -> str | None:
     return None
 
 
+class Reading:
+    """Attention over what a layer's cache holds. Made once where the cache's buffers stay where they are."""
+
+    def __init__(self, layer: PreparedLayer, held: Held) -> None:
+        spec, loops, values = layer.k.spec, layer.k.loops, layer.v.loops
+        assert loops is not None and values is not None
+        k, v = _dense(held.k, spec.lanes), _dense(held.v, 1)
+        turns = held.rope.half_rows if layer.k.centred and held.rope is not None else None
+        at = _long_enough(loops.at, held.sinks + held.tokens)
+        self._held, self._alive = held, (layer, k, v, turns, at)
+        self._job = _job(
+            *(0,) * 6, spec.heads, layer.k.head_dim, spec.lanes, held.sinks, held.tokens,
+            *_rows(turns), *_rows(at), *_places(k), *_places(v), *loops.reading, *values.reading,
+        )  # fmt: skip
+        self._room = 2 * (layer.k.head_dim + max(layer.k.axes, layer.v.axes)) + held.sinks + held.tokens
+
+    def attend(self, q: Tensor, lengths: Tensor | None, longest: int) -> Tensor:
+        """`dispatch.attend`, float32 [B, H, Q, d]; lengths int32 [B], of which `longest` is the greatest."""
+        batch, heads, queries, _ = q.shape
+        q, lengths = _plain(q), None if lengths is None else lengths.contiguous()
+        out = torch.empty_like(q)
+        held = self._held
+        sinks = None if held.sink_k is None or held.sink_v is None else (_plain(held.sink_k), _plain(held.sink_v))
+        numbers = queries, q.data_ptr(), out.data_ptr(), _address(lengths), *map(_address, sinks or (None, None))
+        threads = _threads(q.numel() * longest, FEW_NUMBERS, batch * heads)
+        _run("attend", self._job, numbers, batch * heads, self._room, threads, (self, q, out, lengths, sinks))
+        return out
+
+
 def attend(q: Tensor, held: Held, layer: PreparedLayer) -> Tensor:
     """`dispatch.attend` by compiled loops, float32 [B, H, Q, d]."""
-    batch, heads, queries, dim = q.shape
-    q = q.float().contiguous()
-    out = torch.empty_like(q)
-    sinks = [None if x is None else x.float().contiguous() for x in (held.sink_k, held.sink_v)]
-    lengths = None if held.lengths is None else held.lengths.int().contiguous()
-    turns = held.rope.half_rows if layer.k.centred and held.rope is not None else None
-    assert layer.k.loops is not None and layer.v.loops is not None
-    at = _long_enough(layer.k.loops.at, held.sinks + held.tokens)
-    k, v = _dense(held.k, layer.k.spec.lanes), _dense(held.v, 1)
-    numbers = (
-        heads, queries, dim, layer.k.spec.lanes, held.sinks, held.tokens, q.data_ptr(), out.data_ptr(),
-        *map(_address, (lengths, *sinks)), *_rows(turns), *_rows(at), *_places(k), *_places(v),
-        *layer.k.loops.reading, *layer.v.loops.reading,
-    )  # fmt: skip
-    axes = max(layer.k.axes, layer.v.axes)
-    threads = _threads(q.numel() * held.tokens, FEW_NUMBERS, batch * heads)
-    room = 2 * (dim + axes) + held.sinks + held.tokens
-    _run("attend", numbers, batch * heads, room, threads, (q, out, sinks, lengths, turns, at, k, v, layer))
-    return out
+    lengths = None if held.lengths is None else held.lengths.int()
+    return Reading(layer, held).attend(q, lengths, held.sinks + held.tokens)
 
 
 def attends_tokens(q: Tensor, tables: TokenTables) -> bool:
@@ -101,20 +114,20 @@ def attend_tokens(
 ) -> Tensor:
     """`token_layer.attend_tokens` by compiled loops, float32 [B, H, Q, d]. A sequence of length 0 gets 0."""
     batch, heads, queries, dim = q.shape
-    q = q.float().contiguous()
+    q = _plain(q)
     out, kinds = torch.empty_like(q), len(tables.sigma)
     ids = ids if ids.stride(1) == 1 else ids.contiguous()
     factors = tables.factors(unmasked.view(-1)).contiguous()
     lengths = None if lengths is None else lengths.int().contiguous()
     parts = [x.contiguous() for x in (rope.cos, rope.sin, tables.k, tables.k_const, tables.v, tables.v_const)]
     numbers = (
-        heads, queries, dim, ids.shape[1], kinds, q.data_ptr(), out.data_ptr(), _address(lengths),
-        ids.data_ptr(), ids.stride(0) * ids.element_size(), ids.element_size(), *map(_address, parts),
-        factors.data_ptr(),
+        queries, q.data_ptr(), out.data_ptr(), _address(lengths), factors.data_ptr(),
+        ids.data_ptr(), ids.stride(0) * ids.element_size(), ids.element_size(), ids.shape[1],
     )  # fmt: skip
+    job = _job(*numbers, heads, dim, kinds, *map(_address, parts))
     threads = _threads(q.numel() * ids.shape[1], FEW_NUMBERS, batch * heads)
     room = kinds * (dim + 1) + ids.shape[1]
-    _run("attend_tokens", numbers, batch * heads, room, threads, (q, out, ids, factors, lengths, parts))
+    _run("attend_tokens", job, numbers, batch * heads, room, threads, (q, out, ids, factors, lengths, parts))
     return out
 
 
@@ -125,13 +138,60 @@ def packs(layer: PreparedLayer, held: Held) -> bool:
     return _dense(held.k, layer.k.spec.lanes) is held.k and _dense(held.v, 1) is held.v
 
 
+class Writing:
+    """Packing into a layer's cache (`packs`). Made once where the cache's buffers stay where they are."""
+
+    def __init__(self, layer: PreparedLayer, held: Held) -> None:
+        self._sinks = held.sinks
+        self._sides = [_Side(layer.k, held.k, held), _Side(layer.v, held.v, held)]
+
+    def append(self, k: Tensor, v: Tensor, start: int | Tensor) -> None:
+        """`dispatch.append` of tokens that fit: nothing is checked. `start` int, or int32 [B]."""
+        starts = None if isinstance(start, int) else start.contiguous()
+        first = (0 if isinstance(start, Tensor) else start) - self._sinks
+        for x, side in zip((k, v), self._sides, strict=True):
+            side.pack(x, first, starts)
+
+
+class _Side:
+    def __init__(self, side: PreparedSide, into: Packed, held: Held) -> None:
+        loops, spec, is_key = side.loops, side.spec, side.spec.side == "k"
+        assert loops is not None
+        angles = (held.rope.cos.contiguous(), held.rope.sin.contiguous()) if is_key and held.rope else (None, None)
+        at = _long_enough(loops.at, held.sinks + held.tokens)
+        lanes = spec.lanes if is_key else 1
+        self._alive = (side, into, angles, at)
+        self._job = _job(
+            *(0,) * 4, spec.heads, side.head_dim, side.axes, lanes, spec.nbytes // lanes, SCALES.index(spec.scale),
+            *map(_address, angles), *_rows(at), held.sinks, *_places(into), *loops.writing,
+        )  # fmt: skip
+        self._room = side.head_dim + 2 * side.axes
+
+    def pack(self, x: Tensor, first: int, starts: Tensor | None) -> None:
+        batch, heads, count, _ = x.shape
+        x = _plain(x)
+        threads = _threads(x.numel(), FEW_PACKED, batch * heads)
+        numbers = count, x.data_ptr(), first, _address(starts)
+        _run("pack", self._job, numbers, batch * heads, self._room, threads, (self, x, starts))
+
+
 def append(k: Tensor, v: Tensor, layer: PreparedLayer, held: Held, start: int | Tensor) -> None:
     """`dispatch.append` by compiled loops. Raises ValueError where tokens do not fit: nothing else would."""
     _check(k, v, layer, held, start)
-    starts = None if isinstance(start, int) else start.int().contiguous()
-    first = start - held.sinks if isinstance(start, int) else -held.sinks
-    for x, side, into in ((k, layer.k, held.k), (v, layer.v, held.v)):
-        _pack(x.float().contiguous(), side, into, held, first, starts)
+    Writing(layer, held).append(k, v, start if isinstance(start, int) else start.int())
+
+
+@dataclass(frozen=True)
+class Step:
+    """What steps do with one layer's cache, whose buffers stay where they are."""
+
+    reading: Reading
+    writing: Writing
+
+    @classmethod
+    def of(cls, layer: PreparedLayer, held: Held) -> Step | None:
+        """Of all that a cache has room for, or None where there are no loops for it."""
+        return cls(Reading(layer, held), Writing(layer, held)) if packs(layer, held) else None
 
 
 def _check(k: Tensor, v: Tensor, layer: PreparedLayer, held: Held, start: int | Tensor) -> None:
@@ -152,29 +212,21 @@ def _check(k: Tensor, v: Tensor, layer: PreparedLayer, held: Held, start: int | 
         raise ValueError("keys need their positions")
 
 
-def _pack(x: Tensor, side: PreparedSide, into: Packed, held: Held, first: int, starts: Tensor | None) -> None:
-    batch, heads, count, dim = x.shape
-    loops, spec, is_key = side.loops, side.spec, side.spec.side == "k"
-    assert loops is not None
-    angles = (held.rope.cos.contiguous(), held.rope.sin.contiguous()) if is_key and held.rope else (None, None)
-    at = _long_enough(loops.at, held.sinks + held.tokens)
-    lanes = spec.lanes if is_key else 1
-    numbers = (
-        heads, count, dim, side.axes, lanes, spec.nbytes // lanes, SCALES.index(spec.scale), x.data_ptr(), first,
-        *map(_address, (starts, *angles)), *_rows(at), held.sinks, *_places(into), *loops.writing,
-    )  # fmt: skip
-    threads = _threads(x.numel(), FEW_PACKED, batch * heads)
-    _run("pack", numbers, batch * heads, dim + 2 * side.axes, threads, (x, side, into, starts, angles, at))
-
-
 def _threads(work: int, few: int, most: int) -> int:
     return 1 if work <= few else min(torch.get_num_threads(), most)
 
 
-def _run(name: str, numbers: tuple[int, ...], count: int, room: int, threads: int, alive: object) -> None:
-    """Do all heads of a job; `alive` is what the addresses point to."""
-    loop = loop_of(name)
-    job, scratch = (ctypes.c_int64 * len(numbers))(*numbers), torch.empty(threads, room)
+def _job(*numbers: int) -> Numbers:
+    return (ctypes.c_int64 * len(numbers))(*numbers)
+
+
+def _run(
+    name: str, prepared: Numbers, numbers: tuple[int, ...], count: int, room: int, threads: int, alive: object
+) -> None:
+    """Do all heads of a job whose first numbers are these; `alive` is what the addresses point to."""
+    loop, job = loop_of(name), type(prepared).from_buffer_copy(prepared)
+    job[: len(numbers)] = list(numbers)
+    scratch = torch.empty(threads, room)
     if threads == 1:
         loop(job, 0, count, scratch.data_ptr())
         return
@@ -189,6 +241,10 @@ def _run(name: str, numbers: tuple[int, ...], count: int, room: int, threads: in
 
 def _share(loop: Loop, job: Numbers, first: int, last: int, scratch: Tensor, alive: object) -> None:
     loop(job, first, last, scratch.data_ptr())
+
+
+def _plain(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float32 and x.is_contiguous() else x.float().contiguous()
 
 
 def _address(x: Tensor | None) -> int:

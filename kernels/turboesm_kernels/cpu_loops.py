@@ -24,24 +24,27 @@ from numba.extending import intrinsic
 FLOAT, TERMS, PIECES = 4, 4, 10
 SCALE_STEPS_PER_OCTAVE, SCALE_ZERO = 32, 128
 (
-    HEADS, QUERIES, DIM, LANES, SINKS, TOKENS, Q, OUT, LENGTHS, SINK_K, SINK_V, TURNS, TURNS_ROW, K_AT, K_AT_ROW,
+    QUERIES, Q, OUT, LENGTHS, SINK_K, SINK_V, HEADS, DIM, LANES, SINKS, TOKENS, TURNS, TURNS_ROW, K_AT, K_AT_ROW,
     K_CODES, K_CODES_BATCH, K_CODES_HEAD, K_CODES_ROW, K_SCALES, K_SCALES_BATCH, K_SCALES_HEAD,
     V_CODES, V_CODES_BATCH, V_CODES_HEAD, V_CODES_ROW, V_SCALES, V_SCALES_BATCH, V_SCALES_HEAD,
     K_MAP, K_MIDDLE, K_CENTRE, K_AXES, K_GROUPS, K_PIECES, K_FACTORS,
     V_MAP, V_MIDDLE, V_CENTRE, V_AXES, V_GROUPS, V_PIECES, V_FACTORS,
 ) = range(43)  # fmt: skip
-"""What the numbers of attention's job are: counts, strides in bytes, and addresses, 0 where there is nothing."""
+"""What the numbers of attention's job are: counts, strides in bytes, and addresses, 0 where there is nothing.
+
+Those that differ from call to call come first, in every job.
+"""
 
 (
-    P_HEADS, P_COUNT, P_DIM, P_AXES, P_LANES, P_ROWS, P_SCALE, P_X, P_START, P_STARTS, P_COS, P_SIN,
+    P_COUNT, P_X, P_START, P_STARTS, P_HEADS, P_DIM, P_AXES, P_LANES, P_ROWS, P_SCALE, P_COS, P_SIN,
     P_AT, P_AT_ROW, P_AT_FIRST, P_CODES, P_CODES_BATCH, P_CODES_HEAD, P_CODES_ROW,
     P_SCALES, P_SCALES_BATCH, P_SCALES_HEAD, P_CENTRE, P_ANALYSIS, P_GRID, P_NORM, P_GROUPS, P_PIECES, P_FACTORS,
 ) = range(29)  # fmt: skip
 """The same of packing's job, of one side."""
 
 (
-    T_HEADS, T_QUERIES, T_DIM, T_TOKENS, T_KINDS, T_Q, T_OUT, T_LENGTHS, T_IDS, T_IDS_ROW, T_ID_BYTES,
-    T_COS, T_SIN, T_K, T_K_CONST, T_V, T_V_CONST, T_FACTORS,
+    T_QUERIES, T_Q, T_OUT, T_LENGTHS, T_FACTORS, T_IDS, T_IDS_ROW, T_ID_BYTES, T_TOKENS, T_HEADS, T_DIM, T_KINDS,
+    T_COS, T_SIN, T_K, T_K_CONST, T_V, T_V_CONST,
 ) = range(18)  # fmt: skip
 """The same of attention over tokens of which the kind alone is kept."""
 

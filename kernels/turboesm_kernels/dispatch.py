@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from turboesm_kernels import cpu_compiled, cpu_lookup, reference
-from turboesm_kernels.available import has_triton, on_nvidia
+from turboesm_kernels.available import capability, has_triton, on_nvidia
 from turboesm_kernels.operands import Held, PreparedLayer
 from turboesm_kernels.reference import Packed, Rope, SideSpec
 
@@ -138,7 +138,7 @@ def _no_triton(q: Tensor, held: Held, layer: PreparedLayer) -> str | None:
         return "Triton is not installed (pip install 'turboesm[gpu]')"
     if not q.is_cuda and not _interpreted():
         return f"it needs a CUDA device, the query is on {q.device} (TRITON_INTERPRET=1 runs it on a CPU)"
-    if on_nvidia(q) and torch.cuda.get_device_capability(q.device) < (8, 0):
+    if on_nvidia(q) and capability(q.device) < (8, 0):
         return "it needs compute capability 8.0 or later"
     return None
 

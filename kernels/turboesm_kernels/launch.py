@@ -13,10 +13,8 @@ import torch
 import triton
 from torch import Tensor
 
-from turboesm_kernels.available import on_nvidia
-
-ALIGNMENT = 16
-"""What Triton compiles for apart: pointers (bytes) and integers that are multiples of it."""
+from turboesm_kernels.arguments import Fixed, kind, spread
+from turboesm_kernels.available import capability, on_nvidia
 
 ROOMY = (9, 10)
 """Compute capabilities whose programs may have 227 KB of shared memory; those before and others 99 or 163."""
@@ -28,28 +26,23 @@ compiled_kernels: dict[Hashable, tuple[Any, list[str]]] = {}
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **named: Any) -> None:
     """`kernel[grid](*args, **named)`: `named` are options and all constexprs, which come last.
 
-    A kernel that was launched before for arguments of the same kinds is launched directly. Then Triton looks at
-    nothing again: neither its settings nor globals that the kernel uses, which must stay as they were.
+    Tensors may be given as `Fixed`. A kernel that was launched before for arguments of the same kinds is launched
+    directly. Then Triton looks at nothing again: neither its settings nor globals that the kernel uses, which must
+    stay as they were.
     """
     if not isinstance(kernel, triton.JITFunction) or torch.version.hip:  # the interpreter's, or another rule
-        kernel[grid](*args, **named)
+        kernel[grid](*spread(args), **named)
         return
-    key = (id(kernel), torch.cuda.current_device(), *map(kind, args), *named, *named.values())
+    kinds = [x.number if type(x) is Fixed else kind(x) for x in args]
+    key = (id(kernel), torch.cuda.current_device(), *kinds, *named, *named.values())
     if (found := compiled_kernels.get(key)) is None:
-        if (compiled := kernel[grid](*args, **named)) is not None:
-            compiled_kernels[key] = compiled, kernel.arg_names[len(args) :]
+        given = spread(args)
+        if (compiled := kernel[grid](*given, **named)) is not None:
+            compiled_kernels[key] = compiled, kernel.arg_names[len(given) :]
         return
     compiled, constants = found
-    compiled[(*grid, 1, 1)[:3]](*args, *[named[name] for name in constants])
-
-
-def kind(x: object) -> Hashable:
-    """What Triton compiles a kernel for NVIDIA for of an argument: its own distinctions, or finer ones."""
-    if type(x) is int:
-        return x == 1, x % ALIGNMENT == 0, x >> 31
-    if isinstance(x, Tensor):
-        return x.dtype, x.data_ptr() % ALIGNMENT == 0
-    return type(x).__name__
+    pointers = [y for x in args for y in (x.addresses if type(x) is Fixed else (x,))]
+    compiled[(*grid, 1, 1)[:3]](*pointers, *[named[name] for name in constants])
 
 
 def processors(q: Tensor) -> int:
@@ -59,12 +52,12 @@ def processors(q: Tensor) -> int:
 
 def is_roomy(q: Tensor) -> bool:
     """Whether a program on the query's device may have more than 200 KB of shared memory, as on Hopper."""
-    return not q.is_cuda or torch.cuda.get_device_capability(q.device)[0] in ROOMY
+    return not q.is_cuda or capability(q.device)[0] in ROOMY
 
 
 def launches_early(q: Tensor) -> bool:
     """Whether a kernel may be launched while the one before it still runs (Hopper's programmatic launch)."""
-    return on_nvidia(q) and torch.cuda.get_device_capability(q.device) >= (9, 0)
+    return on_nvidia(q) and capability(q.device) >= (9, 0)
 
 
 def early_launch(early: bool) -> dict[str, bool]:

@@ -301,7 +301,7 @@ def pack_operands(
     given = (
         k, *k.stride(), v, *v.stride(), layer.k.centre if starts is None else starts,
         held.sinks if isinstance(start, Tensor) else start - held.sinks, batch, tokens,
-        *layer.k.pack_tables, *layer.v.pack_tables, cos, sin, cos.stride(-2), cos.stride(-1),
+        layer.k.pack_tables, layer.v.pack_tables, cos, sin, cos.stride(-2), cos.stride(-1),
         *((cos, 0) if centre_at is None else (centre_at, centre_at.shape[1])), held.sinks,
         *_target(held.k, layer.k), *_target(held.v, layer.v),
     )  # fmt: skip

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from turboesm_kernels.arguments import Fixed
 from turboesm_kernels.bits import Bits
 from turboesm_kernels.cpu_masks import Loops
 from turboesm_kernels.layout import BYTE, Profile
@@ -129,14 +130,14 @@ class PreparedSide:
         return torch.cat((bits.per_step, bits.half, bits.top, bits.level, bits.zero, bits.deviation), 1)
 
     @cached_property
-    def pack_tables(self) -> tuple[Tensor, ...]:
+    def pack_tables(self) -> Fixed:
         """The tables of a side that `pack_kernel` takes, in its order."""
         spec = self.spec
         grid = spec.deviation if self.grid is None else self.grid
-        return (
+        return Fixed((
             self.centre, *self.analysis, self.coded_norm, grid, self.widths, self.start, self.table,
             spec.thresholds, spec.deviation, self.picks,
-        )  # fmt: skip
+        ))  # fmt: skip
 
     @cached_property
     def pack_constants(self) -> dict[str, int | str]:

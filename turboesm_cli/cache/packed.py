@@ -80,6 +80,7 @@ class PackedCache(Ragged):
         self._layers = [
             _LayerStore.empty(size, layer, batch, room, model.device) for layer in range(len(spec.layers))
         ]
+        self._steps: dict[int, cpu_compiled.Step | None] = {}
 
     @property
     def tensors(self) -> dict[str, Tensor]:
@@ -105,6 +106,7 @@ class PackedCache(Ragged):
         part = super().rows(start, stop)
         part._packed_starts = self._packed_starts[start:stop]
         part._layers = [store.rows(start, stop) for store in self._layers]
+        part._steps = {}
         return part
 
     def take(self, other: Self, sequences: Tensor) -> None:
@@ -153,6 +155,9 @@ class PackedCache(Ragged):
                 k, v = (x[:, :, max(0, sinks - start) :] for x in (k, v))
         if k.shape[2] and store.room:
             first = max(sinks, start) if isinstance(start, int) else start
+            if first is self.starts and (step := self._step(layer)) is not None:
+                step.writing.append(k, v, first)
+                return
             pair = self._codec.pairs[layer] if self._backend is None and first is self.starts else None
             if pair is None:
                 dispatch.append(k, v, prepared, self._held_by(layer), first, self._backend)
@@ -161,6 +166,8 @@ class PackedCache(Ragged):
 
     def attend(self, layer: int, q: Tensor) -> Tensor:
         """Attention of q [B, H, Q, d] over all that `layer` holds."""
+        if (step := self._step(layer)) is not None and q.dtype != torch.float64:
+            return step.reading.attend(q, self.lengths, self.length).to(q.dtype)
         whole = q.is_cuda  # what a CUDA graph captures serves sequences of any length
         reach = self._layers[layer].room + self._layers[layer].sinks if whole else self.length
         lengths = None if self.is_even and not whole else self.lengths
@@ -191,6 +198,15 @@ class PackedCache(Ragged):
             return rope.rotate(keys), values
         held = self._held_by(layer, self.length)
         return dispatch.expand(held, prepared)
+
+    def _step(self, layer: int) -> cpu_compiled.Step | None:
+        """What a CPU's compiled loops do with a layer, where nothing else was asked for and they serve it."""
+        if layer not in self._steps:
+            prepared, found = self._codec.layers[layer], None
+            if prepared is not None and self._backend in (None, "compiled") and self._layers[layer].room:
+                found = cpu_compiled.Step.of(prepared, self._held_by(layer))
+            self._steps[layer] = found
+        return self._steps[layer]
 
     def _held_by(self, layer: int, reach: int | None = None, lengths: Tensor | None = None) -> Held:
         """What a layer holds of the first `reach` tokens, for the kernels."""

@@ -215,7 +215,7 @@ def test_compiled_reads_any_memory_order() -> None:
         Case(dim=16, tokens=40, heads=5, batch=3, ragged=True),
         Case(dim=24, tokens=7, batch=1, kind="flat-uniform", bits=4, scale="norm", sinks=0, ragged=True),
         Case(dim=64, tokens=33, sinks=3, positions=20, ragged=True),
-        Case(dim=80, tokens=21, queries=3, centred=False, dtype=torch.bfloat16, wide=True, ragged=True),
+        Case(dim=80, tokens=21, queries=3, dtype=torch.bfloat16, wide=True, ragged=True),
     ],
     ids=str,
 )

@@ -134,7 +134,7 @@ class PackedCache(Ragged):
     def begin(self, counts: int | Sequence[int]) -> None:
         """Make room for the next tokens of each sequence."""
         super().begin(counts)
-        if self.starts.is_cuda:  # the kernels subtract the sinks themselves
+        if not any(self._codec.pairs):  # kernels and loops subtract the sinks themselves
             return
         first = torch.sub(self.starts, self._sinks, out=self._packed_starts).clamp_(min=0)
         rope = self._packed_rope

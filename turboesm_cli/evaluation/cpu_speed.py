@@ -13,7 +13,7 @@ from functools import partial
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
-from turboesm_kernels import dispatch
+from turboesm_kernels import cpu_compiled, dispatch
 from turboesm_kernels.dispatch import Backend
 from turboesm_kernels.operands import Held, PreparedLayer
 
@@ -57,14 +57,14 @@ def _bench_shape(shape: Shape, stamp: Callable[..., ResultRow]) -> Iterator[Resu
     caches = [random_cache(layer, shape, rope) for _ in range(LAYERS)]
     q = torch.randn(shape.batch, shape.heads, 1, shape.dim) / 8
     backends = [name for name in BACKENDS if _runs(name, q, caches[0], layer)]
-    attending = {name: partial(_attend, q, caches, layer, name) for name in backends} | {FP32: _fp32(q, shape)}
+    attending = {name: _attending(q, caches, layer, name) for name in backends} | {FP32: _fp32(q, shape)}
     took = _in_turn(attending)
     for name, timing in took.items():
         yield stamp(shape, name, "us", timing, "us")
     for backend in backends:
         yield stamp(shape, backend, "ratio_fp32_sdpa", took[FP32].median / took[backend].median, "1")
         yield stamp(shape, backend, "relative_error", _error(q, caches[0], layer, backend), "1")
-    for name, timing in _in_turn({name: partial(_append, q, caches, layer, name) for name in backends}).items():
+    for name, timing in _in_turn({name: _appending(q, caches, layer, name) for name in backends}).items():
         yield stamp(shape, f"{name}-pack", "us_one_token", timing, "us")
 
 
@@ -75,14 +75,30 @@ def _runs(name: Backend, q: Tensor, held: Held, layer: PreparedLayer) -> bool:
         return False
 
 
-def _attend(q: Tensor, caches: Sequence[Held], layer: PreparedLayer, name: Backend, turn: int) -> object:
-    return dispatch.attend(q, caches[turn % LAYERS], layer, name)
+def _attending(q: Tensor, caches: Sequence[Held], layer: PreparedLayer, name: Backend) -> Call:
+    """As decoding calls it."""
+    steps = [cpu_compiled.Step.of(layer, held) for held in caches]
+
+    def attend(turn: int) -> Tensor:
+        held, step = caches[turn % LAYERS], steps[turn % LAYERS]
+        if name == "compiled" and step is not None:
+            return step.reading.attend(q, held.lengths, held.sinks + held.tokens)
+        return dispatch.attend(q, held, layer, name)
+
+    return attend
 
 
-def _append(q: Tensor, caches: Sequence[Held], layer: PreparedLayer, name: Backend, turn: int) -> None:
-    held = caches[turn % LAYERS]
-    last = torch.full((len(q),), held.sinks + held.tokens - 1, dtype=torch.int32)
-    dispatch.append(q, -q, layer, held, last, name)
+def _appending(q: Tensor, caches: Sequence[Held], layer: PreparedLayer, name: Backend) -> Call:
+    steps = [cpu_compiled.Step.of(layer, held) for held in caches]
+    last = torch.full((len(q),), caches[0].sinks + caches[0].tokens - 1, dtype=torch.int32)
+
+    def append(turn: int) -> None:
+        if name == "compiled" and (step := steps[turn % LAYERS]) is not None:
+            step.writing.append(q, -q, last)
+        else:
+            dispatch.append(q, -q, layer, caches[turn % LAYERS], last, name)
+
+    return append
 
 
 def _fp32(q: Tensor, shape: Shape) -> Call:

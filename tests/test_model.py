@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 import torch
 from folders import to_hugging_face
 
@@ -112,6 +113,40 @@ def test_both_formats_load_the_same_model(tiny_path: Path, tiny: EsmModel, tmp_p
     assert other.has_lm_head
     tokens = to_tokens([Protein("a", "", "MKTAYIAKQR")], tiny)
     assert torch.equal(other.net(tokens)["logits"], tiny.net(tokens)["logits"])
+
+
+@pytest.mark.parametrize("kind", ["EsmForMaskedLM", "EsmModel", "EsmForSequenceClassification"])
+def test_what_transformers_saves_is_the_same_model(
+    tiny: EsmModel, tiny_path: Path, tmp_path: Path, kind: str
+) -> None:
+    """Its later versions save norms as gamma and beta, and RoPE's frequencies once, under "layer.*"."""
+    transformers = pytest.importorskip("transformers")
+    folder = to_hugging_face(tiny_path, tmp_path / "hf")
+    settings = {"vocab_size": 33, "intermediate_size": 128, "mask_token_id": 32, "pad_token_id": 1}
+    config = json.loads((folder / "config.json").read_text()) | settings
+    (folder / "config.json").write_text(json.dumps(config))
+    getattr(transformers, kind).from_pretrained(folder).save_pretrained(tmp_path / "saved")
+    saved = load_model(str(tmp_path / "saved"), "cpu")
+    assert saved.fingerprint == tiny.fingerprint
+    assert saved.has_lm_head == (kind == "EsmForMaskedLM")
+    tokens = tiny.alphabet.random(2, 9)
+    torch.testing.assert_close(forward.encode(saved, tokens), forward.encode(tiny, tokens), rtol=0, atol=0)
+    if saved.has_lm_head:
+        hidden = torch.randn(1, 3, 32)
+        torch.testing.assert_close(saved.logits(hidden), tiny.logits(hidden), rtol=0, atol=0)
+
+
+def test_frequencies_of_both_kinds_are_refused(tiny_path: Path, tmp_path: Path) -> None:
+    folder = to_hugging_face(tiny_path, tmp_path / "hf")
+    weights = safetensors.torch.load_file(folder / "model.safetensors")
+    assert any(name.endswith("layer.1.attention.self.rotary_embeddings.inv_freq") for name in weights)
+    weights["esm.rotary_embeddings.inv_freq"] = torch.ones(8)
+    safetensors.torch.save_file(weights, folder / "model.safetensors")
+    with pytest.raises(ModelError, match="it has 'rotary_embeddings.inv_freq'"):
+        load_model(str(folder), "cpu")
+    alone = {name: x for name, x in weights.items() if ".layer." not in name or not name.endswith("inv_freq")}
+    safetensors.torch.save_file(alone, folder / "model.safetensors")
+    assert torch.equal(load_model(str(folder), "cpu").inverse_frequencies, torch.ones(8))
 
 
 def test_a_trunk_works_and_says_that_it_has_no_head(tiny_path: Path, tiny: EsmModel, tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ from turboesm_cli.models.folders import (
     snapshot,
     weight_files,
 )
-from turboesm_cli.models.shapes import official_name
+from turboesm_cli.models.shapes import Shape, official_name
 from turboesm_cli.models.unreadable import one_line
 from turboesm_cli.models.weights import Checkpoint, load_tensors, renamed
 from turboesm_cli.outputs.files import file_sha256
@@ -42,7 +42,7 @@ def read_folder(folder: Path, name: str = "", note: str = "") -> Checkpoint | De
     return Checkpoint(
         name,
         found.shape,
-        renamed(_weights(folder), _fair_esm_name, folder),
+        _for_each_layer(renamed(_weights(folder), _fair_esm_name, folder), found.shape),
         token_dropout=flag(config, "token_dropout", False, folder),
         layer_norm_eps=layer_norm_eps(config, folder),
         tied=flag(config, "tie_word_embeddings", True, folder),
@@ -127,7 +127,22 @@ _NAMES = (
     (r"\.output\.dense\.", ".fc2."),
     (r"^(layers\.\d+)\.LayerNorm\.", r"\1.final_layer_norm."),
     (r"^lm_head\.decoder\.", "lm_head."),
+    (r"(layer_norm(_after)?)\.gamma$", r"\1.weight"),
+    (r"(layer_norm(_after)?)\.beta$", r"\1.bias"),
 )
+"""Patterns of names in transformers, and fair-esm's. transformers 5.20 and later save norms as gamma and beta."""
+
+_OF_ALL_LAYERS = ("rotary_embeddings.inv_freq", "layers.*.self_attn.rot_emb.inv_freq")
+"""RoPE's frequencies, once, as transformers 5.20 and later have and save them."""
+
+
+def _for_each_layer(weights: dict[str, Tensor], shape: Shape) -> dict[str, Tensor]:
+    """The same with RoPE's frequencies in each layer; where there are some of both kinds, as it is."""
+    name = next((name for name in _OF_ALL_LAYERS if name in weights), None)
+    if name is None or any(other != name and other.endswith("inv_freq") for other in weights):
+        return weights
+    shared = weights.pop(name)
+    return weights | {f"layers.{layer}.self_attn.rot_emb.inv_freq": shared for layer in range(shape.layers)}
 
 
 def _fair_esm_name(name: str) -> str:

@@ -142,7 +142,7 @@ def test_frequencies_of_both_kinds_are_refused(tiny_path: Path, tmp_path: Path) 
     assert any(name.endswith("layer.1.attention.self.rotary_embeddings.inv_freq") for name in weights)
     weights["esm.rotary_embeddings.inv_freq"] = torch.ones(8)
     safetensors.torch.save_file(weights, folder / "model.safetensors")
-    with pytest.raises(ModelError, match="it has 'rotary_embeddings.inv_freq'"):
+    with pytest.raises(ModelError, match=r"it has 'rotary_embeddings[.]inv_freq'"):
         load_model(str(folder), "cpu")
     alone = {name: x for name, x in weights.items() if ".layer." not in name or not name.endswith("inv_freq")}
     safetensors.torch.save_file(alone, folder / "model.safetensors")

@@ -42,6 +42,11 @@ def test_work_that_is_lost_gives_no_estimate(monkeypatch: pytest.MonkeyPatch) ->
     assert lines[-1] == "decoding: 0 of 100, 40 s, no estimate yet"
 
 
+def test_the_end_is_told_once_and_again_after_work_was_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    lines = told(monkeypatch, 10, [(1, 10), (2, 0), (30, 0), (31, -4), (32, 4)])
+    assert lines == ["decoding: 10 of 10, 1 s, done", "decoding: 10 of 10, 32 s, done"]
+
+
 def test_what_an_earlier_run_did_is_not_left_and_says_nothing_of_the_pace(monkeypatch: pytest.MonkeyPatch) -> None:
     lines: list[str] = []
     now = 100.0

@@ -238,6 +238,7 @@ class Pace:
         self._label, self._tell = label, tell
         self._start = self._last = time.monotonic()
         self._finished = self._earlier = 0
+        self._ended = False
         self._first: tuple[float, float] | None = None
 
     def __call__(self, done: int = 1, again: bool = False, cost: float | None = None) -> None:
@@ -251,7 +252,8 @@ class Pace:
             self._spent += took
             if took > 0:
                 self._first = self._first or (now, self._spent)
-        if now - self._last >= SECONDS_BETWEEN_LOG_LINES or self._finished >= self.total:
+        ended, self._ended = self._ended, self._finished >= self.total
+        if self._ended > ended or (now - self._last >= SECONDS_BETWEEN_LOG_LINES and not ended):
             self._last = now
             self._tell(self._line(now))
 

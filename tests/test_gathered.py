@@ -99,9 +99,12 @@ def test_other_prompts_are_refused(decode: Callable[..., Path], tmp_path: Path) 
     parts = [decode(source, tmp_path / f"{prompt}.csv", "--prompt", prompt) for prompt in ("0.5", "3")]
     assert {row.prompt for part in parts for row in csv_rows(part)} == {"0.5", "3"}
     page = tmp_path / "report.html"
-    done = invoke("report", *parts, "-o", page)
-    assert done.exit_code == 3 and not page.exists()
-    assert "report them apart" in done.stderr
+    elsewhere = tmp_path / "elsewhere.csv"
+    write_csv(elsewhere, [replace(row, device="another", recipe="flat") for row in csv_rows(parts[1])])
+    for second in (parts[1], elsewhere):
+        done = invoke("report", parts[0], second, "-o", page)
+        assert done.exit_code == 3 and not page.exists()
+        assert "was decoded after other prompts (0.5, 3)" in done.stderr and "report them apart" in done.stderr
 
 
 def test_a_protein_in_two_files_is_refused(decode: Callable[..., Path], tmp_path: Path) -> None:

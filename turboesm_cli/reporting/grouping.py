@@ -64,6 +64,7 @@ def gathered(rows: Rows) -> Gathered:
     not say on which, after other prompts, with codecs of other calibration sets, or where a protein is in several
     sets.
     """
+    _check_prompts(rows)
     groups: dict[Hashable, list[ResultRow]] = {}
     for row in rows:
         groups.setdefault(_identity(row), []).append(row)
@@ -83,6 +84,20 @@ def gathered(rows: Rows) -> Gathered:
                 raise _refused(group, "with numbers that cannot be combined; mend the files") from None
         kept.append(different[0])
     return Gathered(_with_all_families(kept, groups), again, combined, seen(left_out))
+
+
+def _check_prompts(rows: Rows) -> None:
+    """Raise InputError where a model decoded after other prompts: recipes or devices would seem to differ by that."""
+    found: dict[str, list[str]] = {}
+    for row in rows:
+        if row.protocol == "prompted" and row.prompt and row.prompt not in found.setdefault(row.model, []):
+            found[row.model].append(row.prompt)
+    for model, prompts in found.items():
+        if len(prompts) > 1:
+            raise InputError(
+                f"{model} was decoded after other prompts ({', '.join(prompts)}): such figures do not compare; "
+                "report them apart"
+            )
 
 
 def _with_all_families(kept: list[ResultRow], groups: Mapping[Hashable, Rows]) -> list[ResultRow]:
@@ -120,8 +135,7 @@ def _of_different_inputs(group: Rows) -> list[ResultRow]:
     if len(different) > 1 and last.accession:
         raise _refused(group, f"and {last.accession} is among the proteins of several; report them apart")
     if len({row.prompt for row in different}) > 1:
-        prompts = ", ".join(seen(row.prompt or "unknown" for row in different))
-        raise _refused(group, f"after other prompts ({prompts}); report them apart")
+        raise _refused(group, "after other prompts; report them apart")
     if len({row.calibration for row in different} - {""}) > 1:
         raise _refused(group, "with codecs of other calibration sets; report them apart")
     return different

@@ -87,7 +87,7 @@ def gathered(rows: Rows) -> Gathered:
 
 
 def _check_prompts(rows: Rows) -> None:
-    """Raise InputError where a model decoded after other prompts: recipes or devices would seem to differ by that."""
+    """Raise InputError where a model decoded after other prompts: recipes or devices would seem to differ."""
     found: dict[str, list[str]] = {}
     for row in rows:
         if row.protocol == "prompted" and row.prompt and row.prompt not in found.setdefault(row.model, []):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -11,6 +13,7 @@ import pytest
 import safetensors.torch
 import torch
 from turboesm_kernels import cpu_compiled, reference
+from turboesm_kernels.operands import PreparedLayer
 
 from turboesm_cli.cache.cache_file import CachedProtein, Packfile, StoredProtein, write_packfile
 from turboesm_cli.cache.dense import DenseCache
@@ -161,6 +164,83 @@ def test_a_full_cache_says_so(models: dict[int, EsmModel], statistics: dict[int,
     cache, _ = filled(models[16], spec, 4, [4])
     with pytest.raises(ValueError, match="do not fit"):
         cache.begin(4)
+
+
+needs_loops = pytest.mark.skipif(cpu_compiled.problem() is not None, reason=f"{cpu_compiled.problem()}")
+
+
+@pytest.fixture
+def stepped(models: dict[int, EsmModel], statistics: dict[int, object]) -> PackedCache:
+    """A cache that has made ready what its steps do."""
+    spec = fit(models[16], statistics[16], RECIPES["waterfill"])  # type: ignore[arg-type]
+    cache, _ = filled(models[16], spec, 16, [8, *[1] * 3])
+    forward.step(models[16], torch.tensor([5]), cache)
+    assert cpu_compiled.problem() or isinstance(cache._steps[1], cpu_compiled.Step)
+    return cache
+
+
+@needs_loops
+def test_what_does_not_fit_is_refused_before_it_is_written(
+    stepped: PackedCache, models: dict[int, EsmModel]
+) -> None:
+    """Loops write wherever addresses say."""
+    with pytest.raises(ValueError, match="for"):
+        forward.step(models[16], torch.tensor([5, 6, 7]), stepped)
+    q = torch.randn(1, 2, 1, 16)
+    for wrong in (q[..., :8], q.expand(50, 2, 1, 16), torch.randn(1, 4, 1, 16), q.long(), q.to("meta")):
+        with pytest.raises(ValueError, match="queries"):
+            stepped.attend(1, wrong)
+    stepped.begin(stepped.capacity - stepped.length)
+    before = {name: tensor.clone() for name, tensor in stepped.tensors.items()}
+    stepped.begin(0)  # no room is made, and a token comes all the same
+    with pytest.raises(ValueError, match="do not fit"):
+        stepped.append(1, q, q, torch.tensor([[5]]))
+    assert all(torch.equal(before[name], tensor) for name, tensor in stepped.tensors.items())
+
+
+@needs_loops
+@pytest.mark.parametrize("twin", [copy.deepcopy, lambda cache: pickle.loads(pickle.dumps(cache))])
+def test_a_copy_has_memory_of_its_own(stepped: PackedCache, twin: Any) -> None:
+    other = twin(stepped)
+    before = {name: tensor.clone() for name, tensor in stepped.tensors.items()}
+    k, v = random_keys_values(stepped._codec.model, 1, seed=3)
+    other.begin(1)
+    other.append(1, k, v, torch.tensor([[5]]))
+    assert all(torch.equal(before[name], tensor) for name, tensor in stepped.tensors.items())
+    stepped.begin(1)
+    stepped.append(1, k, v, torch.tensor([[5]]))
+    assert all(torch.equal(other.tensors[name], tensor) for name, tensor in stepped.tensors.items())
+    assert not torch.equal(before["layers.1.k.codes"], stepped.tensors["layers.1.k.codes"])
+
+
+@needs_loops
+def test_buffers_that_move_are_found_again(stepped: PackedCache) -> None:
+    alone = copy.deepcopy(stepped)
+    for tensor in stepped.tensors.values():
+        tensor.share_memory_()
+    for cache in (alone, stepped):
+        k, v = random_keys_values(stepped._codec.model, 1, seed=3)
+        cache.begin(1)
+        cache.append(1, k, v, torch.tensor([[5]]))
+    assert all(torch.equal(alone.tensors[name], tensor) for name, tensor in stepped.tensors.items())
+    assert torch.equal(stepped.attend(1, k), alone.attend(1, k))
+
+
+@needs_loops
+def test_torchs_default_dtype_changes_nothing(stepped: PackedCache) -> None:
+    q = torch.randn(1, 2, 1, 16)
+    expected = stepped.attend(1, q)
+    torch.set_default_dtype(torch.float16)
+    try:
+        assert torch.equal(stepped.attend(1, q), expected)
+        layer = stepped._codec.layers[1]
+        assert layer is not None
+        again = PreparedLayer.of(layer.k.spec, layer.v.spec)
+        for side in (again.k, again.v):
+            assert side.loops is not None
+            assert {x.dtype for x in (side.loops.map, side.loops.middle, side.loops.factors)} == {torch.float32}
+    finally:
+        torch.set_default_dtype(torch.float32)
 
 
 def test_a_layer_may_keep_tokens_alone(tiny: EsmModel, calibration_proteins: list[Protein]) -> None:

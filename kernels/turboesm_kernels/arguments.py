@@ -26,13 +26,17 @@ class Fixed:
 
     @cached_property
     def number(self) -> int:
-        """The same for the same kinds."""
-        return _numbers.setdefault(tuple(map(kind, self.tensors)), next(_unused))
+        """The same for the same kinds on the same devices: Triton looks at the first of each."""
+        return _numbers.setdefault(tuple((kind(x), x.device) for x in self.tensors), next(_unused))
 
     @cached_property
     def addresses(self) -> tuple[int, ...]:
         """What Triton would ask of each tensor, and then of the driver."""
         return tuple(x.data_ptr() for x in self.tensors)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A copy is of copied tensors, elsewhere."""
+        return Fixed, (self.tensors,)
 
 
 def spread(args: Iterable[Any]) -> list[Any]:

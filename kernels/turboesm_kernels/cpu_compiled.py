@@ -69,15 +69,18 @@ def problem() -> str | None:
 
 
 class Reading:
-    """Attention over what a layer's cache holds. Made once where the cache's buffers stay where they are."""
+    """Attention over what a layer's cache holds. Made once where the cache's buffers stay where they are.
 
-    def __init__(self, layer: PreparedLayer, held: Held) -> None:
+    `at` as `_long_enough` gives it.
+    """
+
+    def __init__(self, layer: PreparedLayer, held: Held, at: Tensor | None) -> None:
         spec, loops, values = layer.k.spec, layer.k.loops, layer.v.loops
         assert loops is not None and values is not None
         k, v = _dense(held.k, spec.lanes), _dense(held.v, 1)
         turns = held.rope.half_rows if layer.k.centred and held.rope is not None else None
-        at = _long_enough(loops.at, held.sinks + held.tokens)
         self._held, self._alive = held, (layer, k, v, turns, at)
+        self._shape = (len(k.codes), spec.heads, layer.k.head_dim)
         self._job = _job(
             *(0,) * 6, spec.heads, layer.k.head_dim, spec.lanes, held.sinks, held.tokens,
             *_rows(turns), *_rows(at), *_places(k), *_places(v), *loops.reading, *values.reading,
@@ -85,9 +88,18 @@ class Reading:
         self._room = 2 * (layer.k.head_dim + max(layer.k.axes, layer.v.axes)) + held.sinks + held.tokens
 
     def attend(self, q: Tensor, lengths: Tensor | None, longest: int) -> Tensor:
-        """`dispatch.attend`, float32 [B, H, Q, d]; lengths int32 [B], of which `longest` is the greatest."""
-        batch, heads, queries, _ = q.shape
-        q, lengths = _plain(q), None if lengths is None else lengths.contiguous()
+        """`dispatch.attend`, float32 [B, H, Q, d]; lengths int [B], of which `longest` is the greatest.
+
+        Raises ValueError where queries are not of this shape, or not on a CPU.
+        """
+        batch, heads, queries, dim = q.shape
+        if (batch, heads, dim) != self._shape or not q.is_cpu or not q.is_floating_point():
+            raise ValueError(f"{q.dtype} queries {list(q.shape)} on {q.device} for {list(self._shape)} here")
+        if lengths is not None:
+            lengths = lengths.int().contiguous()
+            if lengths.shape != (batch,):
+                raise ValueError(f"{list(lengths.shape)} lengths of {batch} sequences")
+        q = _plain(q)
         out = torch.empty_like(q)
         held = self._held
         sinks = None if held.sink_k is None or held.sink_v is None else (_plain(held.sink_k), _plain(held.sink_v))
@@ -99,8 +111,7 @@ class Reading:
 
 def attend(q: Tensor, held: Held, layer: PreparedLayer) -> Tensor:
     """`dispatch.attend` by compiled loops, float32 [B, H, Q, d]."""
-    lengths = None if held.lengths is None else held.lengths.int()
-    return Reading(layer, held).attend(q, lengths, held.sinks + held.tokens)
+    return Reading(layer, held, _centres(layer, held)).attend(q, held.lengths, held.sinks + held.tokens)
 
 
 def attends_tokens(q: Tensor, tables: TokenTables) -> bool:
@@ -139,26 +150,37 @@ def packs(layer: PreparedLayer, held: Held) -> bool:
 
 
 class Writing:
-    """Packing into a layer's cache (`packs`). Made once where the cache's buffers stay where they are."""
+    """Packing into a layer's cache (`packs`). Made once where the cache's buffers stay where they are.
 
-    def __init__(self, layer: PreparedLayer, held: Held) -> None:
-        self._sinks = held.sinks
-        self._sides = [_Side(layer.k, held.k, held), _Side(layer.v, held.v, held)]
+    Raises ValueError where the cache is not one of the layer's codec.
+    """
+
+    def __init__(self, layer: PreparedLayer, held: Held, at: Tensor | None) -> None:
+        _check(layer, held)
+        self._shape = (len(held.v.codes), layer.k.spec.heads, layer.k.head_dim)
+        self._sinks, self._tokens = held.sinks, held.tokens
+        self._sides = [_Side(layer.k, held.k, held, at), _Side(layer.v, held.v, held, None)]
 
     def append(self, k: Tensor, v: Tensor, start: int | Tensor) -> None:
-        """`dispatch.append` of tokens that fit: nothing is checked. `start` int, or int32 [B]."""
-        starts = None if isinstance(start, int) else start.contiguous()
+        """`dispatch.append`. Raises ValueError where tokens do not fit: nothing else would."""
+        batch, heads, count, dim = k.shape
+        if k.shape != v.shape or (batch, heads, dim) != self._shape or not (k.is_cpu and v.is_cpu):
+            raise ValueError(f"keys {list(k.shape)} and values {list(v.shape)} for {list(self._shape)} here")
+        starts = None if isinstance(start, int) else start.int().contiguous()
+        last = start if isinstance(start, int) else int(start.max())
+        wrong = starts is not None and starts.shape != (batch,)
+        if max(last - self._sinks, 0) + count > self._tokens or wrong:
+            raise ValueError(f"{count} tokens from {last} on do not fit in {self._sinks} and {self._tokens}")
         first = (0 if isinstance(start, Tensor) else start) - self._sinks
         for x, side in zip((k, v), self._sides, strict=True):
             side.pack(x, first, starts)
 
 
 class _Side:
-    def __init__(self, side: PreparedSide, into: Packed, held: Held) -> None:
+    def __init__(self, side: PreparedSide, into: Packed, held: Held, at: Tensor | None) -> None:
         loops, spec, is_key = side.loops, side.spec, side.spec.side == "k"
         assert loops is not None
         angles = (held.rope.cos.contiguous(), held.rope.sin.contiguous()) if is_key and held.rope else (None, None)
-        at = _long_enough(loops.at, held.sinks + held.tokens)
         lanes = spec.lanes if is_key else 1
         self._alive = (side, into, angles, at)
         self._job = _job(
@@ -176,9 +198,8 @@ class _Side:
 
 
 def append(k: Tensor, v: Tensor, layer: PreparedLayer, held: Held, start: int | Tensor) -> None:
-    """`dispatch.append` by compiled loops. Raises ValueError where tokens do not fit: nothing else would."""
-    _check(k, v, layer, held, start)
-    Writing(layer, held).append(k, v, start if isinstance(start, int) else start.int())
+    """`dispatch.append` by compiled loops. Raises ValueError where tokens do not fit."""
+    Writing(layer, held, _centres(layer, held)).append(k, v, start)
 
 
 @dataclass(frozen=True)
@@ -187,27 +208,32 @@ class Step:
 
     reading: Reading
     writing: Writing
+    buffers: list[Tensor]
+    addresses: list[int]
 
     @classmethod
     def of(cls, layer: PreparedLayer, held: Held) -> Step | None:
         """Of all that a cache has room for, or None where there are no loops for it."""
-        return cls(Reading(layer, held), Writing(layer, held)) if packs(layer, held) else None
+        if not packs(layer, held):
+            return None
+        at, every = _centres(layer, held), (held.k.codes, held.k.scales, held.v.codes, held.v.scales)
+        buffers = [x for x in every if x is not None]
+        return cls(Reading(layer, held, at), Writing(layer, held, at), buffers, [x.data_ptr() for x in buffers])
+
+    @property
+    def is_stale(self) -> bool:
+        """Whether a buffer was moved after all, as `share_memory_` does."""
+        return [x.data_ptr() for x in self.buffers] != self.addresses
 
 
-def _check(k: Tensor, v: Tensor, layer: PreparedLayer, held: Held, start: int | Tensor) -> None:
-    spec, tokens = layer.k.spec, held.tokens
-    batch, count = len(held.v.codes), k.shape[2]
-    shape = (batch, spec.heads, count, spec.head_dim)
-    if k.shape != shape or v.shape != shape:
-        raise ValueError(f"keys and values must be {shape}, not {tuple(k.shape)} and {tuple(v.shape)}")
+def _check(layer: PreparedLayer, held: Held) -> None:
+    """Raise ValueError where a cache has no room for what its codec makes."""
+    batch, tokens = len(held.v.codes), held.tokens
     for packed, side in ((held.k, layer.k), (held.v, layer.v)):
         if packed.codes.shape != side.spec.codes_shape(batch, tokens) or packed.codes.dtype != torch.uint8:
             raise ValueError(f"there is no room for {side.spec.side} in {tuple(packed.codes.shape)}")
         if (packed.scales is None) != (side.spec.scale == "none"):
             raise ValueError(f"{side.spec.side} scales are missing, or not in this codec")
-    last = start if isinstance(start, int) else int(start.max())
-    if max(last - held.sinks, 0) + count > tokens or (isinstance(start, Tensor) and start.shape != (batch,)):
-        raise ValueError(f"{count} tokens from {last} on do not fit in {held.sinks} and {tokens}")
     if held.rope is None or len(held.rope.cos) < tokens:
         raise ValueError("keys need their positions")
 
@@ -226,7 +252,7 @@ def _run(
     """Do all heads of a job whose first numbers are these; `alive` is what the addresses point to."""
     loop, job = loop_of(name), type(prepared).from_buffer_copy(prepared)
     job[: len(numbers)] = list(numbers)
-    scratch = torch.empty(threads, room)
+    scratch = torch.empty(threads, room, dtype=torch.float32, device="cpu")
     if threads == 1:
         loop(job, 0, count, scratch.data_ptr())
         return
@@ -269,6 +295,12 @@ def _dense(packed: Packed, lanes: int) -> Packed:
     if beside and (scales is None or scales.stride(2) == 1):
         return packed
     return Packed(codes.contiguous(), None if scales is None else scales.contiguous())
+
+
+def _centres(layer: PreparedLayer, held: Held) -> Tensor | None:
+    """Of the keys' positions, for all that a cache has room for."""
+    assert layer.k.loops is not None
+    return _long_enough(layer.k.loops.at, held.sinks + held.tokens)
 
 
 def _long_enough(at: Tensor | None, tokens: int) -> Tensor | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -49,15 +48,15 @@ class Loops:
     def of(cls, spec: SideSpec, decoding: Tensor, steps: list[dict[int, float]]) -> Loops:
         """Of a side; `decoding` is its `PreparedSide.map`, `steps` each head's, by width (`grid_steps`)."""
         profiles = [spec.profiles[index] for index in spec.profile_of_head]
-        step = torch.tensor([[own.get(w, 0.0) for w in p.widths] for own, p in zip(steps, profiles, strict=True)])
-        middle = torch.tensor([[(2**w - 1) / 2 for w in p.widths] for p in profiles])
+        step = _floats([[own.get(w, 0.0) for w in p.widths] for own, p in zip(steps, profiles, strict=True)])
+        middle = _floats([[(2**w - 1) / 2 for w in p.widths] for p in profiles])
         scaled = decoding * (step[:, None] if spec.side == "k" else step[..., None])
         by_profile = [_groups(profile, spec.lanes if spec.side == "k" else 1) for profile in spec.profiles]
         of_head = [by_profile[index] for index in spec.profile_of_head]
         groups = torch.tensor([0, *map(len, of_head)]).cumsum(0).int()
         found = [group for own in of_head for group in own]
         pieces = torch.tensor([group.numbers for group in found], dtype=torch.int32)
-        factors = torch.tensor([group.factors for group in found])
+        factors = _floats([group.factors for group in found])
         at = None if spec.centre_at is None else spec.centre_at.float().mT.contiguous()
         bits = Bits.of(spec, decoding, steps)
         grid = torch.cat((bits.per_step, bits.half, bits.top, bits.level, bits.zero, bits.deviation), 1)
@@ -66,18 +65,22 @@ class Loops:
             bits.analysis.contiguous(), bits.norm.contiguous(), grid,
         )  # fmt: skip
 
-    @cached_property
+    @property
     def reading(self) -> tuple[int, ...]:
         """Numbers of attention's job, from K_MAP or V_MAP on; addresses are good for as long as this lives."""
         axes = self.middle.shape[1]
         first, last = (self.map, self.middle, self.centre), (self.groups, self.pieces, self.factors)
         return *(x.data_ptr() for x in first), axes, *(x.data_ptr() for x in last)
 
-    @cached_property
+    @property
     def writing(self) -> tuple[int, ...]:
         """Numbers of packing's job, from P_CENTRE on."""
         tables = (self.centre, self.analysis, self.grid, self.norm, self.groups, self.pieces, self.factors)
         return tuple(x.data_ptr() for x in tables)
+
+
+def _floats(rows: list[list[float]]) -> Tensor:
+    return torch.tensor(rows, dtype=torch.float32, device="cpu")  # whatever torch's defaults are
 
 
 @dataclass(frozen=True)

@@ -82,6 +82,10 @@ class PackedCache(Ragged):
         ]
         self._steps: dict[int, cpu_compiled.Step | None] = {}
 
+    def __getstate__(self) -> dict[str, object]:
+        """What a copy has: its steps are those of its own buffers."""
+        return self.__dict__ | {"_steps": {}}
+
     @property
     def tensors(self) -> dict[str, Tensor]:
         """All that `capacity` tokens of each sequence take, by name."""
@@ -106,7 +110,6 @@ class PackedCache(Ragged):
         part = super().rows(start, stop)
         part._packed_starts = self._packed_starts[start:stop]
         part._layers = [store.rows(start, stop) for store in self._layers]
-        part._steps = {}
         return part
 
     def take(self, other: Self, sequences: Tensor) -> None:
@@ -201,7 +204,8 @@ class PackedCache(Ragged):
 
     def _step(self, layer: int) -> cpu_compiled.Step | None:
         """What a CPU's compiled loops do with a layer, where nothing else was asked for and they serve it."""
-        if layer not in self._steps:
+        step = self._steps.get(layer)
+        if layer not in self._steps or (step is not None and step.is_stale):
             prepared, found = self._codec.layers[layer], None
             if prepared is not None and self._backend in (None, "compiled") and self._layers[layer].room:
                 found = cpu_compiled.Step.of(prepared, self._held_by(layer))

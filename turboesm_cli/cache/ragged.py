@@ -91,8 +91,8 @@ class Ragged:
 
     def truncate(self, length: int) -> None:
         """Forget all tokens from `length` on."""
-        np.minimum(self._held, length, out=self._held)
         self.lengths.clamp_(max=length)
+        np.minimum(self._held, length, out=self._held)
 
     def rewind(self, count: int = 1) -> None:
         """Forget each sequence's last `count` tokens."""

@@ -175,7 +175,6 @@ def stepped(models: dict[int, EsmModel], statistics: dict[int, object]) -> Packe
     spec = fit(models[16], statistics[16], RECIPES["waterfill"])  # type: ignore[arg-type]
     cache, _ = filled(models[16], spec, 16, [8, *[1] * 3])
     forward.step(models[16], torch.tensor([5]), cache)
-    assert cpu_compiled.problem() or isinstance(cache._steps[1], cpu_compiled.Step)
     return cache
 
 
@@ -200,10 +199,10 @@ def test_what_does_not_fit_is_refused_before_it_is_written(
 
 @needs_loops
 @pytest.mark.parametrize("twin", [copy.deepcopy, lambda cache: pickle.loads(pickle.dumps(cache))])
-def test_a_copy_has_memory_of_its_own(stepped: PackedCache, twin: Any) -> None:
+def test_a_copy_has_memory_of_its_own(stepped: PackedCache, models: dict[int, EsmModel], twin: Any) -> None:
     other = twin(stepped)
     before = {name: tensor.clone() for name, tensor in stepped.tensors.items()}
-    k, v = random_keys_values(stepped._codec.model, 1, seed=3)
+    k, v = random_keys_values(models[16], 1, seed=3)
     other.begin(1)
     other.append(1, k, v, torch.tensor([[5]]))
     assert all(torch.equal(before[name], tensor) for name, tensor in stepped.tensors.items())
@@ -214,12 +213,12 @@ def test_a_copy_has_memory_of_its_own(stepped: PackedCache, twin: Any) -> None:
 
 
 @needs_loops
-def test_buffers_that_move_are_found_again(stepped: PackedCache) -> None:
+def test_buffers_that_move_are_found_again(stepped: PackedCache, models: dict[int, EsmModel]) -> None:
     alone = copy.deepcopy(stepped)
     for tensor in stepped.tensors.values():
         tensor.share_memory_()
     for cache in (alone, stepped):
-        k, v = random_keys_values(stepped._codec.model, 1, seed=3)
+        k, v = random_keys_values(models[16], 1, seed=3)
         cache.begin(1)
         cache.append(1, k, v, torch.tensor([[5]]))
     assert all(torch.equal(alone.tensors[name], tensor) for name, tensor in stepped.tensors.items())
@@ -227,15 +226,17 @@ def test_buffers_that_move_are_found_again(stepped: PackedCache) -> None:
 
 
 @needs_loops
-def test_torchs_default_dtype_changes_nothing(stepped: PackedCache) -> None:
+def test_torchs_default_dtype_changes_nothing(
+    stepped: PackedCache, models: dict[int, EsmModel], statistics: dict[int, object]
+) -> None:
+    layer = fit(models[16], statistics[16], RECIPES["waterfill"]).layers[1]  # type: ignore[arg-type]
+    assert layer is not None
     q = torch.randn(1, 2, 1, 16)
     expected = stepped.attend(1, q)
     torch.set_default_dtype(torch.float16)
     try:
         assert torch.equal(stepped.attend(1, q), expected)
-        layer = stepped._codec.layers[1]
-        assert layer is not None
-        again = PreparedLayer.of(layer.k.spec, layer.v.spec)
+        again = PreparedLayer.of(layer.k, layer.v)
         for side in (again.k, again.v):
             assert side.loops is not None
             assert {x.dtype for x in (side.loops.map, side.loops.middle, side.loops.factors)} == {torch.float32}

@@ -224,7 +224,9 @@ def test_a_prepared_step_does_what_single_calls_do(
     case: Case, threads: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """To the bit, call after call, over buffers whose rest is junk; what sinks hold may change in between."""
-    monkeypatch.setattr(cpu_compiled, "_threads", lambda work, few, most: min(threads, most))
+    for few in ("FEW_NUMBERS", "FEW_PACKED"):
+        monkeypatch.setattr(cpu_compiled, few, 0)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     q, held, layer = make(case, room=9)
     step = cpu_compiled.Step.of(layer, held)
     assert step is not None and held.lengths is not None

@@ -62,12 +62,18 @@ class Stub:
             return lambda *args: self.kernel.launched.append((self.number, grid, args))
 
 
-def test_what_was_launched_before_is_launched_directly(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def stub(monkeypatch: pytest.MonkeyPatch) -> Stub:
+    """A kernel that nothing was launched of."""
     monkeypatch.setattr(triton, "JITFunction", Stub)
     monkeypatch.setattr(torch.version, "hip", None)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(launching, "compiled_kernels", {})
-    stub, x = Stub(), torch.zeros(64)
+    return Stub()
+
+
+def test_what_was_launched_before_is_launched_directly(stub: Stub, monkeypatch: pytest.MonkeyPatch) -> None:
+    x = torch.zeros(64)
     launch(stub, (3,), x, 7, SIZE=32, FLAG=True, num_warps=4)
     launch(stub, (5, 2), x[16:], 9, FLAG=True, SIZE=32, num_warps=4)  # in another order: another key
     launch(stub, (5, 2), x[16:], 9, SIZE=32, FLAG=True, num_warps=4)
@@ -93,12 +99,8 @@ def test_what_was_launched_before_is_launched_directly(monkeypatch: pytest.Monke
     assert len(stub.launched) == before
 
 
-def test_fixed_tensors_are_launched_by_address(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(triton, "JITFunction", Stub)
-    monkeypatch.setattr(torch.version, "hip", None)
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    monkeypatch.setattr(launching, "compiled_kernels", {})
-    stub, x = Stub(), torch.zeros(64)
+def test_fixed_tensors_are_launched_by_address(stub: Stub) -> None:
+    x = torch.zeros(64)
     stub.arg_names = ("before", "x", "y", "after", "SIZE")  # type: ignore[assignment]
     pairs = [(x, x[16:]), (x[32:], x[4:]), (x[1:], x), (x, x[1:]), (x.half(), x), (x, x)]
     kept = [Fixed(pair) for pair in pairs]

@@ -71,7 +71,7 @@ def problem() -> str | None:
 class Reading:
     """Attention over what a layer's cache holds. Made once where the cache's buffers stay where they are.
 
-    `at` as `_long_enough` gives it.
+    `at` as `_centres` gives it.
     """
 
     def __init__(self, layer: PreparedLayer, held: Held, at: Tensor | None) -> None:

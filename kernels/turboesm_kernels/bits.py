@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from turboesm_kernels.layout import BYTE
+from turboesm_kernels.layout import BYTE, Profile
 from turboesm_kernels.reference import SideSpec
 
 
@@ -55,14 +55,12 @@ class Bits:
             for p in profile.pieces:
                 at = torch.arange(p.width) + p.byte * BYTE + p.shift
                 axis[head, at], place[head, at], used[head, at] = p.axis, p.low + torch.arange(p.width), 1
-        step = torch.tensor([[own.get(w, 1.0) for w in p.widths] for own, p in zip(steps, profiles, strict=True)])
-        width = torch.tensor([p.widths for p in profiles])
-        coded = (width > 0).float()
+        step, width = _steps(profiles, steps), _widths(profiles)
+        top, analysis, norm = (1 << width).float() - 1, *analysis_of(spec)
         levels = (decoding.mT if spec.side == "k" else decoding).cpu().float()  # [H, A, d]
-        levels = levels * (step * coded)[..., None]
+        levels = levels * (step * (width > 0))[..., None]
         weight = (1 << place).float() * used
         of_bit = levels.gather(1, axis[..., None].expand(-1, -1, spec.head_dim)) * weight[..., None]
-        top = (1 << width).float() - 1
         turned = torch.cat((-spec.centre[:, spec.head_dim // 2 :], spec.centre[:, : spec.head_dim // 2]), 1)
         offset = -torch.einsum("ha,had->hd", top / 2, levels)[:, None]
         if spec.side == "k":
@@ -74,18 +72,40 @@ class Bits:
             axis,
             place.to(torch.uint8),
             used,
-            spec.analysis.cpu() * (coded / spec.deviation.cpu())[:, None],
-            1 / step[:, None],
-            ((1 << width).float() / 2)[:, None],
-            (top * coded)[:, None],
-            (spec.deviation.cpu() * step * coded)[:, None],
-            (spec.deviation.cpu() * step * coded * top / 2)[:, None],
-            spec.deviation.cpu()[:, None],
-            coded.sum(-1).rsqrt()[:, None, None],
+            analysis,
+            *grid_of(spec, steps).split(1, 1),
+            norm,
             turned.cpu()[:, None],
         )
         found = cls(*(tensor.to(spec.centre.device) for tensor in tensors))
         return found if spec.centre_at is None else replace(found, centre_at=spec.centre_at.float())
+
+
+def grid_of(spec: SideSpec, steps: list[dict[int, float]]) -> Tensor:
+    """float32 [H, 6, A]: `per_step`, `half`, `top`, `level`, `zero`, `deviation` of `Bits`."""
+    profiles, deviation = [spec.profiles[index] for index in spec.profile_of_head], spec.deviation.cpu()
+    step, width = _steps(profiles, steps), _widths(profiles)
+    coded, codes = (width > 0).float(), (1 << width).float()
+    level, top = deviation * step * coded, codes - 1
+    rows = (1 / step, codes / 2, top * coded, level, level * top / 2, deviation)
+    return torch.stack(rows, 1).to(spec.centre.device)
+
+
+def analysis_of(spec: SideSpec) -> tuple[Tensor, Tensor]:
+    """`analysis` and `norm` of `Bits`."""
+    coded = (_widths([spec.profiles[index] for index in spec.profile_of_head]) > 0).float()
+    analysis = spec.analysis.cpu() * (coded / spec.deviation.cpu())[:, None]
+    return analysis.to(spec.centre.device), coded.sum(-1).rsqrt()[:, None, None].to(spec.centre.device)
+
+
+def _steps(profiles: list[Profile], steps: list[dict[int, float]]) -> Tensor:
+    """float32 [H, A]: each axis' step, 1 where it has no code."""
+    return torch.tensor([[own.get(w, 1.0) for w in p.widths] for own, p in zip(steps, profiles, strict=True)])
+
+
+def _widths(profiles: list[Profile]) -> Tensor:
+    """int64 [H, A]."""
+    return torch.tensor([p.widths for p in profiles])
 
 
 def phase_map(centre: Tensor) -> Tensor:

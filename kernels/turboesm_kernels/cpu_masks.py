@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from turboesm_kernels.bits import Bits
+from turboesm_kernels.bits import analysis_of, grid_of
 from turboesm_kernels.layout import BYTE, Profile
 from turboesm_kernels.reference import SideSpec
 
@@ -58,11 +58,10 @@ class Loops:
         pieces = torch.tensor([group.numbers for group in found], dtype=torch.int32)
         factors = _floats([group.factors for group in found])
         at = None if spec.centre_at is None else spec.centre_at.float().mT.contiguous()
-        bits = Bits.of(spec, decoding, steps)
-        grid = torch.cat((bits.per_step, bits.half, bits.top, bits.level, bits.zero, bits.deviation), 1)
+        analysis, norm = analysis_of(spec)
         return cls(
             scaled.contiguous(), middle, spec.centre.contiguous(), at, groups, pieces, factors,
-            bits.analysis.contiguous(), bits.norm.contiguous(), grid,
+            analysis.contiguous(), norm.contiguous(), grid_of(spec, steps),
         )  # fmt: skip
 
     @property

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from turboesm_kernels.arguments import Fixed
-from turboesm_kernels.bits import Bits
+from turboesm_kernels.bits import Bits, grid_of
 from turboesm_kernels.cpu_masks import Loops
 from turboesm_kernels.layout import BYTE, Profile
 from turboesm_kernels.reference import SideSpec, table_slice
@@ -124,10 +124,7 @@ class PreparedSide:
     @cached_property
     def grid(self) -> Tensor | None:
         """float32 [H, 6, A]: `per_step`, `half`, `top`, `level`, `zero`, `deviation` of `bits`, for `pack`."""
-        if self._steps is None:
-            return None
-        bits = Bits.of(self.spec, self.map, self._steps)  # not the cached one, whose maps a GPU has no use for
-        return torch.cat((bits.per_step, bits.half, bits.top, bits.level, bits.zero, bits.deviation), 1)
+        return None if self._steps is None else grid_of(self.spec, self._steps)
 
     @cached_property
     def pack_tables(self) -> Fixed:
@@ -306,11 +303,11 @@ def dims_at_once(dim: int, is_roomy: bool) -> int:
 
 def grid_steps(spec: SideSpec) -> list[dict[int, float]] | None:
     """For each head, the step of each width it uses; None where levels are not step (code - middle)."""
-    found = []
+    found, tables = [], spec.levels.double().cpu()
     for head, index in enumerate(spec.profile_of_head):
         steps = {}
         for width, _ in spec.profiles[index].runs:
-            levels = spec.levels[head, table_slice(width)].double().cpu()
+            levels = tables[head, table_slice(width)]
             step = float(levels[-1] - levels[0]) / (2**width - 1)
             grid = step * (torch.arange(2**width).double() - _middle(width))
             if not torch.allclose(levels, grid, rtol=0.0, atol=1e-4 * step):  # float32 rounds 8-bit levels by 1e-5

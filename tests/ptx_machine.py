@@ -126,6 +126,8 @@ INSTRUCTIONS: dict[str, tuple[str, str, Callable[..., Array]]] = {
         for name, function in (("eq", np.equal), ("ne", np.not_equal), ("lt", np.less), ("ge", np.greater_equal))
     },
     "setp.lt.and.u32": ("pred", "u32 u32 pred", lambda a, b, p: (a < b) & p),
+    "setp.eq.and.u32": ("pred", "u32 u32 pred", lambda a, b, p: (a == b) & p),
+    "max.f32": ("f32", "f32 f32", np.fmax),
     "and.b32": ("b32", "b32 b32", np.bitwise_and),
     "or.b32": ("b32", "b32 b32", np.bitwise_or),
     "xor.b32": ("b32", "b32 b32", np.bitwise_xor),

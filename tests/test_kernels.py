@@ -447,22 +447,48 @@ def test_on_gpu(case: Case, backend: dispatch.Backend) -> None:
     ids=str,
 )
 def test_ranges_on_gpu(case: Case, chunk: int) -> None:
-    """The fast path in ranges of one block, and of several."""
+    """The fast path in ranges of one block, and of several; grouped queries apart."""
+    check_ranges(case, chunk, grouped=False)
+
+
+@pytest.mark.gpu
+@no_gpu
+@pytest.mark.parametrize("chunk", [128, 384])
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(tokens=700, dim=128, queries=4, ragged=True, batch=3, dtype=torch.bfloat16),
+        Case(tokens=1023, dim=128, bits=2, queries=3, batch=5, ragged=True, sinks=4),
+        Case(tokens=1, dim=64, queries=2, batch=2),
+        Case(tokens=555, dim=64, queries=16, centred=False, batch=2),
+        Case(tokens=400, dim=96, queries=7, batch=3, ragged=True, sinks=4, wide=True, dtype=torch.bfloat16),
+        Case(tokens=300, dim=32, queries=4, batch=70, bits=4, seed=2, wide=True),
+    ],
+    ids=str,
+)
+def test_groups_on_gpu(case: Case, chunk: int) -> None:
+    """The same where one product serves four queries."""
+    check_ranges(case, chunk, grouped=True)
+
+
+def check_ranges(case: Case, chunk: int, grouped: bool) -> None:
     from turboesm_kernels import ptx_launch
 
     q, held, layer = make(case, "cuda", room=-case.tokens % 16)
+    assert not grouped or ptx_launch.can_group(q, layer)
+    attend = partial(ptx_launch.attend, grouped=grouped)
     poison(q)
-    found = ptx_launch.attend(q, held, layer, chunk)
+    found = attend(q, held, layer, chunk)
     assert relative_error(found, dispatch.plain_attend(q.double(), held, layer)) <= TOLERANCE[case.dtype]
-    assert torch.equal(found, ptx_launch.attend(q, held, layer, chunk))
+    assert torch.equal(found, attend(q, held, layer, chunk))
     if held.lengths is None:
         return
     k, v = torch.randn(2, case.batch, case.heads, 1, case.dim, device="cuda").to(case.dtype)
     seen: list[torch.Tensor] = []
     for _ in range(20):  # the codes are read as soon as they may be: not before they are packed
         poison(q)
-        seen.append(ptx_launch.append_and_attend(q, k, v, held, layer, held.lengths - 1, chunk))
-        expected = ptx_launch.attend(q, held, layer, chunk)
+        seen.append(ptx_launch.append_and_attend(q, k, v, held, layer, held.lengths - 1, chunk, grouped))
+        expected = attend(q, held, layer, chunk)
         assert relative_error(seen[-1], expected) < 1e-6 or seen[-1].dtype != torch.float32
         assert relative_error(seen[-1], expected) <= TOLERANCE[case.dtype]
         k, v = -k, -v
@@ -476,14 +502,16 @@ def test_scores_of_other_blocks_on_gpu(scales: tuple[int, ...]) -> None:
     """Blocks whose greatest scores lie many octaves apart: the fast path empties its sums, or weights vanish."""
     from turboesm_kernels import ptx_launch
 
-    q, held, layer = make(Case(tokens=400, batch=2, heads=4), "cuda")
+    q, held, layer = make(Case(tokens=400, batch=2, heads=4, queries=4), "cuda")
     q = 2.5 * q
+    q[:, :, 1] *= 0.1  # this one's sums are not emptied when others' are
     assert held.k.scales is not None
     for block, scale in enumerate(scales):
         held.k.scales[:, :, 128 * block : 128 * (block + 1)] = scale
     expected = dispatch.plain_attend(q.double(), held, layer)
     for chunk in (128, 512):
-        assert relative_error(ptx_launch.attend(q, held, layer, chunk), expected) <= 1e-3
+        for grouped in (False, True):
+            assert relative_error(ptx_launch.attend(q, held, layer, chunk, grouped), expected) <= 1e-3
 
 
 @pytest.mark.gpu

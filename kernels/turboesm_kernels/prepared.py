@@ -16,6 +16,7 @@ from torch import Tensor
 from turboesm_kernels.arguments import Fixed
 from turboesm_kernels.bits import Bits, grid_of
 from turboesm_kernels.cpu_masks import Loops
+from turboesm_kernels.grouped_text import KEY_WORDS, VALUE_WORDS, Slots
 from turboesm_kernels.layout import BYTE, Profile
 from turboesm_kernels.reference import SideSpec, table_slice
 
@@ -153,8 +154,8 @@ class PreparedSide:
     def ready(self) -> None:
         """Make now what the kernels would ask for first: they read it before they wait for earlier work."""
         _ = self.pack_tables, self.pack_constants
-        if self.fields is not None and self.spec.side == "k":
-            _ = self.fields.halves
+        if self.fields is not None:
+            _ = (self.fields.halves, self.fields.of_keys) if self.spec.side == "k" else self.fields.of_values
 
     @cached_property
     def fields(self) -> Fields | None:
@@ -244,9 +245,25 @@ class Fields:
         return cls(shape, mask.to(torch.int32).contiguous(), turned.contiguous(), middle, offset.contiguous())
 
     @cached_property
+    def of_keys(self) -> tuple[Tensor, Tensor]:
+        """`lined_up` as the kernel for grouped queries takes keys."""
+        return self.lined_up(Slots(self.shape, KEY_WORDS))
+
+    @cached_property
+    def of_values(self) -> tuple[Tensor, Tensor]:
+        """`lined_up` as it takes values."""
+        return self.lined_up(Slots(self.shape, VALUE_WORDS))
+
+    @cached_property
     def halves(self) -> tuple[Tensor, Tensor]:
         """`map` of keys, see `in_halves`."""
         return in_halves(self.map)
+
+    def lined_up(self, slots: Slots) -> tuple[Tensor, Tensor]:
+        """Masks int32 [H, n, R] of n words side by side, and fields' places int32 [n, R]; R: `Slots.row`."""
+        places = torch.tensor(slots.places, device=self.masks.device)
+        masks = self.masks[:, places] * torch.tensor(slots.there, device=self.masks.device)
+        return masks.contiguous(), places.to(torch.int32)
 
     @property
     def count(self) -> int:

@@ -51,21 +51,21 @@ def _warp_max(x):
 
 
 @triton.jit
-def _byte_steps(word, i: tl.constexpr):
+def byte_steps(word, i: tl.constexpr):
     """log2 of the scale in byte i of a word: (byte - 128) / 32; the byte becomes a float's mantissa."""
     bits = ((word >> (8 * i)) & 0xFF) | 0x4B000000
     return bits.to(tl.float32, bitcast=True) * (1.0 / STEPS) - (8388608.0 + ZERO) / STEPS
 
 
 @triton.jit
-def _score(total, word, i: tl.constexpr, gain, constant, bias, token, end):
+def score_of(total, word, i: tl.constexpr, gain, constant, bias, token, end):
     """The score of the lane's token i in units of log 2, `NEGATIVE` past the end."""
-    score = (total.to(tl.float32) * gain + constant) * tl.exp2(_byte_steps(word, i)) + bias
+    score = (total.to(tl.float32) * gain + constant) * tl.exp2(byte_steps(word, i)) + bias
     return tl.where(token + i < end, score, NEGATIVE)
 
 
 @triton.jit
-def _phase(query, q_d, centre, pair, DIM: tl.constexpr, PAIRED_DIM: tl.constexpr):
+def phase_of(query, q_d, centre, pair, DIM: tl.constexpr, PAIRED_DIM: tl.constexpr):
     """<q, R_j c> as coefficients of RoPE's cosines, then sines, at j, of each lane's pairs from `pair` on.
 
     Those past the d / 2 that there are have 0: a lane has PAIRED_DIM / 8.
@@ -187,7 +187,7 @@ def _read(row, token, end, token_bytes, stride, CODE: tl.constexpr, KINDS: tl.co
 
 
 @triton.jit
-def _scales(scale, token, end):
+def scales_of(scale, token, end):
     """The scales of 4 tokens from `token` on, a byte each."""
     return tl.load(scale + token // 4, mask=token < end, other=0, eviction_policy="evict_first")
 
@@ -203,7 +203,7 @@ def _four(row, token, end, tokens, CODE: tl.constexpr, KINDS: tl.constexpr):
 
 
 @triton.jit
-def _weight(x, dither):
+def weight_of(x, dither):
     """2^x as a number of 24 bits, 16 of them below the point."""
     return (tl.exp2(x) * UNIT + dither).to(tl.int32)
 
@@ -214,14 +214,14 @@ def _weigh(token, end, totals, kn, vn, b, gain, constant, dithers, one, mass, we
 
     `one` is the score, in units of log 2, whose weight is 1: the greatest when it was last set.
     """
-    s0 = _score(totals[0], kn, 0, gain, constant, b[0], token, end)
-    s1 = _score(totals[1], kn, 1, gain, constant, b[1], token, end)
-    s2 = _score(totals[2], kn, 2, gain, constant, b[2], token, end)
-    s3 = _score(totals[3], kn, 3, gain, constant, b[3], token, end)
-    x0 = s0 + _byte_steps(vn, 0)
-    x1 = s1 + _byte_steps(vn, 1)
-    x2 = s2 + _byte_steps(vn, 2)
-    x3 = s3 + _byte_steps(vn, 3)
+    s0 = score_of(totals[0], kn, 0, gain, constant, b[0], token, end)
+    s1 = score_of(totals[1], kn, 1, gain, constant, b[1], token, end)
+    s2 = score_of(totals[2], kn, 2, gain, constant, b[2], token, end)
+    s3 = score_of(totals[3], kn, 3, gain, constant, b[3], token, end)
+    x0 = s0 + byte_steps(vn, 0)
+    x1 = s1 + byte_steps(vn, 1)
+    x2 = s2 + byte_steps(vn, 2)
+    x3 = s3 + byte_steps(vn, 3)
     greatest = _warp_max(tl.maximum(tl.maximum(x0, x1), tl.maximum(x2, x3)))
     grown = greatest > one + HEADROOM
     new_one = tl.where(grown, greatest, one)
@@ -229,10 +229,10 @@ def _weigh(token, end, totals, kn, vn, b, gain, constant, dithers, one, mass, we
     safe = tl.maximum(new_one, 0.5 * NEGATIVE)
     alpha = tl.exp2(one - safe)
     mass = mass * alpha + ((tl.exp2(s0 - safe) + tl.exp2(s1 - safe)) + (tl.exp2(s2 - safe) + tl.exp2(s3 - safe)))
-    w0 = _weight(x0 - safe, dithers[0])
-    w1 = _weight(x1 - safe, dithers[1])
-    w2 = _weight(x2 - safe, dithers[2])
-    w3 = _weight(x3 - safe, dithers[3])
+    w0 = weight_of(x0 - safe, dithers[0])
+    w1 = weight_of(x1 - safe, dithers[1])
+    w2 = weight_of(x2 - safe, dithers[2])
+    w3 = weight_of(x3 - safe, dithers[3])
     weight = weight * alpha + (w0 + w1 + w2 + w3).to(tl.float32)
     empty = (grown & (one > 0.5 * NEGATIVE)).to(tl.int32)
     return new_one, mass, weight, (w0, w1, w2, w3), alpha, empty
@@ -304,7 +304,7 @@ def fast_attend_split_kernel(
     if HAS_BIAS:
         channel = t * (PAIRED_DIM // 8)
         own_query = query + batch * q_b + head * q_h + pair_row % QUERIES * q_q
-        phase = _phase(own_query, q_d, centre + head * DIM, channel, DIM, PAIRED_DIM)
+        phase = phase_of(own_query, q_d, centre + head * DIM, channel, DIM, PAIRED_DIM)
         angle = (tl.minimum(begin + g * 2, angles - 1) * rope_t + channel).to(tl.int64) * 4
         turn = tl.inline_asm_elementwise(
             ANGLES_CODE, ANGLES_KINDS,
@@ -323,8 +323,8 @@ def fast_attend_split_kernel(
     v_row = (v_codes + batch * v_b + head * v_h).to(tl.int64, bitcast=True) + g % 4 * v_plane
     k_scale = (k_scales + batch * ks_b + head * ks_h).to(tl.pointer_type(tl.int32), bitcast=True)
     v_scale = (v_scales + batch * vs_b + head * vs_h).to(tl.pointer_type(tl.int32), bitcast=True)
-    kn = _scales(k_scale, begin + k_own, end)
-    vn = _scales(v_scale, begin + k_own, end)
+    kn = scales_of(k_scale, begin + k_own, end)
+    vn = scales_of(v_scale, begin + k_own, end)
     k_words = _read(k_row, begin + k_own, end, 4, k_word, KEYS_CODE, KEYS_KINDS, K_WORDS)
     v_words = _read(v_row, begin + v_own, end, 1, v_plane * 4, VALUES_CODE, VALUES_KINDS, V_WORDS)
     one = tl.full((32,), NEGATIVE, tl.float32)
@@ -386,8 +386,8 @@ def fast_attend_split_kernel(
             )  # fmt: skip
             # Keys and values are read one block ahead, into the registers that the block's own leave.
             own_kn, own_vn = kn, vn
-            kn = _scales(k_scale, first + BLOCK + k_own, end)
-            vn = _scales(v_scale, first + BLOCK + k_own, end)
+            kn = scales_of(k_scale, first + BLOCK + k_own, end)
+            vn = scales_of(v_scale, first + BLOCK + k_own, end)
             k_words = _read(k_row, first + BLOCK + k_own, end, 4, k_word, KEYS_CODE, KEYS_KINDS, K_WORDS)
             own_b = b
             if HAS_POSITIONS:

@@ -8,7 +8,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from turboesm_kernels import ptx_kernels, ptx_text, triton_launch
+from turboesm_kernels import grouped_launch, ptx_kernels, ptx_text, triton_launch
 from turboesm_kernels.launch import early_launch, is_roomy, launch, launches_early, processors
 from turboesm_kernels.operands import Held, PreparedLayer
 from turboesm_kernels.pack import STEP_ROWS, pack_operands, warps_for
@@ -88,7 +88,7 @@ def _turned(layer: PreparedLayer) -> bool:
     return layer.k.centred and layer.k.spec.centre_at is None
 
 
-def _angles(held: Held, layer: PreparedLayer) -> tuple[Tensor | int, ...]:
+def _angles(held: Held, layer: PreparedLayer, grouped: bool) -> tuple[Tensor | int, ...]:
     """Turns, a block's turn, cosines, sines, floats between their rows, rows.
 
     Where keys have no centre that is turned, something that is never read.
@@ -96,7 +96,20 @@ def _angles(held: Held, layer: PreparedLayer) -> tuple[Tensor | int, ...]:
     rope = held.rope
     if rope is None or not _turned(layer):
         return (layer.k.centre,) * 4 + (0, 0)
-    return rope.turns, rope.block_turn, rope.cos, rope.sin, rope.cos.stride(0), rope.cos.shape[0]
+    turns = rope.group_turns if grouped else rope.turns
+    return turns, rope.block_turn, rope.cos, rope.sin, rope.cos.stride(0), rope.cos.shape[0]
+
+
+def can_group(q: Tensor, layer: PreparedLayer) -> bool:
+    """Whether one product may serve four of a head's queries (`grouped_kernels`)."""
+    k, v = layer.k.fields, layer.v.fields
+    assert k is not None and v is not None
+    return layer.k.spec.centre_at is None and grouped_launch.serves(k, v, q.shape[2])
+
+
+def _groups(q: Tensor, held: Held, layer: PreparedLayer) -> bool:
+    """Whether that is faster."""
+    return can_group(q, layer) and grouped_launch.pays(q, held.tokens)
 
 
 @dataclass(frozen=True)
@@ -121,27 +134,44 @@ class Folded:
         return self.descriptors.shape[4]
 
 
-def attend(q: Tensor, held: Held, layer: PreparedLayer, chunk: int | None = None) -> Tensor:
+def _make_ready(held: Held, layer: PreparedLayer, grouped: bool) -> None:
+    """Make what is missing of what the kernels read before they wait: they do not wait for what comes later."""
+    _angles(held, layer, grouped)
+    if grouped and layer.k.fields is not None and layer.v.fields is not None:
+        _ = layer.k.fields.of_keys, layer.v.fields.of_values
+
+
+def attend(
+    q: Tensor, held: Held, layer: PreparedLayer, chunk: int | None = None, grouped: bool | None = None
+) -> Tensor:
     """`dispatch.attend` with the fast kernels; `unsupported_reason` was None for these inputs.
 
-    `chunk`: tokens that a warp goes over, a multiple of `TURN`, `LONGEST` of them at most; None: what suits the
-    device.
+    `chunk`: tokens that a warp goes over, a multiple of `TURN`, `LONGEST` of them at most. `grouped`: whether one
+    product serves four queries, where `can_group`. None: what suits the device.
     """
     assert layer.k.fields is not None
-    early = launches_early(q)
-    _angles(held, layer)  # made now where they are missing: kernels do not wait for what comes later
+    early, grouped = launches_early(q), _groups(q, held, layer) if grouped is None else grouped
+    _make_ready(held, layer, grouped)
     positioned = layer.k.spec.centre_at is not None
     bias = triton_launch.position_scores(q, held, layer, early, SCORES) if positioned else None
-    return attend_projected(q, held, layer, project_query(q, layer, layer.k.fields, early), bias, chunk, early)
+    folded = project_query(q, layer, layer.k.fields, early)
+    return attend_projected(q, held, layer, folded, bias, chunk, early, grouped)
 
 
 def append_and_attend(
-    q: Tensor, k: Tensor, v: Tensor, held: Held, layer: PreparedLayer, starts: Tensor, chunk: int | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    held: Held,
+    layer: PreparedLayer,
+    starts: Tensor,
+    chunk: int | None = None,
+    grouped: bool | None = None,
 ) -> Tensor:
     """`pack` of each sequence's newest token, then `attend`: what comes before codes are read is one launch."""
     assert layer.k.fields is not None
-    early = launches_early(q)
-    _angles(held, layer)
+    early, grouped = launches_early(q), _groups(q, held, layer) if grouped is None else grouped
+    _make_ready(held, layer, grouped)
     batch, heads, queries, dim = q.shape
     rows, positioned = batch * queries, layer.k.spec.centre_at is not None
     folded = Folded.empty(q, layer.k.fields)
@@ -158,7 +188,7 @@ def append_and_attend(
         EXACT=q.dtype.itemsize == 2, ROW_BLOCK=row_block, TOKEN_BLOCK=token_block, BLOCK=STEP_ROWS, EARLY=early,
         num_warps=warps_for(dim), **early_launch(early),
     )  # fmt: skip
-    return attend_projected(q, held, layer, folded, bias, chunk, early)
+    return attend_projected(q, held, layer, folded, bias, chunk, early, grouped)
 
 
 def _scores(folded: Folded, bias: Tensor | None) -> tuple[Tensor, int]:
@@ -174,19 +204,27 @@ def attend_projected(
     bias: Tensor | None,
     chunk: int | None,
     early: bool,
+    grouped: bool,
 ) -> Tensor:
     """Attention, given what was made of the queries."""
     assert layer.v.fields is not None
-    chunk = chunk or chunk_of(q, held.tokens)
+    chunk = chunk or chunk_of(q, held.tokens, grouped)
     splits = -(-held.tokens // chunk)
     partials = Partials.empty(q, splits, layer.v.fields.map.shape[1], weighted=True)
-    _split(q, held, layer, folded, bias, partials, chunk, early)
+    if grouped:
+        projected, angles = (folded.descriptors, folded.scalars), _angles(held, layer, grouped)
+        grouped_launch.split(q, held, layer, projected, angles, partials, chunk, early)
+    else:
+        _split(q, held, layer, folded, bias, partials, chunk, early)
     return triton_launch.combine(q, held, layer, partials, splits, early)
 
 
-def chunk_of(q: Tensor, tokens: int) -> int:
+def chunk_of(q: Tensor, tokens: int, grouped: bool) -> int:
     """Tokens a warp goes over, in whole blocks."""
-    return TURN * _blocks_each(q.shape[:3].numel(), -(-tokens // TURN), WARPS * processors(q))
+    rows, warps = q.shape[:3].numel(), WARPS
+    if grouped:
+        rows, warps = q.shape[:2].numel() * grouped_launch.groups(q.shape[2]), grouped_launch.WARPS
+    return TURN * _blocks_each(rows, -(-tokens // TURN), warps * processors(q))
 
 
 @lru_cache(maxsize=1024)
@@ -233,7 +271,7 @@ def _split(
     launch(
         ptx_kernels.fast_attend_split_kernel, (batch * heads * queries, partials.top.shape[3]),
         q, *q.stride(), layer.k.centre,
-        folded.descriptors, folded.scalars, *_angles(held, layer),
+        folded.descriptors, folded.scalars, *_angles(held, layer, False),
         q if held.lengths is None else held.lengths,
         k.codes, *k.codes.stride()[:3], k.scales, *k.scales.stride()[:2],
         v.codes, *v.codes.stride()[:3], v.scales, *v.scales.stride()[:2], k_fields.masks, v_fields.masks,

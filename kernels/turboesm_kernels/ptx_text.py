@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 STREAM = "ld.global.L1::no_allocate.L2::cache_hint.v4.b32"
 ONCE = "createpolicy.fractional.L2::evict_first.b64 once, 1.0;"
@@ -123,6 +124,19 @@ class Shared:
         return self.state + 32 * self.dim if self.centred else self.rotation
 
 
+class Turning(Protocol):
+    """Shared memory that holds the coefficients of the centre's scores, as in `Shared`."""
+
+    @property
+    def dim(self) -> int: ...
+
+    @property
+    def one_block(self) -> bool: ...
+
+    @property
+    def state(self) -> int: ...
+
+
 def open_code(at: Shared) -> str:
     """PTX: $0 = address of the shared memory; ask for its tables but the query, one group of copies.
 
@@ -131,14 +145,14 @@ def open_code(at: Shared) -> str:
     """
     lines = [f".shared .align 16 .b8 held[{at.size}];", *COPY_REGISTERS, "mov.u32 $0, held;"]
     if at.centred:
-        lines += _copy("$0", 4, at.turns, 64 * at.dim)
+        lines += copy_lines("$0", 4, at.turns, 64 * at.dim)
     if not at.one_block:
-        lines += _copy("$0", 2, at.k_masks, 4 * at.k.table) + _copy("$0", 3, at.v_masks, 4 * at.v.table)
+        lines += copy_lines("$0", 2, at.k_masks, 4 * at.k.table) + copy_lines("$0", 3, at.v_masks, 4 * at.v.table)
         if at.centred:
-            lines += _copy("$0", 5, at.rotation, 4 * at.dim)
+            lines += copy_lines("$0", 5, at.rotation, 4 * at.dim)
         lines += ["setp.lt.u32 there, $1, 4;", "mad.lo.u32 to, $1, 4, $0;"]
         lines += [f"@there st.shared.b32 [to+{at.sums + 16 * field}], 0;" for field in range(2 * len(at.v.pairs))]
-    return _block([*lines, "cp.async.commit_group;"])
+    return block([*lines, "cp.async.commit_group;"])
 
 
 OPEN_KINDS = "=&r,r,l,l,l,l"
@@ -147,9 +161,9 @@ OPEN_KINDS = "=&r,r,l,l,l,l"
 def row_code(at: Shared) -> str:
     """PTX: fetch the query, and wait for all groups. $0 = 0; the lane, address of the shared memory, of the row's
     descriptors."""
-    copy = _copy("$2", 3, at.query, 8 * at.k.table)
+    copy = copy_lines("$2", 3, at.query, 8 * at.k.table)
     lines = [*COPY_REGISTERS, "mov.u32 $0, 0;", *copy, "cp.async.commit_group;"]
-    return _block([*lines, "cp.async.wait_group 0;", FENCE])
+    return block([*lines, "cp.async.wait_group 0;", FENCE])
 
 
 ROW_KINDS = "=&r,r,r,l"
@@ -157,7 +171,7 @@ ROW_KINDS = "=&r,r,r,l"
 
 def wait_code() -> str:
     """PTX: $0 = its only operand; wait for what all lanes have asked to be copied."""
-    return _block(["mov.b32 $0, $1;", "cp.async.wait_group 0;", FENCE])
+    return block(["mov.b32 $0, $1;", "cp.async.wait_group 0;", FENCE])
 
 
 WAIT_KINDS = "=&r,r"
@@ -165,7 +179,7 @@ WAIT_KINDS = "=&r,r"
 COPY_REGISTERS = (".reg .pred there;", ".reg .b32 to;", ".reg .b64 from;")
 
 
-def _copy(base: str, operand: int, offset: int, size: int) -> list[str]:
+def copy_lines(base: str, operand: int, offset: int, size: int) -> list[str]:
     """Copy `size` bytes from address `operand` to `offset` of shared memory; $1 is the lane."""
     lines = [f"mad.wide.u32 from, $1, 16, ${operand};", f"mad.lo.u32 to, $1, 16, {base};"]
     for done in range(0, size, LANES):
@@ -190,7 +204,7 @@ def load_code(side: Side) -> str:
         four = ", ".join(f"${4 * w + i}" for i in range(4))
         lines.append(f"mad.wide.u32 at, {stride}, {w}, {base};")
         lines.append(f"@wanted {STREAM} {{{four}}}, [at], once;")
-    return _block([*lines, FENCE])
+    return block([*lines, FENCE])
 
 
 def load_constraints(side: Side) -> str:
@@ -198,7 +212,7 @@ def load_constraints(side: Side) -> str:
     return ",".join(["=&r"] * (4 * len(side.fields)) + ["l", "r", "r"])
 
 
-def _four(name: str) -> str:
+def vector(name: str) -> str:
     return "{" + ", ".join(f"{name}{i}" for i in range(4)) + "}"
 
 
@@ -220,19 +234,19 @@ def score_code(at: Shared) -> str:
     ]  # fmt: skip
     for number, pair in enumerate(side.pairs):
         if pair[0] % 4 == 0:
-            lines.append(f"ld.{at.space}.v4.b32 {_four('m')}, [$6+{4 * pair[0]}];")
-            lines.append(f"@mine ld.{at.space}.v4.b32 {_four('q')}, [$5+{4 * pair[0]}];")
+            lines.append(f"ld.{at.space}.v4.b32 {vector('m')}, [$6+{4 * pair[0]}];")
+            lines.append(f"@mine ld.{at.space}.v4.b32 {vector('q')}, [$5+{4 * pair[0]}];")
         b0, b1 = (f"q{pair[0] % 4}", "x" if pair[1] is None else f"q{pair[1] % 4}")
         for half in range(2):
             lines += _left(side, 7, [(field, 2 * half + token) for field in pair for token in range(2)])
-            lines.append(_product("s8", 8 * half + 4 * (number % 2), b0, b1))
+            lines.append(product("s8", 8 * half + 4 * (number % 2), b0, b1))
     for token in range(4):
         low = 8 * (token // 2) + 2 * (token % 2)
         lines += [
             f"add.s32 c{low}, c{low}, c{low + 4};", f"add.s32 c{low + 1}, c{low + 1}, c{low + 5};",
             f"mad.lo.s32 ${token}, c{low + 1}, 256, c{low};",
         ]  # fmt: skip
-    return _block(lines)
+    return block(lines)
 
 
 def score_constraints(at: Shared) -> str:
@@ -251,10 +265,10 @@ def _left(side: Side, words: int, parts: Sequence[tuple[int | None, int]]) -> li
     ]
 
 
-def _product(kind: str, first: int, b0: str, b1: str) -> str:
+def product(kind: str, first: int, b0: str, b1: str) -> str:
     """The product of bytes a0..a3 with b0, b1, of kind u8 or s8, added to c from `first` on."""
     c = "{" + ", ".join(f"c{first + i}" for i in range(4)) + "}"
-    return f"mma.sync.aligned.m16n8k32.row.col.s32.u8.{kind}.s32 {c}, {_four('a')}, {{{b0}, {b1}}}, {c};"
+    return f"mma.sync.aligned.m16n8k32.row.col.s32.u8.{kind}.s32 {c}, {vector('a')}, {{{b0}, {b1}}}, {c};"
 
 
 def accumulators(side: Side) -> int:
@@ -282,17 +296,17 @@ def sum_code(at: Shared) -> str:
         "prmt.b32 a0, x0, x1, 0x5410;", "prmt.b32 a1, x0, x1, 0x7632;", "prmt.b32 a2, x2, x3, 0x5410;",
         FENCE,  # the block before is read
         *(f"st.shared.b32 [{to}+{DIGIT_ROW * digit}], a{digit};" for digit in range(DIGITS)),
-        FENCE, f"ld.shared.v4.b32 {_four('b')}, [{place}];",
+        FENCE, f"ld.shared.v4.b32 {vector('b')}, [{place}];",
         *(f"mov.b32 c{i}, ${old + i};" for i in range(count)),
     ]  # fmt: skip
     for tile, pair in enumerate(side.pairs):
         if pair[0] % 4 == 0:
-            lines.append(f"ld.{at.space}.v4.b32 {_four('m')}, [{masks}+{4 * pair[0]}];")
+            lines.append(f"ld.{at.space}.v4.b32 {vector('m')}, [{masks}+{4 * pair[0]}];")
         for step in range(2):
             lines += _left(side, words, [(field, 2 * step + n) for n in range(2) for field in pair])
-            lines.append(_product("u8", 4 * tile, f"b{2 * step}", f"b{2 * step + 1}"))
+            lines.append(product("u8", 4 * tile, f"b{2 * step}", f"b{2 * step + 1}"))
     lines += [f"mov.b32 ${i}, c{i};" for i in range(count)]
-    return _block(lines)
+    return block(lines)
 
 
 def sum_constraints(at: Shared) -> str:
@@ -320,7 +334,7 @@ def empty_code(at: Shared) -> str:
             *_join(pair, 0), f"@owner ld.shared.f32 old, [to+{place}];", "add.f32 f, f, old;",
             f"mul.f32 f, f, {alpha};", f"@owner st.shared.f32 [to+{place}], f;",
         ]  # fmt: skip
-    return _block([*lines, *(f"mov.b32 ${i}, 0;" for i in range(count)), "done:", "mov.b32 to, 0;"])
+    return block([*lines, *(f"mov.b32 ${i}, 0;" for i in range(count)), "done:", "mov.b32 to, 0;"])
 
 
 def empty_constraints(side: Side) -> str:
@@ -343,7 +357,7 @@ def emit_code(at: Shared) -> str:
         if not at.one_block:
             lines += [f"@owner ld.shared.f32 old, [place+{at.sums + 16 * pair[0]}];", "add.f32 f, f, old;"]
         lines += ["mul.f32 f, f, 0f37800000;", f"@owner st.global.f32 [out+{16 * pair[0]}], f;"]  # 2^-16
-    return _block(lines)
+    return block(lines)
 
 
 def emit_constraints(side: Side) -> str:
@@ -397,7 +411,7 @@ def angles_code(dim: int) -> str:
         for side in range(2)
         for first in range(0, count, 4)
     ]
-    return _block(lines)
+    return block(lines)
 
 
 def angles_constraints(dim: int) -> str:
@@ -405,7 +419,7 @@ def angles_constraints(dim: int) -> str:
     return ",".join(["=&f"] * (dim // 4) + ["l", "l"])
 
 
-def turn_code(at: Shared) -> str:
+def turn_code(at: Turning) -> str:
     """PTX: the coefficients of the centre's scores at the first block, d / 8 of cosines, then of sines.
 
     $0.. = them for one block; else $0 = 0 and they are kept as the state. Then the angles of the lane's pairs at
@@ -416,23 +430,23 @@ def turn_code(at: Shared) -> str:
     lines = [".reg .f32 a<4>, b<4>;"]
     for first in range(0, half, 4):
         x, y, even, odd = ([f"${outputs + half * i + first + n}" for n in range(4)] for i in range(4))
-        lines += _turn(even, odd, x, y)
+        lines += turn_lines(even, odd, x, y)
         if at.one_block:
             lines += [
                 f"mov.f32 ${half * i + first + n}, {name}{n};" for i, name in enumerate("ab") for n in range(4)
             ]
         else:
-            lines += _keep(first // 4, at, f"${outputs + 4 * half}")
-    return _block([*lines, *([] if at.one_block else ["mov.u32 $0, 0;"])])
+            lines += keep_lines(first // 4, at.state, f"${outputs + 4 * half}")
+    return block([*lines, *([] if at.one_block else ["mov.u32 $0, 0;"])])
 
 
-def turn_constraints(at: Shared) -> str:
+def turn_constraints(at: Turning) -> str:
     """Operand kinds of `turn_code`."""
     outputs = ["=&f"] * (at.dim // 4) if at.one_block else ["=&r"]
     return ",".join([*outputs, *["f"] * (at.dim // 2), "r"])
 
 
-def _turn(even: Sequence[str], odd: Sequence[str], x: Sequence[str], y: Sequence[str]) -> list[str]:
+def turn_lines(even: Sequence[str], odd: Sequence[str], x: Sequence[str], y: Sequence[str]) -> list[str]:
     """Coefficients a, b of cosines and sines: those of even and odd turned by angles of cosine x and sine y."""
     lines = []
     for n in range(4):
@@ -444,12 +458,12 @@ def _turn(even: Sequence[str], odd: Sequence[str], x: Sequence[str], y: Sequence
     return lines
 
 
-def _keep(four: int, at: Shared, lane_at: str) -> list[str]:
+def keep_lines(four: int, state: int, lane_at: str) -> list[str]:
     """Store a and b as the lane's state."""
-    place = at.state + 2 * LANES * four
+    place = state + 2 * LANES * four
     return [
-        f"st.shared.v4.f32 [{lane_at}+{place}], {_four('a')};",
-        f"st.shared.v4.f32 [{lane_at}+{place + LANES}], {_four('b')};",
+        f"st.shared.v4.f32 [{lane_at}+{place}], {vector('a')};",
+        f"st.shared.v4.f32 [{lane_at}+{place + LANES}], {vector('b')};",
     ]
 
 
@@ -473,12 +487,12 @@ def bias_code(at: Shared) -> str:
                 ("e", 4, at.state + 2 * LANES * four), ("o", 4, at.state + 2 * LANES * four + LANES),
                 ("x", 5, at.rotation + 16 * four), ("y", 5, at.rotation + 16 * four + 2 * at.dim),
             ):  # fmt: skip
-                lines.append(f"ld.shared.v4.f32 {_four(name)}, [${operand}+{offset}];")
+                lines.append(f"ld.shared.v4.f32 {vector(name)}, [${operand}+{offset}];")
         lines += _multiply(at, four, even, odd)
         if not at.one_block:
             x, y = [f"x{n}" for n in range(4)], [f"y{n}" for n in range(4)]
-            lines += _turn(even, odd, x, y) + _keep(four, at, "$4")
-    return _block([*lines, *(f"add.f32 ${token}, ${token}, c{token};" for token in range(4))])
+            lines += turn_lines(even, odd, x, y) + keep_lines(four, at.state, "$4")
+    return block([*lines, *(f"add.f32 ${token}, ${token}, c{token};" for token in range(4))])
 
 
 def bias_constraints(at: Shared) -> str:
@@ -509,14 +523,14 @@ def _multiply(at: Shared, four: int, even: Sequence[str], odd: Sequence[str]) ->
             ]  # fmt: skip
         place = at.turns + LANES * (2 * four + two)
         lines += [
-            f"ld.shared.v4.b32 {_four('m')}, [$4+{place}];",
-            f"{product} {acc}, {_four('m')}, {{low0, low1}}, {acc};",
-            f"{product} {more}, {_four('m')}, {{high0, high1}}, {more};",
-            f"ld.shared.v4.b32 {_four('m')}, [$4+{place + 32 * at.dim}];",
-            f"{product} {acc}, {_four('m')}, {{high0, high1}}, {acc};",
+            f"ld.shared.v4.b32 {vector('m')}, [$4+{place}];",
+            f"{product} {acc}, {vector('m')}, {{low0, low1}}, {acc};",
+            f"{product} {more}, {vector('m')}, {{high0, high1}}, {more};",
+            f"ld.shared.v4.b32 {vector('m')}, [$4+{place + 32 * at.dim}];",
+            f"{product} {acc}, {vector('m')}, {{high0, high1}}, {acc};",
         ]
     return lines
 
 
-def _block(lines: list[str]) -> str:
+def block(lines: list[str]) -> str:
     return "{\n" + "\n".join(lines) + "\n}"

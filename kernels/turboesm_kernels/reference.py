@@ -273,10 +273,28 @@ class Rope:
         T tokens or more are 0: nothing asks for them. Made when first asked for, so ask once before a CUDA graph
         is captured.
         """
+        lane, register = self._fragment
+        return self._turns_by(16 * (lane // 4)[:, None] + register % 2)
+
+    @cached_property
+    def group_turns(self) -> Tensor:
+        """The same of the turns by 32 s + 4 g and 32 s + 4 g + 2 tokens, s < 4: [4 s, 2, d' / 16, 32, 4, 2].
+
+        As the kernel for grouped queries multiplies them (`grouped_text.bias_code`).
+        """
+        lane, register = self._fragment
+        own = 4 * (lane // 4)[:, None] + 2 * (register % 2)
+        return torch.stack([self._turns_by(32 * s + own) for s in range(4)])
+
+    @property
+    def _fragment(self) -> tuple[Tensor, Tensor]:
+        """Lanes, and registers of each, of the left side of a product m16n8k16."""
+        return torch.arange(32, device=self.cos.device), torch.arange(4, device=self.cos.device)
+
+    def _turns_by(self, offset: Tensor) -> Tensor:
+        """`turns` by offsets int64 [32, 4] of lanes' registers."""
         half = _padded_pairs(self.cos)
-        lane = torch.arange(32, device=self.cos.device)
-        register = torch.arange(4, device=lane.device)
-        offset = 16 * (lane // 4)[:, None] + register % 2  # [32, 4]
+        lane, register = self._fragment
         first_pair = half // 4 * (lane % 4)[:, None] + register // 2
         pair = first_pair + 2 * torch.arange(half // 8, device=lane.device)[:, None, None]
         there = (offset < len(self.cos))[None]
@@ -302,6 +320,10 @@ class Rope:
         cos, sin = (x.double()[:, :half] for x in (self.cos, self.sin))
         turn = (cos[TURN] * cos[0] + sin[TURN] * sin[0], sin[TURN] * cos[0] - cos[TURN] * sin[0])
         return torch.cat([torch.nn.functional.pad(part, (0, more - half)) for part in turn]).float()
+
+    def ready(self) -> None:
+        """Make now what the fast kernels would ask for first: they read it before they wait for earlier work."""
+        _ = self.turns, self.group_turns, self.block_turn
 
     @classmethod
     def at(cls, positions: Tensor, inverse_frequencies: Tensor) -> Rope:

@@ -170,12 +170,16 @@ def _wrong_attention(q: Tensor, attention: Sequence[Tensor], held: Held, layer: 
 
 
 def _attend(q: Tensor, held: Held, layer: PreparedLayer) -> list[Tensor]:
-    """Attention as each kernel does it that may serve the layer: the fast path has one for ranges of one block."""
+    """Attention as each kernel does it that may serve the layer: the fast path has one for ranges of one block,
+    and one for grouped queries."""
     if dispatch.choose(q, held, layer) != "ptx":
         return [dispatch.attend(q, held, layer)]
     from turboesm_kernels import ptx_launch
 
-    return [ptx_launch.attend(q, held, layer, chunk) for chunk in (TURN, TOKENS)]
+    found = [ptx_launch.attend(q, held, layer, chunk, grouped=False) for chunk in (TURN, TOKENS)]
+    if ptx_launch.can_group(q, layer):
+        found.append(ptx_launch.attend(q, held, layer, TOKENS, grouped=True))
+    return found
 
 
 def _blank(layer: PreparedLayer, sinks: int) -> Held:
@@ -186,7 +190,7 @@ def _blank(layer: PreparedLayer, sinks: int) -> Held:
     )  # learned positions turn nothing
     rope = Rope.at(torch.arange(TOKENS, device=device) + sinks, frequencies)
     if device.type == "cuda":  # kernels read these before they wait for earlier work
-        _ = rope.turns, rope.block_turn
+        rope.ready()
         layer.k.ready()
         layer.v.ready()
         torch.cuda.synchronize(device)

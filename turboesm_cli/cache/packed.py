@@ -71,7 +71,7 @@ class PackedCache(Ragged):
         self._packed_rope = self._rope.rows(slice(sinks, None))
         if model.device.type == "cuda":
             # Kernels read what is made here before they wait for earlier work.
-            _ = self._packed_rope.turns, self._packed_rope.block_turn
+            self._packed_rope.ready()
             torch.cuda.synchronize(model.device)
         self.fits_a_graph = not any(
             layer and (layer.k.residual_axes or layer.v.residual_axes) for layer in spec.layers

@@ -13,7 +13,7 @@ from kernel_cases import Case, make
 triton = pytest.importorskip("triton")
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
-from turboesm_kernels import ptx_launch, triton_launch  # noqa: E402
+from turboesm_kernels import grouped_launch, grouped_text, ptx_launch, triton_launch  # noqa: E402
 from turboesm_kernels.arguments import spread  # noqa: E402
 
 KIB = 1024
@@ -62,3 +62,27 @@ def test_kernels_fit(dim: int, capability: int, monkeypatch: pytest.MonkeyPatch)
     assert calls
     for kernel, given, named in calls:
         assert compiled(kernel, capability, given, named).metadata.shared <= SHARED[capability]
+
+
+@pytest.mark.skipif(triton.knobs.runtime.interpret, reason="nothing is compiled there")
+@pytest.mark.parametrize("capability", [80, 90])
+def test_grouped_queries_fit(capability: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In eight warps' shares of the shared memory, and in registers."""
+    calls: list[tuple[Any, list[Any], dict[str, Any]]] = []
+    monkeypatch.setattr(
+        grouped_launch,
+        "launch",
+        lambda kernel, grid, *given, **named: calls.append((kernel, spread(given), named)),
+    )
+    q, held, layer = make(Case(tokens=300, queries=4, ragged=True), room=4)
+    for name in ("launch", "launches_early"):
+        monkeypatch.setattr(ptx_launch, name, lambda *given, **named: capability >= 90)
+    monkeypatch.setattr(triton_launch, "combine", lambda *given: None)
+    ptx_launch.attend(q, held, layer, 256, grouped=True)
+    (kernel, given, named) = calls[0]
+    made = compiled(kernel, capability, given, named)
+    assert made.metadata.shared + made.asm["ptx"].count(".local") == 0  # its own is declared in its text
+    at = grouped_text.GroupShared(
+        64, *(grouped_text.Slots(side.fields.shape, n) for side, n in ((layer.k, 4), (layer.v, 2))), True
+    )
+    assert grouped_launch.WARPS * (at.size + KIB) <= SHARED[capability]

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from turboesm_kernels import grouped_text, ptx_text
 from turboesm_kernels.grouped_kernels import fast_attend_group_kernel
-from turboesm_kernels.grouped_text import KEY_WORDS, QUERIES, VALUE_WORDS, GroupShared, Slots
+from turboesm_kernels.grouped_text import KEY_WORDS, QUERIES, VALUE_WORDS, GroupShared, Slots, slots_of
 from turboesm_kernels.launch import early_launch, launch, processors
 from turboesm_kernels.operands import Held, PreparedLayer
 from turboesm_kernels.prepared import Fields
@@ -74,9 +74,8 @@ def split(
     )  # fmt: skip
 
 
-@lru_cache(maxsize=256)
 def _slots(keys: tuple[int, ...], values: tuple[int, ...]) -> tuple[Slots, Slots]:
-    return Slots(keys, KEY_WORDS), Slots(values, VALUE_WORDS)
+    return slots_of(keys, KEY_WORDS), slots_of(values, VALUE_WORDS)
 
 
 @lru_cache(maxsize=256)

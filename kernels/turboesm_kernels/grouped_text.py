@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property, lru_cache
 
 from turboesm_kernels.ptx_text import (
     COPY_REGISTERS,
@@ -64,7 +65,7 @@ class Slots:
         """Of words that lie side by side."""
         return -(-len(self.fields) // self.together)
 
-    @property
+    @cached_property
     def group_of(self) -> list[int]:
         """For each slot the group that its words are of."""
         return [
@@ -73,7 +74,7 @@ class Slots:
             for _ in range(max(self.fields[group * self.together : (group + 1) * self.together]))
         ]
 
-    @property
+    @cached_property
     def pairs(self) -> list[tuple[int, int | None]]:
         """Slots two by two, as a product takes them; the last may be alone."""
         count = len(self.group_of)
@@ -92,12 +93,12 @@ class Slots:
             return None
         return sum(self.fields[:word]) + own
 
-    @property
+    @cached_property
     def places(self) -> list[list[int]]:
         """Fields by member and slot, in rows of `row`; 0, whose mask is then 0, where there is none."""
         return [[found or 0 for found in row] for row in self._fields]
 
-    @property
+    @cached_property
     def there(self) -> list[list[bool]]:
         """Where `places` names a field."""
         return [[found is not None for found in row] for row in self._fields]
@@ -109,6 +110,12 @@ class Slots:
             [self.field(member, slot) if slot < count else None for slot in range(self.row)]
             for member in range(self.together)
         ]
+
+
+@lru_cache(maxsize=256)
+def slots_of(fields: tuple[int, ...], together: int) -> Slots:
+    """`Slots` of a shape, made once: many layers have the same."""
+    return Slots(fields, together)
 
 
 @dataclass(frozen=True)

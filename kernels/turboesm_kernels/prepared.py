@@ -16,7 +16,7 @@ from torch import Tensor
 from turboesm_kernels.arguments import Fixed
 from turboesm_kernels.bits import Bits, grid_of
 from turboesm_kernels.cpu_masks import Loops
-from turboesm_kernels.grouped_text import KEY_WORDS, VALUE_WORDS, Slots
+from turboesm_kernels.grouped_text import KEY_WORDS, VALUE_WORDS, Slots, slots_of
 from turboesm_kernels.layout import BYTE, Profile
 from turboesm_kernels.reference import SideSpec, table_slice
 
@@ -247,12 +247,12 @@ class Fields:
     @cached_property
     def of_keys(self) -> tuple[Tensor, Tensor]:
         """`lined_up` as the kernel for grouped queries takes keys."""
-        return self.lined_up(Slots(self.shape, KEY_WORDS))
+        return self.lined_up(slots_of(self.shape, KEY_WORDS))
 
     @cached_property
     def of_values(self) -> tuple[Tensor, Tensor]:
         """`lined_up` as it takes values."""
-        return self.lined_up(Slots(self.shape, VALUE_WORDS))
+        return self.lined_up(slots_of(self.shape, VALUE_WORDS))
 
     @cached_property
     def halves(self) -> tuple[Tensor, Tensor]:

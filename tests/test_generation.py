@@ -157,9 +157,12 @@ def test_an_end_frees_the_slot_and_is_the_last_token(
         assert ids[-1] == model.alphabet.end or len(ids) == 60
 
 
+@pytest.mark.parametrize("kv", ["packed", "int8"])
+@pytest.mark.parametrize("at_once", [0, 10**6], ids=["apart", "together"])
 def test_a_shared_prompt_is_encoded_once(
-    model: Decoder, bundle: Bundle, proteins: list[Protein], monkeypatch: pytest.MonkeyPatch
+    model: Decoder, bundle: Bundle, proteins: list[Protein], monkeypatch: pytest.MonkeyPatch, at_once: int, kv: str
 ) -> None:
+    """On a CPU by itself; as on a GPU with others, into slots that others get."""
     encoded = []
     prefill = engine.Stepper.prefill
 
@@ -167,10 +170,15 @@ def test_a_shared_prompt_is_encoded_once(
         encoded.append(len(prompts))
         return prefill(self, start, prompts)
 
+    prompts = [
+        Prompt(protein, count, model.alphabet) for protein, count in zip(proteins[:4], (20, 7, 1, 30), strict=True)
+    ]
+    alone = sampled(model, bundle, prompts, 3, 1, kv)
     monkeypatch.setattr(engine.Stepper, "prefill", spy)
-    prompts = [Prompt(protein, 20, model.alphabet) for protein in proteins[:2]]
-    assert len(sampled(model, bundle, prompts, 7, 3)) == 14
-    assert encoded == [1, 1]
+    monkeypatch.setattr(engine, "prefill_tokens", lambda device: at_once)
+    found = sampled(model, bundle, prompts, 3, 8, kv)
+    assert encoded == ([1, 1, 1] if at_once == 0 else [2, 1])  # one has nothing to encode; the last comes later
+    assert sum(a[0] == b[0] for a, b in zip(alone, found, strict=True)) >= 11  # padding rounds otherwise
 
 
 def test_log_likelihoods_are_the_models(model: Decoder, bundle: Bundle, proteins: list[Protein]) -> None:

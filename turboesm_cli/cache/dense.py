@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Self
 
 import torch
@@ -49,16 +49,9 @@ class DenseCache(Ragged):
         return self._store.nbytes + (0 if self._scales is None else self._scales.nbytes)
 
     def leading(self, length: int) -> dict[str, Tensor]:
-        """What the first `length` tokens of each sequence take, by name: views."""
+        """See `Ragged`."""
         held = {"unmasked": self.unmasked, "store": self._store[:, :, :, :, :length]}
         return held if self._scales is None else held | {"scales": self._scales[:, :, :, :, :length]}
-
-    def load(self, tensors: Mapping[str, Tensor], length: int) -> None:
-        """Take over what `leading` gave of a cache of the same kind and batch."""
-        for name, own in self.leading(length).items():
-            own.copy_(tensors[name])
-        self.truncate(0)
-        self.begin(length)
 
     def rows(self, start: int, stop: int) -> Self:
         """Sequences start..stop - 1: a view of the same memory."""

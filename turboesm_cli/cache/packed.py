@@ -128,11 +128,7 @@ class PackedCache(Ragged):
         Raises ValueError where they are not such a cache's.
         """
         check_tensors(self._codec.spec, self._codec.model.alphabet, tensors, length, self.batch)
-        own = self.tensors
-        for name, tensor in tensors.items():
-            _leading_tokens(own[name], tensor).copy_(tensor)
-        self.truncate(0)
-        self.begin(length)
+        self.fill(tensors, length)
 
     def begin(self, counts: int | Sequence[int]) -> None:
         """Make room for the next tokens of each sequence."""
@@ -386,10 +382,3 @@ class _LayerStore:
             else:
                 there = (torch.arange(self.sinks, device=x.device) == start[:, None])[:, None, :, None]
                 into.copy_(torch.where(there, x.to(SINK_DTYPE), into))
-
-
-def _leading_tokens(target: Tensor, source: Tensor) -> Tensor:
-    """The part of a buffer that a shorter one of the same kind fills: only the index of tokens differs."""
-    for index, size in enumerate(source.shape):
-        target = target.narrow(index, 0, size)
-    return target

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Self
 
 import numpy as np
@@ -70,6 +70,17 @@ class Ragged:
         self._held += more
         self.starts.copy_(self.lengths)
         self.lengths += counts if isinstance(counts, int) else torch.tensor(counts).to(self.lengths)
+
+    def leading(self, length: int) -> dict[str, Tensor]:
+        """What the first `length` tokens of each sequence take, by name: views."""
+        raise NotImplementedError
+
+    def fill(self, tensors: Mapping[str, Tensor], length: int) -> None:
+        """Hold what `leading` gave of such a cache, of one sequence for all of these, or of as many."""
+        for name, own in self.leading(length).items():
+            own.copy_(tensors[name])
+        self.truncate(0)
+        self.begin(length)
 
     def append(self, layer: int, k: Tensor, v: Tensor, tokens: Tensor) -> None:
         """See `forward.Cache`."""

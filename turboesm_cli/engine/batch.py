@@ -60,6 +60,11 @@ class Job:
     number: int = 0
     sample: int = 0
 
+    @property
+    def cached(self) -> int:
+        """Tokens that are cached of its prompt: a file's caches hold the token that is to be fed, too."""
+        return len(self.prompt) + (self.held is not None and self.feed is not None)
+
 
 @dataclass
 class Shared:
@@ -107,25 +112,51 @@ class Stepper:
         if all(job.held is None and job.shared is None for job in jobs):
             self.prefill(start, [job.prompt for job in jobs])
             return
-        for slot, job in enumerate(jobs, start):
-            rows = self.cache.rows(slot, slot + 1)
-            if job.shared is not None:
-                self._enter_shared(slot, job, job.shared)
-            elif job.held is None or not isinstance(rows, PackedCache):
-                raise ValueError("packed caches go on in packed caches only")
-            else:
-                _load(rows, job.held(), job)
+        self._encode_shared(start, jobs)
+        slot = start
+        for _, same in groupby(jobs, lambda job: id(job.shared or job)):
+            count = len(list(same))
+            self._fill(slot, count, jobs[slot - start])
+            slot += count
 
-    def _enter_shared(self, slot: int, job: Job, shared: Shared) -> None:
-        rows = self.cache.rows(slot, slot + 1)
-        if shared.tensors is None and job.held is not None:
-            shared.tensors = job.held()
-        if shared.tensors is not None:
-            _load(rows, shared.tensors, job)
+    def _encode_shared(self, start: int, jobs: Sequence[Job]) -> None:
+        """Encode prompts that several jobs share, all at once, and keep what the cache holds of each."""
+        fresh: dict[int, tuple[Shared, Job]] = {}
+        for job in jobs:
+            if job.shared is not None and job.shared.tensors is None:
+                fresh.setdefault(id(job.shared), (job.shared, job))
+        for shared, job in fresh.values():
+            if job.held is not None:
+                shared.tensors = job.held()
+                self._load(start, shared.tensors, job)
+        found = [
+            (shared, job.prompt) for shared, job in fresh.values() if shared.tensors is None and len(job.prompt)
+        ]
+        if found:
+            self.prefill(start, [prompt for _, prompt in found])
+        for slot, (shared, prompt) in enumerate(found, start):
+            held = self.cache.rows(slot, slot + 1).leading(len(prompt))
+            shared.tensors = {name: tensor.clone() for name, tensor in held.items()}
+
+    def _fill(self, slot: int, count: int, job: Job) -> None:
+        """The prompt of a job into its slot, and into those of the next jobs of the same prompt."""
+        if job.shared is None:
+            if job.held is None:
+                raise ValueError("packed caches go on in packed caches only")
+            self._load(slot, job.held(), job)
             return
-        self.prefill(slot, [job.prompt])
-        if len(job.prompt):
-            shared.tensors = {name: tensor.clone() for name, tensor in rows.leading(len(job.prompt)).items()}
+        rows = self.cache.rows(slot, slot + count)
+        if job.shared.tensors is not None:
+            rows.fill(job.shared.tensors, job.cached)
+        rows.truncate(len(job.prompt))
+
+    def _load(self, slot: int, tensors: Mapping[str, Tensor], job: Job) -> None:
+        """A prompt's tensors, once they are checked, into its slot. Raises ValueError."""
+        rows = self.cache.rows(slot, slot + 1)
+        if not isinstance(rows, PackedCache):
+            raise ValueError("packed caches go on in packed caches only")
+        rows.load(tensors, job.cached)
+        rows.truncate(len(job.prompt))
 
     def prefill(self, start: int, prompts: Sequence[Tensor]) -> Tensor:
         """Encode prompts into the slots from `start` on; final hidden states [n, P, E]."""
@@ -140,13 +171,6 @@ class Stepper:
     def step(self, tokens: Tensor) -> Tensor:
         """Decode tokens int64 [slots]: final hidden states [slots, E]."""
         return forward.step(self.model, tokens, self.cache, self._joint)
-
-
-def _load(rows: AnyCache, tensors: Mapping[str, Tensor], job: Job) -> None:
-    """A prompt's tensors into its slot; those of a file hold the token that is to be fed, too."""
-    length = len(job.prompt)
-    rows.load(tensors, length + (job.held is not None and job.feed is not None))
-    rows.truncate(length)
 
 
 class Graph:
@@ -320,13 +344,19 @@ class _Queue:
 
 
 def _groups(jobs: Sequence[Job], tokens: int) -> Iterator[list[Job]]:
-    """Jobs, shortest prompts first, in groups of at most `tokens` tokens of prompt, padding counted, or of one."""
+    """Jobs, shortest prompts first, in groups of at most `tokens` tokens of prompt, or of one prompt.
+
+    Padding is counted; a prompt that jobs share is counted once.
+    """
     group: list[Job] = []
+    prompts = 0
     for job in jobs:
-        if group and (len(group) + 1) * len(job.prompt) > tokens:
+        more = not group or job.shared is None or job.shared is not group[-1].shared
+        if group and more and (prompts + 1) * len(job.prompt) > tokens:
             yield group
-            group = []
+            group, prompts = [], 0
         group.append(job)
+        prompts += more
     if group:
         yield group
 

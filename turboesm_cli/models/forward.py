@@ -131,9 +131,10 @@ def prefill(model: Model, tokens: Tensor, cache: Cache, joint: JointProjection |
     if joint is not None:
         joint.at(cache.starts)
     exact = own_attention(model, tokens)
+    kept = tokens.clamp(min=0)  # what fills up shorter prompts may be no token, and is looked up all the same
 
     def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        cache.append(layer, k, v, tokens)
+        cache.append(layer, k, v, kept)
         return exact(layer, q, k, v)
 
     return encode(model, tokens, attend, joint)

@@ -172,12 +172,20 @@ def test_workers_end_with_who_asked(tmp_path: Path) -> None:
     )
     try:
         until(lambda: told.exists() and bool(told.read_text()))
-        worker = Path("/proc", told.read_text())
-        assert worker.exists()
+        worker = told.read_text()
+        assert runs(worker)
     finally:
         parent.kill()
         parent.wait()
-    until(lambda: not worker.exists())
+    until(lambda: not runs(worker))
+
+
+def runs(process: str) -> bool:
+    """Whether a process is there, and not only for its parent to ask how it ended."""
+    try:
+        return Path("/proc", process, "cmdline").read_bytes() != b""
+    except (FileNotFoundError, ProcessLookupError):
+        return False
 
 
 def until(done: Callable[[], bool]) -> None:

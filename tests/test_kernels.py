@@ -11,7 +11,6 @@ import math
 import os
 import subprocess
 import sys
-import threading
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -808,25 +807,18 @@ def test_selfcheck_sees_every_kind_of_layer(one: Case, other: Case, monkeypatch:
     assert verify.problem(layers) == "wrong"
 
 
-def test_selfcheck_compiles_in_threads(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What fails there is left to the check; what fails before does not start them."""
+def test_selfcheck_compiles_the_kernels_of_all_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What fails there is left to the check."""
+    from turboesm_kernels import compiling
 
     layers = [PreparedLayer.of(make_spec("k", case), make_spec("v", case)) for case in CHECKED]
-    runs: list[tuple[PreparedLayer, bool]] = []
-
-    def run(layer: PreparedLayer, dtype: torch.dtype, sinks: int, queries: int) -> None:
-        alone = threading.current_thread() is threading.main_thread()
-        runs.append((layer, alone))
-        if not alone:
-            raise RuntimeError("another thread loads this kernel")
-
-    monkeypatch.setattr(verify.KernelRun, "of", run)
+    runs: list[PreparedLayer] = []
+    monkeypatch.setattr(compiling, "compile_ahead", lambda run: run())
+    monkeypatch.setattr(verify.KernelRun, "of", lambda layer, dtype, sinks, queries: runs.append(layer))
     verify.compile_all(layers, torch.float32, 1)
-    assert runs[0] == (layers[0], True)
-    assert {(id(layer), alone) for layer, alone in runs[1:]} == {(id(layer), False) for layer in layers[1:]}
+    assert [id(layer) for layer in runs] == [id(layer) for layer in layers]
     monkeypatch.setattr(verify.KernelRun, "of", None)
-    with pytest.raises(TypeError):
-        verify.compile_all(layers, torch.float32, 1)
+    verify.compile_all(layers, torch.float32, 1)
 
 
 @interpreted

@@ -1,17 +1,17 @@
 """Whether the Triton kernels do on this device what the plain reference does.
 
 Compilers err: Triton 3.6 on an H200 once dropped half of a sum in `pack`, for some shapes alone. So a layer of
-each shape that a codec has is packed and asked with random numbers before a cache on a GPU is used. That compiles
-the kernels, too, many at a time.
+each shape that a codec has is packed and asked with random numbers before a cache on a GPU is used. The kernels
+are compiled before, many at a time (`compiling`).
 """
 
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Hashable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -30,8 +30,6 @@ TIES = 5e-3
 
 TOLERANCE = 1e-2
 """Relative error of attention, the query's and the result's rounding to 16 bits included."""
-
-MOST_THREADS = 16
 
 
 def problem(
@@ -53,6 +51,8 @@ def problem(
         raise
     except Exception as error:  # Triton and its compilers raise anything
         return _does_not_start(error)
+    finally:
+        _numbers.cache_clear()
 
 
 def token_problem(tables: TokenTables, dtype: torch.dtype = torch.float32, queries: int = 1) -> str | None:
@@ -91,16 +91,11 @@ def kinds_of(layers: Iterable[PreparedLayer]) -> list[PreparedLayer]:
 
 
 def compile_all(kinds: Sequence[PreparedLayer], dtype: torch.dtype, sinks: int, queries: int = 1) -> None:
-    """Run each layer's kernels, many layers at a time. What fails in a thread counts if it does so alone.
+    """Compile the kernels of all layers side by side. What fails here counts if the check fails, too."""
+    from turboesm_kernels import compiling
 
-    First one layer's: a kernel that another thread is still loading cannot be launched (Triton 3.6 to 3.9), and
-    some serve all layers. The checks are not done here: each thread that multiplies matrices leaves cuBLAS a
-    workspace of 32 MiB.
-    """
-    KernelRun.of(kinds[0], dtype, sinks, queries)
-    with ThreadPoolExecutor(min(MOST_THREADS, os.cpu_count() or 1)) as pool:
-        for layer in kinds[1:]:
-            pool.submit(KernelRun.of, layer, dtype, sinks, queries)
+    with suppress(Exception):
+        compiling.compile_ahead(lambda: [KernelRun.of(layer, dtype, sinks, queries) for layer in kinds])
 
 
 def _kind(side: PreparedSide) -> Hashable:
@@ -234,5 +229,10 @@ def _as_projected(shape: tuple[int, int, int, int], layer: PreparedLayer, dtype:
 
 
 def _random(shape: tuple[int, ...], layer: PreparedLayer) -> Tensor:
-    numbers = torch.randn(shape, generator=torch.Generator().manual_seed(len(shape)))
-    return numbers.to(layer.k.centre.device)
+    return _numbers(shape, layer.k.centre.device)
+
+
+@lru_cache(maxsize=8)
+def _numbers(shape: tuple[int, ...], device: torch.device) -> Tensor:
+    """Random numbers, the same for all layers: drawing them takes a CPU 20 ms. Nobody writes to them."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(len(shape))).to(device)

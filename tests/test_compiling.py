@@ -65,8 +65,8 @@ def test_kernels_fit(dim: int, capability: int, monkeypatch: pytest.MonkeyPatch)
 
 
 @pytest.mark.skipif(triton.knobs.runtime.interpret, reason="nothing is compiled there")
-@pytest.mark.parametrize("capability", [80, 90])
-def test_grouped_queries_fit(capability: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("dim", "capability"), [(64, 80), (128, 90)])
+def test_grouped_queries_fit(dim: int, capability: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """In eight warps' shares of the shared memory, and in registers."""
     calls: list[tuple[Any, list[Any], dict[str, Any]]] = []
     monkeypatch.setattr(
@@ -74,7 +74,7 @@ def test_grouped_queries_fit(capability: int, monkeypatch: pytest.MonkeyPatch) -
         "launch",
         lambda kernel, grid, *given, **named: calls.append((kernel, spread(given), named)),
     )
-    q, held, layer = make(Case(tokens=300, queries=4, ragged=True), room=4)
+    q, held, layer = make(Case(tokens=300, dim=dim, queries=4, ragged=True), room=4)
     for name in ("launch", "launches_early"):
         monkeypatch.setattr(ptx_launch, name, lambda *given, **named: capability >= 90)
     monkeypatch.setattr(triton_launch, "combine", lambda *given: None)

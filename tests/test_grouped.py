@@ -14,7 +14,7 @@ import pytest
 import torch
 from kernel_cases import Case, make, relative_error
 from ptx_machine import Array, MachineError, RaceError, Warp
-from turboesm_kernels import dispatch
+from turboesm_kernels import dispatch, reference
 from turboesm_kernels.grouped_text import (
     KEY_WORDS,
     QUERIES,
@@ -315,7 +315,7 @@ def split(inputs: Inputs, batch: int, head: int, begin: int, end: int) -> tuple[
         new_one = np.where(grown, greatest, one)
         safe = np.maximum(new_one, np.float32(0.5) * NEGATIVE)
         alpha = np.exp2(one - safe)
-        weights = (np.exp2(scores + steps(vn) - safe) * UNIT + dithers()).astype("i4")
+        weights = (np.exp2(scores + steps(vn) - safe) * UNIT + dithers(first // TURN)).astype("i4")
         assert weights.max() < 2**24
         (empty,) = Warp().run(any_query(), "=&r,r", (grown & (one > np.float32(0.5) * NEGATIVE)).astype(int))
         mass = mass * alpha + np.exp2(scores - safe).sum((0, 1))
@@ -350,9 +350,9 @@ def steps(byte: Array) -> Array:
     return (byte.astype("f4") - SCALE_ZERO) / np.float32(SCALE_STEPS_PER_OCTAVE)
 
 
-def dithers() -> Array:
+def dithers(block: int) -> Array:
     """As `grouped_kernels._dithers`, [4 i, 32]."""
-    first = G.astype("f4") * np.float32(0.4721359)
+    first = G.astype("f4") * np.float32(0.4721359) + np.float32(block) * np.float32(0.7770876)
     every = first - np.floor(first) + np.array([[0], [0.6180340], [0.2360680], [0.8541020]], "f4")
     return (every - np.floor(every)).astype("f4")
 
@@ -390,6 +390,44 @@ def test_attention_to_scores_that_rise() -> None:
     assert emptied >= 2
     for own, wanted in zip(found, expected, strict=True):
         assert relative_error(own, wanted) <= TOLERANCE
+
+
+@pytest.mark.parametrize("dim", [64, 128])
+def test_weights_of_the_check_before_use(dim: int) -> None:
+    """What `verify` asks of one sequence: values' scales that rise by 8 octaves after a block."""
+    query, held, layer = padded_to_words(Case(dim=dim, tokens=384, queries=4))
+    assert held.v.scales is not None
+    held.v.scales[:, :, :TURN], held.v.scales[:, :, TURN:] = 0, 255
+    inputs = query * torch.arange(4)[:, None], held, layer
+    expected = dispatch.plain_attend(inputs[0].double(), held, layer)
+    for chunk in (TURN, 3 * TURN):
+        found, emptied = attend(inputs, 0, 0, chunk)
+        assert relative_error(found, expected[0, 0]) <= TOLERANCE and bool(emptied) == (chunk > TURN)
+
+
+@pytest.mark.parametrize("share", [0.02, 0.145, 0.3, 0.49])
+def test_weights_far_below_the_greatest_keep_their_sum(share: float) -> None:
+    """One token has all weight but `share` of a weight's unit for each of the others, which are many."""
+    inputs = many_small_weights(share)
+    found, _ = attend(inputs, 0, 0, inputs[1].tokens)
+    expected = dispatch.plain_attend(inputs[0].double(), *inputs[1:])[0, 0]
+    assert relative_error(found, expected) <= TOLERANCE
+
+
+def many_small_weights(share: float) -> Inputs:
+    case = Case(tokens=4096, batch=1, queries=3, sinks=0, centred=False)
+    _, held, layer = padded_to_words(case)
+    k_scales, v_scales = held.k.scales, held.v.scales
+    assert k_scales is not None and v_scales is not None
+    k_scales.fill_(SCALE_ZERO)
+    v_scales.fill_(SCALE_ZERO)
+    for codes, dim in ((held.k.codes, 3), (held.v.codes, 3)):  # all tokens alike
+        codes.copy_(codes.narrow(dim, 1, 1).expand_as(codes).clone())
+    first = reference.decode(reference.unpack(held.k.codes, layer.k.spec), k_scales, layer.k.spec)[0, 0, 1]
+    octaves = 16 - np.log2(share)
+    k_scales[:, :, 1] = SCALE_ZERO + SCALE_STEPS_PER_OCTAVE  # twice as long a key
+    query = (first * (octaves / LOG2E / first.square().sum())).expand(1, 2, 3, -1).contiguous()
+    return query, held, layer
 
 
 @pytest.mark.parametrize("at", [0, 1])

@@ -458,7 +458,7 @@ def test_ranges_on_gpu(case: Case, chunk: int) -> None:
     [
         Case(tokens=700, dim=128, queries=4, ragged=True, batch=3, dtype=torch.bfloat16),
         Case(tokens=1023, dim=128, bits=2, queries=3, batch=5, ragged=True, sinks=4),
-        Case(tokens=1, dim=64, queries=2, batch=2),
+        Case(tokens=1, dim=64, queries=3, batch=2),
         Case(tokens=555, dim=64, queries=16, centred=False, batch=2),
         Case(tokens=400, dim=96, queries=7, batch=3, ragged=True, sinks=4, wide=True, dtype=torch.bfloat16),
         Case(tokens=300, dim=32, queries=4, batch=70, bits=4, seed=2, wide=True),

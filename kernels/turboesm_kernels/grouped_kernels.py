@@ -47,9 +47,10 @@ def _spread(word, lane):
 
 
 @triton.jit
-def _dithers(g):
-    """What is added to each of 4 weights, of 1: multiples of the golden ratio, from token to token of 32."""
-    first = g.to(tl.float32) * 0.4721359  # 4 of them
+def _dithers(g, block):
+    """What is added to each of 4 weights, of 1: multiples of the golden ratio, from token to token of 32, and on
+    from one block of a sequence to the next."""
+    first = g.to(tl.float32) * 0.4721359 + block.to(tl.float32) * 0.7770876  # 4 of them, 32 of them
     d0 = first - tl.floor(first)
     d1 = d0 + 0.6180340
     d2 = d0 + 0.2360680
@@ -148,7 +149,12 @@ def fast_attend_group_kernel(
     if HAS_BIAS:
         channel = t * (PAIRED_DIM // 8)
         phase = phase_of(
-            query + batch * q_b + head * q_h + own_column * q_q, q_d, centre + head * DIM, channel, DIM, PAIRED_DIM
+            query + batch * q_b + head * q_h + own_column.to(tl.int64) * q_q,
+            q_d,
+            centre + head * DIM,
+            channel,
+            DIM,
+            PAIRED_DIM,
         )
         angle = (tl.minimum(begin + g % 2, angles - 1) * rope_t + channel).to(tl.int64) * 4
         turn = tl.inline_asm_elementwise(
@@ -179,7 +185,6 @@ def fast_attend_group_kernel(
     sums = (tl.zeros((32,), tl.int32),) * SUMS
     weights_to = shared + t * WEIGHTS_ROW + k_own
     weights_at = shared + g // 4 * WEIGHTS_ROW + tl.minimum(g % 4, 2) * DIGIT_ROW + v_own
-    dithers = _dithers(g)
     if EARLY:
         gdc_wait()
     digit = (pair * QUERIES + own_column) * 2 + g % 2
@@ -212,7 +217,9 @@ def fast_attend_group_kernel(
         kn = scales_of(k_scale, first + BLOCK + lane * 4, end)
         vn = scales_of(v_scale, first + BLOCK + lane * 4, end)
         k_words = _read(lane, k_row, k_word, first + BLOCK, end, KEYS_CODE, KEYS_KINDS, K_COUNT)
-        one, mass, weight, weights, alpha, empty = _weigh(scores, own_vn, dithers, one, mass, weight)
+        one, mass, weight, weights, alpha, empty = _weigh(
+            scores, own_vn, _dithers(g, first // BLOCK), one, mass, weight
+        )
         sums = tl.inline_asm_elementwise(
             EMPTY_CODE, EMPTY_KINDS, (empty, alpha, lane, shared) + sums,  # noqa: RUF005
             dtype=(tl.int32,) * SUMS, is_pure=False, pack=1,

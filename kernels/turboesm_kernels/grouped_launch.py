@@ -21,23 +21,25 @@ WARPS = 8
 ALONE = 2.6
 """Ranges of single queries that take as long as one of a group (64 x 4096, 8 heads of 128, 3 bits, on an H100)."""
 
+LARGEST_DIM = 128
+"""Of a head: with more the centre's coefficients leave no registers."""
+
 LARGEST = 184
-"""Registers of codes and sums at most: what is left of 255 is little more than a softmax needs."""
+"""Registers of codes and sums at most, of 255: with 168 of them and a centre some numbers are spilled already."""
 
 
 def serves(k: Fields, v: Fields, queries: int) -> bool:
-    """Whether the kernel can go over codes of these fields, for more than one query."""
-    return queries > 1 and grouped_text.registers(*_slots(k.shape, v.shape)) <= LARGEST
+    """Whether the kernel is for codes of these fields and so many queries of a head: nearly full groups."""
+    dim, slots = k.map.shape[1], _slots(k.shape, v.shape)
+    fits = dim <= LARGEST_DIM and grouped_text.registers(*slots) <= LARGEST
+    return fits and queries >= ALONE * groups(queries)
 
 
 def pays(q: Tensor, tokens: int) -> bool:
-    """Whether it is faster than each query [B, H, Q, d] apart: groups are nearly full, and there is work for all.
-
-    A range takes as long as `ALONE` of one query, and half as many warps begin at once.
-    """
+    """Whether it is faster than each query [B, H, Q, d] apart: room for `tokens` is work for all warps, twice."""
     batch, heads, queries, _ = q.shape
     blocks = batch * heads * groups(queries) * -(-tokens // TURN)
-    return queries >= ALONE * groups(queries) and blocks >= 2 * WARPS * processors(q)
+    return blocks >= 2 * WARPS * processors(q)
 
 
 def groups(queries: int) -> int:

@@ -101,7 +101,7 @@ def _angles(held: Held, layer: PreparedLayer, grouped: bool) -> tuple[Tensor | i
 
 
 def can_group(q: Tensor, layer: PreparedLayer) -> bool:
-    """Whether one product may serve four of a head's queries (`grouped_kernels`)."""
+    """Whether one product serves four of a head's queries (`grouped_kernels`) where there is work enough."""
     k, v = layer.k.fields, layer.v.fields
     assert k is not None and v is not None
     return layer.k.spec.centre_at is None and grouped_launch.serves(k, v, q.shape[2])
@@ -136,8 +136,9 @@ class Folded:
 
 def _make_ready(held: Held, layer: PreparedLayer, grouped: bool) -> None:
     """Make what is missing of what the kernels read before they wait: they do not wait for what comes later."""
-    _angles(held, layer, grouped)
-    if grouped and layer.k.fields is not None and layer.v.fields is not None:
+    assert layer.k.fields is not None and layer.v.fields is not None
+    _ = _angles(held, layer, grouped), layer.k.fields.halves
+    if grouped:
         _ = layer.k.fields.of_keys, layer.v.fields.of_values
 
 
@@ -207,7 +208,7 @@ def attend_projected(
     grouped: bool,
 ) -> Tensor:
     """Attention, given what was made of the queries."""
-    assert layer.v.fields is not None
+    assert layer.v.fields is not None and (not grouped or can_group(q, layer))
     chunk = chunk or chunk_of(q, held.tokens, grouped)
     splits = -(-held.tokens // chunk)
     partials = Partials.empty(q, splits, layer.v.fields.map.shape[1], weighted=True)

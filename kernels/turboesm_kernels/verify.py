@@ -129,16 +129,15 @@ class KernelRun:
         k, v = (_as_projected(shape, layer, dtype) for _ in range(2))
         held = _blank(layer, sinks)
         q = _as_projected((*shape[:2], queries, dim), layer, dtype) / math.sqrt(dim)
-        attention = _pack(q, k, v, layer, held)
-        return cls(k, v, held, q, [attention, *_attend(q, held, layer)])
+        return cls(k, v, held, q, [*_pack(q, k, v, layer, held), *_attend(q, held, layer)])
 
 
 @torch.no_grad()
 def layer_problem(layer: PreparedLayer, dtype: torch.dtype, sinks: int, queries: int = 1) -> str | None:
     """What is wrong with a layer's codes, else with its attention, or None.
 
-    Then with that of a sequence whose weights rise by 8 octaves after a block, whatever its codes are: there the
-    fast path has to empty its sums.
+    Then with that of a sequence whose weights rise by 8 octaves after a block: there the fast path has to empty
+    its sums, whatever the codes are, since the first query is 0. Those of other queries shrink by other factors.
     """
     run = KernelRun.of(layer, dtype, sinks, queries)
     differing = max(
@@ -150,7 +149,7 @@ def layer_problem(layer: PreparedLayer, dtype: torch.dtype, sinks: int, queries:
     if (reason := _wrong_attention(run.q, run.attention, run.held, layer)) or run.held.v.scales is None:
         return reason
     rising, scales = run.q.clone(), run.held.v.scales
-    rising[0] = 0
+    rising[0] *= torch.arange(queries, device=rising.device)[:, None]
     scales[0, :, :TURN], scales[0, :, TURN:] = 0, 255
     return _wrong_attention(rising, _attend(rising, run.held, layer), run.held, layer)
 
@@ -171,10 +170,8 @@ def _attend(q: Tensor, held: Held, layer: PreparedLayer) -> list[Tensor]:
         return [dispatch.attend(q, held, layer)]
     from turboesm_kernels import ptx_launch
 
-    found = [ptx_launch.attend(q, held, layer, chunk, grouped=False) for chunk in (TURN, TOKENS)]
-    if ptx_launch.can_group(q, layer):
-        found.append(ptx_launch.attend(q, held, layer, TOKENS, grouped=True))
-    return found
+    ways = (False, True) if _can_group(q, held, layer) else (False,)
+    return [ptx_launch.attend(q, held, layer, chunk, grouped) for grouped in ways for chunk in (TURN, TOKENS)]
 
 
 def _blank(layer: PreparedLayer, sinks: int) -> Held:
@@ -203,14 +200,28 @@ def _blank_side(spec: SideSpec) -> Packed:
     return Packed(codes, None if spec.scale == "none" else scales)
 
 
-def _pack(q: Tensor, k: Tensor, v: Tensor, layer: PreparedLayer, held: Held) -> Tensor:
-    """Attention, after packing in two calls: a prompt's tokens, then one of each sequence as a step does it."""
+def _pack(q: Tensor, k: Tensor, v: Tensor, layer: PreparedLayer, held: Held) -> list[Tensor]:
+    """Attention, after packing in two calls: a prompt's tokens, then one of each sequence as steps do it."""
     from turboesm_kernels.pack import pack
 
     assert held.lengths is not None
     pack(k[:, :, :-1], v[:, :, :-1], layer, held, held.sinks)
-    starts = held.lengths - 1
-    return dispatch.append_and_attend(q, k[:, :, -1:], v[:, :, -1:], held, layer, starts)
+    step = q, k[:, :, -1:], v[:, :, -1:], held, layer, held.lengths - 1
+    found = [dispatch.append_and_attend(*step)]
+    if _can_group(q, held, layer):
+        from turboesm_kernels import ptx_launch
+
+        found.append(ptx_launch.append_and_attend(*step, grouped=True))
+    return found
+
+
+def _can_group(q: Tensor, held: Held, layer: PreparedLayer) -> bool:
+    """Whether queries may share products, which so little work does not by itself."""
+    if dispatch.choose(q, held, layer) != "ptx":
+        return False
+    from turboesm_kernels import ptx_launch
+
+    return ptx_launch.can_group(q, layer)
 
 
 def _differing(side: PreparedSide, found: Packed, wanted: Packed) -> float:

@@ -101,7 +101,7 @@ def test_all_that_is_launched_is_compiled(compiled: list[str], monkeypatch: pyte
     assert len(compiled) == len(names)
 
 
-def test_only_what_is_not_on_disk_is_compiled(compiled: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_kernel_is_compiled_once(compiled: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     first, both = compiling.missing(gates(24)), compiling.missing(gates(24, 40, 24))
     assert len(first) == 1 and len(both) == 2 and set(first) < set(both)
     compiling.compile_all(first)
@@ -112,6 +112,22 @@ def test_only_what_is_not_on_disk_is_compiled(compiled: list[str], monkeypatch: 
     assert len(compiled) == 2
     monkeypatch.setattr(compiling, "compile_all", None)
     compiling.compile_ahead(gates(24, 40))
+
+
+def test_what_is_on_disk_is_not_compiled(compiled: list[str]) -> None:
+    jobs = compiling.missing(gates(104))
+    compiling.compile_all(jobs)
+    jobs[0].kernel.device_caches.clear()  # as in another process
+    assert compiling.missing(gates(104)) == jobs
+    compiling.compile_ahead(gates(104))
+    assert compiled == ["gated_silu_kernel"] and compiling.missing(gates(104)) == []
+
+
+def test_kernels_are_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded = []
+    monkeypatch.setattr(triton.compiler.CompiledKernel, "run", property(lambda kernel: loaded.append(kernel.name)))
+    compiling.compile_ahead(gates(120))
+    assert loaded == ["gated_silu_kernel"]
 
 
 def test_other_threads_launch_as_ever(compiled: list[str]) -> None:

@@ -1,10 +1,10 @@
-"""Kernels compiled many at a time, each once, before anything is launched.
+"""Kernels compiled and loaded many at a time, each once, before anything is launched.
 
 What a run would compile is recorded without launching it, by Triton's own hook and in Triton's own words
 (`specialization_data`), so that what is compiled ahead has the key under which the launch looks. Most of a
-compilation lets go of the interpreter's lock, so threads do.
+compilation lets go of the interpreter's lock, so threads do. What is in Triton's cache on disk is read from there.
 
-Nothing depends on it. What is not compiled afterwards, for whatever reason, is compiled where it is launched.
+Nothing depends on it. What is not there afterwards, for whatever reason, is compiled where it is launched.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ from threading import get_ident
 from typing import Any
 
 import triton
-from triton.compiler import ASTSource
 from triton.runtime.driver import driver
 
 MOST_THREADS = 16
@@ -37,23 +36,12 @@ class Job:
         return len(json.loads(self.data)["signature"])
 
     def compile(self) -> None:
-        """Compile it, or read it from Triton's cache on disk."""
-        self.kernel.preload(self.data)
-
-
-class _NotCachedError(Exception):
-    pass
-
-
-class _Cached(ASTSource):  # type: ignore[misc]
-    """What Triton finds in its cache on disk, or fails to compile."""
-
-    def make_ir(self, *args: Any, **named: Any) -> Any:
-        raise _NotCachedError
+        """Compile it, with the code that launches it, and load it."""
+        _ = self.kernel.preload(self.data).run
 
 
 def compile_ahead(run: Callable[[], object]) -> None:
-    """Compile what `run` would, where it is not in Triton's cache on disk. Raises nothing but what `run` does.
+    """Compile what `run` would. Raises nothing but what `run` does.
 
     `run` has to launch kernels in this thread and to depend on nothing that they compute: they are not launched
     unless they are in memory.
@@ -63,22 +51,14 @@ def compile_ahead(run: Callable[[], object]) -> None:
 
 
 def missing(run: Callable[[], object]) -> list[Job]:
-    """The kernels that `run` would compile, each once, those that take longest first. See `compile_ahead`."""
+    """What `compile_ahead` of `run` would compile or load: each kernel once, those that take longest first."""
     found: dict[Job, None] = {}
     caller, before = get_ident(), triton.knobs.runtime.jit_cache_hook
-    target = driver.active.get_current_target()
 
     def record(*, fn: Any, compile: dict[str, Any], **named: Any) -> bool | None:
         if get_ident() != caller:
             return before and before(fn=fn, compile=compile, **named)
-        data = compile["specialization_data"]
-        source = _Cached(fn.jit_function, compile["signature"], compile["constants"], compile["configs"][0])
-        options = json.loads(data)["options"].items()
-        as_given = {name: tuple(value) if isinstance(value, list) else value for name, value in options}
-        try:
-            triton.compile(source, target=target, options=as_given)
-        except _NotCachedError:
-            found[Job(fn.jit_function, data)] = None
+        found[Job(fn.jit_function, compile["specialization_data"])] = None
         return True
 
     triton.knobs.runtime.jit_cache_hook = record
@@ -90,7 +70,7 @@ def missing(run: Callable[[], object]) -> list[Job]:
 
 
 def compile_all(jobs: Sequence[Job]) -> None:
-    """Compile side by side. What fails is left to its launch, which says why."""
+    """Compile and load side by side. What fails is left to its launch, which says why."""
     at, use = driver.active.get_current_device(), driver.active.set_current_device
     with ThreadPoolExecutor(min(len(jobs), cores(), MOST_THREADS), initializer=use, initargs=(at,)) as pool:
         for job in jobs:

@@ -15,6 +15,7 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 from turboesm_kernels import grouped_launch, grouped_text, ptx_launch, triton_launch  # noqa: E402
 from turboesm_kernels.arguments import spread  # noqa: E402
+from turboesm_kernels.launch import FUSED  # noqa: E402
 
 KIB = 1024
 SHARED = {80: 163 * KIB, 90: 227 * KIB}
@@ -37,7 +38,7 @@ def compiled(kernel: Any, capability: int, given: list[Any], named: dict[str, An
     for name, value in named.items():
         if name in kernel.arg_names:
             kinds[name], constants[(kernel.arg_names.index(name),)] = "constexpr", value
-    options = {name: value for name, value in named.items() if name not in kernel.arg_names}
+    options = {name: value for name, value in (named | FUSED).items() if name not in kernel.arg_names}
     source = ASTSource(kernel, kinds, constexprs=constants, attrs=aligned)
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
 

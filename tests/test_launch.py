@@ -77,12 +77,13 @@ def test_what_was_launched_before_is_launched_directly(stub: Stub, monkeypatch: 
     launch(stub, (3,), x, 7, SIZE=32, FLAG=True, num_warps=4)
     launch(stub, (5, 2), x[16:], 9, FLAG=True, SIZE=32, num_warps=4)  # in another order: another key
     launch(stub, (5, 2), x[16:], 9, SIZE=32, FLAG=True, num_warps=4)
-    assert stub.looked_up[0] == ((3,), (x, 7), {"SIZE": 32, "FLAG": True, "num_warps": 4})
+    named = {"SIZE": 32, "FLAG": True, "num_warps": 4, "enable_fp_fusion": True}
+    assert stub.looked_up[0] == ((3,), (x, 7), named)
     (number, grid, (found, *rest)) = stub.launched[-1]  # type: ignore[misc]
     assert (number, grid, rest) == (1, (5, 2, 1), [9, 32, True])
     assert found.data_ptr() == x[16:].data_ptr()
     before = len(stub.launched)
-    for args, named in (
+    for args, given_by_name in (
         ((x, 16), {"SIZE": 32, "FLAG": True, "num_warps": 4}),
         ((x, 1), {"SIZE": 32, "FLAG": True, "num_warps": 4}),
         ((x[1:], 7), {"SIZE": 32, "FLAG": True, "num_warps": 4}),
@@ -93,7 +94,7 @@ def test_what_was_launched_before_is_launched_directly(stub: Stub, monkeypatch: 
         ((x, 7), {"SIZE": 32, "FLAG": True}),
         ((x, 7), {"FLAG": 32, "SIZE": True, "num_warps": 4}),
     ):
-        launch(stub, (3,), *args, **named)
+        launch(stub, (3,), *args, **given_by_name)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
     launch(stub, (3,), x, 7, SIZE=32, FLAG=True, num_warps=4)
     assert len(stub.launched) == before

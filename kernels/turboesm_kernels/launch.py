@@ -19,6 +19,9 @@ from turboesm_kernels.available import capability, on_nvidia
 ROOMY = (9, 10)
 """Compute capabilities whose programs may have 227 KB of shared memory; those before and others 99 or 163."""
 
+FUSED = {"enable_fp_fusion": True}
+"""Products are added to sums in one rounding, as all kernels were measured; Triton 3.10 will not by default."""
+
 compiled_kernels: dict[Hashable, tuple[Any, list[str]]] = {}
 """By kernel, device and kinds of arguments: what Triton compiled, and the names of its constants."""
 
@@ -30,14 +33,17 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **named: Any) -> None
     directly. Then Triton looks at nothing again: neither its settings nor globals that the kernel uses, which must
     stay as they were.
     """
-    if not isinstance(kernel, triton.JITFunction) or torch.version.hip:  # the interpreter's, or another rule
+    if not isinstance(kernel, triton.JITFunction):  # the interpreter's
         kernel[grid](*spread(args), **named)
+        return
+    if torch.version.hip:  # compiled by another rule
+        kernel[grid](*spread(args), **named, **FUSED)
         return
     kinds = [x.number if type(x) is Fixed else kind(x) for x in args]
     key = (id(kernel), torch.cuda.current_device(), *kinds, *named, *named.values())
     if (found := compiled_kernels.get(key)) is None:
         given = spread(args)
-        if (compiled := kernel[grid](*given, **named)) is not None:
+        if (compiled := kernel[grid](*given, **named, **FUSED)) is not None:
             compiled_kernels[key] = compiled, kernel.arg_names[len(given) :]
         return
     compiled, constants = found

@@ -69,12 +69,11 @@ def missing(run: Callable[[], object]) -> list[Job]:
     return sorted(found, key=lambda job: -job.arguments)
 
 
-def compile_all(jobs: Sequence[Job]) -> None:
-    """Compile and load side by side. What fails is left to its launch, which says why."""
+def compile_all(jobs: Sequence[Job]) -> list[BaseException | None]:
+    """Compile and load side by side: what each fails with. Its launch tries again, and says why."""
     at, use = driver.active.get_current_device(), driver.active.set_current_device
     with ThreadPoolExecutor(min(len(jobs), cores(), MOST_THREADS), initializer=use, initargs=(at,)) as pool:
-        for job in jobs:
-            pool.submit(job.compile)
+        return [future.exception() for future in [pool.submit(job.compile) for job in jobs]]
 
 
 def cores() -> int:

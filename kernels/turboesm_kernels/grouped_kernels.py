@@ -18,6 +18,7 @@ from turboesm_kernels.ptx_kernels import (
     HEADROOM,
     UNIT,
     byte_steps,
+    dithers_from,
     phase_of,
     scales_of,
     score_of,
@@ -50,12 +51,7 @@ def _spread(word, lane):
 def _dithers(g, block):
     """What is added to each of 4 weights, of 1: multiples of the golden ratio, from token to token of 32, and on
     from one block of a sequence to the next."""
-    first = g.to(tl.float32) * 0.4721359 + block.to(tl.float32) * 0.7770876  # 4 of them, 32 of them
-    d0 = first - tl.floor(first)
-    d1 = d0 + 0.6180340
-    d2 = d0 + 0.2360680
-    d3 = d0 + 0.8541020
-    return d0, d1 - tl.floor(d1), d2 - tl.floor(d2), d3 - tl.floor(d3)
+    return dithers_from(g.to(tl.float32) * 0.4721359 + block.to(tl.float32) * 0.7770876)  # 4 of them, 32 of them
 
 
 @triton.jit

@@ -28,6 +28,7 @@ from turboesm_kernels.ptx_text import (
     STREAM,
     block,
     copy_lines,
+    digit_lines,
     keep_lines,
     product,
     turn_lines,
@@ -299,11 +300,8 @@ def put_code() -> str:
     """PTX: the lane's weights, 24 bits each, into shared memory by digits. $0 = 0; where, the 16 weights."""
     lines = [".reg .b32 x<4>, a<4>;", "mov.u32 $0, 0;", FENCE]  # the block before is read
     for s in range(4):
-        w = [f"${2 + 4 * s + i}" for i in range(4)]
         lines += [
-            f"prmt.b32 x0, {w[0]}, {w[1]}, 0x5140;", f"prmt.b32 x1, {w[2]}, {w[3]}, 0x5140;",
-            f"prmt.b32 x2, {w[0]}, {w[1]}, 0x0062;", f"prmt.b32 x3, {w[2]}, {w[3]}, 0x0062;",
-            "prmt.b32 a0, x0, x1, 0x5410;", "prmt.b32 a1, x0, x1, 0x7632;", "prmt.b32 a2, x2, x3, 0x5410;",
+            *digit_lines([f"${2 + 4 * s + i}" for i in range(4)]),
             *(f"st.shared.b32 [$1+{DIGIT_ROW * digit + 32 * s}], a{digit};" for digit in range(DIGITS)),
         ]  # fmt: skip
     return block([*lines, FENCE])

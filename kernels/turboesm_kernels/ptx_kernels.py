@@ -241,7 +241,12 @@ def _weigh(token, end, totals, kn, vn, b, gain, constant, dithers, one, mass, we
 @triton.jit
 def _dithers(lane):
     """What is added to each of a lane's 4 weights, of 1: multiples of the golden ratio, from token to token."""
-    first = lane.to(tl.float32) * 0.4721359  # 4 of them
+    return dithers_from(lane.to(tl.float32) * 0.4721359)  # 4 of them
+
+
+@triton.jit
+def dithers_from(first):
+    """The fraction of `first`, and of the next three multiples of the golden ratio."""
     d0 = first - tl.floor(first)
     d1 = d0 + 0.6180340
     d2 = d0 + 0.2360680

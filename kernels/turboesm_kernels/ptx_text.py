@@ -276,6 +276,15 @@ def accumulators(side: Side) -> int:
     return 4 * len(side.pairs)
 
 
+def digit_lines(x: Sequence[str]) -> list[str]:
+    """a0..a2 = the digits of four weights, each one's side by side, low ones first; x0..x3 are used."""
+    return [
+        f"prmt.b32 x0, {x[0]}, {x[1]}, 0x5140;", f"prmt.b32 x1, {x[2]}, {x[3]}, 0x5140;",
+        f"prmt.b32 x2, {x[0]}, {x[1]}, 0x0062;", f"prmt.b32 x3, {x[2]}, {x[3]}, 0x0062;",
+        "prmt.b32 a0, x0, x1, 0x5410;", "prmt.b32 a1, x0, x1, 0x7632;", "prmt.b32 a2, x2, x3, 0x5410;",
+    ]  # fmt: skip
+
+
 def sum_code(at: Shared) -> str:
     """PTX: $.. = accumulators + sum over the block's tokens of weight digits * masked byte.
 
@@ -291,9 +300,7 @@ def sum_code(at: Shared) -> str:
     old = words + 4 * len(side.fields)
     lines = [
         f".reg .b32 a<4>, b<4>, c<{count}>, m<4>, x<4>;",
-        f"prmt.b32 x0, {x[0]}, {x[1]}, 0x5140;", f"prmt.b32 x1, {x[2]}, {x[3]}, 0x5140;",
-        f"prmt.b32 x2, {x[0]}, {x[1]}, 0x0062;", f"prmt.b32 x3, {x[2]}, {x[3]}, 0x0062;",
-        "prmt.b32 a0, x0, x1, 0x5410;", "prmt.b32 a1, x0, x1, 0x7632;", "prmt.b32 a2, x2, x3, 0x5410;",
+        *digit_lines(x),
         FENCE,  # the block before is read
         *(f"st.shared.b32 [{to}+{DIGIT_ROW * digit}], a{digit};" for digit in range(DIGITS)),
         FENCE, f"ld.shared.v4.b32 {vector('b')}, [{place}];",

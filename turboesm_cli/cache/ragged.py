@@ -68,7 +68,7 @@ class Ragged:
             raise ValueError(f"{longest} tokens do not fit in a cache of {self.capacity}")
         self._from[:] = self._held
         self._held += more
-        self.starts.copy_(self.lengths)
+        torch.add(self.lengths, 0, out=self.starts)  # a copy in a CUDA graph is the driver's, and slower
         self.lengths += counts if isinstance(counts, int) else torch.tensor(counts).to(self.lengths)
 
     def leading(self, length: int) -> dict[str, Tensor]:

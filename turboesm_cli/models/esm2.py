@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -42,6 +43,7 @@ class EsmModel:
     has_lm_head: bool
     is_random: bool = False
     note: str = ""
+    _kept: dict[str, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @property
     def device(self) -> torch.device:
@@ -96,11 +98,29 @@ class EsmModel:
 
     def embed(self, tokens: Tensor, positions: Tensor | None, unmasked: Tensor) -> Tensor:
         """Embeddings [B, T, E], scaled by token dropout, of masks and padding 0; positions come in as RoPE."""
-        x: Tensor = self.net.embed_tokens(tokens)
+        x = self._kinds_embedded()[tokens]
+        return x / unmasked.to(x.dtype) if self.net.token_dropout else x
+
+    def _kinds_embedded(self) -> Tensor:
+        """What `embed` makes of each kind of token before it knows how many are masked, [V, E].
+
+        Kept until the weights change: a step would take a dozen small kernels for it.
+        """
+        weight = self.net.embed_tokens.weight
+        if torch.is_grad_enabled() or weight.is_inference():
+            return self._embed_kinds(weight)
+        version = (weight.data_ptr(), weight._version, weight.dtype, weight.device)
+        if self._kept.get("version") != version:
+            self._kept["version"], self._kept["embedded"] = version, self._embed_kinds(weight)
+        return self._kept["embedded"]
+
+    def _embed_kinds(self, weight: Tensor) -> Tensor:
+        zero = torch.zeros(len(weight), 1, dtype=torch.bool, device=weight.device)
+        zero[self.alphabet.padding] = True
         if self.net.token_dropout:
-            x = x.masked_fill(tokens.eq(self.alphabet.mask)[..., None], 0.0)
-            x = x * self._embedding_scale / unmasked.to(x.dtype)
-        return x.masked_fill(~self.alphabet.real(tokens)[..., None], 0.0)
+            zero[self.alphabet.mask] = True
+            weight = weight * self._embedding_scale
+        return weight.masked_fill(zero, 0.0)
 
     @property
     def _embedding_scale(self) -> float:
@@ -152,8 +172,14 @@ class EsmModel:
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits [..., 33]. Raises ModelError for a trunk without a language-model head."""
         self.require_lm_head("a distribution over residues")
-        logits: Tensor = self.net.lm_head(hidden)
-        return logits
+        head = self.net.lm_head
+        if not few_rows(hidden, head.weight):
+            exact: Tensor = head(hidden)
+            return exact
+        from turboesm_kernels.linear import linear
+
+        normed = head.layer_norm(linear(hidden, *_weights(head.dense), "gelu"))
+        return linear(normed, head.weight, head.bias)
 
     def _every_token(self) -> Tensor:
         return torch.arange(len(self.alphabet), device=self.device)[None]

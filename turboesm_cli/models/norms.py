@@ -23,9 +23,12 @@ def few_rows(x: Tensor, weight: Tensor) -> bool:
 
 def by_kernel(x: Tensor) -> bool:
     """Whether what is done to x between products is done by kernels of ours, which have no derivatives."""
-    if x.dtype not in KERNEL_DTYPES or torch.is_grad_enabled() or not runs_triton(x.device):
-        return False
-    return not x.is_cuda or x.device.index == torch.cuda.current_device()  # where Triton launches
+    return x.dtype in KERNEL_DTYPES and not torch.is_grad_enabled() and launches_on(x.device)
+
+
+def launches_on(device: torch.device) -> bool:
+    """Whether Triton's kernels are launched on `device`: it serves it, and it is the current one."""
+    return runs_triton(device) and (device.type != "cuda" or device.index == torch.cuda.current_device())
 
 
 class Norm(NamedTuple):

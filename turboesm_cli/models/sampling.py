@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from turboesm_cli.models.alphabet import Alphabet
+from turboesm_cli.models.norms import by_kernel, launches_on
 from turboesm_cli.models.protocol import Model
 
 COLDEST = 1e-3
@@ -64,6 +65,10 @@ def sample(alphabet: Alphabet, logits: Tensor, chances: Tensor, sampling: Sampli
     tokens = _residues(alphabet, logits.device)
     if sampling.temperature < COLDEST:
         return tokens[logits.argmax(-1)]
+    if by_kernel(logits):
+        from turboesm_kernels.sampling import draw as draw_places
+
+        return tokens[draw_places(logits, chances, sampling.temperature, sampling.top_p)]
     weights, order = (logits / sampling.temperature).softmax(-1).sort(dim=-1, descending=True, stable=True)
     before = weights.cumsum(-1) - weights
     weights = torch.where(before < sampling.top_p, weights, 0.0)
@@ -100,17 +105,32 @@ def sample_tokens(logits: Tensor, noise: Tensor, sampling: Sampling, there: Tens
     return (logits + noise).argmax(-1)
 
 
+OF_STEP, OF_KIND = 0x1E3779B97F4A7C15, 0x3C6EF372FE94F82B
+"""What a step and a kind of token add to a seed before its bits are mixed."""
+
 ALIKE = 64
 """Numbers of which a CPU takes logarithms in one way; it takes those left over in another."""
 
 
 def gumbel(seeds: Tensor, steps: Tensor, kinds: int) -> Tensor:
     """Gumbel noise float32 [B, V] of seeds int64 [B] at steps int64 [B]: the same wherever and beside whatever."""
-    of_step = mixed(seeds[:, None] + steps[:, None] * 0x1E3779B97F4A7C15)
+    if launches_on(seeds.device):
+        from turboesm_kernels.sampling import gumbel as gumbel_by_kernel
+
+        return gumbel_by_kernel(seeds, steps, kinds, OF_STEP, OF_KIND)
+    of_step = mixed(seeds[:, None] + steps[:, None] * OF_STEP)
     padded = -(-kinds // ALIKE) * ALIKE
-    of_kind = of_step + torch.arange(padded, device=seeds.device) * 0x3C6EF372FE94F82B
-    chances = ((mixed(of_kind) & 0x7FFFFFFF).float() + 0.5) * 2.0**-31
-    return -(-chances.log()).clamp_min(1e-30).log()[:, :kinds]
+    return gumbel_of(mixed(of_step + torch.arange(padded, device=seeds.device) * OF_KIND))[:, :kinds]
+
+
+def gumbel_of(bits: Tensor) -> Tensor:
+    """Gumbel noise float32 of the last 31 of random bits int64: -3 to 22.2, the more the larger they are.
+
+    -log(-log u) by 1 - u, which is small where noise is large: u itself would be 1 in float32 in 1 of 2^25 cases,
+    whose noise is above everything that a model predicts.
+    """
+    rest = (((~bits & 0x7FFFFFFF).float() + 0.5) * 2.0**-31).clamp_max(1 - 2.0**-24)
+    return -(-(-rest).log1p()).log()
 
 
 def mixed(x: Tensor) -> Tensor:

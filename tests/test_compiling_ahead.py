@@ -5,7 +5,9 @@ The GPU is not here: nothing is launched, and Triton compiles for one of capabil
 
 from __future__ import annotations
 
+import os
 import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -143,11 +145,82 @@ def test_other_threads_launch_as_ever(compiled: list[str]) -> None:
     assert compiled == ["gated_silu_kernel"]
 
 
-def test_what_does_not_compile_is_left_to_its_launch(compiled: list[str]) -> None:
-    class Wrong:
-        def preload(self, data: str) -> None:
-            raise RuntimeError
+class Wrong:
+    """A kernel that does not compile."""
 
+    def preload(self, data: str) -> None:
+        raise RuntimeError
+
+
+@dataclass(frozen=True)
+class Stuck:
+    """A kernel that no child process ends with."""
+
+    kernel: Any
+    parent: int
+
+    def preload(self, data: str) -> Any:
+        if os.getpid() != self.parent:
+            time.sleep(600)
+        return self.kernel.preload(data)
+
+
+def test_what_does_not_compile_is_left_to_its_launch(compiled: list[str]) -> None:
     jobs = compiling.missing(gates(72))
-    compiling.compile_all([compiling.Job(Wrong(), "{}"), *jobs])
+    failed = compiling.compile_all([compiling.Job(Wrong(), "{}"), *jobs])
+    assert isinstance(failed[0], RuntimeError)
+    gates(72)()
+    assert compiled == []  # but in a child
+
+
+@pytest.fixture
+def children(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Processes that were forked."""
+    started: list[int] = []
+    fork = os.fork
+
+    def counted() -> int:
+        child = fork()
+        if child:
+            started.append(child)
+        return child
+
+    monkeypatch.setattr(os, "fork", counted)
+    return started
+
+
+def test_children_compile_and_are_gone(compiled: list[str], children: list[int]) -> None:
+    compiling.compile_ahead(gates(152, 168, 184, 200, 216))
+    assert compiled == []
+    gates(152, 168, 184, 200, 216)()
+    assert compiled == []
+    assert children
+    for child in children:
+        with pytest.raises(ChildProcessError):
+            os.waitpid(child, os.WNOHANG)
+
+
+def test_children_that_hang_are_given_up(
+    compiled: list[str], children: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compiling, "PATIENCE", 3.0)
+    first, *others = compiling.missing(gates(232, 248, 264))
+    stuck = Stuck(first.kernel, os.getpid())
+    compiling.compile_all([compiling.Job(stuck, first.data), *others])
     assert compiled == ["gated_silu_kernel"]
+    assert children
+    for child in children:
+        with pytest.raises(ChildProcessError):
+            os.waitpid(child, os.WNOHANG)
+
+
+def test_where_no_process_may_be_forked_threads_compile(
+    compiled: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fork() -> int:
+        raise BlockingIOError
+
+    monkeypatch.setattr(os, "fork", fork)
+    compiling.compile_ahead(gates(280, 296))
+    gates(280, 296)()
+    assert compiled == ["gated_silu_kernel"] * 2

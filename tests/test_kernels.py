@@ -637,12 +637,66 @@ PACKED = [
 ]
 
 
+def check_sinks(case: Case, pack: Callable[..., None], start: int, device: str = "cpu") -> None:
+    """Tokens from a sink on: those of them that are sinks kept whole, the rest packed as by themselves."""
+    specs = {side: make_spec(side, case, device) for side in SIDES}
+    layer = PreparedLayer.of(specs["k"], specs["v"])
+    g = torch.Generator().manual_seed(case.seed)
+    shape = (case.batch, case.heads, case.tokens, case.dim)
+    k, v = (_tokens_first(torch.randn(shape, generator=g).to(case.dtype).to(device)) for _ in SIDES)
+    rope = angles(case, torch.arange(case.tokens + 7) + 3, device)
+    like = [reference.compress(x, specs[side], rope.rows(slice(case.tokens))) for side, x in (("k", k), ("v", v))]
+
+    def empty() -> Held:
+        sinks = torch.full((2, case.batch, case.heads, 3, case.dim), torch.nan, device=device).half()
+        return Held(*(_filled(each, 4) for each in like), rope, None, *sinks)
+
+    found, wanted = empty(), empty()
+    pack(k, v, layer, found, start)
+    kept = min(3 - start, case.tokens)
+    if case.tokens > kept:
+        pack(k[:, :, kept:], v[:, :, kept:], layer, wanted, 3)
+    for x, sinks in ((k, found.sink_k), (v, found.sink_v)):
+        assert sinks is not None and torch.equal(sinks[:, :, start : start + kept], x[:, :, :kept].half())
+        assert sinks[:, :, :start].isnan().all() and sinks[:, :, start + kept :].isnan().all()
+    for one, other in ((found.k, wanted.k), (found.v, wanted.v)):
+        assert torch.equal(one.codes, other.codes)
+        assert one.scales is None or (other.scales is not None and torch.equal(one.scales, other.scales))
+
+
+FROM_SINKS = [
+    Case(dim=16, tokens=33, kind="flat", bits=3),
+    Case(dim=24, tokens=2, kind="table", bits=3),
+    Case(dim=64, tokens=70, kind="uniform", bits=3, dtype=torch.bfloat16),
+    Case(dim=64, tokens=40, kind="flat", bits=4, scale="none"),
+    Case(dim=64, tokens=20, kind="uniform", positions=60),
+    Case(dim=80, tokens=1, batch=5, wide=True),
+    Case(dim=200, tokens=5),
+]
+
+
 @interpreted
 @pytest.mark.parametrize("case", PACKED, ids=str)
 def test_pack(case: Case) -> None:
     from turboesm_kernels.pack import pack  # needs Triton
 
     check_pack(case, pack)
+
+
+@interpreted
+@pytest.mark.parametrize("start", [0, 2])
+@pytest.mark.parametrize("case", FROM_SINKS, ids=str)
+def test_pack_from_sinks(case: Case, start: int) -> None:
+    from turboesm_kernels.pack import pack  # needs Triton
+
+    check_sinks(case, pack, start)
+
+
+@pytest.mark.parametrize("start", [0, 2])
+@pytest.mark.parametrize("backend", ["lookup", "torch", pytest.param("compiled", marks=compiled)])
+@pytest.mark.parametrize("case", FROM_SINKS, ids=str)
+def test_pack_from_sinks_without_triton(case: Case, backend: dispatch.Backend, start: int) -> None:
+    check_sinks(case, partial(dispatch.append, backend=backend), start)
 
 
 @pytest.mark.parametrize("backend", ["lookup", pytest.param("compiled", marks=compiled)])
@@ -711,6 +765,16 @@ def test_pack_on_gpu(case: Case) -> None:
     from turboesm_kernels.pack import pack
 
     check_pack(case, pack, "cuda")
+
+
+@pytest.mark.gpu
+@no_gpu
+@pytest.mark.parametrize("start", [0, 2])
+@pytest.mark.parametrize("case", [*FROM_SINKS, Case(dim=256, tokens=100), Case(dim=128, tokens=40)], ids=str)
+def test_pack_from_sinks_on_gpu(case: Case, start: int) -> None:
+    from turboesm_kernels.pack import pack
+
+    check_sinks(case, pack, start, "cuda")
 
 
 @interpreted

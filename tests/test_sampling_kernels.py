@@ -54,9 +54,9 @@ def test_draws_what_torch_draws(plan: Sampling, device: str, monkeypatch: pytest
     logits[0], logits[1] = 0.0, -80.0  # all alike; and but for one next to nothing
     logits[1, 7] = 5.0
     chances = torch.linspace(0, 1 - 2**-24, rows)
-    places = draw(logits.to(device)[:, :], chances.to(device), plan.temperature, plan.top_p).cpu()
-    expected = sampling.sample(ESM2_ALPHABET, logits.double(), chances.double(), plan)
-    assert torch.equal(torch.tensor(ESM2_ALPHABET.residues)[places], expected)
+    given = (x.to(device) for x in (logits, torch.tensor(ESM2_ALPHABET.residues), chances))
+    found = draw(*given, plan.temperature, plan.top_p).cpu()
+    assert torch.equal(found, sampling.sample(ESM2_ALPHABET, logits.double(), chances.double(), plan))
 
 
 @pytest.mark.parametrize("device", RUNS)
@@ -65,7 +65,7 @@ def test_refuses_what_it_does_not_draw_from(shape: tuple[int, ...], device: str)
     from turboesm_kernels.sampling import draw
 
     with pytest.raises(ValueError, match=r"draw|unpack"):
-        draw(torch.zeros(shape, device=device), torch.zeros(5, device=device), 1.0, 1.0)
+        draw(torch.zeros(shape, device=device), torch.arange(20), torch.zeros(5, device=device), 1.0, 1.0)
 
 
 @pytest.mark.parametrize("device", RUNS)

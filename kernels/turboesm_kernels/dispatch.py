@@ -60,18 +60,26 @@ def append(
 ) -> None:
     """Pack keys (after RoPE) and values float [B, H, n, d] into `held` from token `start` on, sinks counted.
 
-    `start` is one number for all sequences, or int [B] on the device for n = 1: then nothing is synchronized, and
-    it is safe in a CUDA graph; where it is a sink's, packed token 0 is overwritten. The angles of packed token i
-    are row i of `held.rope`. `backend` "torch" packs with the plain reference, "lookup" without compiled loops.
-    Raises ValueError where the tokens do not fit.
+    `start` is one number for all sequences, and those of the tokens that are sinks are kept whole; or it is int
+    [B] on the device for n = 1: then nothing is synchronized, so that it is safe in a CUDA graph; where it is a
+    sink's, packed token 0 is overwritten. The angles of packed token i are row i of `held.rope`. `backend` "torch"
+    packs with the plain reference, "lookup" without compiled loops. Raises ValueError where tokens do not fit.
     """
-    if isinstance(start, int) and not held.sinks <= start <= held.sinks + held.tokens - k.shape[2]:
+    if isinstance(start, int) and not 0 <= start <= held.sinks + held.tokens - k.shape[2]:
         raise ValueError(f"{k.shape[2]} tokens from {start} on do not fit in {held.sinks} and {held.tokens}")
-    if _packs_with_triton(k, layer, backend):
+    if _packs_with_triton(k, layer, backend) and held.tokens:
         from turboesm_kernels.pack import pack
 
         pack(k, v, layer, held, start)
         return
+    if isinstance(start, int) and start < held.sinks:
+        kept = min(held.sinks - start, k.shape[2])
+        for x, sinks in ((k, held.sink_k), (v, held.sink_v)):
+            assert sinks is not None
+            sinks[:, :, start : start + kept] = x[:, :, :kept]
+        k, v, start = k[:, :, kept:], v[:, :, kept:], start + kept
+        if not k.shape[2]:
+            return
     if backend in (None, "compiled") and cpu_compiled.packs(layer, held):
         cpu_compiled.append(k, v, layer, held, start)
         return

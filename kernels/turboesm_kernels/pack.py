@@ -111,13 +111,14 @@ def _turns(analysis, head, dim, axis, HEADS: tl.constexpr, DIM: tl.constexpr, AX
 def pack_rows(
     x, x_b, x_h, x_t, x_d, starts, first_token, batches, tokens, head, block,
     centre, analysis, factors, coded_norm, grid, widths, table_start, levels, thresholds, deviation, picks,
-    cos, sin, rope_t, rope_d, centre_at, positions, sinks,
+    cos, sin, rope_t, rope_d, centre_at, positions, sinks, sink, w_b, w_h, w_t, w_d,
     codes, c_b, c_h, c_word, c_token, words, scales, s_b, s_h,
     HEADS: tl.constexpr, DIM: tl.constexpr, AXES: tl.constexpr, DIM_PAD: tl.constexpr, AXES_PAD: tl.constexpr,
     LANES: tl.constexpr, WORDS: tl.constexpr, FIELDS: tl.constexpr, WIDEST: tl.constexpr,
     LEVELS: tl.constexpr, THRESHOLDS: tl.constexpr, SCALE: tl.constexpr, UNIFORM: tl.constexpr,
     PLANES: tl.constexpr, HAS_STARTS: tl.constexpr, ONE_TOKEN: tl.constexpr, TURNED: tl.constexpr,
-    POSITIONED: tl.constexpr, BLOCK: tl.constexpr, DIM_BLOCK: tl.constexpr, EARLY: tl.constexpr,
+    POSITIONED: tl.constexpr, HAS_SINKS: tl.constexpr, BLOCK: tl.constexpr, DIM_BLOCK: tl.constexpr,
+    EARLY: tl.constexpr,
 ):  # fmt: skip
     """`pack_kernel` for one side, head and block of rows (b, token).
 
@@ -144,6 +145,9 @@ def pack_rows(
     place = first_token + token
     if HAS_STARTS:
         place = tl.maximum(tl.load(starts + batch, mask=live, other=0).to(tl.int32) - first_token, 0) + token
+    kept = live & (place < 0)
+    if HAS_SINKS:
+        live = live & (place >= 0)
     half: tl.constexpr = DIM // 2
     y = tl.zeros((BLOCK, AXES_PAD), tl.float32)
     for first in tl.static_range(0, DIM_PAD, DIM_BLOCK):
@@ -152,8 +156,15 @@ def pack_rows(
             turns = _turns(analysis, head, dim, axis, HEADS, DIM, AXES)
             constant = tl.load(centre + head * DIM + dim, mask=dim < DIM, other=0.0)
         inside = live[:, None] & (dim < DIM)[None, :]
+        if HAS_SINKS:
+            inside = (live | kept)[:, None] & (dim < DIM)[None, :]
         at = x + (batch * x_b + head * x_h + token.to(tl.int64) * x_t)[:, None] + dim[None, :] * x_d
         value = tl.load(at, mask=inside, other=0.0).to(tl.float32)
+        if HAS_SINKS:
+            into = (batch * w_b + head * w_h + (place + sinks) * w_t)[:, None] + dim[None, :] * w_d
+            whole = kept[:, None] & (dim < DIM)[None, :]
+            tl.store(sink + into, value.to(sink.dtype.element_ty), mask=whole)
+            inside = live[:, None] & (dim < DIM)[None, :]
         if TURNED:
             partner = tl.where(dim < half, dim + half, dim - half)
             other = tl.load(centre + head * DIM + partner, mask=dim < DIM, other=0.0)
@@ -220,6 +231,7 @@ def pack_kernel(
     cos, sin, rope_t, rope_d, centre_at, positions, sinks,
     k_codes, kc_b, kc_h, kc_word, kc_token, k_words, k_scales, ks_b, ks_h,
     v_codes, vc_b, vc_h, vc_plane, vc_token, v_words, v_scales, vs_b, vs_h,
+    sink_k, sk_b, sk_h, sk_t, sk_d, sink_v, sv_b, sv_h, sv_t, sv_d,
     HEADS: tl.constexpr, DIM: tl.constexpr, DIM_PAD: tl.constexpr, K_LANES: tl.constexpr, V_LANES: tl.constexpr,
     K_AXES: tl.constexpr, K_PAD: tl.constexpr, K_WORDS: tl.constexpr, K_FIELDS: tl.constexpr,
     K_WIDEST: tl.constexpr, K_LEVELS: tl.constexpr, K_THRESHOLDS: tl.constexpr, K_SCALE: tl.constexpr,
@@ -228,7 +240,7 @@ def pack_kernel(
     V_WIDEST: tl.constexpr, V_LEVELS: tl.constexpr, V_THRESHOLDS: tl.constexpr, V_SCALE: tl.constexpr,
     V_UNIFORM: tl.constexpr,
     HAS_STARTS: tl.constexpr, ONE_TOKEN: tl.constexpr, TURNED: tl.constexpr, POSITIONED: tl.constexpr,
-    DIM_BLOCK: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr,
+    HAS_SINKS: tl.constexpr, DIM_BLOCK: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """Compress k and v [B, H, n, d] into a cache from packed token start[b] on.
 
@@ -241,6 +253,7 @@ def pack_kernel(
     [T, d] of packed token 0 on, centre_at f16 [H, `positions`, d], for packed token j at j + `sinks` (`SideSpec`;
     a model that has it turns nothing). `first_token` is the first packed token's number, or what to subtract from
     `starts` int [B]. Codes' words are WORDS at most, `k_words` or `v_words` of them stored.
+    Where HAS_SINKS, rows before packed token 0 go as they are into sink_k, sink_v, any float [B, H, `sinks`, d].
     Program (h, r, s): the r-th block of rows (b, token) of head h, keys where s is 0.
     """
     head, block = tl.program_id(0), tl.program_id(1)
@@ -249,22 +262,22 @@ def pack_kernel(
             k, k_b, k_h, k_t, k_d, starts, first_token, batches, tokens, head, block,
             k_centre, k_analysis, k_factors, k_norm, k_grid, k_widths, k_start, k_levels, k_thresholds,
             k_deviation, k_picks,
-            cos, sin, rope_t, rope_d, centre_at, positions, sinks,
+            cos, sin, rope_t, rope_d, centre_at, positions, sinks, sink_k, sk_b, sk_h, sk_t, sk_d,
             k_codes, kc_b, kc_h, kc_word, kc_token, k_words, k_scales, ks_b, ks_h,
             HEADS, DIM, K_AXES, DIM_PAD, K_PAD, K_LANES, K_WORDS, K_FIELDS, K_WIDEST, K_LEVELS,
-            K_THRESHOLDS, K_SCALE, K_UNIFORM, False, HAS_STARTS, ONE_TOKEN, TURNED, POSITIONED, BLOCK,
-            DIM_BLOCK, EARLY,
+            K_THRESHOLDS, K_SCALE, K_UNIFORM, False, HAS_STARTS, ONE_TOKEN, TURNED, POSITIONED, HAS_SINKS,
+            BLOCK, DIM_BLOCK, EARLY,
         )  # fmt: skip
     else:
         pack_rows(
             v, v_b, v_h, v_t, v_d, starts, first_token, batches, tokens, head, block,
             v_centre, v_analysis, v_factors, v_norm, v_grid, v_widths, v_start, v_levels, v_thresholds,
             v_deviation, v_picks,
-            cos, sin, rope_t, rope_d, centre_at, positions, sinks,
+            cos, sin, rope_t, rope_d, centre_at, positions, sinks, sink_v, sv_b, sv_h, sv_t, sv_d,
             v_codes, vc_b, vc_h, vc_plane, vc_token, v_words, v_scales, vs_b, vs_h,
             HEADS, DIM, V_AXES, DIM_PAD, V_PAD, V_LANES, V_WORDS, V_FIELDS, V_WIDEST, V_LEVELS,
-            V_THRESHOLDS, V_SCALE, V_UNIFORM, True, HAS_STARTS, ONE_TOKEN, False, False, BLOCK,
-            DIM_BLOCK, EARLY,
+            V_THRESHOLDS, V_SCALE, V_UNIFORM, True, HAS_STARTS, ONE_TOKEN, False, False, HAS_SINKS,
+            BLOCK, DIM_BLOCK, EARLY,
         )  # fmt: skip
 
 
@@ -277,9 +290,12 @@ def pack(k: Tensor, v: Tensor, layer: PreparedLayer, held: Held, start: int | Te
     given, constants = pack_operands(k, v, layer, held, start)
     block = STEP_ROWS if tokens == 1 else PROMPT_ROWS
     early = launches_early(k)
+    keeps = isinstance(start, int) and start < held.sinks
+    whole = (held.sink_k, held.sink_v) if held.sink_k is not None and held.sink_v is not None else (k, v)
     launch(
-        pack_kernel, (heads, -(-batch * tokens // block), 2), *given, **constants, BLOCK=block, EARLY=early,
-        num_warps=warps_for(dim), **early_launch(early),
+        pack_kernel, (heads, -(-batch * tokens // block), 2),
+        *given, whole[0], *whole[0].stride(), whole[1], *whole[1].stride(),
+        **constants, HAS_SINKS=keeps, BLOCK=block, EARLY=early, num_warps=warps_for(dim), **early_launch(early),
     )  # fmt: skip
 
 
@@ -291,7 +307,10 @@ def warps_for(dim: int) -> int:
 def pack_operands(
     k: Tensor, v: Tensor, layer: PreparedLayer, held: Held, start: int | Tensor
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """What `pack_kernel` takes for `pack`: operands, and constants but for BLOCK and EARLY. Raises ValueError."""
+    """What `pack_kernel` takes for `pack`: operands but sinks, constants but HAS_SINKS, BLOCK and EARLY.
+
+    Raises ValueError.
+    """
     _validate(k, v, layer, held)
     batch, heads, tokens, dim = k.shape
     centre_at = layer.k.spec.centre_at

@@ -21,13 +21,14 @@ NOISE_BLOCK = 1024
 
 @triton.jit
 def draw_kernel(
-    logits, l_r, l_k, chances, out, temperature, top_p, KINDS: tl.constexpr, PAD: tl.constexpr, EARLY: tl.constexpr
-):
-    """out = the place of the kind whose share of softmax(logits / temperature), cumulated, chances falls into.
+    logits, l_r, l_k, ids, chances, out, temperature, top_p,
+    KINDS: tl.constexpr, PAD: tl.constexpr, EARLY: tl.constexpr,
+):  # fmt: skip
+    """out = the id of the kind whose share of softmax(logits / temperature), cumulated, chances falls into.
 
     The likeliest kind comes first, of equal ones the first; only those count before which less than top_p has
-    come, and the first of all. logits any float [B, KINDS], chances f32 [B] in 0..1, out int64 [B]. Program b: row
-    b.
+    come, and the first of all. logits any float [B, KINDS], ids int64 [KINDS], chances f32 [B] in 0..1, out int64
+    [B]. Program b: row b.
     """
     row = tl.program_id(0).to(tl.int64)
     place = tl.arange(0, PAD)
@@ -46,22 +47,23 @@ def draw_kernel(
     share = tl.load(chances + row) * tl.sum(tl.where(kept, weight, 0.0), 0)
     passed = tl.sum((kept & (before + weight <= share)).to(tl.int32), 0)
     chosen = tl.minimum(passed, tl.sum(kept.to(tl.int32), 0) - 1)
-    tl.store(out + row, tl.max(tl.where(own & (rank == chosen), place, 0), 0).to(tl.int64))
+    own_id = tl.load(ids + place, mask=own, other=0)
+    tl.store(out + row, tl.max(tl.where(own & (rank == chosen), own_id, 0), 0))
 
 
-def draw(logits: Tensor, chances: Tensor, temperature: float, top_p: float) -> Tensor:
-    """Places int64 [B] in rows of logits float [B, V], V up to `MOST_KINDS`; see `draw_kernel`.
+def draw(logits: Tensor, ids: Tensor, chances: Tensor, temperature: float, top_p: float) -> Tensor:
+    """Some of ids int64 [V], V up to `MOST_KINDS`, int64 [B], by rows of logits float [B, V]; see `draw_kernel`.
 
     temperature above 0, chances float32 [B]. Nothing is synchronized. Raises ValueError where shapes do not agree.
     """
     rows, kinds = logits.shape
-    if kinds > MOST_KINDS or chances.shape != (rows,):
+    if kinds > MOST_KINDS or ids.shape != (kinds,) or chances.shape != (rows,):
         raise ValueError(f"cannot draw from {list(logits.shape)} by {list(chances.shape)} numbers")
     out = torch.empty((rows,), dtype=torch.int64, device=logits.device)
     early = launches_early(logits)
     launch(
         draw_kernel, (rows,),
-        logits, *logits.stride(), chances.contiguous(), out, float(temperature), float(top_p),
+        logits, *logits.stride(), ids.contiguous(), chances.contiguous(), out, float(temperature), float(top_p),
         KINDS=kinds, PAD=padded(kinds, 1), EARLY=early, num_warps=1, **early_launch(early),
     )  # fmt: skip
     return out

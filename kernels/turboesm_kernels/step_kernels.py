@@ -50,22 +50,22 @@ def append_and_project_kernel(
             k, k_b, k_h, k_t, k_d, starts, first_token, batches, tokens, head, block,
             k_centre, k_analysis, k_factors, k_norm, k_grid, k_widths, k_start, k_levels, k_thresholds,
             k_deviation, k_picks,
-            cos, sin, rope_t, rope_d, centre_at, positions, sinks,
+            cos, sin, rope_t, rope_d, centre_at, positions, sinks, k, 0, 0, 0, 0,
             k_codes, kc_b, kc_h, kc_word, kc_token, k_words, k_scales, ks_b, ks_h,
             HEADS, DIM, K_AXES, DIM_PAD, K_PAD, K_LANES, K_WORDS, K_FIELDS, K_WIDEST, K_LEVELS,
-            K_THRESHOLDS, K_SCALE, K_UNIFORM, False, HAS_STARTS, ONE_TOKEN, TURNED, POSITIONED, BLOCK,
-            DIM_BLOCK, EARLY,
+            K_THRESHOLDS, K_SCALE, K_UNIFORM, False, HAS_STARTS, ONE_TOKEN, TURNED, POSITIONED, False,
+            BLOCK, DIM_BLOCK, EARLY,
         )  # fmt: skip
     elif (part == 1) & (block * BLOCK < batches):
         pack_rows(
             v, v_b, v_h, v_t, v_d, starts, first_token, batches, tokens, head, block,
             v_centre, v_analysis, v_factors, v_norm, v_grid, v_widths, v_start, v_levels, v_thresholds,
             v_deviation, v_picks,
-            cos, sin, rope_t, rope_d, centre_at, positions, sinks,
+            cos, sin, rope_t, rope_d, centre_at, positions, sinks, v, 0, 0, 0, 0,
             v_codes, vc_b, vc_h, vc_plane, vc_token, v_words, v_scales, vs_b, vs_h,
             HEADS, DIM, V_AXES, DIM_PAD, V_PAD, V_LANES, V_WORDS, V_FIELDS, V_WIDEST, V_LEVELS,
-            V_THRESHOLDS, V_SCALE, V_UNIFORM, True, HAS_STARTS, ONE_TOKEN, False, False, BLOCK,
-            DIM_BLOCK, EARLY,
+            V_THRESHOLDS, V_SCALE, V_UNIFORM, True, HAS_STARTS, ONE_TOKEN, False, False, False,
+            BLOCK, DIM_BLOCK, EARLY,
         )  # fmt: skip
     elif (part == 2) & (block * FOLD_BLOCK < rows):
         fold_rows(

@@ -56,6 +56,8 @@ class DenseCache(Ragged):
     def rows(self, start: int, stop: int) -> Self:
         """Sequences start..stop - 1: a view of the same memory."""
         part = super().rows(start, stop)
+        if part is self:
+            return self
         part._store = self._store[:, :, start:stop]
         part._index = self._index[start:stop]
         part._scales = None if self._scales is None else self._scales[:, :, start:stop]

@@ -108,6 +108,8 @@ class PackedCache(Ragged):
     def rows(self, start: int, stop: int) -> Self:
         """Sequences start..stop - 1: a view of the same memory."""
         part = super().rows(start, stop)
+        if part is self:
+            return self
         part._packed_starts = self._packed_starts[start:stop]
         part._layers = [store.rows(start, stop) for store in self._layers]
         return part
@@ -147,21 +149,19 @@ class PackedCache(Ragged):
         if prepared is None:
             put(store.tokens, tokens.to(store.tokens.dtype), start, 1)
             return
-        sinks = store.sinks
-        if sinks and self.shortest < sinks:
+        if isinstance(start, int):
+            dispatch.append(k, v, prepared, self._held_by(layer), start, self._backend)
+            return
+        if self.shortest < store.sinks:
             store.put_sinks(k, v, start)
-            if isinstance(start, int):
-                k, v = (x[:, :, max(0, sinks - start) :] for x in (k, v))
-        if k.shape[2] and store.room:
-            first = max(sinks, start) if isinstance(start, int) else start
-            if first is self.starts and (step := self._step(layer)) is not None:
-                step.writing.append(k, v, first)
-                return
-            pair = self._codec.pairs[layer] if self._backend is None and first is self.starts else None
-            if pair is None:
-                dispatch.append(k, v, prepared, self._held_by(layer), first, self._backend)
-            else:
-                store.put(*pair.compress(k, v, self._angles), self._packed_starts)
+        if not store.room:
+            return
+        if (step := self._step(layer)) is not None:
+            step.writing.append(k, v, start)
+        elif self._backend is None and (pair := self._codec.pairs[layer]) is not None:
+            store.put(*pair.compress(k, v, self._angles), self._packed_starts)
+        else:
+            dispatch.append(k, v, prepared, self._held_by(layer), start, self._backend)
 
     def attend(self, layer: int, q: Tensor) -> Tensor:
         """Attention of q [B, H, Q, d] over all that `layer` holds."""
@@ -372,13 +372,9 @@ class _LayerStore:
             if found.scales is not None:
                 put(self.tensors[f"{name}.scales"], found.scales, start, 2)
 
-    def put_sinks(self, k: Tensor, v: Tensor, start: int | Tensor) -> None:
-        """Keep what of k, v [B, H, T, d] from token `start` on are sinks."""
+    def put_sinks(self, k: Tensor, v: Tensor, start: Tensor) -> None:
+        """Keep k, v [B, H, 1, d] of sequences whose token, number `start` int [B], is a sink."""
+        there = (torch.arange(self.sinks, device=k.device) == start[:, None])[:, None, :, None]
         for name, x in (("k", k), ("v", v)):
             into = self.tensors[f"{name}.sinks"]
-            if isinstance(start, int):
-                kept = max(0, min(self.sinks - start, x.shape[2]))
-                into[:, :, start : start + kept] = x[:, :, :kept]
-            else:
-                there = (torch.arange(self.sinks, device=x.device) == start[:, None])[:, None, :, None]
-                into.copy_(torch.where(there, x.to(SINK_DTYPE), into))
+            into.copy_(torch.where(there, x.to(SINK_DTYPE), into))

@@ -124,7 +124,9 @@ class Ragged:
             own.copy_(theirs.index_select(0, sequences))
 
     def rows(self, start: int, stop: int) -> Self:
-        """Sequences start..stop - 1: a view of the same memory."""
+        """Sequences start..stop - 1: a view of the same memory; of all of them, this cache itself."""
+        if (start, stop) == (0, self.batch):
+            return self
         part = copy.copy(self)
         for name in ("lengths", "starts", "unmasked", "_held", "_from"):
             setattr(part, name, getattr(self, name)[start:stop])

@@ -29,6 +29,9 @@ from turboesm_cli.outputs.work import Tensors
 LOOK_EVERY = 8
 """Steps on a GPU between looks at which sequences have ended: each look waits for the device."""
 
+REHEARSED = 100
+"""Tokens of the prompt that kernels are compiled with: a short one takes others (`linear.MOST_ROWS`)."""
+
 CPU_SLOTS = 8
 """Slots of a CPU's batch, which are there however few proteins there are: rows of matrix products have the same
 bits whatever the others hold, as long as their number stays (tested in `tests/test_engine.py`)."""
@@ -106,6 +109,26 @@ class Stepper:
             if model.device.type == "cuda" and has_triton()
             else None
         )
+
+    def make_ready(self) -> None:
+        """Compile for a GPU what prompts and steps will launch, all at once: they would do it one by one.
+
+        The cache has to be empty, and is left so.
+        """
+        if self._joint is None or self.cache.capacity < 2:
+            return
+        from turboesm_kernels import compiling
+
+        compiling.compile_ahead(self._rehearse)
+        self.cache.truncate(0)
+
+    def _rehearse(self) -> None:
+        """A prompt and a step, of whose numbers nothing comes."""
+        residues = self.model.alphabet.random(self.cache.batch, min(REHEARSED, self.cache.capacity - 1))
+        self.prefill(0, [residues[0]])
+        hidden = self.step(residues[:, 0].to(self.model.device))
+        if self.model.has_lm_head:
+            self.model.logits(hidden)
 
     def enter(self, start: int, jobs: Sequence[Job]) -> None:
         """Fill the slots from `start` on with prompts."""
@@ -279,6 +302,7 @@ class Batch(Generic[TaskT]):
 
     def _run(self, waiting: _Queue, active: dict[int, _Active]) -> Iterator[tuple[int, Tensors]]:
         stepper = Stepper(self._model, self._new_cache(self._slots, self._capacity))
+        stepper.make_ready()
         task = self._new_task(self._slots)
         graph = Graph(lambda: task.step(stepper), stepper.cache, self._sinks)
         steps = 0

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from turboesm_cli.cache.dense import DenseCache
 from turboesm_cli.codec.fit import CodecSpec
-from turboesm_cli.engine.batch import Graph, Stepper
+from turboesm_cli.engine.batch import LOOK_EVERY, Graph, Stepper
 from turboesm_cli.engine.jobs import new_cache
 from turboesm_cli.engine.memory_plan import PREFILL_TOKENS, RESERVED, sequence_bytes
 from turboesm_cli.evaluation import timing
@@ -196,12 +196,21 @@ def first_tokens(
 def decode_steps(
     step: Callable[[], object], rewind: Callable[[], object], device: torch.device, repeats: int
 ) -> timing.Timing:
-    """Of the step alone, rewound each time; the first four warm up and capture."""
-    samples = []
-    for _ in range(repeats + 4):
-        samples.append(timing.once(step, device))
+    """Of the step alone, rewound each time; the first four warm up and capture.
+
+    On a GPU of so many after one another as `decode` waits for at once.
+    """
+    row = LOOK_EVERY if device.type == "cuda" else 1
+
+    def steps() -> None:
+        for _ in range(row):
+            step()
+            rewind()
+
+    for _ in range(4):
+        step()
         rewind()
-    return timing.Timing.of(samples[4:])
+    return timing.Timing.of([timing.once(steps, device) / row for _ in range(repeats)])
 
 
 def largest_batch(model: Model, kind: Kind, context: int, memory: int, planned: int) -> Throughput | None:

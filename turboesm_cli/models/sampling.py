@@ -66,9 +66,9 @@ def sample(alphabet: Alphabet, logits: Tensor, chances: Tensor, sampling: Sampli
     if sampling.temperature < COLDEST:
         return tokens[logits.argmax(-1)]
     if by_kernel(logits):
-        from turboesm_kernels.sampling import draw as draw_places
+        from turboesm_kernels.sampling import draw as draw_by_kernel
 
-        return tokens[draw_places(logits, chances, sampling.temperature, sampling.top_p)]
+        return draw_by_kernel(logits, tokens, chances, sampling.temperature, sampling.top_p)
     weights, order = (logits / sampling.temperature).softmax(-1).sort(dim=-1, descending=True, stable=True)
     before = weights.cumsum(-1) - weights
     weights = torch.where(before < sampling.top_p, weights, 0.0)

@@ -291,18 +291,21 @@ def fast_attend_split_kernel(
     split = tl.program_id(1)
     pair = pair_row // QUERIES
     batch, head = pair // HEADS, pair % HEADS
-    end = tokens
+    last = tokens
     if HAS_LENGTHS:
-        end = tl.minimum(tl.maximum(tl.load(lengths + batch).to(tl.int32) - sinks, 0), tokens)
+        last = tl.minimum(tl.maximum(tl.load(lengths + batch).to(tl.int32) - sinks, 0), tokens)
     begin = split * chunk
-    end = tl.minimum(end, begin + chunk)
+    end = tl.minimum(last, begin + chunk)
 
     lane = tl.arange(0, 32)
     g, t = lane // 4, lane % 4
     k_own, v_own = lane * 4, g // 4 * 64 + t * 16  # a lane's first token in a block
     if EARLY:
         gdc_launch_dependents()
-        if end <= begin + BLOCK:  # among the first tokens is the newest, which the kernel before may be packing
+        ends = end  # in a register anyway; of ranges of one block only the last has the newest token
+        if ONE_BLOCK:
+            ends = last
+        if ends <= begin + BLOCK:  # among the first tokens is the newest, which the kernel before may be packing
             gdc_wait()
     # The query was there before the kernel before began, and other codes do not wait for that either. They come
     # last: loads return in order.

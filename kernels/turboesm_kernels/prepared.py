@@ -128,6 +128,18 @@ class PreparedSide:
         return None if self._steps is None else grid_of(self.spec, self._steps)
 
     @cached_property
+    def line(self) -> Tensor | None:
+        """float32 [H, 2, A]: a, b of each level a code - b, both 0 where there is no code; None where none are."""
+        if self._steps is None:
+            return None
+        profiles = [self.spec.profiles[index] for index in self.spec.profile_of_head]
+        rows = [
+            [(step := own.get(width, 0.0) if width else 0.0, step * _middle(width)) for width in profile.widths]
+            for own, profile in zip(self._steps, profiles, strict=True)
+        ]
+        return torch.tensor(rows, device=self.spec.centre.device).mT.contiguous()
+
+    @cached_property
     def pack_tables(self) -> Fixed:
         """The tables of a side that `pack_kernel` takes, in its order."""
         spec = self.spec

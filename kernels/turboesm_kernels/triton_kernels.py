@@ -138,7 +138,10 @@ def _levels(
     codes, c_word, c_token, c_lane, pieces, start, table, token, valid, head,
     AXES: tl.constexpr, AXES_PAD: tl.constexpr, PIECES: tl.constexpr, TABLE: tl.constexpr,
 ):  # fmt: skip
-    """Levels f32 [tokens, AXES_PAD] of one sequence and head: gather each code's pieces, then its level."""
+    """Levels f32 [tokens, AXES_PAD] of one sequence and head: gather each code's pieces, then its level.
+
+    TABLE 0: levels are on a uniform grid, and `table` is `PreparedSide.line`.
+    """
     axis = tl.arange(0, AXES_PAD)
     own = axis < AXES
     code = tl.zeros((token.shape[0], AXES_PAD), tl.int32)
@@ -153,6 +156,10 @@ def _levels(
         there = codes + token[:, None].to(tl.int64) * c_token + at[None, :]
         byte = tl.load(there, mask=valid[:, None] & (bits > 0)[None, :], other=0).to(tl.int32)
         code |= ((byte >> shift[None, :]) & bits[None, :]) << low[None, :]
+    if TABLE == 0:
+        step = tl.load(table + head * 2 * AXES + axis, mask=own, other=0.0)
+        zero = tl.load(table + head * 2 * AXES + AXES + axis, mask=own, other=0.0)
+        return code.to(tl.float32) * step[None, :] - zero[None, :]
     first = tl.load(start + head * AXES + axis, mask=own, other=TABLE - 1)
     return tl.load(table + head * TABLE + first[None, :] + code)
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from turboesm_kernels.launch import early_launch, is_roomy, launch, processors
 from turboesm_kernels.operands import Held, PreparedLayer
-from turboesm_kernels.prepared import dims_at_once, padded
+from turboesm_kernels.prepared import PreparedSide, dims_at_once, padded
 from turboesm_kernels.reference import Packed
 from turboesm_kernels.triton_kernels import (
     attend_split_kernel,
@@ -29,6 +29,9 @@ FINISH_TILE, SPLIT_BLOCK = 8192, 64
 
 EARLY_MAP = 8192
 """Numbers of a head's value map up to which `combine` reads it before it waits for the ranges."""
+
+TILE = 4096
+"""Codes that a program takes apart at once, on a GPU."""
 
 WAVES = 8
 """Programs a multiprocessor is given before ranges of tokens are made longer instead of more."""
@@ -59,7 +62,7 @@ def attend(q: Tensor, held: Held, layer: PreparedLayer) -> Tensor:
     """`dispatch.attend` with the portable kernels; the inputs are validated already."""
     folded, bias = project_query(q, held, layer)
     # The interpreter pays by the operation, a GPU by the register.
-    block = max(16, 1024 // padded(layer.k.axes)) if q.is_cuda else 256
+    block = max(16, TILE // padded(layer.k.axes)) if q.is_cuda else 256
     chunk = chunk_of(q, held.tokens, block)
     splits = max(1, -(-held.tokens // chunk))
     partials = Partials.empty(q, splits, layer.v.axes)
@@ -143,15 +146,25 @@ def _split(
     launch(
         attend_split_kernel, (batch * heads, partials.top.shape[3]),
         folded, folded if bias is None else bias, folded if held.lengths is None else held.lengths,
-        held.k.codes, *held.k.codes.stride(), *_scales(held.k), k.pieces, k.start, k.table,
-        held.v.codes, *held.v.codes.stride(), *_scales(held.v), v.pieces, v.start, v.table,
+        held.k.codes, *held.k.codes.stride(), *_scales(held.k), k.pieces, k.start, _levels(k),
+        held.v.codes, *held.v.codes.stride(), *_scales(held.v), v.pieces, v.start, _levels(v),
         partials.top, partials.mass, partials.out, held.tokens, chunk, held.sinks,
         HEADS=heads, QUERIES=queries, QUERY_PAD=1 if queries == 1 else padded(queries), BLOCK=block,
-        K_AXES=k.axes, K_PAD=padded(k.axes), K_PIECES=k.pieces.shape[1], K_TABLE=k.table.shape[1],
-        V_AXES=v.axes, V_PAD=padded(v.axes), V_PIECES=v.pieces.shape[1], V_TABLE=v.table.shape[1],
+        K_AXES=k.axes, K_PAD=padded(k.axes), K_PIECES=k.pieces.shape[1], K_TABLE=_table_size(k),
+        V_AXES=v.axes, V_PAD=padded(v.axes), V_PIECES=v.pieces.shape[1], V_TABLE=_table_size(v),
         HAS_BIAS=bias is not None, HAS_LENGTHS=held.lengths is not None,
         K_SCALED=held.k.scales is not None, V_SCALED=held.v.scales is not None,
     )  # fmt: skip
+
+
+def _levels(side: PreparedSide) -> Tensor:
+    """Levels by two numbers of each axis, or where they are on no grid a table."""
+    return side.table if side.line is None else side.line
+
+
+def _table_size(side: PreparedSide) -> int:
+    """Entries of a head's table; 0 where there is none."""
+    return side.table.shape[1] if side.line is None else 0
 
 
 def _scales(packed: Packed) -> tuple[Tensor | int, ...]:

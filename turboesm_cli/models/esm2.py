@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +21,9 @@ from turboesm_cli.models.shapes import Shape
 from turboesm_cli.models.weights import widened
 
 MASK_RATIO_IN_TRAINING = 0.15 * 0.8
+
+_EMBEDDED: WeakKeyDictionary[nn.Module, tuple[tuple[Any, ...], Tensor]] = WeakKeyDictionary()
+"""Of each network in use, which weights its embeddings were made of, and what `EsmModel.embed` takes of them."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +47,6 @@ class EsmModel:
     has_lm_head: bool
     is_random: bool = False
     note: str = ""
-    _kept: dict[str, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @property
     def device(self) -> torch.device:
@@ -110,9 +113,10 @@ class EsmModel:
         if torch.is_grad_enabled() or weight.is_inference():
             return self._embed_kinds(weight)
         version = (weight.data_ptr(), weight._version, weight.dtype, weight.device)
-        if self._kept.get("version") != version:
-            self._kept["version"], self._kept["embedded"] = version, self._embed_kinds(weight)
-        return self._kept["embedded"]
+        kept = _EMBEDDED.get(self.net)
+        if kept is None or kept[0] != version:
+            kept = _EMBEDDED[self.net] = version, self._embed_kinds(weight)
+        return kept[1]
 
     def _embed_kinds(self, weight: Tensor) -> Tensor:
         zero = torch.zeros(len(weight), 1, dtype=torch.bool, device=weight.device)

@@ -27,6 +27,7 @@ from turboesm_cli.codec.bundle import read_bundle, write_bundle
 from turboesm_cli.codec.calibration import calibrate
 from turboesm_cli.codec.fit import CodecSpec, fit
 from turboesm_cli.codec.recipes import RECIPES
+from turboesm_cli.engine.jobs import new_cache
 from turboesm_cli.engine.prefill import cache_protein
 from turboesm_cli.errors import BundleError
 from turboesm_cli.models import forward
@@ -157,6 +158,24 @@ def test_truncate_forgets(models: dict[int, EsmModel], statistics: dict[int, obj
     for layer in range(2):
         cache.append(layer, k[:, :, 6:], v[:, :, 6:], torch.zeros(1, 3, dtype=torch.int64))
     assert torch.equal(cache.keys_values(1)[0], once.keys_values(1)[0])
+
+
+@pytest.mark.parametrize("form", ["packed", "fp16", "int8", "fp8"])
+def test_what_is_wiped_is_zero(form: str, tiny: EsmModel, calibration_proteins: list[Protein]) -> None:
+    """Of so many tokens, whatever was there; the cache is empty."""
+    spec = calibrate(tiny, calibration_proteins[:12], RECIPES["flat"]).spec
+    cache = new_cache(tiny, spec, form, 2, 24)
+    cache.begin(20)
+    for tensor in cache.leading(24).values():
+        tensor.fill_(torch.nan if tensor.is_floating_point() else 1)
+    cache.wipe(20)
+    assert cache.length == 0 and not cache.lengths.any()
+    for name, tensor in cache.leading(20).items():
+        assert name == "unmasked" or not tensor.float().any(), name
+    left = [
+        tensor.float().nan_to_num(1.0).any() for name, tensor in cache.leading(24).items() if name != "unmasked"
+    ]
+    assert any(left)
 
 
 def test_a_full_cache_says_so(models: dict[int, EsmModel], statistics: dict[int, object]) -> None:

@@ -6,9 +6,11 @@ The GPU is not here: nothing is launched, and Triton compiles for one of capabil
 from __future__ import annotations
 
 import os
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -212,6 +214,42 @@ def test_children_that_hang_are_given_up(
     for child in children:
         with pytest.raises(ChildProcessError):
             os.waitpid(child, os.WNOHANG)
+
+
+def test_children_that_nobody_waits_for(compiled: list[str], children: list[int]) -> None:
+    """Where they are told to vanish, as daemons tell theirs."""
+    before = signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    try:
+        compiling.compile_ahead(gates(312, 328, 344))
+    finally:
+        signal.signal(signal.SIGCHLD, before)
+    gates(312, 328, 344)()
+    assert children and compiled == []
+
+
+@pytest.mark.parametrize("patience", [1.0, 30.0])
+def test_one_process_at_a_time_compiles(
+    patience: float, compiled: list[str], children: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Others wait for it, and not forever; what it has compiled then is on disk."""
+    fcntl = pytest.importorskip("fcntl")
+    monkeypatch.setattr(compiling, "PATIENCE", patience)
+    widths = [int(360 + patience), int(400 + patience), int(440 + patience)]
+    jobs = compiling.missing(gates(*widths))
+    folder = Path(triton.knobs.cache.dir)
+    folder.mkdir(parents=True)
+    with (folder / "turboesm.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with ThreadPoolExecutor(1) as other:
+            waiting = other.submit(compiling.compile_all, jobs)
+            time.sleep(0.5)
+            assert not children
+            if patience > 2:
+                compiling.in_children(jobs)
+                mine = len(children)
+                fcntl.flock(lock, fcntl.LOCK_UN)
+            waiting.result()
+    assert compiled == [] and len(children) == (mine if patience > 2 else min(3, compiling.cores()))
 
 
 def test_where_no_process_may_be_forked_threads_compile(

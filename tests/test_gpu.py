@@ -15,7 +15,7 @@ from turboesm_cli.cache.packed import PackedCache, PackedCodec
 from turboesm_cli.codec.calibration import calibrate
 from turboesm_cli.codec.fit import CodecSpec
 from turboesm_cli.codec.recipes import RECIPES
-from turboesm_cli.engine.batch import Batch, Job
+from turboesm_cli.engine.batch import Batch, Job, Stepper
 from turboesm_cli.engine.jobs import new_cache
 from turboesm_cli.engine.memory_plan import sequence_bytes
 from turboesm_cli.engine.tasks import Forced, Sampled
@@ -118,6 +118,29 @@ def test_graphs_step_as_eager_steps_do(
     eager = in_order(batch_of(wide, wide_spec, kind, jobs, slots).run(enumerate(jobs)))
     for a, b in zip(captured, eager, strict=True):
         assert torch.allclose(a, b, atol=1e-3)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_getting_ready_leaves_nothing_behind(
+    wide: EsmModel, wide_spec: CodecSpec, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Kernels that are not launched yet leave their results as the memory was: no numbers, here."""
+    from turboesm_kernels import compiling, launch
+
+    def poisoned(*shape: Any, **named: Any) -> torch.Tensor:
+        made = real(*shape, **named)
+        return made.fill_(torch.nan) if made.is_floating_point() else made.fill_(1)
+
+    cache = new_cache(wide, wide_spec, kind, 3, 140)
+    stepper, real = Stepper(wide, cache), torch.empty
+    monkeypatch.setattr(torch, "empty", poisoned)
+    monkeypatch.setattr(launch, "launch", lambda *given, **named: None)
+    monkeypatch.setattr(compiling, "compile_ahead", lambda run: run())
+    with torch.no_grad():
+        stepper.make_ready()
+    assert cache.length == 0 and not cache.lengths.any()
+    for name, tensor in cache.leading(140).items():
+        assert name == "unmasked" or not tensor.float().any(), name
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -10,17 +10,20 @@ Nothing depends on it. What is not there afterwards, for whatever reason, is com
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import select
 import signal
+import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
-from threading import get_ident
-from typing import Any
+from pathlib import Path
+from threading import RLock, get_ident
+from typing import IO, Any
 
 import triton
 from triton.compiler import ASTSource
@@ -29,6 +32,13 @@ from triton.runtime.driver import driver
 MOST_AT_ONCE = 16
 PATIENCE = 30.0
 """Seconds: the longest compilation takes a third of it on a slow machine that is busy."""
+
+SIGNALS = set(signal.Signals) & {
+    getattr(signal, name, signal.SIGTERM) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2")
+}
+
+_ONE_AT_A_TIME = RLock()
+"""Triton has one hook for all threads."""
 
 
 @dataclass(frozen=True)
@@ -54,8 +64,11 @@ def compile_ahead(run: Callable[[], object]) -> None:
     `run` has to launch kernels in this thread and to depend on nothing that they compute: they are not launched
     unless they are in memory.
     """
-    if not triton.knobs.runtime.interpret and (jobs := missing(run)):
-        compile_all(jobs)
+    if triton.knobs.runtime.interpret:
+        return
+    with _ONE_AT_A_TIME:
+        if jobs := missing(run):
+            compile_all(jobs)
 
 
 def missing(run: Callable[[], object]) -> list[Job]:
@@ -80,13 +93,35 @@ def missing(run: Callable[[], object]) -> list[Job]:
 def compile_all(jobs: Sequence[Job]) -> list[BaseException | None]:
     """Compile and load side by side: what each fails with. Its launch tries again, and says why."""
     kernels = from_disk(jobs)
-    absent = [job for job in jobs if job not in kernels]
-    if len(absent) > 1 and hasattr(os, "fork"):
-        in_children(absent)
+    if len(jobs) - len(kernels) > 1 and hasattr(os, "fork"):
+        with suppress(Exception), _alone():
+            kernels |= from_disk([job for job in jobs if job not in kernels])
+            in_children([job for job in jobs if job not in kernels])
     at, use = driver.active.get_current_device(), driver.active.set_current_device
     with ThreadPoolExecutor(min(len(jobs), cores(), MOST_AT_ONCE), initializer=use, initargs=(at,)) as pool:
         loading = [pool.submit(load, job, kernels.get(job)) for job in jobs]
         return [future.exception() for future in loading]
+
+
+@contextmanager
+def _alone() -> Iterator[None]:
+    """While no other process compiles into this cache, or after `PATIENCE` all the same: one for each GPU may."""
+    import fcntl
+
+    folder = Path(triton.knobs.cache.dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    until = time.monotonic() + PATIENCE
+    with (folder / "turboesm.lock").open("w") as lock:
+        while time.monotonic() < until:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                time.sleep(0.1)
+            except OSError:  # a file system without locks
+                break
+            else:
+                break
+        yield
 
 
 def load(job: Job, kernel: Any) -> None:
@@ -129,39 +164,56 @@ def in_children(jobs: Sequence[Job]) -> None:
 
     Gives up where none has ended for `PATIENCE`: a fork may wait forever for a thread that it lacks.
     """
-    stand_in = _NoDriver(driver.active.get_current_device())
-    (taken, given), (ended, ends) = os.pipe(), os.pipe()
-    os.write(given, bytes(range(min(len(jobs), 256))))
-    os.close(given)
+    stand_in, parent = _NoDriver(driver.active.get_current_device()), os.getpid()
     children: list[int] = []
-    try:
-        with warnings.catch_warnings(), suppress(OSError):  # fewer where there may be no more processes
-            warnings.simplefilter("ignore", DeprecationWarning)
-            for _ in range(min(len(jobs), cores(), MOST_AT_ONCE)):
-                if (child := os.fork()) == 0:
-                    _compile_and_exit(jobs, stand_in, taken, ends)
-                children.append(child)
-        os.close(ends)
-        while select.select([ended], [], [], PATIENCE)[0] and os.read(ended, 1):
+    with ExitStack() as stack:
+        pipes = [*zip(os.pipe(), "rw", strict=True), *zip(os.pipe(), "rw", strict=True)]
+        taken, given, ended, ends = (stack.enter_context(os.fdopen(fd, f"{way}b", 0)) for fd, way in pipes)
+        given.write(bytes(range(min(len(jobs), 256))))
+        given.close()
+        stack.callback(_end, children)
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # none unwinds this function in a child
+        try:
+            with warnings.catch_warnings(), suppress(OSError):  # fewer where there may be no more processes
+                warnings.simplefilter("ignore", DeprecationWarning)  # of forks beside threads
+                for _ in range(min(len(jobs), cores(), MOST_AT_ONCE)):
+                    if (child := os.fork()) == 0:
+                        _compile_and_exit(jobs, stand_in, parent, taken, ends)
+                    children.append(child)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        ends.close()
+        told = select.poll()
+        told.register(ended, select.POLLIN)
+        while told.poll(1000 * PATIENCE) and ended.read(1):
             pass
-    finally:
-        for child in children:
-            os.kill(child, signal.SIGKILL)
-            os.waitpid(child, 0)
-        os.close(taken)
-        os.close(ended)
 
 
-def _compile_and_exit(jobs: Sequence[Job], stand_in: _NoDriver, taken: int, ends: int) -> None:
-    """What a child does: take a job's number, compile it, tell that it has ended; until there are no more."""
+def _compile_and_exit(
+    jobs: Sequence[Job], stand_in: _NoDriver, parent: int, taken: IO[bytes], ends: IO[bytes]
+) -> None:
+    """What a child does: take a job's number, compile it, tell that it has ended; while there are more."""
     try:
+        gc.disable()  # what is the parent's to free may be on the GPU
+        for each in SIGNALS:
+            signal.signal(each, signal.SIG_DFL)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
         driver.set_active(stand_in)
-        while number := os.read(taken, 1):
+        while os.getppid() == parent and (number := taken.read(1)):
             with suppress(Exception):
                 jobs[number[0]].compiled()
-            os.write(ends, number)
+            ends.write(number)
     finally:
         os._exit(0)
+
+
+def _end(children: Sequence[int]) -> None:
+    """Stop those that have not ended."""
+    for child in children:
+        with suppress(ChildProcessError, ProcessLookupError):
+            if os.waitpid(child, os.WNOHANG) == (0, 0):
+                os.kill(child, signal.SIGKILL)
+                os.waitpid(child, 0)
 
 
 def cores() -> int:

@@ -105,6 +105,13 @@ class Ragged:
         self.lengths.clamp_(max=length)
         np.minimum(self._held, length, out=self._held)
 
+    def wipe(self, length: int) -> None:
+        """Forget all tokens, and leave zeros where each sequence's first `length` were: they may be no numbers."""
+        for name, tensor in self.leading(length).items():
+            if name != "unmasked":
+                tensor.zero_()
+        self.truncate(0)
+
     def rewind(self, count: int = 1) -> None:
         """Forget each sequence's last `count` tokens."""
         self._held -= count

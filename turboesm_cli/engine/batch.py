@@ -119,12 +119,14 @@ class Stepper:
             return
         from turboesm_kernels import compiling
 
-        compiling.compile_ahead(self._rehearse)
-        self.cache.truncate(0)
+        prompt = min(REHEARSED, self.cache.capacity - 1)
+        compiling.compile_ahead(lambda: self._rehearse(prompt))
+        self.cache.rows(0, 1).wipe(prompt + 1)
+        self.cache.wipe(1)
 
-    def _rehearse(self) -> None:
-        """A prompt and a step, of whose numbers nothing comes."""
-        residues = self.model.alphabet.random(self.cache.batch, min(REHEARSED, self.cache.capacity - 1))
+    def _rehearse(self, prompt: int) -> None:
+        """A prompt of so many tokens and a step, whose numbers are those of memory that nothing was written to."""
+        residues = self.model.alphabet.random(self.cache.batch, prompt)
         self.prefill(0, [residues[0]])
         hidden = self.step(residues[:, 0].to(self.model.device))
         if self.model.has_lm_head:

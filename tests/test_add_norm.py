@@ -7,8 +7,6 @@ imported.
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from interpreter import run_interpreted
 from torch import Tensor
 
 from turboesm_cli.models import forward, norms, random_shapes
@@ -43,11 +42,7 @@ INNER = [1, 40, 1024, 1500]
 @pytest.mark.skipif(INTERPRETED, reason="the child process")
 def test_interpreter() -> None:
     """Run the tests below on the CPU: Triton reads TRITON_INTERPRET when it is imported."""
-    pytest.importorskip("triton")
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+    run_interpreted(__file__)
 
 
 @pytest.fixture

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from interpreter import run_interpreted
 from kernel_cases import Case, angles, make, make_spec, relative_error
 from turboesm_kernels import cpu_compiled, dispatch, reference, token_layer, verify
 from turboesm_kernels.dispatch import BackendError
@@ -406,11 +407,7 @@ def test_strided_query() -> None:
 @pytest.mark.skipif(INTERPRETED, reason="the child process")
 def test_interpreter() -> None:
     """Run the tests above on the CPU: Triton reads TRITON_INTERPRET when it is imported."""
-    pytest.importorskip("triton")
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+    run_interpreted(__file__)
 
 
 @pytest.mark.gpu
@@ -706,6 +703,7 @@ def test_pack_without_triton(case: Case, backend: dispatch.Backend) -> None:
 
 
 ATTENDED = """
+from interpreter import run_interpreted
 from kernel_cases import Case, make
 from turboesm_kernels import dispatch
 print(dispatch.attend(*make(Case(tokens=200, dim=16, heads=4)), "compiled").numpy().tobytes().hex())

@@ -7,11 +7,10 @@ imported.
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 
 import pytest
 import torch
+from interpreter import run_interpreted
 from torch import Tensor
 
 from turboesm_cli.models import sampling
@@ -32,11 +31,7 @@ RUNS = [
 @pytest.mark.skipif(INTERPRETED, reason="the child process")
 def test_interpreter() -> None:
     """Run the tests below on the CPU: Triton reads TRITON_INTERPRET when it is imported."""
-    pytest.importorskip("triton")
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+    run_interpreted(__file__)
 
 
 def numbers(*shape: int) -> Tensor:

@@ -94,8 +94,9 @@ def compile_all(jobs: Sequence[Job]) -> list[BaseException | None]:
     """Compile and load side by side: what each fails with. Its launch tries again, and says why."""
     kernels = from_disk(jobs)
     if len(jobs) - len(kernels) > 1 and hasattr(os, "fork"):
-        with suppress(Exception), _alone():
-            kernels |= from_disk([job for job in jobs if job not in kernels])
+        with suppress(Exception), _alone() as waited:
+            if waited:
+                kernels |= from_disk([job for job in jobs if job not in kernels])
             in_children([job for job in jobs if job not in kernels])
     at, use = driver.active.get_current_device(), driver.active.set_current_device
     with ThreadPoolExecutor(min(len(jobs), cores(), MOST_AT_ONCE), initializer=use, initargs=(at,)) as pool:
@@ -104,24 +105,27 @@ def compile_all(jobs: Sequence[Job]) -> list[BaseException | None]:
 
 
 @contextmanager
-def _alone() -> Iterator[None]:
-    """While no other process compiles into this cache, or after `PATIENCE` all the same: one for each GPU may."""
+def _alone() -> Iterator[bool]:
+    """While no other process compiles into this cache, or after `PATIENCE` all the same: one for each GPU may.
+
+    Gives whether there was another.
+    """
     import fcntl
 
-    folder = Path(triton.knobs.cache.dir)
-    folder.mkdir(parents=True, exist_ok=True)
-    until = time.monotonic() + PATIENCE
-    with (folder / "turboesm.lock").open("w") as lock:
-        while time.monotonic() < until:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                time.sleep(0.1)
-            except OSError:  # a file system without locks
-                break
-            else:
-                break
-        yield
+    waited = False
+    with ExitStack() as stack:
+        with suppress(OSError):  # where no file can be written, or locked
+            folder, until = Path(triton.knobs.cache.dir), time.monotonic() + PATIENCE
+            folder.mkdir(parents=True, exist_ok=True)
+            lock = stack.enter_context((folder / "turboesm.lock").open("w"))
+            while time.monotonic() < until:
+                try:
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                except BlockingIOError:
+                    waited = True
+                    time.sleep(0.1)
+        yield waited
 
 
 def load(job: Job, kernel: Any) -> None:

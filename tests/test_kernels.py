@@ -696,6 +696,16 @@ def test_pack_from_sinks_without_triton(case: Case, backend: dispatch.Backend, s
     check_sinks(case, partial(dispatch.append, backend=backend), start)
 
 
+def test_sinks_that_do_not_fit_are_refused_before_anything_is_written() -> None:
+    _, held, layer = make(Case(tokens=8, sinks=2))
+    k = torch.randn(2, 2, 4, 64)
+    before = held.k.codes.clone()
+    for wrong in (replace(held, sink_v=None), replace(held, sink_k=k[:1, :, :2], sink_v=k[:1, :, :2])):
+        with pytest.raises(ValueError, match="sinks"):
+            dispatch.append(k, k, layer, wrong, 0)
+    assert torch.equal(held.k.codes, before)
+
+
 @pytest.mark.parametrize("backend", ["lookup", pytest.param("compiled", marks=compiled)])
 @pytest.mark.parametrize("case", PACKED, ids=str)
 def test_pack_without_triton(case: Case, backend: dispatch.Backend) -> None:

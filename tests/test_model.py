@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import os
 import pickle
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -41,6 +43,31 @@ def assert_parity(model: EsmModel, proteins: list[Protein], masked: bool) -> Non
     with torch.no_grad():
         found = forward.encode(model, tokens)
     assert (found - fair_esm_hidden(model, tokens))[real].abs().max() <= TOLERANCE
+
+
+@torch.no_grad()
+def test_embeddings_follow_weights_that_change(tiny: EsmModel) -> None:
+    """What is kept of them is of these weights: scaled in place, exchanged, in another dtype."""
+    model = replace(tiny, net=copy.deepcopy(tiny.net))
+    tokens, unmasked = torch.arange(len(ESM2_ALPHABET))[None], torch.tensor([[[0.9]]])
+    first = model.embed(tokens, None, unmasked)
+    weight = model.net.embed_tokens.weight
+    weight.mul_(2)
+    assert torch.equal(model.embed(tokens, None, unmasked), 2 * first)
+    weight.data = weight.data * 2
+    assert torch.equal(model.embed(tokens, None, unmasked), 4 * first)
+    for factor in range(5, 25):  # twice between looks: the last may lie where the first did
+        weight.data = weight.data * torch.nan
+        weight.data = tiny.net.embed_tokens.weight.data * factor
+        assert torch.allclose(model.embed(tokens, None, unmasked), factor * first)
+    assert model.to(model.device, torch.float64).embed(tokens, None, unmasked).dtype == torch.float64
+    assert torch.equal(tiny.embed(tokens, None, unmasked), first)
+
+
+@pytest.mark.parametrize("token", [-1, len(ESM2_ALPHABET)])
+def test_what_is_no_token_is_refused(token: int, tiny: EsmModel) -> None:
+    with pytest.raises(IndexError), torch.no_grad():
+        tiny.embed(torch.tensor([[5, token]]), None, torch.ones(1, 1, 1))
 
 
 @pytest.mark.parametrize("masked", [False, True], ids=["plain", "masked"])

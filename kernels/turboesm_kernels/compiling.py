@@ -30,12 +30,13 @@ from triton.compiler import ASTSource
 from triton.runtime.driver import driver
 
 MOST_AT_ONCE = 16
+"""Processes, and threads, however many cores there are: each process takes memory."""
+
 PATIENCE = 30.0
 """Seconds: the longest compilation takes a third of it on a slow machine that is busy."""
 
-SIGNALS = set(signal.Signals) & {
-    getattr(signal, name, signal.SIGTERM) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2")
-}
+SIGNALS = {each for each in signal.Signals if each.name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2")}
+"""Those that users and schedulers send."""
 
 _ONE_AT_A_TIME = RLock()
 """Triton has one hook for all threads."""

@@ -63,10 +63,14 @@ def append(
     `start` is one number for all sequences, and those of the tokens that are sinks are kept whole; or it is int
     [B] on the device for n = 1: then nothing is synchronized, so that it is safe in a CUDA graph; where it is a
     sink's, packed token 0 is overwritten. The angles of packed token i are row i of `held.rope`. `backend` "torch"
-    packs with the plain reference, "lookup" without compiled loops. Raises ValueError where tokens do not fit.
+    packs with the plain reference, "lookup" without compiled loops. Raises ValueError where tokens, or the
+    sinks that they go into, do not fit.
     """
     if isinstance(start, int) and not 0 <= start <= held.sinks + held.tokens - k.shape[2]:
         raise ValueError(f"{k.shape[2]} tokens from {start} on do not fit in {held.sinks} and {held.tokens}")
+    if isinstance(start, int) and start < held.sinks:
+        batch, heads, _, dim = k.shape
+        _check_sinks(held, batch, heads, dim)
     if _packs_with_triton(k, layer, backend) and held.tokens:
         from turboesm_kernels.pack import pack
 

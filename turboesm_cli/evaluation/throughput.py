@@ -30,8 +30,10 @@ from turboesm_cli.models.sampling import Sampling, draw, residue_logits, sample,
 
 REPEATS = 20
 PREFILLS = 3
-PREFILLING = 1e6
-"""Microseconds that prefills are measured for, where `PREFILLS` of them take less."""
+PREFILLING, STEPPING = 1e6, 4e6
+"""Microseconds that prefills and a GPU's steps are measured for, where `PREFILLS` and `ROWS` of them take less."""
+
+ROWS = 3
 
 TRIES = 6
 WARM_STEPS = 2
@@ -188,9 +190,16 @@ def first_tokens(
     first_token: Callable[[], object], device: torch.device, repeats: int, prefills: int
 ) -> timing.Timing:
     """Of `prefills` prefills with a step after each, or up to `repeats` while they are quick."""
-    took = [timing.once(first_token, device)]
-    more = max(prefills, min(repeats, int(PREFILLING / took[0]))) - 1
-    return timing.Timing.of(took + [timing.once(first_token, device) for _ in range(more)])
+    return timing.Timing.of(_repeated(first_token, device, prefills, repeats, PREFILLING))
+
+
+def _repeated(
+    call: Callable[[], object], device: torch.device, least: int, most: int, microseconds: float
+) -> list[float]:
+    """Microseconds of each of `least` calls, or of up to `most` that fit into so many microseconds."""
+    took = [timing.once(call, device)]
+    more = max(least, min(most, int(microseconds / took[0]))) - 1
+    return took + [timing.once(call, device) for _ in range(more)]
 
 
 def decode_steps(
@@ -198,9 +207,10 @@ def decode_steps(
 ) -> timing.Timing:
     """Of the step alone, rewound each time; the first four warm up and capture.
 
-    On a GPU of so many after one another as `decode` waits for at once.
+    On a GPU of so many in a row as `decode` waits for at once; of `repeats` rows, or fewer that take long.
     """
-    row = LOOK_EVERY if device.type == "cuda" else 1
+    on_gpu = device.type == "cuda"
+    row = LOOK_EVERY if on_gpu else 1
 
     def steps() -> None:
         for _ in range(row):
@@ -210,7 +220,8 @@ def decode_steps(
     for _ in range(4):
         step()
         rewind()
-    return timing.Timing.of([timing.once(steps, device) / row for _ in range(repeats)])
+    rows = _repeated(steps, device, min(ROWS, repeats) if on_gpu else repeats, repeats, STEPPING)
+    return timing.Timing.of([took / row for took in rows])
 
 
 def largest_batch(model: Model, kind: Kind, context: int, memory: int, planned: int) -> Throughput | None:

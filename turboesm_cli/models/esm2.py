@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -22,8 +21,9 @@ from turboesm_cli.models.weights import widened
 
 MASK_RATIO_IN_TRAINING = 0.15 * 0.8
 
-_EMBEDDED: WeakKeyDictionary[nn.Module, tuple[tuple[Any, ...], Tensor]] = WeakKeyDictionary()
-"""Of each network in use, which weights its embeddings were made of, and what `EsmModel.embed` takes of them."""
+_EMBEDDED: WeakKeyDictionary[nn.Module, tuple[Tensor, int, Tensor]] = WeakKeyDictionary()
+"""Of each network in use, the weights that its embeddings were made of, kept so that no others
+come to lie where they do, their version, and what `EsmModel.embed` takes of them."""
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ class EsmModel:
 
     def embed(self, tokens: Tensor, positions: Tensor | None, unmasked: Tensor) -> Tensor:
         """Embeddings [B, T, E], scaled by token dropout, of masks and padding 0; positions come in as RoPE."""
-        x = self._kinds_embedded()[tokens]
+        x = F.embedding(tokens, self._kinds_embedded())  # which refuses what is no token, below 0 too
         return x / unmasked.to(x.dtype) if self.net.token_dropout else x
 
     def _kinds_embedded(self) -> Tensor:
@@ -112,11 +112,10 @@ class EsmModel:
         weight = self.net.embed_tokens.weight
         if torch.is_grad_enabled() or weight.is_inference():
             return self._embed_kinds(weight)
-        version = (weight.data_ptr(), weight._version, weight.dtype, weight.device)
         kept = _EMBEDDED.get(self.net)
-        if kept is None or kept[0] != version:
-            kept = _EMBEDDED[self.net] = version, self._embed_kinds(weight)
-        return kept[1]
+        if kept is None or kept[0].data_ptr() != weight.data_ptr() or kept[1] != weight._version:
+            kept = _EMBEDDED[self.net] = weight.detach(), weight._version, self._embed_kinds(weight)
+        return kept[2]
 
     def _embed_kinds(self, weight: Tensor) -> Tensor:
         zero = torch.zeros(len(weight), 1, dtype=torch.bool, device=weight.device)

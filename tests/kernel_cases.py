@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from turboesm_kernels import reference
-from turboesm_kernels.layout import Profile, bytes_for, lanes_for, uniform, wide_lanes
+from turboesm_kernels.layout import ROOM, TILE, Profile, bytes_for, lanes_for, uniform, wide_lanes
 from turboesm_kernels.operands import Held, PreparedLayer
 from turboesm_kernels.reference import Packed, Rope, Scale, Side, SideSpec, table_size, table_slice
 
@@ -108,6 +109,13 @@ def make(case: Case, device: str = "cpu", room: int = 0) -> tuple[Tensor, Held, 
         sinks = torch.randn(2, case.batch, case.heads, case.sinks, case.dim, generator=g).half().to(device)
     held = Held(k, v, rope, lengths, *((None, None) if sinks is None else sinks))
     return q.to(case.dtype).to(device), held, layer
+
+
+def in_tiles(held: Held) -> Held:
+    """The same with values in tiles, as the fast path reads them."""
+    tokens = held.v.codes.shape[3]
+    tiles = reference.tiled(F.pad(held.v.codes, (0, -tokens % ROOM)))
+    return replace(held, v=replace(held.v, codes=tiles[:, :, :, : -(-tokens // TILE)]))
 
 
 def angles(case: Case, positions: Tensor, device: str = "cpu") -> Rope:

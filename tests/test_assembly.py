@@ -16,10 +16,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from kernel_cases import Case, make, relative_error
+from kernel_cases import Case, in_tiles, make, relative_error
 from ptx_faults import RACES, WRONG_RESULTS, plant
 from ptx_machine import Array, MachineError, RaceError, Warp, parse, render
 from turboesm_kernels import dispatch, ptx_text, reference
+from turboesm_kernels.layout import TILE
 from turboesm_kernels.operands import Held, PreparedLayer
 from turboesm_kernels.prepared import Fields
 from turboesm_kernels.ptx_text import DIGIT_ROW, DIGITS
@@ -125,15 +126,14 @@ class Kernel:
 
     def read_keys(self, row: int, first: int, end: int) -> Array:
         """A lane's words of the block from token `first` on, [W, 4, 32]."""
-        return self._read("KEYS", row, first + K_OWN, end, 4, self.held.k.codes.stride(2))
+        return self._read("KEYS", row, first + K_OWN, end, self.held.k.codes.stride(2))
 
     def read_values(self, row: int, first: int, end: int) -> Array:
         """A lane's words of the block from token `first` on, [W, 4, 32]; `row`: of byte lane 0."""
-        plane = self.held.v.codes.stride(2)
-        return self._read("VALUES", row + G % 4 * plane, first + V_OWN, end, 1, 4 * plane)
+        return self._read("VALUES", row + G % 4 * TILE, first + V_OWN, end, self.held.v.codes.stride(2))
 
-    def _read(self, name: str, row: Array | int, token: Array, end: int, token_bytes: int, stride: int) -> Array:
-        words = self.do(name, row + token * token_bytes, stride, (token < end).astype(int))
+    def _read(self, name: str, row: Array | int, token: Array, end: int, stride: int) -> Array:
+        words = self.do(name, row + 4 * token, stride, (token < end).astype(int))
         return np.stack(words).reshape(-1, 4, 32)
 
     def turn(self, begin: int, batch: int = 0) -> list[Array]:
@@ -213,7 +213,7 @@ def mixed(case: Case) -> Inputs:
     other = replace(case, bits=2 if case.bits == 3.5 else 3.5, seed=case.seed + 5)
     query, held, layer = make(case, room=-case.tokens % 16)
     _, values, other_layer = make(other, room=-case.tokens % 16)
-    return query, replace(held, v=values.v), replace(layer, v=other_layer.v)
+    return query, in_tiles(replace(held, v=values.v)), replace(layer, v=other_layer.v)
 
 
 made = cache(mixed)
@@ -296,6 +296,7 @@ def check_loads(case: Case, one_block: bool, fault: str = "") -> None:
     for batch in range(case.batch):
         keys, values = kernel.held.k.codes[batch, 1], kernel.held.v.codes[batch, 1]
         k_row, v_row = kernel.hold(keys), kernel.hold(values)
+        values = reference.untiled(kernel.held.v.codes)[batch, 1, :, : case.tokens]
         for first in range(0, case.tokens, TURN):
             k_words, v_words = (
                 kernel.read_keys(k_row, first, case.tokens),

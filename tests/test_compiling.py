@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from kernel_cases import Case, make
+from kernel_cases import Case, in_tiles, make
 
 triton = pytest.importorskip("triton")
 from triton.backends.compiler import GPUTarget  # noqa: E402
@@ -55,6 +55,7 @@ def test_kernels_fit(dim: int, capability: int, monkeypatch: pytest.MonkeyPatch)
     q, held, layer = make(Case(dim=dim, tokens=20, batch=20, ragged=True))
     assert held.lengths is not None
     if dim <= 128:
+        held = in_tiles(held)
         step = torch.randn(20, 2, 1, dim)
         monkeypatch.setattr(ptx_launch, "attend_projected", lambda *given: None)
         ptx_launch.append_and_attend(q, step, step, held, layer, held.lengths - 1)
@@ -79,7 +80,7 @@ def test_grouped_queries_fit(dim: int, capability: int, monkeypatch: pytest.Monk
     for name in ("launch", "launches_early"):
         monkeypatch.setattr(ptx_launch, name, lambda *given, **named: capability >= 90)
     monkeypatch.setattr(triton_launch, "combine", lambda *given: None)
-    ptx_launch.attend(q, held, layer, 256, grouped=True)
+    ptx_launch.attend(q, in_tiles(held), layer, 256, grouped=True)
     (kernel, given, named) = calls[0]
     made = compiled(kernel, capability, given, named)
     assert made.metadata.shared + made.asm["ptx"].count(".local") == 0  # its own is declared in its text

@@ -85,6 +85,7 @@ def gates(*widths: int) -> Callable[[], object]:
 def test_all_that_is_launched_is_compiled(compiled: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """All kernels of a layer, under the keys of launches."""
     monkeypatch.setattr(dispatch, "choose", lambda *given: "ptx")
+    monkeypatch.setattr(dispatch, "keeps_tiles", lambda layer: True)
     monkeypatch.setattr(dispatch, "append_and_attend", ptx_launch.append_and_attend)
     monkeypatch.setattr(ptx_launch, "launches_early", lambda q: True)
     case = Case(kind="flat-uniform", bits=2)

@@ -12,7 +12,7 @@ from functools import cache
 import numpy as np
 import pytest
 import torch
-from kernel_cases import Case, make, relative_error
+from kernel_cases import Case, in_tiles, make, relative_error
 from ptx_machine import Array, MachineError, RaceError, Warp
 from turboesm_kernels import dispatch, reference
 from turboesm_kernels.grouped_text import (
@@ -148,7 +148,8 @@ class Kernel:
 
 def padded_to_words(case: Case) -> Inputs:
     """Inputs in buffers aligned as the fast path asks for."""
-    return make(case, room=-case.tokens % 16)
+    query, held, layer = make(case, room=-case.tokens % 16)
+    return query, in_tiles(held), layer
 
 
 made = cache(padded_to_words)
@@ -157,7 +158,7 @@ made = cache(padded_to_words)
 def masked_bytes(kernel: Kernel, side: str, tokens: slice) -> Array:
     """What fields take out of the first sequence's codes: int64 [F, 4 bytes, tokens]."""
     packed, fields = (kernel.held.k, kernel.k) if side == "k" else (kernel.held.v, kernel.v)
-    codes = packed.codes[0, kernel.head]  # [W, T, 4], or [4 W, T]
+    codes = reference.untiled(packed.codes)[0, kernel.head] if side == "v" else packed.codes[0, kernel.head]
     words = codes.permute(0, 2, 1) if side == "k" else codes.unflatten(0, (-1, 4))
     of_field = words.numpy()[np.repeat(np.arange(len(fields.shape)), fields.shape)][..., tokens]
     masks = fields.masks[kernel.head, : fields.count].numpy().view("u1").reshape(-1, 4, 1)
@@ -380,7 +381,7 @@ def test_attention(case: Case, chunk: int) -> None:
 def test_attention_to_scores_that_rise() -> None:
     """By more than weights have room for, for one query earlier than for another: sums must be emptied between."""
     case = Case(tokens=500, dim=128, centred=False, queries=4)
-    query, held, layer = make(case, room=-case.tokens % 16)
+    query, held, layer = padded_to_words(case)
     assert held.k.scales is not None
     held.k.scales[:, :, :TURN], held.k.scales[:, :, TURN:] = 64, 128
     held.k.scales[:, :, 300:] = 192
@@ -421,8 +422,8 @@ def many_small_weights(share: float) -> Inputs:
     assert k_scales is not None and v_scales is not None
     k_scales.fill_(SCALE_ZERO)
     v_scales.fill_(SCALE_ZERO)
-    for codes, dim in ((held.k.codes, 3), (held.v.codes, 3)):  # all tokens alike
-        codes.copy_(codes.narrow(dim, 1, 1).expand_as(codes).clone())
+    held.k.codes.copy_(held.k.codes[:, :, :, 1:2].expand_as(held.k.codes).clone())  # all tokens alike
+    held.v.codes.copy_(held.v.codes[:, :, :, :1, :, 1:2].expand_as(held.v.codes).clone())
     first = reference.decode(reference.unpack(held.k.codes, layer.k.spec), k_scales, layer.k.spec)[0, 0, 1]
     octaves = 16 - np.log2(share)
     k_scales[:, :, 1] = SCALE_ZERO + SCALE_STEPS_PER_OCTAVE  # twice as long a key

@@ -20,10 +20,10 @@ from pathlib import Path
 import pytest
 import torch
 from interpreter import run_interpreted
-from kernel_cases import Case, angles, make, make_spec, relative_error
+from kernel_cases import Case, angles, in_tiles, make, make_spec, relative_error
 from turboesm_kernels import cpu_compiled, dispatch, reference, token_layer, verify
 from turboesm_kernels.dispatch import BackendError
-from turboesm_kernels.layout import Profile
+from turboesm_kernels.layout import ROOM, Profile
 from turboesm_kernels.operands import Held, PreparedLayer
 from turboesm_kernels.prepared import grid_steps
 from turboesm_kernels.reference import Packed, Rope, Side
@@ -94,13 +94,19 @@ LARGE += [
 
 def check(case: Case, backend: dispatch.Backend, device: str = "cpu") -> None:
     """Right within the tolerance, and the same bits twice, with poison around what is valid."""
-    q, held, layer = make(case, device, room=-case.tokens % 16)
+    q, held, layer = made(case, device, backend == "ptx")
     poison(q)
     first = dispatch.attend(q, held, layer, backend)
     poison(q)
     error = relative_error(first, dispatch.plain_attend(q.double(), held, layer))
     assert error <= TOLERANCE[case.dtype]
     assert torch.equal(first, dispatch.attend(q, held, layer, backend))
+
+
+def made(case: Case, device: str, tiled: bool) -> tuple[torch.Tensor, Held, PreparedLayer]:
+    """`make` with room as a cache has it, and values in the order of the fast path or of the others."""
+    q, held, layer = make(case, device, room=-case.tokens % ROOM)
+    return q, in_tiles(held) if tiled and layer.v.spec.can_tile else held, layer
 
 
 def poison(q: torch.Tensor) -> None:
@@ -415,7 +421,7 @@ def test_interpreter() -> None:
 @pytest.mark.parametrize("case", LARGE, ids=str)
 @pytest.mark.parametrize("backend", ["triton", "ptx"])
 def test_on_gpu(case: Case, backend: dispatch.Backend) -> None:
-    q, held, layer = make(case, "cuda", room=-case.tokens % 16)
+    q, held, layer = made(case, "cuda", backend == "ptx")
     try:
         dispatch.choose(q, held, layer, backend)
     except BackendError:
@@ -470,9 +476,20 @@ def test_groups_on_gpu(case: Case, chunk: int) -> None:
 def check_ranges(case: Case, chunk: int, grouped: bool) -> None:
     from turboesm_kernels import ptx_launch
 
-    q, held, layer = make(case, "cuda", room=-case.tokens % 16)
+    q, held, layer = made(case, "cuda", tiled=True)
     assert not grouped or ptx_launch.can_group(q, layer)
-    attend = partial(ptx_launch.attend, grouped=grouped)
+    rows = q.shape[:3].numel()
+    for whole in (0,) if grouped or chunk == 128 else (0, 1, rows // 2, rows - 1):
+        check_ranges_of(case, q, held, layer, chunk, grouped, whole)
+
+
+def check_ranges_of(
+    case: Case, q: torch.Tensor, held: Held, layer: PreparedLayer, chunk: int, grouped: bool, whole: int
+) -> None:
+    """`whole` rows are gone over by one warp each."""
+    from turboesm_kernels import ptx_launch
+
+    attend = partial(ptx_launch.attend, grouped=grouped, whole=whole)
     poison(q)
     found = attend(q, held, layer, chunk)
     assert relative_error(found, dispatch.plain_attend(q.double(), held, layer)) <= TOLERANCE[case.dtype]
@@ -483,7 +500,7 @@ def check_ranges(case: Case, chunk: int, grouped: bool) -> None:
     seen: list[torch.Tensor] = []
     for _ in range(20):  # the codes are read as soon as they may be: not before they are packed
         poison(q)
-        seen.append(ptx_launch.append_and_attend(q, k, v, held, layer, held.lengths - 1, chunk, grouped))
+        seen.append(ptx_launch.append_and_attend(q, k, v, held, layer, held.lengths - 1, chunk, grouped, whole))
         expected = attend(q, held, layer, chunk)
         assert relative_error(seen[-1], expected) < 1e-6 or seen[-1].dtype != torch.float32
         assert relative_error(seen[-1], expected) <= TOLERANCE[case.dtype]
@@ -498,7 +515,7 @@ def test_scores_of_other_blocks_on_gpu(scales: tuple[int, ...]) -> None:
     """Blocks whose greatest scores lie many octaves apart: the fast path empties its sums, or weights vanish."""
     from turboesm_kernels import ptx_launch
 
-    q, held, layer = make(Case(tokens=400, batch=2, heads=4, queries=4), "cuda")
+    q, held, layer = made(Case(tokens=400, batch=2, heads=4, queries=4), "cuda", tiled=True)
     q = 2.5 * q
     q[:, :, 1] *= 0.1  # this one's sums are not emptied when others' are
     assert held.k.scales is not None
@@ -513,7 +530,7 @@ def test_scores_of_other_blocks_on_gpu(scales: tuple[int, ...]) -> None:
 @pytest.mark.gpu
 @no_gpu
 def test_in_a_graph() -> None:
-    q, held, layer = make(Case(tokens=512, batch=2), "cuda")
+    q, held, layer = made(Case(tokens=512, batch=2), "cuda", tiled=True)
     eager = dispatch.attend(q, held, layer)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
@@ -521,6 +538,27 @@ def test_in_a_graph() -> None:
     out.fill_(torch.nan)
     graph.replay()
     assert torch.equal(out, eager)
+
+
+def test_values_in_tiles_are_left_to_the_fast_path_and_the_reference() -> None:
+    """None of the others takes them for planes; nor does what packs without Triton."""
+    q, held, layer = make(Case(tokens=33, ragged=True))
+    tiled = in_tiles(held)
+    assert tiled.v.tiled and tiled.tokens == held.tokens
+    assert torch.equal(reference.untiled(tiled.v.codes)[..., :33], held.v.codes)
+    assert torch.equal(dispatch.attend(q, tiled, layer), dispatch.attend(q, held, layer, "torch"))
+    for backend in ("triton", "compiled", "lookup"):
+        with pytest.raises(BackendError, match=r"tiles|CUDA device|not installed"):
+            dispatch.attend(q, tiled, layer, backend)  # type: ignore[arg-type]
+    before = tiled.v.codes.clone()
+    for backend in (None, "torch", "lookup", "compiled"):
+        with pytest.raises(BackendError, match="tiles"):
+            dispatch.append(q[:, :, :1], q[:, :, :1], layer, tiled, 1, backend)  # type: ignore[arg-type]
+    assert torch.equal(tiled.v.codes, before)
+    swapped = replace(tiled, v=replace(tiled.v, codes=tiled.v.codes.transpose(3, 4)))
+    for wrong in (swapped, replace(held, k=replace(held.k, codes=tiled.v.codes))):
+        with pytest.raises(ValueError):
+            dispatch.attend(q, wrong, layer, "torch")
 
 
 def test_plain_backend_without_triton() -> None:
@@ -570,8 +608,8 @@ def test_wrong_inputs_are_refused(wrong: object) -> None:
         dispatch.attend(q, held, layer, "torch")
 
 
-def check_pack(case: Case, pack: Callable[..., None], device: str = "cpu") -> None:
-    """The codes of the reference but for ties, written where they belong and nowhere else."""
+def check_pack(case: Case, pack: Callable[..., None], device: str = "cpu", tiled: bool = False) -> None:
+    """The codes of the reference but for ties, written where they belong and nowhere else; `tiled`: values."""
     specs = {side: make_spec(side, case, device) for side in SIDES}
     layer = PreparedLayer.of(specs["k"], specs["v"])
     g = torch.Generator().manual_seed(case.seed)
@@ -583,16 +621,19 @@ def check_pack(case: Case, pack: Callable[..., None], device: str = "cpu") -> No
     expected = {side: reference.compress(x[side], specs[side], rope.rows(body)) for side in SIDES}
     sinks = torch.zeros(case.batch, case.heads, 2, case.dim, device=device)
     held = Held(*(_filled(expected[side], room) for side in SIDES), rope, None, sinks, sinks)
+    held = in_tiles(held) if tiled else held
     start = first + held.sinks
     where = start if case.ragged is False else torch.full((case.batch,), start, dtype=torch.int32, device=device)
     pack(x["k"], x["v"], layer, held, where)
-    for side, into in (("k", held.k), ("v", held.v)):
+    for side, into in (("k", held.k), ("v", replace(held.v, codes=reference.untiled(held.v.codes)))):
         found = reference.unpack(into.codes[:, :, :, body], specs[side])
         wanted = reference.unpack(expected[side].codes, specs[side])
         assert (found != wanted).float().mean() < 1e-4
         if into.scales is not None:
             assert (into.scales[:, :, body].int() - expected[side].scales.int()).abs().max() <= 1
-        assert (into.codes[:, :, :, :first] == JUNK).all() and (into.codes[:, :, :, body.stop :] == JUNK).all()
+        after = into.codes[:, :, :, body.stop : body.stop + room - first]
+        assert (into.codes[:, :, :, :first] == JUNK).all() and (after == JUNK).all()
+        assert not into.codes[:, :, :, body.stop + room - first :].any()  # of the last tile
 
 
 def _tokens_first(x: torch.Tensor) -> torch.Tensor:
@@ -634,7 +675,9 @@ PACKED = [
 ]
 
 
-def check_sinks(case: Case, pack: Callable[..., None], start: int, device: str = "cpu") -> None:
+def check_sinks(
+    case: Case, pack: Callable[..., None], start: int, device: str = "cpu", tiled: bool = False
+) -> None:
     """Tokens from a sink on: those of them that are sinks kept whole, the rest packed as by themselves."""
     specs = {side: make_spec(side, case, device) for side in SIDES}
     layer = PreparedLayer.of(specs["k"], specs["v"])
@@ -646,7 +689,8 @@ def check_sinks(case: Case, pack: Callable[..., None], start: int, device: str =
 
     def empty() -> Held:
         sinks = torch.full((2, case.batch, case.heads, 3, case.dim), torch.nan, device=device).half()
-        return Held(*(_filled(each, 4) for each in like), rope, None, *sinks)
+        held = Held(*(_filled(each, 4) for each in like), rope, None, *sinks)
+        return in_tiles(held) if tiled else held
 
     found, wanted = empty(), empty()
     pack(k, v, layer, found, start)
@@ -672,21 +716,30 @@ FROM_SINKS = [
 ]
 
 
+def in_order(cases: list[Case]) -> pytest.MarkDecorator:
+    """Cases with values in planes, and those that can have them with values in tiles."""
+    both = [
+        (case, tiled) for case in cases for tiled in (False, True) if not tiled or make_spec("v", case).can_tile
+    ]
+    ids = [f"{case}{'-tiled' * tiled}" for case, tiled in both]
+    return pytest.mark.parametrize(("case", "tiled"), both, ids=ids)
+
+
 @interpreted
-@pytest.mark.parametrize("case", PACKED, ids=str)
-def test_pack(case: Case) -> None:
+@in_order(PACKED)
+def test_pack(case: Case, tiled: bool) -> None:
     from turboesm_kernels.pack import pack  # needs Triton
 
-    check_pack(case, pack)
+    check_pack(case, pack, tiled=tiled)
 
 
 @interpreted
 @pytest.mark.parametrize("start", [0, 2])
-@pytest.mark.parametrize("case", FROM_SINKS, ids=str)
-def test_pack_from_sinks(case: Case, start: int) -> None:
+@in_order(FROM_SINKS)
+def test_pack_from_sinks(case: Case, tiled: bool, start: int) -> None:
     from turboesm_kernels.pack import pack  # needs Triton
 
-    check_sinks(case, pack, start)
+    check_sinks(case, pack, start, tiled=tiled)
 
 
 @pytest.mark.parametrize("start", [0, 2])
@@ -759,30 +812,28 @@ def _copy(packed: Packed) -> Packed:
 
 @pytest.mark.gpu
 @no_gpu
-@pytest.mark.parametrize(
-    "case",
+@in_order(
     [
         *PACKED,
         Case(dim=64, tokens=1024, batch=4),
         Case(dim=256, tokens=100),
         Case(dim=256, tokens=1, kind="table"),
-    ],
-    ids=str,
+    ]
 )
-def test_pack_on_gpu(case: Case) -> None:
+def test_pack_on_gpu(case: Case, tiled: bool) -> None:
     from turboesm_kernels.pack import pack
 
-    check_pack(case, pack, "cuda")
+    check_pack(case, pack, "cuda", tiled)
 
 
 @pytest.mark.gpu
 @no_gpu
 @pytest.mark.parametrize("start", [0, 2])
-@pytest.mark.parametrize("case", [*FROM_SINKS, Case(dim=256, tokens=100), Case(dim=128, tokens=40)], ids=str)
-def test_pack_from_sinks_on_gpu(case: Case, start: int) -> None:
+@in_order([*FROM_SINKS, Case(dim=256, tokens=100), Case(dim=128, tokens=40)])
+def test_pack_from_sinks_on_gpu(case: Case, tiled: bool, start: int) -> None:
     from turboesm_kernels.pack import pack
 
-    check_sinks(case, pack, start, "cuda")
+    check_sinks(case, pack, start, "cuda", tiled)
 
 
 @interpreted
@@ -801,20 +852,20 @@ def test_before_the_codes_are_read(case: Case, monkeypatch: pytest.MonkeyPatch) 
     """What a step makes in one launch is what packing, projecting and scoring give."""
     from turboesm_kernels import pack, ptx_launch, triton_launch
 
-    q, held, layer = make(case)
-    _, apart, _ = make(case)
+    q, held, layer = made(case, "cpu", tiled=True)
+    _, apart, _ = made(case, "cpu", tiled=True)
     assert held.lengths is not None and layer.k.fields is not None
     k, v = torch.randn(2, case.batch, case.heads, 1, case.dim, generator=torch.Generator().manual_seed(9))
     starts = (held.lengths - 1).clamp(min=0)
-    made: list[tuple[object, ...]] = []
-    monkeypatch.setattr(ptx_launch, "attend_projected", lambda *given: made.append(given))
+    seen: list[tuple[object, ...]] = []
+    monkeypatch.setattr(ptx_launch, "attend_projected", lambda *given: seen.append(given))
     poison(q)
     ptx_launch.append_and_attend(q, k, v, held, layer, starts)
     pack.pack(k, v, layer, apart, starts)
     for found, wanted in ((held.k, apart.k), (held.v, apart.v)):
         assert torch.equal(found.codes, wanted.codes)
         assert found.scales is not None and wanted.scales is not None and torch.equal(found.scales, wanted.scales)
-    folded, bias = made[0][3:5]
+    folded, bias = seen[0][3:5]
     assert isinstance(folded, ptx_launch.Folded)
     alone = ptx_launch.project_query(q, layer, layer.k.fields, early=False)
     assert torch.equal(folded.descriptors, alone.descriptors) and torch.equal(folded.scalars, alone.scalars)

@@ -18,7 +18,7 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
-from turboesm_kernels.operands import Held, PreparedLayer
+from turboesm_kernels.operands import IN_TILES, Held, PreparedLayer
 from turboesm_kernels.prepared import PreparedSide
 from turboesm_kernels.reference import Packed, Rope, Scale
 from turboesm_kernels.token_tables import TokenTables
@@ -43,7 +43,7 @@ def unsupported_reason(q: Tensor, held: Held, layer: PreparedLayer) -> str | Non
     """Why `attend` cannot run here or on these inputs, or None."""
     if q.dtype == torch.float64:
         return "it computes in float32"
-    return no_loops(layer)
+    return IN_TILES if held.v.tiled else no_loops(layer)
 
 
 def no_loops(layer: PreparedLayer) -> str | None:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from turboesm_kernels import cpu_compiled, cpu_lookup, reference
 from turboesm_kernels.available import capability, has_triton, on_nvidia
-from turboesm_kernels.operands import Held, PreparedLayer
+from turboesm_kernels.operands import IN_TILES, Held, PreparedLayer
 from turboesm_kernels.reference import Packed, Rope, SideSpec
 
 Backend = Literal["ptx", "triton", "compiled", "lookup", "torch"]
@@ -76,6 +76,8 @@ def append(
 
         pack(k, v, layer, held, start)
         return
+    if held.v.tiled:
+        raise BackendError("values in tiles are packed by the kernel for GPUs alone")
     if isinstance(start, int) and start < held.sinks:
         kept = min(held.sinks - start, k.shape[2])
         for x, sinks in ((k, held.sink_k), (v, held.sink_v)):
@@ -146,6 +148,10 @@ def put(into: Tensor, found: Tensor, start: int | Tensor, dim: int) -> None:
 
 
 def _no_triton(q: Tensor, held: Held, layer: PreparedLayer) -> str | None:
+    return _needs_triton(q) or (IN_TILES if held.v.tiled else None)
+
+
+def _needs_triton(q: Tensor) -> str | None:
     if not has_triton():
         return "Triton is not installed (pip install 'turboesm[gpu]')"
     if not q.is_cuda and not _interpreted():
@@ -156,20 +162,37 @@ def _no_triton(q: Tensor, held: Held, layer: PreparedLayer) -> str | None:
 
 
 def _no_ptx(q: Tensor, held: Held, layer: PreparedLayer) -> str | None:
-    if reason := _no_triton(q, held, layer):
+    if reason := _needs_inline_ptx(q):
         return reason
-    if not q.is_cuda:
-        return "the interpreter cannot run inline PTX; use backend 'triton'"
-    if not on_nvidia(q):
-        return "inline PTX needs an NVIDIA GPU; use backend 'triton'"
     from turboesm_kernels import ptx_launch
 
     return ptx_launch.unsupported_reason(q, held, layer)
 
 
+def _needs_inline_ptx(q: Tensor) -> str | None:
+    if reason := _needs_triton(q):
+        return reason
+    if not q.is_cuda:
+        return "the interpreter cannot run inline PTX; use backend 'triton'"
+    if not on_nvidia(q):
+        return "inline PTX needs an NVIDIA GPU; use backend 'triton'"
+    return None
+
+
+def keeps_tiles(layer: PreparedLayer) -> bool:
+    """Whether a cache on the layer's device keeps values in tiles: where the fast path serves the codec."""
+    if _needs_inline_ptx(layer.v.map):
+        return False
+    from turboesm_kernels import ptx_launch
+
+    return ptx_launch.unserved_reason(layer) is None
+
+
 def _no_lookup(q: Tensor, held: Held, layer: PreparedLayer) -> str | None:
     if q.is_cuda:
         return "it serves CPUs"
+    if held.v.tiled:
+        return IN_TILES
     if layer.k.bits is None or layer.v.bits is None:
         return "it needs codes on a uniform grid"
     return None
@@ -280,7 +303,7 @@ def _validate(q: Tensor, held: Held, layer: PreparedLayer) -> None:
 
 
 def _check_codes(name: str, packed: Packed, spec: SideSpec, batch: int, tokens: int) -> None:
-    shape = spec.codes_shape(batch, tokens)
+    shape = spec.codes_shape(batch, tokens, packed.tiled and spec.can_tile)
     if packed.codes.shape != shape or packed.codes.dtype != torch.uint8:
         raise ValueError(f"{name} codes must be uint8 {shape}, not {packed.codes.dtype} {packed.codes.shape}")
     if (packed.scales is None) != (spec.scale == "none"):

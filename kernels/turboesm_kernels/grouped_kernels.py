@@ -101,7 +101,7 @@ def fast_attend_group_kernel(
     query, q_b, q_h, q_q, q_d, centre, descriptors, scalars, places,
     group_turns, block_turn, cos, sin, rope_t, angles, lengths,
     k_codes, k_b, k_h, k_word, k_scales, ks_b, ks_h,
-    v_codes, v_b, v_h, v_plane, v_scales, vs_b, vs_h, k_masks, v_masks,
+    v_codes, v_b, v_h, v_word, v_scales, vs_b, vs_h, k_masks, v_masks,
     part_max, part_sum, part_weight, part_out, tokens, chunk, sinks,
     HEADS: tl.constexpr, QUERIES: tl.constexpr, DIM: tl.constexpr, PAIRED_DIM: tl.constexpr,
     K_TABLE: tl.constexpr, K_ROW: tl.constexpr, V_ROW: tl.constexpr, V_ROWS: tl.constexpr,
@@ -208,7 +208,7 @@ def fast_attend_group_kernel(
         scores = _scores(first + k_own, end, totals, _spread(kn, lane), b, gain, constant)
         # Values, and the next block's keys, are asked when the registers of this block's keys are free. Loads
         # return in order: the turns would wait for what is asked before them.
-        v_words = _read(lane, v_row, v_plane, first, end, VALUES_CODE, VALUES_KINDS, V_COUNT)
+        v_words = _read(lane, v_row, v_word, first, end, VALUES_CODE, VALUES_KINDS, V_COUNT)
         own_vn = _spread(vn, lane)
         kn = scales_of(k_scale, first + BLOCK + lane * 4, end)
         vn = scales_of(v_scale, first + BLOCK + lane * 4, end)

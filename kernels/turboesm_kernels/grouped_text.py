@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
+from turboesm_kernels.layout import TILE
 from turboesm_kernels.ptx_text import (
     COPY_REGISTERS,
     DIGIT_ROW,
@@ -25,12 +26,12 @@ from turboesm_kernels.ptx_text import (
     FENCE,
     LANES,
     ONCE,
-    STREAM,
     block,
     copy_lines,
     digit_lines,
     keep_lines,
     product,
+    stream_lines,
     turn_lines,
     vector,
 )
@@ -213,44 +214,47 @@ ROW_KINDS = "=&r,r,r,l,l"
 def keys_code(at: GroupShared) -> str:
     """PTX: $0.. = 4 tokens of 4 registers for each s, for each of the lane's words.
 
-    After the outputs: the lane, address of the first plane, bytes between planes, a block's first token, the first
+    After the outputs: the lane, address of the first word, bytes between words, a block's first token, the first
     that is past the end. What is past it, or no word, is anything.
     """
-    first = ("and.b32 own, {lane}, 3;", "and.b32 token, {lane}, 0x1c;")  # 4 g
-    return block(_loads(at.k, 4, first, KEY_WORDS, [32 * s for s in range(4)]))
+    first = ("and.b32 own, {lane}, 3;", "mov.b32 inside, 0;", "and.b32 token, {lane}, 0x1c;")  # 4 g
+    return block(_loads(at.k, first, [32 * s for s in range(4)]))
 
 
 def values_code(at: GroupShared) -> str:
     """PTX: $0.. = 16 tokens of 4 registers for each h, for each of the lane's words, as `keys_code`."""
-    first = ("shr.u32 own, {lane}, 2;", "and.b32 token, {lane}, 3;", "mul.lo.u32 token, token, 16;")
-    return block(_loads(at.v, 1, first, 4 * VALUE_WORDS, [64 * h for h in range(2)]))
+    first = (
+        "shr.u32 own, {lane}, 4;", "and.b32 inside, {lane}, 0xc;", f"mul.lo.u32 inside, inside, {TILE // 4};",
+        "and.b32 token, {lane}, 3;", "mul.lo.u32 token, token, 16;",
+    )  # fmt: skip
+    return block(_loads(at.v, first, [64 * h for h in range(2)], tiled=True))
 
 
-def _loads(slots: Slots, size: int, first: Sequence[str], planes: int, parts: Sequence[int]) -> list[str]:
-    """16 bytes of each part of a block, that many tokens from its first, of each group of words, `planes` planes.
+def _loads(slots: Slots, first: Sequence[str], parts: Sequence[int], tiled: bool = False) -> list[str]:
+    """16 bytes of each part of a block, that many tokens from its first, of each group of words.
 
-    `size`: bytes of a token in a plane. `first` gives own, the lane's plane in a group, and token, its first one.
-    Nothing else differs from lane to lane, so that addresses take no registers from block to block.
+    `first` gives own, the lane's word in a group; inside, its bytes there; and token, its first one. Nothing else
+    differs from lane to lane, so that addresses take no registers from block to block.
     """
     count = 4 * len(parts) * slots.groups
     lane, base, stride, start, end = (f"${count + n}" for n in range(5))
     lines = [
-        ".reg .b64 base, at, once;", ".reg .b32 own, token, left;", f".reg .pred p<{len(parts)}>, q;", ONCE,
+        ".reg .b64 base, at, once;", ".reg .b32 own, inside, token, left;",
+        f".reg .pred p<{len(parts)}>, q;", ONCE,
         *(line.format(lane=lane) for line in first), f"add.u32 token, token, {start};",
         f"sub.s32 left, {end}, token;", f"mad.wide.u32 base, own, {stride}, {base};",
-        f"mad.wide.u32 base, token, {size}, base;",
+        "mad.lo.u32 inside, token, 4, inside;", "cvt.u64.u32 at, inside;", "add.u64 base, base, at;",
         *(f"setp.ge.s32 p{n}, left, {tokens + 1};" for n, tokens in enumerate(parts)),
     ]  # fmt: skip
     for group in range(slots.groups):
-        there = planes // slots.together * (len(slots.fields) - slots.together * group)
-        lines.append(f"mad.wide.u32 at, {stride}, {planes * group}, base;")
+        there = len(slots.fields) - slots.together * group
+        lines.append(f"mad.wide.u32 at, {stride}, {slots.together * group}, base;")
         for n, tokens in enumerate(parts):
             asked = f"p{n}"
-            if there < planes:
+            if there < slots.together:
                 lines.append(f"setp.lt.and.u32 q, own, {there}, p{n};")
                 asked = "q"
-            to = ", ".join(f"${4 * (len(parts) * group + n) + i}" for i in range(4))
-            lines.append(f"@{asked} {STREAM} {{{to}}}, [at+{size * tokens}], once;")
+            lines += stream_lines(asked, 4 * (len(parts) * group + n), 4 * tokens, tiled)
     return [*lines, FENCE]
 
 

@@ -19,6 +19,11 @@ Memory order, for tokens t of a sequence (bytes; the last index runs fastest):
 
     keys     [B, H, nbytes / lanes, T, lanes]   a token's word: a dot product over axes reads whole words
     values   [B, H, nbytes, T]                  an axis' bytes of 4 tokens: a sum over tokens reads whole words
+
+A cache of the GPU's fast path has values of 4 lanes in tiles of 8 tokens, so that those of a token that is packed
+alone are as few sectors of 32 bytes as its words; files and everything else have them as above:
+
+    tiles    [B, H, nbytes / 4, T / 8, 4, 8]    a word of 8 tokens: first their bytes 0, then 1, 2, 3
 """
 
 from __future__ import annotations
@@ -34,6 +39,10 @@ SIDES: tuple[Side, Side] = ("k", "v")
 BYTE = 8
 MAX_WIDTH = 8
 WIDE = 4
+TILE = 8
+"""Tokens of a tile of values."""
+ROOM = 16
+"""Tokens that a cache of the fast path has room for a multiple of: a lane reads as many values at once."""
 LEAST_WIDE = 32
 """head_dim from which a word more or less is no large part of a vector."""
 ROPE_BASE = 10000
@@ -160,6 +169,11 @@ def codes_shape(side: Side, heads: int, nbytes: int, lanes: int, batch: int, tok
     if side == "v":
         return batch, heads, nbytes, tokens
     return batch, heads, nbytes // lanes, tokens, lanes
+
+
+def tiles_shape(heads: int, nbytes: int, batch: int, tokens: int) -> tuple[int, ...]:
+    """Of packed values in tiles; the last one may have room for more tokens."""
+    return batch, heads, nbytes // WIDE, -(-tokens // TILE), WIDE, TILE
 
 
 def table_size(width: int) -> int:

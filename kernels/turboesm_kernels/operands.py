@@ -9,6 +9,9 @@ from torch import Tensor
 from turboesm_kernels.prepared import PreparedSide
 from turboesm_kernels.reference import Packed, Rope, SideSpec
 
+IN_TILES = "values lie in tiles, which the fast path alone reads"
+"""Why another backend does not serve a cache."""
+
 
 @dataclass(frozen=True)
 class PreparedLayer:
@@ -27,7 +30,8 @@ class PreparedLayer:
 class Held:
     """What a layer's cache holds of B sequences: s sinks, then up to T packed tokens each.
 
-    k, v      packed tokens; codes and scales may be strided views of larger buffers
+    k, v      packed tokens; codes and scales may be strided views of larger buffers; values for the fast path lie
+              in tiles, elsewhere in planes (`layout`)
     rope      angles of the packed tokens' positions: cos and sin float32 [T' >= T, d], the same for all sequences
               (packed token 0 is position s); needed where the keys' centre is not 0
     lengths   int32 [B]: tokens of each sequence, sinks counted; None: all s + T
@@ -45,7 +49,7 @@ class Held:
     @property
     def tokens(self) -> int:
         """Packed tokens that a sequence has room for, T."""
-        return self.v.codes.shape[3]
+        return self.k.codes.shape[3]
 
     @property
     def sinks(self) -> int:

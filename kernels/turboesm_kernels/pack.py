@@ -16,11 +16,13 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from turboesm_kernels import layout
 from turboesm_kernels.launch import early_launch, is_roomy, launch, launches_early
 from turboesm_kernels.operands import Held, PreparedLayer
 from turboesm_kernels.prepared import PreparedSide, dims_at_once, padded
 from turboesm_kernels.reference import SCALE_STEPS_PER_OCTAVE, SCALE_ZERO, Packed
 
+TILE = tl.constexpr(layout.TILE)
 STEPS = tl.constexpr(SCALE_STEPS_PER_OCTAVE)
 ZERO = tl.constexpr(SCALE_ZERO)
 STEP_ROWS, PROMPT_ROWS = 16, 32
@@ -116,9 +118,9 @@ def pack_rows(
     HEADS: tl.constexpr, DIM: tl.constexpr, AXES: tl.constexpr, DIM_PAD: tl.constexpr, AXES_PAD: tl.constexpr,
     LANES: tl.constexpr, WORDS: tl.constexpr, FIELDS: tl.constexpr, WIDEST: tl.constexpr,
     LEVELS: tl.constexpr, THRESHOLDS: tl.constexpr, SCALE: tl.constexpr, UNIFORM: tl.constexpr,
-    PLANES: tl.constexpr, HAS_STARTS: tl.constexpr, ONE_TOKEN: tl.constexpr, TURNED: tl.constexpr,
-    POSITIONED: tl.constexpr, HAS_SINKS: tl.constexpr, BLOCK: tl.constexpr, DIM_BLOCK: tl.constexpr,
-    EARLY: tl.constexpr,
+    PLANES: tl.constexpr, TILED: tl.constexpr, HAS_STARTS: tl.constexpr, ONE_TOKEN: tl.constexpr,
+    TURNED: tl.constexpr, POSITIONED: tl.constexpr, HAS_SINKS: tl.constexpr, BLOCK: tl.constexpr,
+    DIM_BLOCK: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """`pack_kernel` for one side, head and block of rows (b, token).
 
@@ -206,10 +208,15 @@ def pack_rows(
     packed = tl.trans(_words(code, pieces, AXES_PAD, LANES, WORDS, FIELDS))
     word = tl.arange(0, WORDS)
     there = (word < words)[:, None] & live[None, :]
-    target = codes + (batch * c_b + head * c_h + place.to(tl.int64) * c_token)[None, :]
+    at = place.to(tl.int64) * c_token
+    if TILED:
+        at = (place // TILE * TILE * LANES + place % TILE).to(tl.int64)
+    target = codes + (batch * c_b + head * c_h + at)[None, :]
     if PLANES:
         for lane in tl.static_range(LANES):
             plane = (word * LANES + lane).to(tl.int64) * c_word
+            if TILED:
+                plane = word.to(tl.int64) * c_word + lane * TILE
             tl.store(target + plane[:, None], (packed >> (8 * lane)).to(tl.uint8), mask=there)
     else:
         whole = target + (word.to(tl.int64) * c_word)[:, None]
@@ -238,7 +245,7 @@ def pack_kernel(
     K_UNIFORM: tl.constexpr,
     V_AXES: tl.constexpr, V_PAD: tl.constexpr, V_WORDS: tl.constexpr, V_FIELDS: tl.constexpr,
     V_WIDEST: tl.constexpr, V_LEVELS: tl.constexpr, V_THRESHOLDS: tl.constexpr, V_SCALE: tl.constexpr,
-    V_UNIFORM: tl.constexpr,
+    V_UNIFORM: tl.constexpr, V_TILED: tl.constexpr,
     HAS_STARTS: tl.constexpr, ONE_TOKEN: tl.constexpr, TURNED: tl.constexpr, POSITIONED: tl.constexpr,
     HAS_SINKS: tl.constexpr, DIM_BLOCK: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
@@ -265,7 +272,7 @@ def pack_kernel(
             cos, sin, rope_t, rope_d, centre_at, positions, sinks, sink_k, sk_b, sk_h, sk_t, sk_d,
             k_codes, kc_b, kc_h, kc_word, kc_token, k_words, k_scales, ks_b, ks_h,
             HEADS, DIM, K_AXES, DIM_PAD, K_PAD, K_LANES, K_WORDS, K_FIELDS, K_WIDEST, K_LEVELS,
-            K_THRESHOLDS, K_SCALE, K_UNIFORM, False, HAS_STARTS, ONE_TOKEN, TURNED, POSITIONED, HAS_SINKS,
+            K_THRESHOLDS, K_SCALE, K_UNIFORM, False, False, HAS_STARTS, ONE_TOKEN, TURNED, POSITIONED, HAS_SINKS,
             BLOCK, DIM_BLOCK, EARLY,
         )  # fmt: skip
     else:
@@ -276,7 +283,7 @@ def pack_kernel(
             cos, sin, rope_t, rope_d, centre_at, positions, sinks, sink_v, sv_b, sv_h, sv_t, sv_d,
             v_codes, vc_b, vc_h, vc_plane, vc_token, v_words, v_scales, vs_b, vs_h,
             HEADS, DIM, V_AXES, DIM_PAD, V_PAD, V_LANES, V_WORDS, V_FIELDS, V_WIDEST, V_LEVELS,
-            V_THRESHOLDS, V_SCALE, V_UNIFORM, True, HAS_STARTS, ONE_TOKEN, False, False, HAS_SINKS,
+            V_THRESHOLDS, V_SCALE, V_UNIFORM, True, V_TILED, HAS_STARTS, ONE_TOKEN, False, False, HAS_SINKS,
             BLOCK, DIM_BLOCK, EARLY,
         )  # fmt: skip
 
@@ -328,7 +335,7 @@ def pack_operands(
         "HEADS": heads, "DIM": dim, "DIM_PAD": padded(dim), "DIM_BLOCK": dims_at_once(dim, is_roomy(k)),
         **layer.k.pack_constants, **layer.v.pack_constants,
         "HAS_STARTS": starts is not None, "ONE_TOKEN": tokens == 1, "TURNED": turned,
-        "POSITIONED": centre_at is not None,
+        "POSITIONED": centre_at is not None, "V_TILED": held.v.tiled,
     }  # fmt: skip
     return given, constants
 
@@ -349,9 +356,9 @@ def _validate(k: Tensor, v: Tensor, layer: PreparedLayer, held: Held) -> None:
         )
     for side, into in ((layer.k, held.k), (layer.v, held.v)):
         spec = side.spec
-        words = spec.nbytes // spec.lanes if spec.side == "k" else spec.nbytes
-        if into.codes.dtype != torch.uint8 or into.codes.shape[:3] != (batch, heads, words):
-            raise ValueError(f"codes must be uint8 {(batch, heads, words)}..., not {tuple(into.codes.shape)}")
+        shape = spec.codes_shape(batch, held.tokens, into.tiled and spec.can_tile)
+        if into.codes.dtype != torch.uint8 or into.codes.shape != shape:
+            raise ValueError(f"codes must be uint8 {shape}, not {tuple(into.codes.shape)}")
         if spec.side == "k" and any(n % spec.lanes for n in (into.codes.data_ptr(), *into.codes.stride()[:4])):
             raise ValueError(f"words of keys must lie at multiples of {spec.lanes} bytes")
         if spec.residual_axes:

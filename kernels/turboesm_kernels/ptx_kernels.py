@@ -8,7 +8,7 @@ digits: the right side of a product m16n8k32 has 8 columns, of which digits take
 tokens of their own. Of a block of 128 tokens lane l = 4 g + t has
 
     keys      tokens 4 l .. 4 l + 3, all axes: their 4 words of a plane are 16 bytes (`ptx_text.score_code`)
-    values    tokens 64 (g / 4) + 16 t .. + 15 of byte lane g % 4 of every word: 16 bytes of a plane (`sum_code`)
+    values    tokens 64 (g / 4) + 16 t .. + 15 of byte lane g % 4 of every word: 8 bytes of two tiles (`sum_code`)
 
 and the weights go from one to the other through shared memory. The query has 16 bits, two digits. Weights have 24,
 three: 2^16 stands for the greatest weight when it was last looked at, so sums of integers are only emptied where a
@@ -27,10 +27,12 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from turboesm_kernels import layout
 from turboesm_kernels.reference import TURN
 from turboesm_kernels.triton_kernels import LOG2E, NEGATIVE, STEPS, ZERO
 
 BLOCK = tl.constexpr(TURN)
+TILE = tl.constexpr(layout.TILE)
 UNIT = tl.constexpr(65536.0)  # of a weight of 1
 HEADROOM = tl.constexpr(7.9)  # octaves by which a weight may exceed 1; with its dither, below 2^24
 QUERY_UNIT = tl.constexpr(32639.0)  # the greatest integer whose two digits are signed bytes
@@ -178,10 +180,10 @@ def fold_rows(
 
 
 @triton.jit
-def _read(row, token, end, token_bytes, stride, CODE: tl.constexpr, KINDS: tl.constexpr, WORDS: tl.constexpr):
+def _read(row, token, end, stride, CODE: tl.constexpr, KINDS: tl.constexpr, WORDS: tl.constexpr):
     """The lane's words of a block from its first token on, anything past the end; see `load_code`."""
     return tl.inline_asm_elementwise(
-        CODE, KINDS, (row + (token * token_bytes).to(tl.int64), stride, (token < end).to(tl.int32)),
+        CODE, KINDS, (row + (token * 4).to(tl.int64), stride, (token < end).to(tl.int32)),
         dtype=(tl.int32,) * (4 * WORDS), is_pure=False, pack=1,
     )  # fmt: skip
 
@@ -195,7 +197,7 @@ def scales_of(scale, token, end):
 @triton.jit
 def _four(row, token, end, tokens, CODE: tl.constexpr, KINDS: tl.constexpr):
     """Numbers f32 of 4 tokens from `token` on, anything past the end; see `load_code`."""
-    found = _read(row, token, end, 4, tokens, CODE, KINDS, 1)
+    found = _read(row, token, end, tokens, CODE, KINDS, 1)
     return (
         found[0].to(tl.float32, bitcast=True), found[1].to(tl.float32, bitcast=True),
         found[2].to(tl.float32, bitcast=True), found[3].to(tl.float32, bitcast=True),
@@ -254,12 +256,12 @@ def dithers_from(first):
     return d0, d1 - tl.floor(d1), d2 - tl.floor(d2), d3 - tl.floor(d3)
 
 
-@triton.jit(do_not_specialize=["angles", "sinks"])
+@triton.jit(do_not_specialize=["angles", "sinks", "whole", "divided", "splits"])
 def fast_attend_split_kernel(
     query, q_b, q_h, q_q, q_d, centre, descriptors, scalars, turns, block_turn, cos, sin, rope_t, angles, lengths,
     k_codes, k_b, k_h, k_word, k_scales, ks_b, ks_h,
-    v_codes, v_b, v_h, v_plane, v_scales, vs_b, vs_h, k_masks, v_masks,
-    part_max, part_sum, part_weight, part_out, tokens, chunk, sinks, bias, b_r,
+    v_codes, v_b, v_h, v_word, v_scales, vs_b, vs_h, k_masks, v_masks,
+    part_max, part_sum, part_weight, part_out, tokens, chunk, whole, divided, splits, sinks, bias, b_r,
     HEADS: tl.constexpr, QUERIES: tl.constexpr, DIM: tl.constexpr, K_WORDS: tl.constexpr, V_WORDS: tl.constexpr,
     PAIRED_DIM: tl.constexpr,
     K_TABLE: tl.constexpr, V_TABLE: tl.constexpr, V_ROWS: tl.constexpr, SUMS: tl.constexpr,
@@ -274,7 +276,8 @@ def fast_attend_split_kernel(
     HAS_BIAS: tl.constexpr, HAS_POSITIONS: tl.constexpr, HAS_LENGTHS: tl.constexpr, ONE_BLOCK: tl.constexpr,
     EARLY: tl.constexpr,
 ):  # fmt: skip
-    """One range of `chunk` tokens of one sequence, head and query, with one warp.
+    """One range of one sequence, head and query with one warp: all of the first `whole` rows (b, h, q), `chunk`
+    tokens of each of the other `divided`, which come last, one range of each after another.
 
         m: the greatest score_j + log2 n'_j, or up to `HEADROOM` below     w_j = 2^(score_j + log2 n'_j - m)
         part_sum = sum_j 2^(score_j - m)    part_weight = sum_j w_j    part_out[f, i] = sum_j w_j byte_jfi
@@ -287,15 +290,19 @@ def fast_attend_split_kernel(
     of a code, K_TABLE and V_TABLE fields padded to 4, PAIRED_DIM d padded to `PAIRED`; QUERY to V_MASKS as in
     `ptx_text.Shared`.
     """
-    pair_row = tl.program_id(0).to(tl.int64)
-    split = tl.program_id(1)
+    number = tl.program_id(0)
+    past = number - whole
+    row_number = tl.where(past < 0, number, whole + past % divided)
+    split = tl.where(past < 0, 0, past // divided)
+    part = row_number * splits + split
+    pair_row = row_number.to(tl.int64)
     pair = pair_row // QUERIES
     batch, head = pair // HEADS, pair % HEADS
     last = tokens
     if HAS_LENGTHS:
         last = tl.minimum(tl.maximum(tl.load(lengths + batch).to(tl.int32) - sinks, 0), tokens)
     begin = split * chunk
-    end = tl.minimum(last, begin + chunk)
+    end = tl.where(past < 0, last, tl.minimum(last, begin + chunk))
 
     lane = tl.arange(0, 32)
     g, t = lane // 4, lane % 4
@@ -328,13 +335,13 @@ def fast_attend_split_kernel(
     )  # fmt: skip
     place = shared + lane * 16
     k_row = (k_codes + batch * k_b + head * k_h).to(tl.int64, bitcast=True)
-    v_row = (v_codes + batch * v_b + head * v_h).to(tl.int64, bitcast=True) + g % 4 * v_plane
+    v_row = (v_codes + batch * v_b + head * v_h).to(tl.int64, bitcast=True) + g % 4 * TILE
     k_scale = (k_scales + batch * ks_b + head * ks_h).to(tl.pointer_type(tl.int32), bitcast=True)
     v_scale = (v_scales + batch * vs_b + head * vs_h).to(tl.pointer_type(tl.int32), bitcast=True)
     kn = scales_of(k_scale, begin + k_own, end)
     vn = scales_of(v_scale, begin + k_own, end)
-    k_words = _read(k_row, begin + k_own, end, 4, k_word, KEYS_CODE, KEYS_KINDS, K_WORDS)
-    v_words = _read(v_row, begin + v_own, end, 1, v_plane * 4, VALUES_CODE, VALUES_KINDS, V_WORDS)
+    k_words = _read(k_row, begin + k_own, end, k_word, KEYS_CODE, KEYS_KINDS, K_WORDS)
+    v_words = _read(v_row, begin + v_own, end, v_word, VALUES_CODE, VALUES_KINDS, V_WORDS)
     one = tl.full((32,), NEGATIVE, tl.float32)
     mass, weight = tl.zeros((32,), tl.float32), tl.zeros((32,), tl.float32)
     sums = (tl.zeros((32,), tl.int32),) * SUMS
@@ -396,7 +403,7 @@ def fast_attend_split_kernel(
             own_kn, own_vn = kn, vn
             kn = scales_of(k_scale, first + BLOCK + k_own, end)
             vn = scales_of(v_scale, first + BLOCK + k_own, end)
-            k_words = _read(k_row, first + BLOCK + k_own, end, 4, k_word, KEYS_CODE, KEYS_KINDS, K_WORDS)
+            k_words = _read(k_row, first + BLOCK + k_own, end, k_word, KEYS_CODE, KEYS_KINDS, K_WORDS)
             own_b = b
             if HAS_POSITIONS:
                 b = _four(bias_row, first + BLOCK + k_own, end, tokens, FOUR_CODE, FOUR_KINDS)
@@ -412,13 +419,12 @@ def fast_attend_split_kernel(
                 weights + (weights_to, weights_at, shared + V_MASKS) + v_words + sums,  # noqa: RUF005
                 dtype=(tl.int32,) * SUMS, is_pure=False, pack=1,
             )  # fmt: skip
-            v_words = _read(v_row, first + BLOCK + v_own, end, 1, v_plane * 4, VALUES_CODE, VALUES_KINDS, V_WORDS)
+            v_words = _read(v_row, first + BLOCK + v_own, end, v_word, VALUES_CODE, VALUES_KINDS, V_WORDS)
 
-    part = pair_row * tl.num_programs(1) + split
     tl.store(part_max + part, tl.max(one, 0))
     tl.store(part_sum + part, tl.sum(mass, 0))
     tl.store(part_weight + part, tl.sum(weight, 0) / UNIT)
-    out = (part_out + part * V_ROWS).to(tl.int64, bitcast=True)
+    out = (part_out + part.to(tl.int64) * V_ROWS).to(tl.int64, bitcast=True)
     tl.inline_asm_elementwise(
         EMIT_CODE, EMIT_KINDS, (lane, shared, out) + sums, dtype=tl.int32, is_pure=False, pack=1  # noqa: RUF005
     )  # fmt: skip

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from turboesm_kernels import grouped_launch, ptx_kernels, ptx_text, triton_launch
 from turboesm_kernels.launch import early_launch, is_roomy, launch, launches_early, processors
+from turboesm_kernels.layout import ROOM, TILE, WIDE
 from turboesm_kernels.operands import Held, PreparedLayer
 from turboesm_kernels.pack import STEP_ROWS, pack_operands, warps_for
 from turboesm_kernels.prepared import FIELD_LANES, Fields, dims_at_once, padded
@@ -18,7 +19,7 @@ from turboesm_kernels.step_kernels import append_and_project_kernel
 from turboesm_kernels.triton_launch import Partials
 
 ALIGNMENT = 16
-"""Bytes, and for values tokens, that a lane reads at once."""
+"""Bytes that a lane reads at once."""
 
 MAX_FIELDS = 48
 """Of a side: sums of values take two registers a field."""
@@ -42,29 +43,42 @@ LARGEST_STRIDE = 1 << 29
 """Bytes between planes at most: offsets of four of them are 32-bit numbers."""
 
 
-def unsupported_reason(q: Tensor, held: Held, layer: PreparedLayer) -> str | None:
-    """Why the fast path cannot run on these inputs, or None."""
+def unserved_reason(layer: PreparedLayer) -> str | None:
+    """Why the fast path does not serve a layer's codec, or None."""
     if layer.k.fields is None or layer.v.fields is None:
         return "it needs codes on a uniform grid, in words of 4 lanes"
     if max(layer.k.fields.count, layer.v.fields.count) > MAX_FIELDS:
         return f"a code has more than {MAX_FIELDS} fields"
-    if held.k.scales is None or held.v.scales is None:
+    if "none" in (layer.k.spec.scale, layer.v.spec.scale):
         return "it needs a scale for each token"
+    return None
+
+
+def unsupported_reason(q: Tensor, held: Held, layer: PreparedLayer) -> str | None:
+    """Why the fast path cannot run on these inputs, or None."""
+    if reason := unserved_reason(layer):
+        return reason
+    if not held.v.tiled:
+        return "values must lie in tiles"
     if _turned(layer) and held.rope is not None and not _aligned_angles(held.rope):
         return "RoPE's angles must be dense float32, at multiples of 16 bytes"
     if held.tokens == 0:
         return "there are no packed tokens"
-    return _misaligned("keys", held.k, FIELD_LANES) or _misaligned("values", held.v, 1)
+    tiles = (ptx_text.TILE_BYTES, TILE, 1)
+    return _misaligned("keys", held.k, (FIELD_LANES, 1)) or _misaligned("values", held.v, tiles)
 
 
-def _misaligned(name: str, packed: Packed, token_bytes: int) -> str | None:
+def _misaligned(name: str, packed: Packed, within: tuple[int, ...]) -> str | None:
+    """`within`: strides of what a word's tokens are made of."""
     codes, scales = packed.codes, packed.scales
     assert scales is not None
-    dense = codes.stride(3) == token_bytes and scales.stride(2) == 1 and (codes.dim() == 4 or codes.stride(4) == 1)
+    dense = codes.stride()[3:] == within and scales.stride(2) == 1
     steps = (codes.data_ptr(), *codes.stride()[:3])
     words = (scales.data_ptr(), *scales.stride()[:2])
     if codes.stride(2) >= LARGEST_STRIDE:
         return f"planes of packed {name} lie {LARGEST_STRIDE} bytes apart or more"
+    if packed.tiled and codes.stride(2) % (WIDE * ROOM):
+        return f"there must be room for a multiple of {ROOM} packed {name}"
     if dense and not any(s % ALIGNMENT for s in steps) and not any(s % FIELD_LANES for s in words):
         return None
     return f"packed {name} must have dense tokens, at addresses and strides that are multiples of {ALIGNMENT}"
@@ -143,7 +157,12 @@ def _make_ready(held: Held, layer: PreparedLayer, grouped: bool) -> None:
 
 
 def attend(
-    q: Tensor, held: Held, layer: PreparedLayer, chunk: int | None = None, grouped: bool | None = None
+    q: Tensor,
+    held: Held,
+    layer: PreparedLayer,
+    chunk: int | None = None,
+    grouped: bool | None = None,
+    whole: int = 0,
 ) -> Tensor:
     """`dispatch.attend` with the fast kernels; `unsupported_reason` was None for these inputs.
 
@@ -156,7 +175,7 @@ def attend(
     positioned = layer.k.spec.centre_at is not None
     bias = triton_launch.position_scores(q, held, layer, early, SCORES) if positioned else None
     folded = project_query(q, layer, layer.k.fields, early)
-    return attend_projected(q, held, layer, folded, bias, chunk, early, grouped)
+    return attend_projected(q, held, layer, folded, bias, chunk, early, grouped, whole)
 
 
 def append_and_attend(
@@ -168,6 +187,7 @@ def append_and_attend(
     starts: Tensor,
     chunk: int | None = None,
     grouped: bool | None = None,
+    whole: int = 0,
 ) -> Tensor:
     """`pack` of each sequence's newest token, then `attend`: what comes before codes are read is one launch."""
     assert layer.k.fields is not None
@@ -189,7 +209,7 @@ def append_and_attend(
         EXACT=q.dtype.itemsize == 2, ROW_BLOCK=row_block, TOKEN_BLOCK=token_block, BLOCK=STEP_ROWS, EARLY=early,
         num_warps=warps_for(dim), **early_launch(early),
     )  # fmt: skip
-    return attend_projected(q, held, layer, folded, bias, chunk, early, grouped)
+    return attend_projected(q, held, layer, folded, bias, chunk, early, grouped, whole)
 
 
 def _scores(folded: Folded, bias: Tensor | None) -> tuple[Tensor, int]:
@@ -206,33 +226,48 @@ def attend_projected(
     chunk: int | None,
     early: bool,
     grouped: bool,
+    whole: int,
 ) -> Tensor:
     """Attention, given what was made of the queries."""
     assert layer.v.fields is not None and (not grouped or can_group(q, layer))
-    chunk = chunk or chunk_of(q, held.tokens, grouped)
+    if chunk is None:
+        chunk, whole = ranges_of(q, held.tokens, grouped)
     splits = -(-held.tokens // chunk)
     partials = Partials.empty(q, splits, layer.v.fields.map.shape[1], weighted=True)
     if grouped:
         projected, angles = (folded.descriptors, folded.scalars), _angles(held, layer, grouped)
         grouped_launch.split(q, held, layer, projected, angles, partials, chunk, early)
     else:
-        _split(q, held, layer, folded, bias, partials, chunk, early)
-    return triton_launch.combine(q, held, layer, partials, splits, early)
+        _split(q, held, layer, folded, bias, partials, chunk, early, whole)
+    return triton_launch.combine(q, held, layer, partials, splits, early, whole)
 
 
-def chunk_of(q: Tensor, tokens: int, grouped: bool) -> int:
-    """Tokens a warp goes over, in whole blocks."""
+def ranges_of(q: Tensor, tokens: int, grouped: bool) -> tuple[int, int]:
+    """Tokens that a warp goes over, in whole blocks, and how many rows before are gone over each by one warp."""
     rows, warps = q.shape[:3].numel(), WARPS
     if grouped:
         rows, warps = q.shape[:2].numel() * grouped_launch.groups(q.shape[2]), grouped_launch.WARPS
-    return TURN * _blocks_each(rows, -(-tokens // TURN), warps * processors(q))
+    each, whole = _ranges(rows, -(-tokens // TURN), warps * processors(q), grouped)
+    return TURN * each, whole
 
 
 @lru_cache(maxsize=1024)
-def _blocks_each(rows: int, blocks: int, slots: int) -> int:
-    """Blocks a warp goes over, so that `slots` warps at a time have the least to do one after another."""
-    lengths = {-(-blocks // splits) for splits in range(-(-blocks // LONGEST), blocks + 1)}
-    return min(lengths, key=lambda each: (-(-rows * -(-blocks // each) // slots) * (each + OPENING), each))
+def _ranges(rows: int, blocks: int, slots: int, alike: bool) -> tuple[int, int]:
+    """Blocks of a range of the rows that are divided and how many rows are not, which come first; `alike`: none.
+
+    So that `slots` warps at a time have the least to do one after another.
+    """
+    found = []
+    for waves in range(1 if alike or blocks > LONGEST else 1 + rows // slots):
+        left = rows - waves * slots
+        for splits in range(-(-blocks // LONGEST), blocks + 1):
+            each = -(-blocks // splits)
+            if waves and (left == 0 or each == 1):
+                continue
+            time = waves * (blocks + OPENING) + -(-left * -(-blocks // each) // slots) * (each + OPENING)
+            found.append((time, waves, each))
+    _, waves, each = min(found)
+    return each, waves * slots
 
 
 def project_query(q: Tensor, layer: PreparedLayer, fields: Fields, early: bool) -> Folded:
@@ -265,20 +300,22 @@ def _split(
     partials: Partials,
     chunk: int,
     early: bool,
+    whole: int,
 ) -> None:
     batch, heads, queries, dim = q.shape
+    divided, splits = batch * heads * queries - whole, partials.top.shape[3]
     k, v, k_fields, v_fields = held.k, held.v, layer.k.fields, layer.v.fields
     assert k.scales is not None and v.scales is not None and k_fields is not None and v_fields is not None
     launch(
-        ptx_kernels.fast_attend_split_kernel, (batch * heads * queries, partials.top.shape[3]),
+        ptx_kernels.fast_attend_split_kernel, (whole + divided * splits,),
         q, *q.stride(), layer.k.centre,
         folded.descriptors, folded.scalars, *_angles(held, layer, False),
         q if held.lengths is None else held.lengths,
         k.codes, *k.codes.stride()[:3], k.scales, *k.scales.stride()[:2],
         v.codes, *v.codes.stride()[:3], v.scales, *v.scales.stride()[:2], k_fields.masks, v_fields.masks,
-        partials.top, partials.mass, partials.weight, partials.out, held.tokens, chunk, held.sinks,
-        *_scores(folded, bias),
-        HEADS=heads, QUERIES=queries, DIM=dim, K_WORDS=k.codes.shape[2], V_WORDS=v.codes.shape[2] // FIELD_LANES,
+        partials.top, partials.mass, partials.weight, partials.out, held.tokens, chunk, whole, divided, splits,
+        held.sinks, *_scores(folded, bias),
+        HEADS=heads, QUERIES=queries, DIM=dim, K_WORDS=k.codes.shape[2], V_WORDS=v.codes.shape[2],
         HAS_BIAS=_turned(layer), HAS_POSITIONS=bias is not None, HAS_LENGTHS=held.lengths is not None,
         ONE_BLOCK=chunk == TURN,
         **kernel_code(dim, k_fields.shape, v_fields.shape, _turned(layer), chunk == TURN),
@@ -301,7 +338,7 @@ def kernel_code(
         "ANGLES": (ptx_text.angles_code(paired_dim), ptx_text.angles_constraints(paired_dim)),
         "TURN": (ptx_text.turn_code(at), ptx_text.turn_constraints(at)),
         "KEYS": (ptx_text.load_code(k), ptx_text.load_constraints(k)),
-        "VALUES": (ptx_text.load_code(v), ptx_text.load_constraints(v)),
+        "VALUES": (ptx_text.load_code(v, tiled=True), ptx_text.load_constraints(v)),
         "SCORE": (ptx_text.score_code(at), ptx_text.score_constraints(at)),
         "SUM": (ptx_text.sum_code(at), ptx_text.sum_constraints(at)),
         "EMPTY": (ptx_text.empty_code(at), ptx_text.empty_constraints(v)),

@@ -12,7 +12,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-STREAM = "ld.global.L1::no_allocate.L2::cache_hint.v4.b32"
+from turboesm_kernels.layout import TILE, WIDE
+
+STREAM = "ld.global.L1::no_allocate.L2::cache_hint"
 ONCE = "createpolicy.fractional.L2::evict_first.b64 once, 1.0;"
 """What is read once leaves the L2 first: code, maps, biases and partial results stay."""
 
@@ -28,6 +30,9 @@ DIGIT_ROW = 192
 
 LANES = 512
 """Bytes that a warp's lanes copy at once, 16 each."""
+
+TILE_BYTES = WIDE * TILE
+"""Of a tile of values."""
 
 
 @dataclass(frozen=True)
@@ -191,20 +196,30 @@ def copy_lines(base: str, operand: int, offset: int, size: int) -> list[str]:
     return lines
 
 
-def load_code(side: Side) -> str:
-    """PTX: $0.. = 16 bytes of a lane of each word's plane, 4 registers a word: 4 tokens of keys, 16 of values.
+def load_code(side: Side, tiled: bool = False) -> str:
+    """PTX: $0.. = 16 bytes of a lane of each word's plane, 4 registers a word: 4 tokens of keys.
 
-    After the outputs: address of the lane's bytes in plane 0, bytes between words, whether to read at all (else
-    the outputs hold anything).
+    Or, `tiled`, 16 tokens of values, of two tiles. After the outputs: address of the lane's bytes of word 0, bytes
+    between words, whether to read at all (else the outputs hold anything).
     """
     words = len(side.fields)
     base, stride, wanted = (f"${4 * words + i}" for i in range(3))
     lines = [".reg .b64 at, once;", ".reg .pred wanted;", ONCE, f"setp.ne.b32 wanted, {wanted}, 0;"]
     for w in range(words):
-        four = ", ".join(f"${4 * w + i}" for i in range(4))
         lines.append(f"mad.wide.u32 at, {stride}, {w}, {base};")
-        lines.append(f"@wanted {STREAM} {{{four}}}, [at], once;")
+        lines += stream_lines("wanted", 4 * w, 0, tiled)
     return block([*lines, FENCE])
+
+
+def stream_lines(wanted: str, first: int, offset: int, tiled: bool) -> list[str]:
+    """Where `wanted`, operands from `first` on = 16 bytes at `offset` from `at`, or 8 of each of two tiles."""
+    names = [f"${first + i}" for i in range(4)]
+    if not tiled:
+        return [f"@{wanted} {STREAM}.v4.b32 {{{', '.join(names)}}}, [at+{offset}], once;"]
+    return [
+        f"@{wanted} {STREAM}.v2.b32 {{{', '.join(two)}}}, [at+{place}], once;"
+        for two, place in ((names[:2], offset), (names[2:], offset + TILE_BYTES))
+    ]
 
 
 def load_constraints(side: Side) -> str:

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from turboesm_kernels.layout import ROPE_BASE as ROPE_BASE
-from turboesm_kernels.layout import Profile, codes_shape
+from turboesm_kernels.layout import TILE, WIDE, Profile, codes_shape, tiles_shape
 from turboesm_kernels.layout import Side as Side
 from turboesm_kernels.layout import table_size as table_size
 
@@ -100,8 +100,15 @@ class SideSpec:
         """How many axes, the last ones, code the residual of the others."""
         return max(0, self.analysis.shape[-1] - self.head_dim)
 
-    def codes_shape(self, batch: int, tokens: int) -> tuple[int, ...]:
-        """Of `Packed.codes`, see `layout.codes_shape`."""
+    @property
+    def can_tile(self) -> bool:
+        """Whether codes may lie in tiles: values in words of 4 lanes."""
+        return self.side == "v" and self.lanes == WIDE
+
+    def codes_shape(self, batch: int, tokens: int, tiled: bool = False) -> tuple[int, ...]:
+        """Of `Packed.codes`, see `layout.codes_shape`, or of values in tiles."""
+        if tiled:
+            return tiles_shape(self.heads, self.nbytes, batch, tokens)
         return codes_shape(self.side, self.heads, self.nbytes, self.lanes, batch, tokens)
 
     @property
@@ -120,12 +127,17 @@ class SideSpec:
 class Packed:
     """Packed vectors of B sequences, H heads, T tokens.
 
-    codes   uint8, see `SideSpec.codes_shape`
+    codes   uint8, see `SideSpec.codes_shape`; values may lie in tiles
     scales  uint8 [B, H, T], or None where the spec has no scales
     """
 
     codes: Tensor
     scales: Tensor | None
+
+    @property
+    def tiled(self) -> bool:
+        """Whether these are values in tiles (`layout`)."""
+        return self.codes.dim() == 6
 
 
 def table_slice(width: int) -> slice:
@@ -210,7 +222,10 @@ def compress(x: Tensor, spec: SideSpec, rope: Rope | None = None) -> Packed:
 
 def expand(packed: Packed, spec: SideSpec, rope: Rope | None = None) -> Tensor:
     """Vectors float32 [B, H, T, d] of packed ones; the inverse of `compress` but for quantization."""
-    return decode(unpack(packed.codes, spec), packed.scales, spec) + _centre(spec, rope)
+    codes = unpack(packed.codes, spec)
+    if packed.scales is not None:
+        codes = codes[:, :, : packed.scales.shape[2]]  # the last tile may have room for more
+    return decode(codes, packed.scales, spec) + _centre(spec, rope)
 
 
 def roundtrip(x: Tensor, spec: SideSpec, rope: Rope | None = None) -> Tensor:
@@ -429,5 +444,16 @@ def _to_memory_order(planes: Tensor, spec: SideSpec) -> Tensor:
 def _from_memory_order(packed: Tensor, spec: SideSpec) -> Tensor:
     """`Packed.codes` -> [nbytes, B, H, T]."""
     if spec.side == "v":
-        return packed.permute(2, 0, 1, 3)
+        return untiled(packed).permute(2, 0, 1, 3)
     return packed.permute(2, 4, 0, 1, 3).flatten(0, 1)
+
+
+def tiled(planes: Tensor) -> Tensor:
+    """Values' codes [B, H, nbytes, T] in tiles [B, H, nbytes / 4, T / 8, 4, 8], T padded to whole ones: a copy."""
+    padded = torch.nn.functional.pad(planes, (0, -planes.shape[3] % TILE))
+    return padded.unflatten(3, (-1, TILE)).unflatten(2, (-1, WIDE)).transpose(3, 4).contiguous()
+
+
+def untiled(codes: Tensor) -> Tensor:
+    """Values' codes [B, H, nbytes, T] of tiles, a copy; what lies so already, as it is."""
+    return codes if codes.dim() == 4 else codes.transpose(3, 4).flatten(4, 5).flatten(2, 3)

@@ -33,7 +33,7 @@ def append_and_project_kernel(
     K_UNIFORM: tl.constexpr,
     V_AXES: tl.constexpr, V_PAD: tl.constexpr, V_WORDS: tl.constexpr, V_FIELDS: tl.constexpr,
     V_WIDEST: tl.constexpr, V_LEVELS: tl.constexpr, V_THRESHOLDS: tl.constexpr, V_SCALE: tl.constexpr,
-    V_UNIFORM: tl.constexpr,
+    V_UNIFORM: tl.constexpr, V_TILED: tl.constexpr,
     HAS_STARTS: tl.constexpr, ONE_TOKEN: tl.constexpr, TURNED: tl.constexpr, POSITIONED: tl.constexpr,
     DIM_BLOCK: tl.constexpr, BLOCK: tl.constexpr, QUERIES: tl.constexpr, FOLD_PAD: tl.constexpr,
     FOLD_BLOCK: tl.constexpr, EXACT: tl.constexpr, ROW_BLOCK: tl.constexpr, TOKEN_BLOCK: tl.constexpr,
@@ -53,7 +53,7 @@ def append_and_project_kernel(
             cos, sin, rope_t, rope_d, centre_at, positions, sinks, k, 0, 0, 0, 0,
             k_codes, kc_b, kc_h, kc_word, kc_token, k_words, k_scales, ks_b, ks_h,
             HEADS, DIM, K_AXES, DIM_PAD, K_PAD, K_LANES, K_WORDS, K_FIELDS, K_WIDEST, K_LEVELS,
-            K_THRESHOLDS, K_SCALE, K_UNIFORM, False, HAS_STARTS, ONE_TOKEN, TURNED, POSITIONED, False,
+            K_THRESHOLDS, K_SCALE, K_UNIFORM, False, False, HAS_STARTS, ONE_TOKEN, TURNED, POSITIONED, False,
             BLOCK, DIM_BLOCK, EARLY,
         )  # fmt: skip
     elif (part == 1) & (block * BLOCK < batches):
@@ -64,7 +64,7 @@ def append_and_project_kernel(
             cos, sin, rope_t, rope_d, centre_at, positions, sinks, v, 0, 0, 0, 0,
             v_codes, vc_b, vc_h, vc_plane, vc_token, v_words, v_scales, vs_b, vs_h,
             HEADS, DIM, V_AXES, DIM_PAD, V_PAD, V_LANES, V_WORDS, V_FIELDS, V_WIDEST, V_LEVELS,
-            V_THRESHOLDS, V_SCALE, V_UNIFORM, True, HAS_STARTS, ONE_TOKEN, False, False, False,
+            V_THRESHOLDS, V_SCALE, V_UNIFORM, True, V_TILED, HAS_STARTS, ONE_TOKEN, False, False, False,
             BLOCK, DIM_BLOCK, EARLY,
         )  # fmt: skip
     elif (part == 2) & (block * FOLD_BLOCK < rows):

@@ -250,11 +250,11 @@ def attend_split_kernel(
     tl.store(target, acc, mask=asked[None, :] & (v_axis < V_AXES)[:, None])
 
 
-@triton.jit(do_not_specialize=["rows", "splits", "axes"])
+@triton.jit(do_not_specialize=["rows", "splits", "axes", "whole"])
 def combine_kernel(
     part_max, part_sum, part_weight, part_out, query, q_b, q_h, q_q, q_d, lengths,
     sink_k, sk_b, sk_h, sk_t, sk_d, sink_v, sv_b, sv_h, sv_t, sv_d,
-    value_map, offset, centre, out, rows, splits, axes,
+    value_map, offset, centre, out, rows, splits, axes, whole,
     HEADS: tl.constexpr, QUERIES: tl.constexpr, DIM: tl.constexpr, AXES_STEP: tl.constexpr,
     DIM_PAD: tl.constexpr, AXES_BLOCK: tl.constexpr, AXES_BLOCKS: tl.constexpr, MAP_EARLY: tl.constexpr,
     SINKS: tl.constexpr, ROW_BLOCK: tl.constexpr,
@@ -270,7 +270,7 @@ def combine_kernel(
     float [B, H, Q, d], contiguous. A row without any token gets 0. Program (h, r) does the r-th block of rows: one
     row where rows are few, by sums; else 16 or more, by matrix products. What needs no range, the sinks and, where
     MAP_EARLY, the map, comes before the wait for the ranges. Axes are taken AXES_BLOCK at a time; A is a multiple
-    of AXES_STEP: that makes loads wide.
+    of AXES_STEP: that makes loads wide. Of the first `whole` rows (b, h, q) there is one range.
     """
     axes = axes // AXES_STEP * AXES_STEP
     head = tl.program_id(0)
@@ -321,7 +321,7 @@ def combine_kernel(
     for first in range(0, splits, SPLIT_BLOCK):
         split = first + tl.arange(0, SPLIT_BLOCK)
         part = out_row[:, None] * splits + split[None, :]
-        there = live[:, None] & (split < splits)[None, :]
+        there = live[:, None] & (split[None, :] < tl.where(out_row < whole, 1, splits)[:, None])
         m = tl.load(part_max + part, mask=there, other=NEGATIVE)
         held = tl.load(part_sum + part, mask=there, other=0.0)
         new_top = tl.maximum(top, tl.max(m, 1))

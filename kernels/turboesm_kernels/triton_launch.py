@@ -175,7 +175,13 @@ def _scales(packed: Packed) -> tuple[Tensor | int, ...]:
 
 
 def combine(
-    q: Tensor, held: Held, layer: PreparedLayer, partials: Partials, splits: int, early: bool = False
+    q: Tensor,
+    held: Held,
+    layer: PreparedLayer,
+    partials: Partials,
+    splits: int,
+    early: bool = False,
+    whole: int = 0,
 ) -> Tensor:
     """Attention [B, H, Q, d] of the partial results of `splits` ranges; see `combine_kernel`."""
     batch, heads, queries, dim = q.shape
@@ -197,7 +203,7 @@ def combine(
         partials.top, partials.mass, partials.weight if weighted else partials.mass, partials.out,
         q, *q.stride(), q if held.lengths is None else held.lengths,
         sink_k, *sink_k.stride(), sink_v, *sink_v.stride(), value_map, offset, layer.v.centre, out,
-        rows, splits, axes, HEADS=heads, QUERIES=queries, DIM=dim, AXES_STEP=math.gcd(axes, 4),
+        rows, splits, axes, whole, HEADS=heads, QUERIES=queries, DIM=dim, AXES_STEP=math.gcd(axes, 4),
         DIM_PAD=padded(dim), AXES_BLOCK=axes_block, AXES_BLOCKS=blocks, MAP_EARLY=axes * dim <= EARLY_MAP,
         SPLIT_BLOCK=split_block, SINKS=held.sinks, ROW_BLOCK=row_block, HAS_LENGTHS=held.lengths is not None,
         HAS_WEIGHT=weighted, EARLY=early, num_warps=4 if axes <= 128 else 8, **early_launch(early),

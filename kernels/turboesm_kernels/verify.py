@@ -191,14 +191,14 @@ def _blank(layer: PreparedLayer, sinks: int) -> Held:
         torch.cuda.synchronize(device)
     whole = torch.full((2, SEQUENCES, layer.k.spec.heads, sinks, dim), torch.nan, device=device).half()
     lengths = torch.full((SEQUENCES,), sinks + TOKENS, dtype=torch.int32, device=device)
-    k, v = (_blank_side(side.spec) for side in (layer.k, layer.v))
+    k, v = _blank_side(layer.k.spec, False), _blank_side(layer.v.spec, dispatch.keeps_tiles(layer))
     return Held(k, v, rope, lengths, *(whole if sinks else (None, None)))
 
 
-def _blank_side(spec: SideSpec) -> Packed:
+def _blank_side(spec: SideSpec, tiled: bool) -> Packed:
     codes, scales = (
         torch.full(shape, RUBBISH, dtype=torch.uint8, device=spec.centre.device)
-        for shape in (spec.codes_shape(SEQUENCES, TOKENS), (SEQUENCES, spec.heads, TOKENS))
+        for shape in (spec.codes_shape(SEQUENCES, TOKENS, tiled), (SEQUENCES, spec.heads, TOKENS))
     )
     return Packed(codes, None if spec.scale == "none" else scales)
 

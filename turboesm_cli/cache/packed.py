@@ -16,6 +16,7 @@ from torch import Tensor
 from turboesm_kernels import cpu_compiled, cpu_lookup, dispatch, reference, token_layer, verify
 from turboesm_kernels.available import has_triton
 from turboesm_kernels.dispatch import put
+from turboesm_kernels.layout import ROOM, TILE, tiles_shape
 from turboesm_kernels.operands import Held, PreparedLayer
 from turboesm_kernels.reference import Packed, Rope
 from turboesm_kernels.token_tables import TokenTables
@@ -29,8 +30,6 @@ from turboesm_cli.models.alphabet import Alphabet
 from turboesm_cli.models.protocol import Model
 
 SINK_DTYPE = torch.float16
-ALIGNMENT = 16
-"""Tokens that a cache on a GPU is rounded up to: the fast kernels read 16 at a time."""
 
 
 class PackedCodec:
@@ -55,8 +54,8 @@ class PackedCodec:
 class PackedCache(Ragged):
     """Keys and values packed by a codec; leading tokens (sinks) in float16; layers that keep tokens alone.
 
-    `tensors` are all the bytes of a sequence: what is written to disk is what is held in memory. `backend` as in
-    `dispatch.attend`.
+    `tensors` are all the bytes of a sequence: what is written to disk is what is held in memory, but for the order
+    of values where a GPU's fast path reads them. `backend` as in `dispatch.attend`.
     """
 
     def __init__(
@@ -65,7 +64,7 @@ class PackedCache(Ragged):
         super().__init__(batch, capacity, model.device)
         self._codec = _prepare(model, spec)
         self._backend = backend
-        self._rope = forward.rope_at(model, 0, _room(capacity, model.device) + ALIGNMENT)
+        self._rope = forward.rope_at(model, 0, _room(capacity, model.device) + ROOM)
         self._sinks = sinks = min(spec.recipe.sinks, capacity)
         self._packed_starts = torch.zeros_like(self.starts)
         self._packed_rope = self._rope.rows(slice(sinks, None))
@@ -78,7 +77,8 @@ class PackedCache(Ragged):
         )
         size, room = spec.size, _room(capacity, model.device)
         self._layers = [
-            _LayerStore.empty(size, layer, batch, room, model.device) for layer in range(len(spec.layers))
+            _LayerStore.empty(size, layer, batch, room, model.device, self._keeps_tiles(layer))
+            for layer in range(len(spec.layers))
         ]
         self._steps: dict[int, cpu_compiled.Step | None] = {}
 
@@ -86,18 +86,31 @@ class PackedCache(Ragged):
         """What a copy has: its steps are those of its own buffers."""
         return self.__dict__ | {"_steps": {}}
 
+    def _keeps_tiles(self, layer: int) -> bool:
+        prepared = self._codec.layers[layer]
+        return prepared is not None and self._backend in (None, "ptx") and dispatch.keeps_tiles(prepared)
+
     @property
     def tensors(self) -> dict[str, Tensor]:
-        """All that `capacity` tokens of each sequence take, by name."""
-        return self.leading(self.capacity)
+        """All that `capacity` tokens of each sequence take, by name, as files have it: values in planes."""
+        return self._named([store.upto(self.capacity).in_planes() for store in self._layers])
 
     def leading(self, length: int) -> dict[str, Tensor]:
-        """The part of `tensors` that the first `length` tokens take."""
+        """What the first `length` tokens take, by name: views, of whole tiles where values lie in tiles."""
+        return self._named([store.upto(length) for store in self._layers])
+
+    def _named(self, stores: Sequence[_LayerStore]) -> dict[str, Tensor]:
         held = {"unmasked": self.unmasked}
-        for index, store in enumerate(self._layers):
-            own = store.upto(length).tensors
-            held |= {f"layers.{index}.{name}": tensor for name, tensor in own.items()}
+        for index, store in enumerate(stores):
+            held |= {f"layers.{index}.{name}": tensor for name, tensor in store.tensors.items()}
         return held
+
+    def fill(self, tensors: Mapping[str, Tensor], length: int) -> None:
+        """Hold what `leading` or `tensors` gave of such a cache, of one sequence for all of these, or as many."""
+        own = self.leading(length)
+        super().fill(
+            {name: reference.tiled(x) if x.dim() < own[name].dim() else x for name, x in tensors.items()}, length
+        )
 
     @property
     def nbytes(self) -> int:
@@ -314,7 +327,7 @@ def _check_kernels(model: Model, sinks: int, layers: list[PreparedLayer], tokens
 
 def _room(capacity: int, device: torch.device) -> int:
     """Tokens that buffers are made for."""
-    return -(-capacity // ALIGNMENT) * ALIGNMENT if device.type == "cuda" else capacity
+    return -(-capacity // ROOM) * ROOM if device.type == "cuda" else capacity
 
 
 @dataclass(frozen=True)
@@ -334,15 +347,22 @@ class _LayerStore:
     @property
     def room(self) -> int:
         """Tokens beyond the sinks."""
-        return self.tokens.shape[1] if "tokens" in self.tensors else self.tensors["v.codes"].shape[3]
+        return self.tokens.shape[1] if "tokens" in self.tensors else self.tensors["k.codes"].shape[3]
 
     @classmethod
-    def empty(cls, size: CodecSize, layer: int, batch: int, capacity: int, device: torch.device) -> _LayerStore:
-        buffers = size.buffers(layer, batch, capacity, ALIGNMENT if device.type == "cuda" else 1)
-        return cls(
-            {name: torch.zeros(each.size, dtype=getattr(torch, each.dtype), device=device)
-             for name, each in buffers.items()}
-        )  # fmt: skip
+    def empty(
+        cls, size: CodecSize, layer: int, batch: int, capacity: int, device: torch.device, tiled: bool = False
+    ) -> _LayerStore:
+        """Buffers on `device`, with values in tiles or in planes."""
+        buffers = size.buffers(layer, batch, capacity, ROOM if device.type == "cuda" else 1)
+        tensors = {
+            name: torch.zeros(each.size, dtype=getattr(torch, each.dtype), device=device)
+            for name, each in buffers.items()
+        }
+        if tiled:
+            _, heads, nbytes, tokens = tensors["v.codes"].shape
+            tensors["v.codes"] = tensors["v.codes"].view(tiles_shape(heads, nbytes, batch, tokens))
+        return cls(tensors)
 
     def rows(self, start: int, stop: int) -> _LayerStore:
         """Some sequences: a view."""
@@ -354,13 +374,22 @@ class _LayerStore:
         upto = {
             "tokens": (1, length),
             "codes": (3, length - sinks),
+            "tiles": (3, -(-(length - sinks) // TILE)),
             "scales": (2, length - sinks),
             "sinks": (2, sinks),
         }
         return _LayerStore(
             {name: tensor.narrow(upto[kind][0], 0, min(upto[kind][1], tensor.shape[upto[kind][0]]))
-             for name, tensor in self.tensors.items() for kind in [name.split(".")[-1]]}
+             for name, tensor in self.tensors.items()
+             for kind in ["tiles" if tensor.dim() == 6 else name.split(".")[-1]]}
         )  # fmt: skip
+
+    def in_planes(self) -> _LayerStore:
+        """The same with values in planes: a copy of them where they lie in tiles."""
+        if "v.codes" not in self.tensors:
+            return self
+        planes = reference.untiled(self.tensors["v.codes"])[..., : self.room]
+        return _LayerStore(self.tensors | {"v.codes": planes})
 
     def packed(self, name: str) -> Packed:
         return Packed(self.tensors[f"{name}.codes"], self.tensors.get(f"{name}.scales"))

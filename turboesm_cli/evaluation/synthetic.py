@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from turboesm_kernels.layout import BYTE, wide_lanes
+from turboesm_kernels import dispatch
+from turboesm_kernels.layout import BYTE, ROOM, wide_lanes
 from turboesm_kernels.operands import Held, PreparedLayer
 from turboesm_kernels.reference import Packed, Rope, Side, SideSpec, rope_frequencies, table_size, table_slice
 
@@ -68,13 +69,14 @@ def make_caches(shape: Shape, device: torch.device) -> tuple[PreparedLayer, list
 def random_cache(layer: PreparedLayer, shape: Shape, rope: Rope) -> Held:
     """Random codes, scales and a sink for each sequence."""
     sinks = torch.randn(2, shape.batch, shape.heads, 1, shape.dim, device=layer.k.map.device).half()
-    k, v = (_random_packed(side.spec, shape) for side in (layer.k, layer.v))
+    k = _random_packed(layer.k.spec, shape, False)
+    v = _random_packed(layer.v.spec, shape, dispatch.keeps_tiles(layer) and shape.tokens % ROOM == 0)
     return Held(k, v, rope, None, sinks[0], sinks[1])
 
 
-def _random_packed(spec: SideSpec, shape: Shape) -> Packed:
+def _random_packed(spec: SideSpec, shape: Shape, tiled: bool) -> Packed:
     device, batch, tokens = spec.centre.device, shape.batch, shape.tokens
-    codes = torch.randint(0, 256, spec.codes_shape(batch, tokens), dtype=torch.uint8, device=device)
+    codes = torch.randint(0, 256, spec.codes_shape(batch, tokens, tiled), dtype=torch.uint8, device=device)
     scales = torch.randint(100, 150, (batch, spec.heads, tokens), dtype=torch.uint8, device=device)
     return Packed(codes, scales)
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
-from turboesm_kernels import cpu_compiled, reference
+from turboesm_kernels import cpu_compiled, dispatch, reference
 from turboesm_kernels.operands import PreparedLayer
 
 from turboesm_cli.cache.cache_file import CachedProtein, Packfile, StoredProtein, write_packfile
@@ -144,6 +144,31 @@ def test_without_compiled_loops_the_same_is_held(
         cache, _ = filled(model, spec, 9, [4, 1, 1, 1, 1, 1])
         found.append(cache.attend(1, q))
     assert torch.allclose(*found, rtol=1e-3, atol=1e-4)
+
+
+def test_values_in_tiles_are_saved_and_copied_as_those_in_planes_are(
+    models: dict[int, EsmModel], statistics: dict[int, object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU, where the kernels read and write them; here what is done without."""
+    model, tokens = models[64], 17
+    spec = fit(model, statistics[64], RECIPES["flat"])  # type: ignore[arg-type]
+    plain, _ = filled(model, spec, tokens, [tokens])
+    monkeypatch.setattr(dispatch, "keeps_tiles", lambda layer: True)
+    cache, copied = (PackedCache(model, spec, 3, tokens) for _ in range(2))
+    one, other = cache.rows(1, 2), cache.rows(2, 3)
+    assert cache.leading(tokens)["layers.1.v.codes"].dim() == 6
+    one.load(plain.tensors, tokens)
+    assert one.nbytes == plain.nbytes
+    assert all(torch.equal(found, plain.tensors[name]) for name, found in one.tensors.items())
+    some = {name: tensor.clone() for name, tensor in one.leading(11).items()}
+    other.fill(some, 11)
+    copied.take(cache, torch.tensor([2, 1, 1]))
+    for held, length in ((one, tokens), (other, 11), (copied.rows(0, 1), 11), (copied.rows(2, 3), tokens)):
+        assert held.length == length
+        for found, wanted in zip(held.keys_values(1), plain.keys_values(1), strict=True):
+            assert torch.allclose(found, wanted[:, :, :length], rtol=0, atol=1e-5)  # another shape's rounding
+    one.wipe(tokens)
+    assert not one.tensors["layers.1.v.codes"].any() and other.tensors["layers.1.v.codes"].any()
 
 
 def test_truncate_forgets(models: dict[int, EsmModel], statistics: dict[int, object]) -> None:

@@ -163,7 +163,7 @@ KERNELS = [
     {"cpu_masks"},
     {"prepared"},
     {"operands"},
-    {"cpu_lookup", "cpu_loops", "launch", "triton_kernels"},
+    {"cpu_lookup", "cpu_loops", "launch", "parts", "triton_kernels"},
     {"token_kernels", "triton_launch", "ptx_kernels", "cpu_compiled"},
     {"rotary", "linear", "add_norm", "gated", "sampling"},
     {"pack", "token_layer", "grouped_kernels"},

@@ -16,6 +16,7 @@ from dataclasses import replace
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -24,7 +25,7 @@ from kernel_cases import Case, angles, in_tiles, make, make_spec, relative_error
 from turboesm_kernels import cpu_compiled, dispatch, reference, token_layer, verify
 from turboesm_kernels.dispatch import BackendError
 from turboesm_kernels.layout import ROOM, Profile
-from turboesm_kernels.operands import Held, PreparedLayer
+from turboesm_kernels.operands import Held, Joint, PreparedLayer
 from turboesm_kernels.prepared import grid_steps
 from turboesm_kernels.reference import Packed, Rope, Side
 from turboesm_kernels.token_tables import TokenTables
@@ -874,6 +875,87 @@ def test_before_the_codes_are_read(case: Case, monkeypatch: pytest.MonkeyPatch) 
         assert torch.allclose(bias, triton_launch.position_scores(q, held, layer), atol=1e-5)
 
 
+def joint_of(case: Case, parts: int, device: str) -> Joint:
+    """A projection of 5 query heads or so, for each key/value head `case.queries`; `parts` 0: not in parts."""
+    generator = torch.Generator().manual_seed(7)
+    width = (case.queries + 2) * case.heads * case.dim
+    shape = (max(parts, 1), case.batch, 1, width)
+    product = torch.randn(shape, generator=generator) / math.sqrt(max(parts, 1))
+    product = product if parts else product[0].to(case.dtype)
+    return Joint(product.to(device), (case.queries * case.heads, case.heads), 0.125, case.dtype)
+
+
+JOINT = [
+    Case(tokens=70, batch=19, heads=3, ragged=True),
+    Case(tokens=33, dim=128, queries=4, sinks=3, ragged=True),
+    Case(tokens=40, batch=3, dim=80, wide=True, ragged=True, centred=False, dtype=torch.bfloat16),
+    Case(tokens=9, dim=144, queries=2, wide=True, ragged=True, sinks=0),
+]
+
+
+def check_joint(case: Case, parts: int, device: str, attend: Callable[..., object]) -> list[tuple[object, ...]]:
+    """A projection given as it is, and turned first: what `attend` gives, and what the launch leaves behind."""
+    from turboesm_kernels import ptx_launch
+    from turboesm_kernels.rotary import rotate
+
+    found = []
+    joint = joint_of(case, parts, device)
+    for at_once in (True, False):
+        _, held, layer = made(case, device, tiled=True)
+        held = replace(held, rope=angles(case, torch.arange(case.tokens) + case.sinks, device))
+        assert held.lengths is not None and held.rope is not None
+        held.lengths.clamp_(min=case.sinks + 1)
+        starts = held.lengths - 1
+        poison(joint.product)
+        if at_once:
+            given = (*joint.sides, held, layer, starts)
+            result = attend(*given, joint=joint)
+        else:
+            every = angles(case, torch.arange(case.tokens + case.sinks), device)
+            q, k, v = rotate(joint, every, starts)
+            q = q.unflatten(1, (case.heads, -1)).flatten(2, 3)
+            result = attend(q, k, v, held, layer, starts)
+        found.append((result, held, layer))
+    (_, one, layer), (_, other, _) = found
+    for mine, theirs, side in ((one.k, other.k, layer.k), (one.v, other.v, layer.v)):
+        apart = reference.unpack(mine.codes, side.spec) != reference.unpack(theirs.codes, side.spec)
+        assert apart.float().mean() < 1e-4  # where a number lies on the edge of two codes
+        assert (mine.scales.int() - theirs.scales.int()).abs().max() <= 1  # type: ignore[union-attr]
+    assert ptx_launch.unserved_reason(layer) is None
+    return found
+
+
+@interpreted
+@pytest.mark.parametrize("parts", [0, 3])
+@pytest.mark.parametrize("case", JOINT, ids=str)
+def test_a_projection_is_turned_as_it_is_packed(case: Case, parts: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    from turboesm_kernels import ptx_launch
+
+    seen: list[tuple[object, ...]] = []
+    monkeypatch.setattr(ptx_launch, "attend_projected", lambda *given: seen.append(given))
+    check_joint(case, parts, "cpu", ptx_launch.append_and_attend)
+    (q, _, _, folded, *_), (other_q, _, _, other, *_) = seen
+    assert q.dtype == other_q.dtype == case.dtype and q.shape == other_q.shape  # type: ignore[attr-defined]
+    assert relative_error(q, other_q) < (1e-3 if case.dtype == torch.bfloat16 else 1e-6)  # type: ignore[arg-type]
+    assert torch.allclose(folded.scalars, other.scalars, rtol=1e-2, atol=1e-3)  # type: ignore[attr-defined]
+
+
+@pytest.mark.gpu
+@no_gpu
+@pytest.mark.parametrize("parts", [0, 3])
+@pytest.mark.parametrize("case", [*JOINT[:3], Case(tokens=600, batch=40, heads=5, ragged=True)], ids=str)
+def test_a_projection_is_turned_as_it_is_packed_on_gpu(case: Case, parts: int) -> None:
+    from turboesm_kernels import ptx_launch
+
+    def attend(*given: Any, **named: Any) -> torch.Tensor:
+        torch.cuda.synchronize()  # starts are to be older than the kernel before
+        return ptx_launch.append_and_attend(*given, **named)
+
+    for _ in range(5):
+        (found, *_), (expected, *_) = check_joint(case, parts, "cuda", attend)
+        assert found.dtype == case.dtype and relative_error(found, expected) < 5e-3  # type: ignore[attr-defined,arg-type]
+
+
 CHECKED = [
     Case(dim=16, kind="flat"),
     Case(dim=64, kind="uniform"),
@@ -1012,14 +1094,14 @@ def check_rotation(device: str, dtype: torch.dtype) -> None:
     q, k, v = joint.double().view(batch, tokens, 3, heads, dim).permute(2, 0, 3, 1, 4)
     moved = Rope(every.cos.to(device), every.sin.to(device))
     poison(joint)
-    found = rotate(joint.to(device), heads, heads, scaling, moved, starts.to(device))
+    found = rotate(Joint(joint.to(device), (heads, heads), scaling, dtype), moved, starts.to(device))
     for one, wanted in zip(found, (own.rotate(q) * scaling, own.rotate(k), v), strict=True):
         assert one.dtype == dtype and one.shape == (batch, heads, tokens, dim)
         assert relative_error(one.cpu(), wanted) < TOLERANCE[dtype]
     whole = torch.cat((q, k, v), 1).transpose(1, 2).flatten(2)
     parts = torch.stack([torch.randn(whole.shape, generator=generator) for _ in range(3)])
     parts[0] += (whole - parts.sum(0)).float()
-    found = rotate(parts.to(device), heads, heads, scaling, moved, starts.to(device), dtype)
+    found = rotate(Joint(parts.to(device), (heads, heads), scaling, dtype), moved, starts.to(device))
     for one, wanted in zip(found, (own.rotate(q) * scaling, own.rotate(k), v), strict=True):
         assert one.dtype == dtype and one.shape == (batch, heads, tokens, dim)
         assert relative_error(one.cpu(), wanted) < TOLERANCE[dtype]

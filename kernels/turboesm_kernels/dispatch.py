@@ -19,7 +19,7 @@ from torch import Tensor
 
 from turboesm_kernels import cpu_compiled, cpu_lookup, reference
 from turboesm_kernels.available import capability, has_triton, on_nvidia
-from turboesm_kernels.operands import IN_TILES, Held, PreparedLayer
+from turboesm_kernels.operands import IN_TILES, Held, Joint, PreparedLayer
 from turboesm_kernels.reference import Packed, Rope, SideSpec
 
 Backend = Literal["ptx", "triton", "compiled", "lookup", "torch"]
@@ -124,6 +124,23 @@ def append_and_attend(
         return ptx_launch.append_and_attend(q, k, v, held, layer, starts)
     append(k, v, layer, held, starts, backend)
     return attend(q, held, layer, backend)
+
+
+def append_and_attend_joint(joint: Joint, held: Held, layer: PreparedLayer, starts: Tensor) -> Tensor:
+    """`append_and_attend` of what a projection gives before RoPE, on the fast path: [B, K, H / K, d] of its dtype.
+
+    `starts` int32 [B], which no sink's may be, and the angles must be older than the kernel that made the product.
+    Raises BackendError where the fast path does not serve these inputs, ValueError where they do not fit.
+    """
+    q, k, v = joint.sides
+    _validate(q, held, layer)
+    if reason := _no_ptx(q, held, layer):
+        raise BackendError(f"a projection before RoPE is for the fast path: {reason}")
+    if layer.k.spec.centre_at is not None or held.rope is None or held.lengths is None:
+        raise BackendError("a projection before RoPE needs RoPE's angles, and lengths")
+    from turboesm_kernels import ptx_launch
+
+    return ptx_launch.append_and_attend(q, k, v, held, layer, starts, joint=joint)
 
 
 def _packs_with_triton(k: Tensor, layer: PreparedLayer, backend: Backend | None) -> bool:

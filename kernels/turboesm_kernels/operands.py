@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from turboesm_kernels.prepared import PreparedSide
@@ -24,6 +25,37 @@ class PreparedLayer:
     def of(cls, k: SideSpec, v: SideSpec) -> PreparedLayer:
         """Prepare the two sides of a layer, on their device."""
         return cls(PreparedSide.of(k), PreparedSide.of(v))
+
+
+@dataclass(frozen=True)
+class Joint:
+    """Queries, keys and values of T tokens of each of B sequences, before RoPE.
+
+    product  any float [B, T, (H + 2 K) d], dense, of H query heads and K of keys and values beside each other; or
+             parts float32 [S, B, T, (H + 2 K) d] to be summed
+    heads    H and K
+    scaling  of queries
+    dtype    that queries, keys and values are rounded to
+    """
+
+    product: Tensor
+    heads: tuple[int, int]
+    scaling: float
+    dtype: torch.dtype
+
+    @property
+    def parts(self) -> int:
+        """S."""
+        return len(self.product) if self.product.dim() == 4 else 1
+
+    @property
+    def sides(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Of the first tokens' first part, views: queries [B, K, H / K, d], keys and values [B, K, 1, d]."""
+        heads, shared = self.heads
+        first = self.product[0] if self.product.dim() == 4 else self.product
+        by_head = first[:, 0].unflatten(1, (heads + 2 * shared, -1))
+        q, k, v = by_head.split((heads, shared, shared), 1)
+        return q.unflatten(1, (shared, -1)), k[:, :, None], v[:, :, None]
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from turboesm_kernels import layout
 from turboesm_kernels.launch import early_launch, is_roomy, launch, launches_early
 from turboesm_kernels.operands import Held, PreparedLayer
+from turboesm_kernels.parts import summed, swapped
 from turboesm_kernels.prepared import PreparedSide, dims_at_once, padded
 from turboesm_kernels.reference import SCALE_STEPS_PER_OCTAVE, SCALE_ZERO, Packed
 
@@ -110,8 +111,16 @@ def _turns(analysis, head, dim, axis, HEADS: tl.constexpr, DIM: tl.constexpr, AX
 
 
 @triton.jit
+def _angles(cos, sin, rope_t, rope_d, place, live, dim, DIM: tl.constexpr):
+    """Cosines and sines of rows' places, for some channels."""
+    inside = live[:, None] & (dim < DIM)[None, :]
+    angle = (place.to(tl.int64) * rope_t)[:, None] + dim[None, :] * rope_d
+    return tl.load(cos + angle, mask=inside, other=0.0), tl.load(sin + angle, mask=inside, other=0.0)
+
+
+@triton.jit
 def pack_rows(
-    x, x_b, x_h, x_t, x_d, starts, first_token, batches, tokens, head, block,
+    x, x_b, x_h, x_t, x_d, x_s, like, starts, first_token, batches, tokens, head, block,
     centre, analysis, factors, coded_norm, grid, widths, table_start, levels, thresholds, deviation, picks,
     cos, sin, rope_t, rope_d, centre_at, positions, sinks, sink, w_b, w_h, w_t, w_d,
     codes, c_b, c_h, c_word, c_token, words, scales, s_b, s_h,
@@ -120,11 +129,13 @@ def pack_rows(
     LEVELS: tl.constexpr, THRESHOLDS: tl.constexpr, SCALE: tl.constexpr, UNIFORM: tl.constexpr,
     PLANES: tl.constexpr, TILED: tl.constexpr, HAS_STARTS: tl.constexpr, ONE_TOKEN: tl.constexpr,
     TURNED: tl.constexpr, POSITIONED: tl.constexpr, HAS_SINKS: tl.constexpr, BLOCK: tl.constexpr,
-    DIM_BLOCK: tl.constexpr, EARLY: tl.constexpr,
+    DIM_BLOCK: tl.constexpr, PARTS: tl.constexpr, ROTATED: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """`pack_kernel` for one side, head and block of rows (b, token).
 
-    Tables are read before the wait, since a layer's have left the caches since the step before.
+    Where PARTS, x is that many of a product's, x_s apart: the sum, turned where ROTATED, is rounded as `like` is.
+    Tables are read before the wait, since a layer's have left the caches since the step before; and where PARTS
+    `starts` and angles, which are older than the product.
     """
     axis = tl.arange(0, AXES_PAD)
     pieces = _picks(picks, head, WORDS * FIELDS)
@@ -136,7 +147,7 @@ def pack_rows(
     turns = _turns(analysis, head, own_dim, axis, HEADS, DIM, AXES)
     factor_of_axis = tl.load(factors + head * AXES + axis, mask=axis < AXES, other=0.0)
     constant = tl.load(centre + head * DIM + own_dim, mask=own_dim < DIM, other=0.0)
-    if EARLY:
+    if EARLY and not PARTS:
         gdc_wait()
         gdc_launch_dependents()
     row = block * BLOCK + tl.arange(0, BLOCK)
@@ -150,31 +161,42 @@ def pack_rows(
     kept = live & (place < 0)
     if HAS_SINKS:
         live = live & (place >= 0)
-    half: tl.constexpr = DIM // 2
+    cosine = 0.0
+    sine = 0.0
+    if TURNED or ROTATED:
+        cosine, sine = _angles(cos, sin, rope_t, rope_d, place, live, own_dim, DIM)
+    if EARLY and PARTS:
+        gdc_wait()
+        gdc_launch_dependents()
     y = tl.zeros((BLOCK, AXES_PAD), tl.float32)
     for first in tl.static_range(0, DIM_PAD, DIM_BLOCK):
         dim = first + own_dim
+        partner, sign = swapped(dim, DIM)
         if first > 0:
+            if TURNED or ROTATED:
+                cosine, sine = _angles(cos, sin, rope_t, rope_d, place, live, dim, DIM)
             turns = _turns(analysis, head, dim, axis, HEADS, DIM, AXES)
             constant = tl.load(centre + head * DIM + dim, mask=dim < DIM, other=0.0)
         inside = live[:, None] & (dim < DIM)[None, :]
         if HAS_SINKS:
             inside = (live | kept)[:, None] & (dim < DIM)[None, :]
         at = x + (batch * x_b + head * x_h + token.to(tl.int64) * x_t)[:, None] + dim[None, :] * x_d
-        value = tl.load(at, mask=inside, other=0.0).to(tl.float32)
+        if PARTS:
+            value = summed(at, inside, x_s, PARTS)
+            if ROTATED:
+                other = summed(at + ((partner - dim) * x_d)[None, :], inside, x_s, PARTS)
+                value = value * cosine + other * sign[None, :] * sine
+            value = value.to(like.dtype.element_ty).to(tl.float32)
+        else:
+            value = tl.load(at, mask=inside, other=0.0).to(tl.float32)
         if HAS_SINKS:
             into = (batch * w_b + head * w_h + (place + sinks) * w_t)[:, None] + dim[None, :] * w_d
             whole = kept[:, None] & (dim < DIM)[None, :]
             tl.store(sink + into, value.to(sink.dtype.element_ty), mask=whole)
             inside = live[:, None] & (dim < DIM)[None, :]
         if TURNED:
-            partner = tl.where(dim < half, dim + half, dim - half)
-            other = tl.load(centre + head * DIM + partner, mask=dim < DIM, other=0.0)
-            other = tl.where(dim < half, -other, other)
-            angle = (place.to(tl.int64) * rope_t)[:, None] + dim[None, :] * rope_d
-            cosine = tl.load(cos + angle, mask=inside, other=0.0)
-            sine = tl.load(sin + angle, mask=inside, other=0.0)
-            value -= constant[None, :] * cosine + other[None, :] * sine
+            beside = tl.load(centre + head * DIM + partner, mask=dim < DIM, other=0.0) * sign
+            value -= constant[None, :] * cosine + beside[None, :] * sine
         else:
             value = tl.where(inside, value - constant[None, :], 0.0)
         if POSITIONED:
@@ -266,25 +288,25 @@ def pack_kernel(
     head, block = tl.program_id(0), tl.program_id(1)
     if tl.program_id(2) == 0:
         pack_rows(
-            k, k_b, k_h, k_t, k_d, starts, first_token, batches, tokens, head, block,
+            k, k_b, k_h, k_t, k_d, 0, k, starts, first_token, batches, tokens, head, block,
             k_centre, k_analysis, k_factors, k_norm, k_grid, k_widths, k_start, k_levels, k_thresholds,
             k_deviation, k_picks,
             cos, sin, rope_t, rope_d, centre_at, positions, sinks, sink_k, sk_b, sk_h, sk_t, sk_d,
             k_codes, kc_b, kc_h, kc_word, kc_token, k_words, k_scales, ks_b, ks_h,
             HEADS, DIM, K_AXES, DIM_PAD, K_PAD, K_LANES, K_WORDS, K_FIELDS, K_WIDEST, K_LEVELS,
             K_THRESHOLDS, K_SCALE, K_UNIFORM, False, False, HAS_STARTS, ONE_TOKEN, TURNED, POSITIONED, HAS_SINKS,
-            BLOCK, DIM_BLOCK, EARLY,
+            BLOCK, DIM_BLOCK, 0, False, EARLY,
         )  # fmt: skip
     else:
         pack_rows(
-            v, v_b, v_h, v_t, v_d, starts, first_token, batches, tokens, head, block,
+            v, v_b, v_h, v_t, v_d, 0, v, starts, first_token, batches, tokens, head, block,
             v_centre, v_analysis, v_factors, v_norm, v_grid, v_widths, v_start, v_levels, v_thresholds,
             v_deviation, v_picks,
             cos, sin, rope_t, rope_d, centre_at, positions, sinks, sink_v, sv_b, sv_h, sv_t, sv_d,
             v_codes, vc_b, vc_h, vc_plane, vc_token, v_words, v_scales, vs_b, vs_h,
             HEADS, DIM, V_AXES, DIM_PAD, V_PAD, V_LANES, V_WORDS, V_FIELDS, V_WIDEST, V_LEVELS,
             V_THRESHOLDS, V_SCALE, V_UNIFORM, True, V_TILED, HAS_STARTS, ONE_TOKEN, False, False, HAS_SINKS,
-            BLOCK, DIM_BLOCK, EARLY,
+            BLOCK, DIM_BLOCK, 0, False, EARLY,
         )  # fmt: skip
 
 
@@ -312,17 +334,18 @@ def warps_for(dim: int) -> int:
 
 
 def pack_operands(
-    k: Tensor, v: Tensor, layer: PreparedLayer, held: Held, start: int | Tensor
+    k: Tensor, v: Tensor, layer: PreparedLayer, held: Held, start: int | Tensor, turns: bool = False
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """What `pack_kernel` takes for `pack`: operands but sinks, constants but HAS_SINKS, BLOCK and EARLY.
 
-    Raises ValueError.
+    `turns`: with RoPE's angles even where the keys' centre is 0. Raises ValueError.
     """
     _validate(k, v, layer, held)
     batch, heads, tokens, dim = k.shape
     centre_at = layer.k.spec.centre_at
     turned = layer.k.centred and centre_at is None
-    cos, sin = (held.rope.cos, held.rope.sin) if turned and held.rope is not None else (layer.k.centre,) * 2
+    needed = (turned or turns) and held.rope is not None
+    cos, sin = (held.rope.cos, held.rope.sin) if needed and held.rope is not None else (layer.k.centre,) * 2
     starts = start if isinstance(start, Tensor) else None
     given = (
         k, *k.stride(), v, *v.stride(), layer.k.centre if starts is None else starts,

@@ -28,6 +28,7 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from turboesm_kernels import layout
+from turboesm_kernels.parts import summed, swapped
 from turboesm_kernels.reference import TURN
 from turboesm_kernels.triton_kernels import LOG2E, NEGATIVE, STEPS, ZERO
 
@@ -112,8 +113,9 @@ def fast_project_query_kernel(
     """
     fold_rows(
         query, q_b, q_h, q_q, q_d, key_map, factors, middle, descriptors, scalars, rows, words,
+        0, query, 1.0, factors, factors, 0, 0, factors, 0,
         tl.program_id(0), tl.program_id(1), HEADS, QUERIES, DIM, WORDS_PAD, DIM_PAD, FOLD_BLOCK,
-        DIM_BLOCK, EARLY,
+        DIM_BLOCK, 0, EARLY,
     )  # fmt: skip
 
 
@@ -128,11 +130,15 @@ def _map_rows(key_map, head, dim, column, words, HEADS: tl.constexpr, DIM: tl.co
 
 @triton.jit
 def fold_rows(
-    query, q_b, q_h, q_q, q_d, key_map, factors, middle, descriptors, scalars, rows, words, head, group,
+    query, q_b, q_h, q_q, q_d, key_map, factors, middle, descriptors, scalars, rows, words,
+    x_s, turned, scaling, cos, sin, rope_t, rope_d, starts, first_token, head, group,
     HEADS: tl.constexpr, QUERIES: tl.constexpr, DIM: tl.constexpr, WORDS_PAD: tl.constexpr, DIM_PAD: tl.constexpr,
-    FOLD_BLOCK: tl.constexpr, DIM_BLOCK: tl.constexpr, EARLY: tl.constexpr,
+    FOLD_BLOCK: tl.constexpr, DIM_BLOCK: tl.constexpr, PARTS: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    """`fast_project_query_kernel` for one head and block of rows."""
+    """`fast_project_query_kernel` for one head and block of rows.
+
+    Where PARTS, the query is turned first, and left in `turned`: see `step_kernels.append_and_project_kernel`.
+    """
     item = group * FOLD_BLOCK + tl.arange(0, FOLD_BLOCK)
     live = item < rows
     own_dim = tl.arange(0, DIM_BLOCK)
@@ -141,17 +147,33 @@ def fold_rows(
     weights = _map_rows(key_map, head, own_dim, column, words, HEADS, DIM)
     factor = tl.load(factors + head * 4 * words + column, mask=own, other=0.0) * LOG2E
     centre_of_piece = tl.load(middle + head * 4 * words + column, mask=own, other=0.0)
+    q_at = (item // QUERIES).to(tl.int64) * q_b + head * q_h + item % QUERIES * q_q
+    row = ((item // QUERIES).to(tl.int64) * HEADS + head) * QUERIES + item % QUERIES
+    place = item * 0
+    if PARTS:
+        start = tl.load(starts + item // QUERIES, mask=live, other=0).to(tl.int32)
+        place = tl.maximum(start - first_token, 0)
     if EARLY:  # wait for what was launched before, then let what comes after start: it may read the cache at once
         gdc_wait()
         gdc_launch_dependents()
-    q_at = (item // QUERIES).to(tl.int64) * q_b + head * q_h + item % QUERIES * q_q
     r = tl.zeros((FOLD_BLOCK, 4 * WORDS_PAD), tl.float32)
     for first in tl.static_range(0, DIM_PAD, DIM_BLOCK):
         dim = first + own_dim
         if first > 0:
             weights = _map_rows(key_map, head, dim, column, words, HEADS, DIM)
         asked = live[:, None] & (dim < DIM)[None, :]
-        q = tl.load(query + q_at[:, None] + dim[None, :] * q_d, mask=asked, other=0.0).to(tl.float32)
+        if PARTS:
+            partner, sign = swapped(dim, DIM)
+            angle = (place.to(tl.int64) * rope_t)[:, None] + dim[None, :] * rope_d
+            cosine = tl.load(cos + angle, mask=asked, other=0.0)
+            sine = tl.load(sin + angle, mask=asked, other=0.0)
+            q = summed(query + q_at[:, None] + dim[None, :] * q_d, asked, x_s, PARTS)
+            other = summed(query + q_at[:, None] + partner[None, :] * q_d, asked, x_s, PARTS)
+            q = ((q * cosine + other * sign[None, :] * sine) * scaling).to(turned.dtype.element_ty)
+            tl.store(turned + row[:, None] * DIM + dim[None, :], q, mask=asked)
+            q = q.to(tl.float32)
+        else:
+            q = tl.load(query + q_at[:, None] + dim[None, :] * q_d, mask=asked, other=0.0).to(tl.float32)
         if FOLD_BLOCK == 1:
             weight = weights[0].to(tl.float32) + weights[1].to(tl.float32)
             r += tl.sum(tl.sum(q, 0)[:, None] * weight, 0)[None, :]
@@ -169,7 +191,6 @@ def fold_rows(
     first, second = tl.split(tl.reshape(digits, (FOLD_BLOCK, 2 * WORDS_PAD, 2)))
     pairs = (first & 0xFF00FF) | ((second & 0xFF00FF) << 8)
     front, back = tl.split(tl.reshape(pairs, (FOLD_BLOCK, WORDS_PAD, 2)))
-    row = ((item // QUERIES).to(tl.int64) * HEADS + head) * QUERIES + item % QUERIES
     word = tl.arange(0, WORDS_PAD)
     target = descriptors + row[:, None] * (2 * words) + word[None, :]
     there = live[:, None] & (word < words)[None, :]

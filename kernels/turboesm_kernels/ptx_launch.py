@@ -11,7 +11,7 @@ from torch import Tensor
 from turboesm_kernels import grouped_launch, ptx_kernels, ptx_text, triton_launch
 from turboesm_kernels.launch import early_launch, is_roomy, launch, launches_early, processors
 from turboesm_kernels.layout import ROOM, TILE, WIDE
-from turboesm_kernels.operands import Held, PreparedLayer
+from turboesm_kernels.operands import Held, Joint, PreparedLayer
 from turboesm_kernels.pack import STEP_ROWS, pack_operands, warps_for
 from turboesm_kernels.prepared import FIELD_LANES, Fields, dims_at_once, padded
 from turboesm_kernels.reference import PAIRED, TURN, Packed, Rope
@@ -188,8 +188,12 @@ def append_and_attend(
     chunk: int | None = None,
     grouped: bool | None = None,
     whole: int = 0,
+    joint: Joint | None = None,
 ) -> Tensor:
-    """`pack` of each sequence's newest token, then `attend`: what comes before codes are read is one launch."""
+    """`pack` of each sequence's newest token, then `attend`: what comes before codes are read is one launch.
+
+    Where q, k and v are a projection's (`Joint.sides`), they are turned in that launch, too.
+    """
     assert layer.k.fields is not None
     early, grouped = launches_early(q), _groups(q, held, layer) if grouped is None else grouped
     _make_ready(held, layer, grouped)
@@ -197,19 +201,24 @@ def append_and_attend(
     rows, positioned = batch * queries, layer.k.spec.centre_at is not None
     folded = Folded.empty(q, layer.k.fields)
     bias = triton_launch.empty_scores(q, held.tokens, SCORES) if positioned else None
-    given, constants = pack_operands(k, v, layer, held, starts)
+    given, constants = pack_operands(k, v, layer, held, starts, turns=joint is not None)
     fold_block = _fold_block(rows, heads)
     row_block, token_block = triton_launch.position_blocks(rows if positioned else 1)  # else one kernel serves all
+    turned, parts, part_stride, scaling = q, 0, 0, 1.0
+    if joint is not None:
+        turned = torch.empty(q.shape, dtype=joint.dtype, device=q.device)
+        parts, part_stride, scaling = joint.parts, joint.product.stride(0), joint.scaling
     groups = max(-(-batch // STEP_ROWS), -(-rows // fold_block))  # rows of a tile are no fewer
     launch(
         append_and_project_kernel, (heads, groups, 3 + positioned * -(-held.tokens // token_block)),
-        *given, q, *q.stride(), *layer.k.fields.halves, layer.k.fields.middle, folded.descriptors, folded.scalars,
-        rows, folded.words, *_scores(folded, bias), held.tokens,
+        *given, q, *q.stride(), part_stride, turned, scaling,
+        *layer.k.fields.halves, layer.k.fields.middle, folded.descriptors, folded.scalars, rows, folded.words,
+        *_scores(folded, bias), held.tokens,
         **constants, QUERIES=queries, FOLD_PAD=padded(folded.words), FOLD_BLOCK=fold_block,
-        EXACT=q.dtype.itemsize == 2, ROW_BLOCK=row_block, TOKEN_BLOCK=token_block, BLOCK=STEP_ROWS, EARLY=early,
-        num_warps=warps_for(dim), **early_launch(early),
+        PARTS=parts, EXACT=q.dtype.itemsize == 2, ROW_BLOCK=row_block, TOKEN_BLOCK=token_block, BLOCK=STEP_ROWS,
+        EARLY=early, num_warps=warps_for(dim), **early_launch(early),
     )  # fmt: skip
-    return attend_projected(q, held, layer, folded, bias, chunk, early, grouped, whole)
+    return attend_projected(turned, held, layer, folded, bias, chunk, early, grouped, whole)
 
 
 def _scores(folded: Folded, bias: Tensor | None) -> tuple[Tensor, int]:

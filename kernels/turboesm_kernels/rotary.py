@@ -10,17 +10,10 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from turboesm_kernels.launch import early_launch, launch, launches_early
+from turboesm_kernels.operands import Joint
+from turboesm_kernels.parts import summed
 from turboesm_kernels.prepared import padded
 from turboesm_kernels.reference import Rope
-
-
-@triton.jit
-def _summed(source, inside, joint_s, PARTS: tl.constexpr):
-    """The sum of a product's parts, float32."""
-    total = tl.load(source, mask=inside, other=0.0).to(tl.float32)
-    for part in tl.static_range(1, PARTS):
-        total += tl.load(source + part * joint_s, mask=inside, other=0.0)
-    return total
 
 
 @triton.jit(do_not_specialize=["tokens"])
@@ -51,44 +44,36 @@ def rotate_kernel(
     if EARLY:
         gdc_wait()
         gdc_launch_dependents()
-    first = _summed(source, inside, joint_s, PARTS)
-    second = _summed(source + half, inside, joint_s, PARTS)
+    first = summed(source, inside, joint_s, PARTS)
+    second = summed(source + half, inside, joint_s, PARTS)
     factor = tl.where(side == 0, scaling, 1.0)
     out = tl.where(side == 0, q_out, tl.where(side == 1, k_out, v_out)) + row * heads * DIM + at
     tl.store(out, ((first * cosine - second * sine) * factor).to(q_out.dtype.element_ty), mask=inside)
     tl.store(out + half, ((second * cosine + first * sine) * factor).to(q_out.dtype.element_ty), mask=inside)
 
 
-def rotate(
-    joint: Tensor,
-    heads: int,
-    shared: int,
-    scaling: float,
-    rope: Rope,
-    starts: Tensor,
-    dtype: torch.dtype | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """q [B, H, T, d] (scaled), k (both after RoPE), v [B, K, T, d] of a joint projection [B, T, (H + 2 K) d].
+def rotate(joint: Joint, rope: Rope, starts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """q [B, H, T, d] (scaled), k (both after RoPE) and v [B, K, T, d], a view where the product is in one part.
 
-    That is dense, and v is a view of it; or it is parts float32 [S, B, T, (H + 2 K) d] to be summed, for results
-    of `dtype`. rope float32 [T', d], starts int32 [B]: the positions of the first tokens, rows of it. One launch,
-    nothing synchronized. `starts` and rope must be older than the kernel that made `joint`.
+    rope float32 [T', d], starts int32 [B]: the positions of the first tokens, rows of it. One launch, nothing
+    synchronized. `starts` and rope must be older than the kernel that made the product.
     """
-    parts = len(joint) if joint.dim() == 4 else 1
-    batch, tokens, width = joint.shape[-3:]
-    dim, dtype = width // (heads + 2 * shared), dtype or joint.dtype
+    product, (heads, shared) = joint.product, joint.heads
+    in_parts = product.dim() == 4
+    batch, tokens, width = product.shape[-3:]
+    dim = width // (heads + 2 * shared)
     q, k, v = (
-        torch.empty((batch, tokens, each, dim), dtype=dtype, device=joint.device)
-        for each in (heads, shared, shared if joint.dim() == 4 else 0)
+        torch.empty((batch, tokens, each, dim), dtype=joint.dtype, device=product.device)
+        for each in (heads, shared, shared if in_parts else 0)
     )
-    early = launches_early(joint)
+    early = launches_early(product)
     launch(
-        rotate_kernel, (batch * tokens, 3 if joint.dim() == 4 else 2),
-        joint, width, batch * tokens * width, starts, tokens, rope.cos, rope.sin, rope.cos.stride(0), q, k, v,
-        scaling,
+        rotate_kernel, (batch * tokens, 3 if in_parts else 2),
+        product, width, batch * tokens * width, starts, tokens, rope.cos, rope.sin, rope.cos.stride(0), q, k, v,
+        joint.scaling,
         HEADS=heads, SHARED=shared, DIM=dim, HEADS_PAD=padded(heads, 1), HALF_PAD=padded(dim // 2, 1),
-        PARTS=parts, EARLY=early, **early_launch(early),
+        PARTS=joint.parts, EARLY=early, **early_launch(early),
     )  # fmt: skip
-    if joint.dim() == 3:
-        v = joint.view(batch, tokens, heads + 2 * shared, dim)[:, :, heads + shared :]
+    if not in_parts:
+        v = product.view(batch, tokens, heads + 2 * shared, dim)[:, :, heads + shared :]
     return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)

@@ -17,7 +17,7 @@ from turboesm_kernels import cpu_compiled, cpu_lookup, dispatch, reference, toke
 from turboesm_kernels.available import has_triton
 from turboesm_kernels.dispatch import put
 from turboesm_kernels.layout import ROOM, TILE, tiles_shape
-from turboesm_kernels.operands import Held, PreparedLayer
+from turboesm_kernels.operands import Held, Joint, PreparedLayer
 from turboesm_kernels.reference import Packed, Rope
 from turboesm_kernels.token_tables import TokenTables
 
@@ -198,6 +198,20 @@ class PackedCache(Ragged):
             store.put_sinks(k, v, self.starts)
         held = self._held_by(layer, store.room + store.sinks, self.lengths)
         return dispatch.append_and_attend(q, k, v, held, prepared, self.starts, self._backend)
+
+    def takes_joint(self, layer: int) -> bool:
+        """See `forward.Cache`: on the fast path, past the sinks, where positions are turns."""
+        prepared, store = self._codec.layers[layer], self._layers[layer]
+        if prepared is None or not store.room or not store.packed("v").tiled:
+            return False
+        return prepared.k.spec.centre_at is None and self.shortest >= store.sinks
+
+    def append_and_attend_joint(self, layer: int, joint: Joint) -> Tensor:
+        """See `forward.Cache`."""
+        prepared, store = self._codec.layers[layer], self._layers[layer]
+        assert prepared is not None
+        held = self._held_by(layer, store.room + store.sinks, self.lengths)
+        return dispatch.append_and_attend_joint(joint, held, prepared, self.starts)
 
     def keys_values(self, layer: int) -> tuple[Tensor, Tensor]:
         """Keys (after RoPE) and values [B, H, length, d] of one layer, unpacked: float32, or the model's dtype."""

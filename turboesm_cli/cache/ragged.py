@@ -9,6 +9,7 @@ from typing import Self
 import numpy as np
 import torch
 from torch import Tensor
+from turboesm_kernels.operands import Joint
 
 
 class Ragged:
@@ -94,6 +95,14 @@ class Ragged:
         """See `forward.Cache`."""
         self.append(layer, k, v, tokens)
         return self.attend(layer, q)
+
+    def takes_joint(self, layer: int) -> bool:
+        """See `forward.Cache`."""
+        return False
+
+    def append_and_attend_joint(self, layer: int, joint: Joint) -> Tensor:
+        """See `forward.Cache`."""
+        raise NotImplementedError
 
     def replayed(self, count: int = 1) -> None:
         """Count on the host what a CUDA graph did on the device: each sequence has `count` tokens more."""

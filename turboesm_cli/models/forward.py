@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from turboesm_kernels import reference
+from turboesm_kernels.operands import Joint
 from turboesm_kernels.reference import Rope
 
 from turboesm_cli.models.norms import few_rows
@@ -33,6 +34,10 @@ of keys and values each serve H / K query heads, neighbours."""
 
 Projection = Callable[[int, Tensor], tuple[Tensor, Tensor, Tensor]]
 """(layer, normed hidden states [B, T, E]) -> q, k, v as `Attention` takes them."""
+
+
+Mixing = Callable[[int, Tensor], Tensor]
+"""(layer, normed hidden states [B, T, E]) -> attention output [B, H, T, d]."""
 
 
 class Cache(Protocol):
@@ -58,6 +63,14 @@ class Cache(Protocol):
         """One token of each sequence stored, then `attend`: a step."""
         ...
 
+    def takes_joint(self, layer: int) -> bool:
+        """Whether the layer's next step may be `append_and_attend_joint`."""
+        ...
+
+    def append_and_attend_joint(self, layer: int, joint: Joint) -> Tensor:
+        """The same of what the projection gives: RoPE is in it, at `starts`; result [B, K, H / K, d]."""
+        ...
+
     def rewind(self, count: int = 1) -> None:
         """Forget each sequence's last `count` tokens."""
         ...
@@ -80,8 +93,9 @@ def encode(
     """
     attention = observe or own_attention(model, tokens)
     project = joint or _projection(model, rope_at(model, 0, tokens.shape[1]))
+    mix = _mixing(project, attention)
     with _over_sequences(model):
-        return _layers(model, tokens, _upto(tokens), project, model.unmasked_fraction(tokens), attention)
+        return _layers(model, tokens, _upto(tokens), model.unmasked_fraction(tokens), mix)
 
 
 def own_attention(model: Model, tokens: Tensor) -> Attention:
@@ -150,13 +164,16 @@ def step(model: Model, tokens: Tensor, cache: Cache, joint: JointProjection | No
     project = joint or _projection(model, Rope.at(cache.lengths[:, None, None], model.inverse_frequencies))
     cache.begin(1)
 
-    def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def mix(layer: int, normed: Tensor) -> Tensor:
+        if joint is not None and joint.turns and cache.takes_joint(layer):
+            return cache.append_and_attend_joint(layer, joint.product(layer, normed)).flatten(1, 2)[:, :, None]
+        q, k, v = project(layer, normed)
         side_by_side = q.unflatten(1, (k.shape[1], -1)).flatten(2, 3)  # query heads of one key/value head
         return cache.append_and_attend(layer, side_by_side, k, v, tokens).reshape(q.shape)
 
     if joint is not None:
         joint.at(cache.starts)
-    return _layers(model, tokens, cache.starts[:, None], project, cache.unmasked, attend)[:, 0]
+    return _layers(model, tokens, cache.starts[:, None], cache.unmasked, mix)[:, 0]
 
 
 def replay(model: Model, tokens: Tensor, cache: Cache) -> Tensor:
@@ -180,7 +197,8 @@ def teacher_forced(
     attend = _TeacherForced(model, tokens, prompts, codec, trace)
     with _over_sequences(model):
         unmasked = _prompt_unmasked(model, tokens, prompts)
-        return _layers(model, tokens, _upto(tokens), _projection(model, attend.rope), unmasked, attend.tokens)
+        mix = _mixing(_projection(model, attend.rope), attend.tokens)
+        return _layers(model, tokens, _upto(tokens), unmasked, mix)
 
 
 def teacher_forced_with_masks(
@@ -202,7 +220,8 @@ def teacher_forced_with_masks(
     unmasked = _prompt_unmasked(model, tokens, prompts)
     with _over_sequences(model):
         positions = _upto(tokens).repeat(2)
-        hidden = _layers(model, both, positions, _projection(model, rope), unmasked, attend.tokens_and_masks)
+        mix = _mixing(_projection(model, rope), attend.tokens_and_masks)
+        hidden = _layers(model, both, positions, unmasked, mix)
     return hidden[:, : tokens.shape[1]], hidden[:, tokens.shape[1] :]
 
 
@@ -262,14 +281,16 @@ def rope_at(model: Model, start: int, count: int) -> Rope:
     return Rope.at(positions, model.inverse_frequencies)
 
 
-def _layers(
-    model: Model, tokens: Tensor, positions: Tensor, project: Projection, unmasked: Tensor, attention: Attention
-) -> Tensor:
+def _layers(model: Model, tokens: Tensor, positions: Tensor, unmasked: Tensor, mix: Mixing) -> Tensor:
     x = model.embed(tokens, positions, unmasked)
     normed = model.attention_input(0, x)
     for layer in range(model.shape.layers):  # the attention output has no name here: the layer may let go of it
-        x, normed = model.after_attention(layer, x, normed, attention(layer, *project(layer, normed)))
+        x, normed = model.after_attention(layer, x, normed, mix(layer, normed))
     return normed
+
+
+def _mixing(project: Projection, attention: Attention) -> Mixing:
+    return lambda layer, normed: attention(layer, *project(layer, normed))
 
 
 def _over_sequences(model: Model) -> AbstractContextManager[object]:
@@ -290,13 +311,14 @@ def _projection(model: Model, rope: Rope) -> Projection:
 class JointProjection:
     """One matrix for a layer's queries, keys and values, and one kernel that turns them: for GPUs.
 
-    The model's own weights become views of the joint ones, so that nothing is held twice.
+    The model's own weights become views of the joint ones, so that nothing is held twice. `turns`: whether queries
+    and keys are turned, or scaled, after it.
     """
 
     def __init__(self, model: Model, capacity: int) -> None:
         self._heads = (model.shape.heads, model.shape.key_value_heads)
         self._scaling = model.query_scale
-        self._turns = bool(model.inverse_frequencies.any())
+        self.turns = model.query_scale != 1 or bool(model.inverse_frequencies.any())
         self._rope = rope_at(model, 0, capacity)
         self._starts = torch.zeros(0, dtype=torch.int32)
         self._weights = [model.joint_projection(layer) for layer in range(model.shape.layers)]
@@ -307,19 +329,24 @@ class JointProjection:
 
     def __call__(self, index: int, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """q [B, H, T, d] (scaled), k (both after RoPE) and v [B, K, T, d] of normed hidden states [B, T, E]."""
-        weight, bias = self._weights[index]
-        if not self._turns and self._scaling == 1:
+        if not self.turns:
             heads, shared = self._heads
-            joint = F.linear(x, weight, bias)
+            joint = F.linear(x, *self._weights[index])
             q, k, v = (
                 joint.unflatten(-1, (heads + 2 * shared, -1)).transpose(1, 2).split((heads, shared, shared), 1)
             )
             return q, k, v
-        from turboesm_kernels.linear import linear_parts
         from turboesm_kernels.rotary import rotate
 
+        return rotate(self.product(index, x), self._rope, self._starts)
+
+    def product(self, index: int, x: Tensor) -> Joint:
+        """What is turned of normed hidden states [B, T, E]; where nothing `turns`, its `scaling` is 1."""
+        from turboesm_kernels.linear import linear_parts
+
+        weight, bias = self._weights[index]
         project = linear_parts if few_rows(x, weight) else F.linear
-        return rotate(project(x, weight, bias), *self._heads, self._scaling, self._rope, self._starts, x.dtype)
+        return Joint(project(x, weight, bias), self._heads, self._scaling, x.dtype)
 
 
 def _teacher_masks(tokens: Tensor, prompts: Sequence[int], causal: bool) -> tuple[Tensor, Tensor]:

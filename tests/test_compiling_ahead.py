@@ -23,7 +23,7 @@ triton = pytest.importorskip("triton")
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from turboesm_kernels import compiling, dispatch, ptx_launch, verify  # noqa: E402
 from turboesm_kernels.gated import gated_silu  # noqa: E402
-from turboesm_kernels.operands import PreparedLayer  # noqa: E402
+from turboesm_kernels.operands import Held, Joint, PreparedLayer  # noqa: E402
 
 pytestmark = pytest.mark.skipif(triton.knobs.runtime.interpret, reason="nothing is compiled there")
 
@@ -82,21 +82,29 @@ def gates(*widths: int) -> Callable[[], object]:
 
 
 @pytest.mark.slow
-def test_all_that_is_launched_is_compiled(compiled: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """All kernels of a layer, under the keys of launches."""
+@pytest.mark.parametrize("parts", [None, 1, 3])
+def test_all_that_is_launched_is_compiled(
+    parts: int | None, compiled: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All kernels of a layer, under the keys of launches; where steps turn projections, too."""
+
+    def of_joint(joint: Joint, held: Held, layer: PreparedLayer, starts: torch.Tensor) -> torch.Tensor:
+        return ptx_launch.append_and_attend(*joint.sides, held, layer, starts, joint=joint)
+
     monkeypatch.setattr(dispatch, "choose", lambda *given: "ptx")
     monkeypatch.setattr(dispatch, "keeps_tiles", lambda layer: True)
     monkeypatch.setattr(dispatch, "append_and_attend", ptx_launch.append_and_attend)
+    monkeypatch.setattr(dispatch, "append_and_attend_joint", of_joint)
     monkeypatch.setattr(ptx_launch, "launches_early", lambda q: True)
-    case = Case(kind="flat-uniform", bits=2)
+    case = Case(kind="flat-uniform", bits=2 if parts is None else 2 + parts)  # other kernels than before
     layer = PreparedLayer.of(make_spec("k", case), make_spec("v", case))
 
     def run() -> None:
-        verify.KernelRun.of(layer, torch.bfloat16, 1, queries=4)
+        verify.KernelRun.of(layer, torch.bfloat16, 1, queries=4, parts=parts)
 
     jobs = compiling.missing(run)
     names = [job.kernel.fn.__name__ for job in jobs]
-    assert {"pack_kernel", "append_and_project_kernel", "combine_kernel"} <= set(names)
+    assert {"pack_kernel", "append_and_project_kernel"} <= set(names)
     assert {"fast_attend_split_kernel", "fast_attend_group_kernel"} <= set(names)
     assert len(set(jobs)) == len(jobs)
     for (

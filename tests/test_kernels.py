@@ -18,6 +18,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import decoder_folders
 import pytest
 import torch
 from interpreter import run_interpreted
@@ -1008,7 +1009,7 @@ def test_selfcheck_sees_every_kind_of_layer(one: Case, other: Case, monkeypatch:
     layers = [PreparedLayer.of(make_spec("k", case), make_spec("v", case)) for case in (one, other, one)]
     assert len(verify.kinds_of(layers)) == 2
     answers = iter((None, "wrong"))
-    monkeypatch.setattr(verify, "layer_problem", lambda layer, dtype, sinks, queries: next(answers))
+    monkeypatch.setattr(verify, "layer_problem", lambda layer, dtype, sinks, queries, parts: next(answers))
     assert verify.problem(layers) == "wrong"
 
 
@@ -1019,7 +1020,7 @@ def test_selfcheck_compiles_the_kernels_of_all_layers(monkeypatch: pytest.Monkey
     layers = [PreparedLayer.of(make_spec("k", case), make_spec("v", case)) for case in CHECKED]
     runs: list[PreparedLayer] = []
     monkeypatch.setattr(compiling, "compile_ahead", lambda run: run())
-    monkeypatch.setattr(verify.KernelRun, "of", lambda layer, dtype, sinks, queries: runs.append(layer))
+    monkeypatch.setattr(verify.KernelRun, "of", lambda layer, dtype, sinks, queries, parts: runs.append(layer))
     verify.compile_all(layers, torch.float32, 1)
     assert [id(layer) for layer in runs] == [id(layer) for layer in layers]
     monkeypatch.setattr(verify.KernelRun, "of", None)
@@ -1078,6 +1079,49 @@ def test_joint_prefill(tiny_path: Path, peptides: list[Protein], dtype: torch.dt
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_joint_prefill_on_gpu(tiny_path: Path, peptides: list[Protein], dtype: torch.dtype) -> None:
     check_joint_prefill(tiny_path, peptides, dtype, "cuda")
+
+
+@interpreted
+@pytest.mark.parametrize("grouped", [False, True])
+def test_a_cache_may_take_projections(tiny_path: Path, grouped: bool) -> None:
+    """A step hands it what it would turn itself, and takes heads back in their order."""
+    from turboesm_kernels.rotary import rotate
+
+    from turboesm_cli.cache.dense import DenseCache
+    from turboesm_cli.cache.formats import FORMATS
+    from turboesm_cli.models import forward
+
+    class Taking(DenseCache):
+        def takes_joint(self, layer: int) -> bool:
+            return layer > 0
+
+        def append_and_attend_joint(self, layer: int, joint: Joint) -> torch.Tensor:
+            rope = forward.rope_at(model, 0, self.capacity)
+            q, k, v = rotate(joint, rope, self.starts)
+            given = joint.sides
+            assert given[0].shape == (2, k.shape[1], joint.heads[0] // k.shape[1], k.shape[3])
+            for turned, raw in ((q[:, :, 0], given[0].flatten(1, 2)), (v, given[2])):
+                assert turned.shape == raw.shape
+            out = self.append_and_attend(layer, q.unflatten(1, (k.shape[1], -1)).flatten(2, 3), k, v, self.starts)
+            taken.append(layer)
+            return out
+
+    path = tiny_path
+    if grouped:
+        path = tiny_path.parent / "grouped"
+        decoder_folders.save_tiny(path, "llama 2:1")
+    model = load_model(str(path), "cpu")
+    tokens = torch.randint(4, 20, (3, 2))
+    found = []
+    for kind in (DenseCache, Taking):
+        taken: list[int] = []
+        cache = kind(model, 2, len(tokens), FORMATS["fp32"])
+        joint = forward.JointProjection(model, len(tokens))
+        with torch.no_grad():
+            found.append([forward.step(model, each, cache, joint) for each in tokens])
+    assert taken == [layer for _ in tokens for layer in range(1, model.shape.layers)]
+    for one, other in zip(*found, strict=True):
+        assert relative_error(one, other) < 1e-6
 
 
 def check_rotation(device: str, dtype: torch.dtype) -> None:

@@ -129,8 +129,9 @@ def append_and_attend(
 def append_and_attend_joint(joint: Joint, held: Held, layer: PreparedLayer, starts: Tensor) -> Tensor:
     """`append_and_attend` of what a projection gives before RoPE, on the fast path: [B, K, H / K, d] of its dtype.
 
-    `starts` int32 [B], which no sink's may be, and the angles must be older than the kernel that made the product.
-    Raises BackendError where the fast path does not serve these inputs, ValueError where they do not fit.
+    Of a token that is a sink nothing is kept that counts; where there may be any, the sinks' angles have to lie
+    before those of packed token 0. `starts` int32 [B] and angles must be older than the kernel that made the
+    product. Raises BackendError where the fast path does not serve these inputs, ValueError where they do not fit.
     """
     q, k, v = joint.sides
     _validate(q, held, layer)

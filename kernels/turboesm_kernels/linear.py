@@ -107,13 +107,17 @@ def linear_kernel(
 def serves(x: Tensor, weight: Tensor) -> bool:
     """Whether these kernels are for x [..., K] and weight [N, K]: few rows in 16 bits, channels that line up."""
     depth = x.shape[-1]
-    return (
-        0 < x.numel() <= MOST_ROWS * depth
-        and depth % ALIGNMENT == 0
-        and x.dtype in DTYPES
-        and weight.dtype == x.dtype
-        and weight.is_contiguous()
-    )
+    few = x.numel() > 0 and _serves(x.numel() // depth, depth, x.dtype)
+    return few and weight.dtype == x.dtype and weight.is_contiguous()
+
+
+def _serves(rows: int, depth: int, dtype: torch.dtype) -> bool:
+    return rows <= MOST_ROWS and depth % ALIGNMENT == 0 and dtype in DTYPES
+
+
+def parts_for(rows: int, width: int, depth: int, dtype: torch.dtype) -> int:
+    """Parts that `linear_parts` makes of such a product, or 1 where it is not for it."""
+    return parts_of(width, depth) if _serves(rows, depth, dtype) else 1
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str = "none") -> Tensor:

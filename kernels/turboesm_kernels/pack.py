@@ -156,15 +156,17 @@ def pack_rows(
     if not ONE_TOKEN:
         batch, token = (row // tokens).to(tl.int64), row % tokens
     place = first_token + token
+    turn = place
     if HAS_STARTS:
-        place = tl.maximum(tl.load(starts + batch, mask=live, other=0).to(tl.int32) - first_token, 0) + token
+        turn = tl.load(starts + batch, mask=live, other=0).to(tl.int32) - first_token + token
+        place = tl.maximum(turn, 0)
     kept = live & (place < 0)
     if HAS_SINKS:
         live = live & (place >= 0)
     cosine = 0.0
     sine = 0.0
     if TURNED or ROTATED:
-        cosine, sine = _angles(cos, sin, rope_t, rope_d, place, live, own_dim, DIM)
+        cosine, sine = _angles(cos, sin, rope_t, rope_d, turn if PARTS else place, live, own_dim, DIM)
     if EARLY and PARTS:
         gdc_wait()
         gdc_launch_dependents()
@@ -174,7 +176,7 @@ def pack_rows(
         partner, sign = swapped(dim, DIM)
         if first > 0:
             if TURNED or ROTATED:
-                cosine, sine = _angles(cos, sin, rope_t, rope_d, place, live, dim, DIM)
+                cosine, sine = _angles(cos, sin, rope_t, rope_d, turn if PARTS else place, live, dim, DIM)
             turns = _turns(analysis, head, dim, axis, HEADS, DIM, AXES)
             constant = tl.load(centre + head * DIM + dim, mask=dim < DIM, other=0.0)
         inside = live[:, None] & (dim < DIM)[None, :]

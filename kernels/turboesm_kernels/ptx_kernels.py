@@ -149,10 +149,9 @@ def fold_rows(
     centre_of_piece = tl.load(middle + head * 4 * words + column, mask=own, other=0.0)
     q_at = (item // QUERIES).to(tl.int64) * q_b + head * q_h + item % QUERIES * q_q
     row = ((item // QUERIES).to(tl.int64) * HEADS + head) * QUERIES + item % QUERIES
-    place = item * 0
+    turn = item * 0
     if PARTS:
-        start = tl.load(starts + item // QUERIES, mask=live, other=0).to(tl.int32)
-        place = tl.maximum(start - first_token, 0)
+        turn = tl.load(starts + item // QUERIES, mask=live, other=0).to(tl.int32) - first_token
     if EARLY:  # wait for what was launched before, then let what comes after start: it may read the cache at once
         gdc_wait()
         gdc_launch_dependents()
@@ -164,7 +163,7 @@ def fold_rows(
         asked = live[:, None] & (dim < DIM)[None, :]
         if PARTS:
             partner, sign = swapped(dim, DIM)
-            angle = (place.to(tl.int64) * rope_t)[:, None] + dim[None, :] * rope_d
+            angle = (turn.to(tl.int64) * rope_t)[:, None] + dim[None, :] * rope_d
             cosine = tl.load(cos + angle, mask=asked, other=0.0)
             sine = tl.load(sin + angle, mask=asked, other=0.0)
             q = summed(query + q_at[:, None] + dim[None, :] * q_d, asked, x_s, PARTS)

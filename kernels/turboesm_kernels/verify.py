@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from turboesm_kernels import dispatch, reference, token_layer
-from turboesm_kernels.operands import Held, PreparedLayer
+from turboesm_kernels.operands import Held, Joint, PreparedLayer
 from turboesm_kernels.prepared import PreparedSide
 from turboesm_kernels.reference import TURN, Packed, Rope, SideSpec, rope_frequencies
 from turboesm_kernels.token_tables import TokenTables
@@ -33,11 +33,15 @@ TOLERANCE = 1e-2
 
 
 def problem(
-    layers: Sequence[PreparedLayer], dtype: torch.dtype = torch.float32, sinks: int = 1, queries: int = 1
+    layers: Sequence[PreparedLayer],
+    dtype: torch.dtype = torch.float32,
+    sinks: int = 1,
+    queries: int = 1,
+    parts: int | None = None,
 ) -> str | None:
     """What is wrong, or None, with keys, values and queries of `dtype` and so many tokens kept whole.
 
-    `queries`: of each key/value head.
+    `queries`: of each key/value head. `parts`: of projections that steps turn (`operands.Joint`), or None.
 
     Of a layer of each shape for which other kernels are compiled, where Triton serves it. Raises
     torch.OutOfMemoryError.
@@ -45,8 +49,8 @@ def problem(
     kinds = kinds_of(layers)
     try:
         if kinds and kinds[0].k.map.is_cuda:
-            compile_all(kinds, dtype, sinks, queries)
-        return next(filter(None, (layer_problem(layer, dtype, sinks, queries) for layer in kinds)), None)
+            compile_all(kinds, dtype, sinks, queries, parts)
+        return next(filter(None, (layer_problem(layer, dtype, sinks, queries, parts) for layer in kinds)), None)
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # Triton and its compilers raise anything
@@ -90,12 +94,14 @@ def kinds_of(layers: Iterable[PreparedLayer]) -> list[PreparedLayer]:
     return list({(_kind(layer.k), _kind(layer.v)): layer for layer in served}.values())
 
 
-def compile_all(kinds: Sequence[PreparedLayer], dtype: torch.dtype, sinks: int, queries: int = 1) -> None:
+def compile_all(
+    kinds: Sequence[PreparedLayer], dtype: torch.dtype, sinks: int, queries: int = 1, parts: int | None = None
+) -> None:
     """Compile the kernels of all layers side by side. What fails here counts if the check fails, too."""
     from turboesm_kernels import compiling
 
     with suppress(Exception):
-        compiling.compile_ahead(lambda: [KernelRun.of(layer, dtype, sinks, queries) for layer in kinds])
+        compiling.compile_ahead(lambda: [KernelRun.of(layer, dtype, sinks, queries, parts) for layer in kinds])
 
 
 def _kind(side: PreparedSide) -> Hashable:
@@ -121,7 +127,9 @@ class KernelRun:
 
     @classmethod
     @torch.no_grad()
-    def of(cls, layer: PreparedLayer, dtype: torch.dtype, sinks: int, queries: int = 1) -> KernelRun:
+    def of(
+        cls, layer: PreparedLayer, dtype: torch.dtype, sinks: int, queries: int = 1, parts: int | None = None
+    ) -> KernelRun:
         dim, device = layer.k.head_dim, layer.k.centre.device
         if device.type == "cuda":
             torch.cuda.set_device(device)  # of this thread
@@ -129,17 +137,26 @@ class KernelRun:
         k, v = (_as_projected(shape, layer, dtype) for _ in range(2))
         held = _blank(layer, sinks)
         q = _as_projected((*shape[:2], queries, dim), layer, dtype) / math.sqrt(dim)
-        return cls(k, v, held, q, [*_pack(q, k, v, layer, held), *_attend(q, held, layer)])
+        joint = None
+        if parts is not None and held.v.tiled and layer.k.spec.centre_at is None:
+            joint = _joint_of(q, k[:, :, -1:], v[:, :, -1:], parts)
+            assert held.rope is not None
+            newest = held.rope.rows(slice(TOKENS - 1, TOKENS))
+            q, k = newest.rotate(q).to(dtype), k.clone()
+            k[:, :, -1:] = newest.rotate(k[:, :, -1:]).to(dtype)
+        return cls(k, v, held, q, [*_pack(q, k, v, layer, held, joint), *_attend(q, held, layer)])
 
 
 @torch.no_grad()
-def layer_problem(layer: PreparedLayer, dtype: torch.dtype, sinks: int, queries: int = 1) -> str | None:
+def layer_problem(
+    layer: PreparedLayer, dtype: torch.dtype, sinks: int, queries: int = 1, parts: int | None = None
+) -> str | None:
     """What is wrong with a layer's codes, else with its attention, or None.
 
     Then with that of a sequence whose weights rise by 8 octaves after a block: there the fast path has to empty
     its sums, whatever the codes are, since the first query is 0. Those of other queries shrink by other factors.
     """
-    run = KernelRun.of(layer, dtype, sinks, queries)
+    run = KernelRun.of(layer, dtype, sinks, queries, parts)
     for x, kept in ((run.k, run.held.sink_k), (run.v, run.held.sink_v)):
         if kept is not None and not torch.equal(kept, x[:, :, :sinks].to(kept.dtype)):
             return "the kernel that packs does not keep the first tokens whole"
@@ -203,18 +220,35 @@ def _blank_side(spec: SideSpec, tiled: bool) -> Packed:
     return Packed(codes, None if spec.scale == "none" else scales)
 
 
-def _pack(q: Tensor, k: Tensor, v: Tensor, layer: PreparedLayer, held: Held) -> list[Tensor]:
-    """Attention, after packing in two calls: a prompt's tokens, then one of each sequence as steps do it."""
+def _joint_of(q: Tensor, k: Tensor, v: Tensor, parts: int) -> Joint:
+    """A projection of q [B, K, Q, d], k and v [B, K, 1, d] before RoPE, in one part, or as a sum that is exact."""
+    shared, queries = q.shape[1:3]
+    product = torch.cat((q.flatten(1, 2), k[:, :, 0], v[:, :, 0]), 1).flatten(1)[:, None]
+    if parts > 1:
+        shares = [0.5**part for part in range(1, parts)]
+        product = torch.stack([product.float() * share for share in (*shares, shares[-1])])
+    return Joint(product, (shared * queries, shared), 1.0, q.dtype)
+
+
+def _pack(q: Tensor, k: Tensor, v: Tensor, layer: PreparedLayer, held: Held, joint: Joint | None) -> list[Tensor]:
+    """Attention, after packing in two calls: a prompt's tokens, then one of each sequence as steps do it.
+
+    They do it with that one's projection, where there is `joint`.
+    """
     from turboesm_kernels.pack import pack
 
     assert held.lengths is not None
+    starts = held.lengths - 1
     pack(k[:, :, :-1], v[:, :, :-1], layer, held, 0)
-    step = q, k[:, :, -1:], v[:, :, -1:], held, layer, held.lengths - 1
-    found = [dispatch.append_and_attend(*step)]
+    newest = (q, k[:, :, -1:], v[:, :, -1:]) if joint is None else joint.sides
+    if joint is None:
+        found = [dispatch.append_and_attend(*newest, held, layer, starts)]
+    else:
+        found = [dispatch.append_and_attend_joint(joint, held, layer, starts)]
     if _can_group(q, held, layer):
         from turboesm_kernels import ptx_launch
 
-        found.append(ptx_launch.append_and_attend(*step, grouped=True))
+        found.append(ptx_launch.append_and_attend(*newest, held, layer, starts, grouped=True, joint=joint))
     return found
 
 

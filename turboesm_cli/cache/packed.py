@@ -62,7 +62,7 @@ class PackedCache(Ragged):
         self, model: Model, spec: CodecSpec, batch: int, capacity: int, backend: dispatch.Backend | None = None
     ) -> None:
         super().__init__(batch, capacity, model.device)
-        self._codec = _prepare(model, spec)
+        self._codec = _prepare(model, spec, forward.joint_parts(model, batch))
         self._backend = backend
         self._rope = forward.rope_at(model, 0, _room(capacity, model.device) + ROOM)
         self._sinks = sinks = min(spec.recipe.sinks, capacity)
@@ -200,16 +200,20 @@ class PackedCache(Ragged):
         return dispatch.append_and_attend(q, k, v, held, prepared, self.starts, self._backend)
 
     def takes_joint(self, layer: int) -> bool:
-        """See `forward.Cache`: on the fast path, past the sinks, where positions are turns."""
+        """See `forward.Cache`: on the fast path, where positions are turns."""
         prepared, store = self._codec.layers[layer], self._layers[layer]
         if prepared is None or not store.room or not store.packed("v").tiled:
             return False
-        return prepared.k.spec.centre_at is None and self.shortest >= store.sinks
+        return prepared.k.spec.centre_at is None
 
     def append_and_attend_joint(self, layer: int, joint: Joint) -> Tensor:
         """See `forward.Cache`."""
         prepared, store = self._codec.layers[layer], self._layers[layer]
         assert prepared is not None
+        if self.shortest < store.sinks:
+            from turboesm_kernels.rotary import rotate
+
+            store.put_sinks(*rotate(joint, self._rope, self.starts)[1:], self.starts)
         held = self._held_by(layer, store.room + store.sinks, self.lengths)
         return dispatch.append_and_attend_joint(joint, held, prepared, self.starts)
 
@@ -246,7 +250,7 @@ class PackedCache(Ragged):
 
 def rows_apart(model: Model, spec: CodecSpec) -> bool:
     """Whether a step on a CPU gives each sequence the same bits whatever the others of its batch are."""
-    prepared = _prepare(model, spec)
+    prepared = _prepare(model, spec, None)
     if prepared.tokens is not None and not cpu_compiled.attends_tokens(prepared.tokens.k, prepared.tokens):
         return False
     return not any(layer is not None and cpu_compiled.no_loops(layer) for layer in prepared.layers)
@@ -301,22 +305,22 @@ class _Prepared:
         return self.tokens
 
 
-def make_ready(model: Model, spec: CodecSpec) -> None:
+def make_ready(model: Model, spec: CodecSpec, batch: int) -> None:
     """Do what caches of this codec would wait for: on a GPU kernels are compiled, and checked before their use.
 
     Raises DeviceError where a kernel is wrong on this device.
     """
-    _prepare(model, spec)
+    _prepare(model, spec, forward.joint_parts(model, batch))
 
 
 @lru_cache(maxsize=4)
-def _prepare(model: Model, spec: CodecSpec) -> _Prepared:
+def _prepare(model: Model, spec: CodecSpec, parts: int | None) -> _Prepared:
     spec = on_device(spec, model.device)
     layers = [None if layer is None else PreparedLayer.of(layer.k, layer.v) for layer in spec.layers]
     on_cpu = model.device.type == "cpu"
     tokens = model.first_layer_tables() if None in spec.layers else None
     if model.device.type == "cuda":
-        _check_kernels(model, spec.recipe.sinks, [layer for layer in layers if layer is not None], tokens)
+        _check_kernels(model, spec.recipe.sinks, [layer for layer in layers if layer is not None], tokens, parts)
     pairs = [_pair(layer) if layer and on_cpu else None for layer in layers]
     return _Prepared(model, spec, layers, tokens, pairs)
 
@@ -325,14 +329,16 @@ def _pair(layer: PreparedLayer) -> cpu_lookup.Pair | None:
     return cpu_lookup.Pair.of(layer.k, layer.v) if cpu_compiled.no_loops(layer) else None
 
 
-def _check_kernels(model: Model, sinks: int, layers: list[PreparedLayer], tokens: TokenTables | None) -> None:
+def _check_kernels(
+    model: Model, sinks: int, layers: list[PreparedLayer], tokens: TokenTables | None, parts: int | None
+) -> None:
     """Raise DeviceError where a kernel is wrong on this device; make what the kernels need of the codec."""
     for layer in layers:
         layer.k.ready()
         layer.v.ready()
     dtype = model.dtype
     queries = model.shape.heads // model.shape.key_value_heads
-    problem = verify.problem(layers, dtype, sinks, queries) if has_triton() else None
+    problem = verify.problem(layers, dtype, sinks, queries, parts) if has_triton() else None
     if tokens is not None and has_triton():
         problem = problem or verify.token_problem(tokens, dtype, queries)
     if problem:

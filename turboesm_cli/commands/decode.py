@@ -170,11 +170,11 @@ def decode(
         codec = told
         loaded = options.open_model(model, device, codec, dtype)
         codec.check_model(loaded, bundle)
-        if kv == PACKED:
-            with console.busy("checking kernels"):
-                make_ready(loaded, codec.spec)
         own = next(item for item in plans if item.kind == kv)
-        slots = _slots(batch, own, work.count * num_samples, loaded, codec.spec)
+        with console.busy("checking kernels") if kv == PACKED else nullcontext():
+            slots = _slots(batch, own, work.count * num_samples, loaded, codec.spec)
+            if kv == PACKED:
+                make_ready(loaded, codec.spec, slots)
         described = {"bundle": sha256[:16], "cache": kv, "dtype": dtype, "sampling": str(wanted or "none")}
         if loaded.device.type == "cpu":  # the last bits depend on it
             described["slots"] = str(slots)

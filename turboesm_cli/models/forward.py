@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from turboesm_kernels import reference
+from turboesm_kernels.available import has_triton
 from turboesm_kernels.operands import Joint
 from turboesm_kernels.reference import Rope
 
@@ -308,6 +309,21 @@ def _projection(model: Model, rope: Rope) -> Projection:
     return project
 
 
+def joint_parts(model: Model, batch: int) -> int | None:
+    """Parts of a step's joint projection on a GPU, where it is turned after it; else None."""
+    if model.device.type != "cuda" or not has_triton() or not _turns(model):
+        return None
+    from turboesm_kernels.linear import parts_for
+
+    shape = model.shape
+    width = (shape.heads + 2 * shape.key_value_heads) * shape.head_dim
+    return parts_for(batch, width, shape.width, model.dtype)
+
+
+def _turns(model: Model) -> bool:
+    return model.query_scale != 1 or bool(model.inverse_frequencies.any())
+
+
 class JointProjection:
     """One matrix for a layer's queries, keys and values, and one kernel that turns them: for GPUs.
 
@@ -318,7 +334,7 @@ class JointProjection:
     def __init__(self, model: Model, capacity: int) -> None:
         self._heads = (model.shape.heads, model.shape.key_value_heads)
         self._scaling = model.query_scale
-        self.turns = model.query_scale != 1 or bool(model.inverse_frequencies.any())
+        self.turns = _turns(model)
         self._rope = rope_at(model, 0, capacity)
         self._starts = torch.zeros(0, dtype=torch.int32)
         self._weights = [model.joint_projection(layer) for layer in range(model.shape.layers)]

@@ -957,6 +957,61 @@ def test_a_projection_is_turned_as_it_is_packed_on_gpu(case: Case, parts: int) -
         assert found.dtype == case.dtype and relative_error(found, expected) < 5e-3  # type: ignore[attr-defined,arg-type]
 
 
+@pytest.mark.gpu
+@no_gpu
+@pytest.mark.parametrize("parts", [0, 4])
+@pytest.mark.parametrize(
+    ("case", "grouped"),
+    [
+        (Case(tokens=500, batch=70, heads=20, ragged=True, sinks=2, dtype=torch.bfloat16), False),
+        (Case(tokens=100, batch=3, heads=20, ragged=True, sinks=4, dtype=torch.float16), False),
+        (Case(tokens=500, batch=30, heads=8, dim=128, queries=4, ragged=True, dtype=torch.bfloat16), True),
+    ],
+    ids=str,
+)
+def test_queries_that_a_step_turns_are_waited_for(case: Case, grouped: bool, parts: int) -> None:
+    """Layer after layer in a graph, where kernels begin before those before them end; each time other numbers."""
+    from turboesm_kernels import ptx_launch
+    from turboesm_kernels.rotary import rotate
+
+    joints = [joint_of(case, parts, "cuda") for _ in range(6)]
+    inputs = [made(case, "cuda", tiled=True)[1:] for _ in joints]
+    rope = angles(case, torch.arange(case.tokens + case.sinks), "cuda")
+    packed_rope = rope.rows(slice(case.sinks, None))
+    packed_rope.ready()
+    given = []
+    for held, layer in inputs:
+        assert held.lengths is not None
+        held.lengths.clamp_(min=case.sinks + 1)
+        layer.k.ready()
+        layer.v.ready()
+        given.append((replace(held, rope=packed_rope), layer, held.lengths - 1))
+
+    def step() -> list[torch.Tensor]:
+        return [
+            ptx_launch.append_and_attend(*joint.sides, *own, grouped=grouped, joint=joint)
+            for joint, own in zip(joints, given, strict=True)
+        ]
+
+    step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = step()
+    for turn in range(5):
+        for joint in joints:
+            joint.product.normal_().mul_(1 + turn)
+        torch.cuda.synchronize()
+        graph.replay()
+        torch.cuda.synchronize()
+        for out, joint, own in zip(found, joints, given, strict=True):
+            q, k, v = rotate(joint, rope, own[-1])
+            q = q.unflatten(1, (case.heads, -1)).flatten(2, 3)
+            torch.cuda.synchronize()
+            expected = ptx_launch.append_and_attend(q, k, v, *own, grouped=grouped)
+            assert relative_error(out, expected) < 5e-3
+
+
 CHECKED = [
     Case(dim=16, kind="flat"),
     Case(dim=64, kind="uniform"),

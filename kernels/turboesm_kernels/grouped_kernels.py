@@ -114,7 +114,7 @@ def fast_attend_group_kernel(
     SUM_CODE: tl.constexpr, SUM_KINDS: tl.constexpr,
     EMPTY_CODE: tl.constexpr, EMPTY_KINDS: tl.constexpr, EMIT_CODE: tl.constexpr, EMIT_KINDS: tl.constexpr,
     BIAS_CODE: tl.constexpr, BIAS_KINDS: tl.constexpr,
-    HAS_BIAS: tl.constexpr, HAS_LENGTHS: tl.constexpr, EARLY: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_LENGTHS: tl.constexpr, FRESH: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """One range of `chunk` tokens of one sequence, head and group of four of its queries, with one warp.
 
@@ -139,19 +139,15 @@ def fast_attend_group_kernel(
     own_column = tl.minimum(first_query + g // 2, QUERIES - 1)  # the query of its column of a right side
     own = tl.minimum(first_query + t, QUERIES - 1)  # that of its scores
     if EARLY:
-        gdc_launch_dependents()
+        if not FRESH:
+            gdc_launch_dependents()
         if end <= begin + BLOCK:  # among the first tokens is the newest, which the kernel before may be packing
             gdc_wait()
+    channel = t * (PAIRED_DIM // 8)
+    own_query = query + batch * q_b + head * q_h + own_column.to(tl.int64) * q_q
     if HAS_BIAS:
-        channel = t * (PAIRED_DIM // 8)
-        phase = phase_of(
-            query + batch * q_b + head * q_h + own_column.to(tl.int64) * q_q,
-            q_d,
-            centre + head * DIM,
-            channel,
-            DIM,
-            PAIRED_DIM,
-        )
+        if not FRESH:
+            phase = phase_of(own_query, q_d, centre + head * DIM, channel, DIM, PAIRED_DIM)
         angle = (tl.minimum(begin + g % 2, angles - 1) * rope_t + channel).to(tl.int64) * 4
         turn = tl.inline_asm_elementwise(
             ANGLES_CODE, ANGLES_KINDS,
@@ -172,7 +168,12 @@ def fast_attend_group_kernel(
     kn = scales_of(k_scale, begin + lane * 4, end)
     vn = scales_of(v_scale, begin + lane * 4, end)
     k_words = _read(lane, k_row, k_word, begin, end, KEYS_CODE, KEYS_KINDS, K_COUNT)
+    if EARLY and FRESH:
+        gdc_wait()
+        gdc_launch_dependents()
     if HAS_BIAS:
+        if FRESH:
+            phase = phase_of(own_query, q_d, centre + head * DIM, channel, DIM, PAIRED_DIM)
         tl.inline_asm_elementwise(
             TURN_CODE, TURN_KINDS, turn + phase + (place,), dtype=tl.int32, is_pure=False, pack=1
         )  # fmt: skip
@@ -181,7 +182,7 @@ def fast_attend_group_kernel(
     sums = (tl.zeros((32,), tl.int32),) * SUMS
     weights_to = shared + t * WEIGHTS_ROW + k_own
     weights_at = shared + g // 4 * WEIGHTS_ROW + tl.minimum(g % 4, 2) * DIGIT_ROW + v_own
-    if EARLY:
+    if EARLY and not FRESH:
         gdc_wait()
     digit = (pair * QUERIES + own_column) * 2 + g % 2
     gain = tl.load(scalars + (pair * QUERIES + own) * 2)

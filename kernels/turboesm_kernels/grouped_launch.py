@@ -55,6 +55,7 @@ def split(
     angles: tuple[Tensor | int, ...],
     partials: Partials,
     chunk: int,
+    fresh: bool,
     early: bool,
 ) -> None:
     """Launch the kernel: `projected` as `project_query` leaves queries, `angles` those it takes."""
@@ -64,15 +65,15 @@ def split(
     (k_masks, places), (v_masks, _) = k_fields.of_keys, v_fields.of_values
     centred = layer.k.centred
     launch(
-        fast_attend_group_kernel, (batch * heads * groups(queries), partials.top.shape[3]),
+        fast_attend_group_kernel, (batch * heads * groups(queries), partials.splits),
         q, *q.stride(), layer.k.centre, *projected, places, *angles, q if held.lengths is None else held.lengths,
         k.codes, *k.codes.stride()[:3], k.scales, *k.scales.stride()[:2],
         v.codes, *v.codes.stride()[:3], v.scales, *v.scales.stride()[:2], k_masks, v_masks,
         partials.top, partials.mass, partials.weight, partials.out, held.tokens, chunk, held.sinks,
         HEADS=heads, QUERIES=queries, DIM=dim, HAS_BIAS=centred, HAS_LENGTHS=held.lengths is not None,
-        K_TABLE=projected[0].shape[4], V_ROWS=partials.out.shape[4],
+        K_TABLE=projected[0].shape[4], V_ROWS=partials.out.shape[1],
         **kernel_code(dim, k_fields.shape, v_fields.shape, centred),
-        EARLY=early, num_warps=1, **early_launch(early),
+        FRESH=fresh, EARLY=early, num_warps=1, **early_launch(early),
     )  # fmt: skip
 
 

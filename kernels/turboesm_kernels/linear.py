@@ -3,7 +3,7 @@
 
 A library's kernel begins to read them when the kernel before has ended. These ask the second-level cache for their
 own part of them first, and then wait. Where nothing but a sum follows, the depth is split among programs, and what
-comes next (`add_norm`, `rotate`) adds the parts.
+comes next (`add_norm`, `rotate`, `append_and_project_kernel`) adds the parts.
 """
 
 from __future__ import annotations
@@ -116,8 +116,8 @@ def _serves(rows: int, depth: int, dtype: torch.dtype) -> bool:
 
 
 def parts_for(rows: int, width: int, depth: int, dtype: torch.dtype) -> int:
-    """Parts that `linear_parts` makes of such a product, or 1 where it is not for it."""
-    return parts_of(width, depth) if _serves(rows, depth, dtype) else 1
+    """Parts that `linear_parts` makes of such a product, or 0 where it is not for it."""
+    return parts_of(width, depth) if _serves(rows, depth, dtype) else 0
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str = "none") -> Tensor:

@@ -384,6 +384,8 @@ def _validate(k: Tensor, v: Tensor, layer: PreparedLayer, held: Held) -> None:
         shape = spec.codes_shape(batch, held.tokens, into.tiled and spec.can_tile)
         if into.codes.dtype != torch.uint8 or into.codes.shape != shape:
             raise ValueError(f"codes must be uint8 {shape}, not {tuple(into.codes.shape)}")
+        if into.tiled and into.codes.stride()[3:] != (spec.lanes * layout.TILE, layout.TILE, 1):
+            raise ValueError("a tile's tokens must lie beside each other")
         if spec.side == "k" and any(n % spec.lanes for n in (into.codes.data_ptr(), *into.codes.stride()[:4])):
             raise ValueError(f"words of keys must lie at multiples of {spec.lanes} bytes")
         if spec.residual_axes:

@@ -40,7 +40,7 @@ LONGEST = 256
 """Blocks of a range at most: 32,768 tokens of weight 255 and byte 255 are what 32 bits hold."""
 
 LARGEST_STRIDE = 1 << 29
-"""Bytes between planes at most: offsets of four of them are 32-bit numbers."""
+"""Bytes between words' tokens at most: offsets of tokens are 32-bit numbers."""
 
 
 def unserved_reason(layer: PreparedLayer) -> str | None:
@@ -218,7 +218,7 @@ def append_and_attend(
         PARTS=parts, EXACT=q.dtype.itemsize == 2, ROW_BLOCK=row_block, TOKEN_BLOCK=token_block, BLOCK=STEP_ROWS,
         EARLY=early, num_warps=warps_for(dim), **early_launch(early),
     )  # fmt: skip
-    return attend_projected(turned, held, layer, folded, bias, chunk, early, grouped, whole)
+    return attend_projected(turned, held, layer, folded, bias, chunk, early, grouped, whole, joint is not None)
 
 
 def _scores(folded: Folded, bias: Tensor | None) -> tuple[Tensor, int]:
@@ -236,19 +236,21 @@ def attend_projected(
     early: bool,
     grouped: bool,
     whole: int,
+    fresh: bool = False,
 ) -> Tensor:
-    """Attention, given what was made of the queries."""
+    """Attention, given what was made of the queries; `fresh`: by the kernel before, which made them, too."""
     assert layer.v.fields is not None and (not grouped or can_group(q, layer))
     if chunk is None:
         chunk, whole = ranges_of(q, held.tokens, grouped)
-    splits = -(-held.tokens // chunk)
-    partials = Partials.empty(q, splits, layer.v.fields.map.shape[1], weighted=True)
+    assert whole == 0 or (chunk > TURN and not grouped)
+    axes = layer.v.fields.map.shape[1]
+    partials = Partials.empty(q, -(-held.tokens // chunk), axes, weighted=True, whole=whole)
     if grouped:
         projected, angles = (folded.descriptors, folded.scalars), _angles(held, layer, grouped)
-        grouped_launch.split(q, held, layer, projected, angles, partials, chunk, early)
+        grouped_launch.split(q, held, layer, projected, angles, partials, chunk, fresh, early)
     else:
-        _split(q, held, layer, folded, bias, partials, chunk, early, whole)
-    return triton_launch.combine(q, held, layer, partials, splits, early, whole)
+        _split(q, held, layer, folded, bias, partials, chunk, fresh, early)
+    return triton_launch.combine(q, held, layer, partials, early)
 
 
 def ranges_of(q: Tensor, tokens: int, grouped: bool) -> tuple[int, int]:
@@ -308,11 +310,12 @@ def _split(
     bias: Tensor | None,
     partials: Partials,
     chunk: int,
+    fresh: bool,
     early: bool,
-    whole: int,
 ) -> None:
     batch, heads, queries, dim = q.shape
-    divided, splits = batch * heads * queries - whole, partials.top.shape[3]
+    whole, splits = partials.whole, partials.splits
+    divided = batch * heads * queries - whole
     k, v, k_fields, v_fields = held.k, held.v, layer.k.fields, layer.v.fields
     assert k.scales is not None and v.scales is not None and k_fields is not None and v_fields is not None
     launch(
@@ -328,7 +331,7 @@ def _split(
         HAS_BIAS=_turned(layer), HAS_POSITIONS=bias is not None, HAS_LENGTHS=held.lengths is not None,
         ONE_BLOCK=chunk == TURN,
         **kernel_code(dim, k_fields.shape, v_fields.shape, _turned(layer), chunk == TURN),
-        EARLY=early, num_warps=1, **early_launch(early),
+        FRESH=fresh, EARLY=early, num_warps=1, **early_launch(early),
     )  # fmt: skip
 
 

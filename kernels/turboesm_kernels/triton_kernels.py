@@ -320,7 +320,8 @@ def combine_kernel(
     acc = (tl.zeros((ROW_BLOCK, AXES_BLOCK), tl.float32),) * AXES_BLOCKS
     for first in range(0, splits, SPLIT_BLOCK):
         split = first + tl.arange(0, SPLIT_BLOCK)
-        part = out_row[:, None] * splits + split[None, :]
+        first_part = tl.where(out_row < whole, out_row, whole + (out_row - whole) * splits)
+        part = first_part[:, None] + split[None, :]
         there = live[:, None] & (split[None, :] < tl.where(out_row < whole, 1, splits)[:, None])
         m = tl.load(part_max + part, mask=there, other=NEGATIVE)
         held = tl.load(part_sum + part, mask=there, other=0.0)

@@ -39,23 +39,26 @@ WAVES = 8
 
 @dataclass(frozen=True)
 class Partials:
-    """What S ranges of tokens leave for `combine`: top and mass f32 [B, H, Q, S], out f32 [B, H, Q, S, A].
+    """What ranges of tokens leave for `combine`: top and mass f32 [N], out f32 [N, A].
 
-    weight f32 [B, H, Q, S], from the fast path alone: the mass of its rounded weights, the values' scales in them.
+    weight f32 [N], from the fast path alone: the mass of its rounded weights, the values' scales in them. There is
+    one range of each of the first `whole` rows (b, h, q), then `splits` of each of the others.
     """
 
     top: Tensor
     mass: Tensor
     out: Tensor
+    splits: int
+    whole: int = 0
     weight: Tensor | None = None
 
     @classmethod
-    def empty(cls, q: Tensor, splits: int, axes: int, weighted: bool = False) -> Partials:
-        """Buffers for `splits` ranges and the query q [B, H, Q, d]."""
-        shape = (*q.shape[:3], splits)
-        top, mass, weight = torch.empty((3, *shape), dtype=torch.float32, device=q.device)
-        out = torch.empty((*shape, axes), dtype=torch.float32, device=q.device)
-        return cls(top, mass, out, weight if weighted else None)
+    def empty(cls, q: Tensor, splits: int, axes: int, weighted: bool = False, whole: int = 0) -> Partials:
+        """Buffers for the query q [B, H, Q, d]."""
+        count = whole + (q.shape[:3].numel() - whole) * splits
+        top, mass, weight = torch.empty((3, count), dtype=torch.float32, device=q.device)
+        out = torch.empty((count, axes), dtype=torch.float32, device=q.device)
+        return cls(top, mass, out, splits, whole, weight if weighted else None)
 
 
 def attend(q: Tensor, held: Held, layer: PreparedLayer) -> Tensor:
@@ -64,13 +67,10 @@ def attend(q: Tensor, held: Held, layer: PreparedLayer) -> Tensor:
     # The interpreter pays by the operation, a GPU by the register.
     block = max(16, TILE // padded(layer.k.axes)) if q.is_cuda else 256
     chunk = chunk_of(q, held.tokens, block)
-    splits = max(1, -(-held.tokens // chunk))
-    partials = Partials.empty(q, splits, layer.v.axes)
+    partials = Partials.empty(q, -(-held.tokens // chunk), layer.v.axes)
     if held.tokens:
         _split(q, held, layer, folded, bias, partials, chunk, block)
-    else:
-        splits = 0
-    return combine(q, held, layer, partials, splits)
+    return combine(q, held, layer, partials)
 
 
 def chunk_of(q: Tensor, tokens: int, block: int) -> int:
@@ -144,7 +144,7 @@ def _split(
     batch, heads, queries, _ = q.shape
     k, v = layer.k, layer.v
     launch(
-        attend_split_kernel, (batch * heads, partials.top.shape[3]),
+        attend_split_kernel, (batch * heads, partials.splits),
         folded, folded if bias is None else bias, folded if held.lengths is None else held.lengths,
         held.k.codes, *held.k.codes.stride(), *_scales(held.k), k.pieces, k.start, _levels(k),
         held.v.codes, *held.v.codes.stride(), *_scales(held.v), v.pieces, v.start, _levels(v),
@@ -179,11 +179,9 @@ def combine(
     held: Held,
     layer: PreparedLayer,
     partials: Partials,
-    splits: int,
     early: bool = False,
-    whole: int = 0,
 ) -> Tensor:
-    """Attention [B, H, Q, d] of the partial results of `splits` ranges; see `combine_kernel`."""
+    """Attention [B, H, Q, d] of partial results; see `combine_kernel`."""
     batch, heads, queries, dim = q.shape
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     sink_k, sink_v = (q, q) if held.sink_k is None or held.sink_v is None else (held.sink_k, held.sink_v)
@@ -197,13 +195,14 @@ def combine(
     axes_block = 64 if axes % 64 == 0 or axes % 64 > 32 else min(32, padded(axes))
     blocks = -(-axes // axes_block)
     held_at_once = FINISH_TILE // (row_block * padded(blocks * axes_block))
-    split_block = max(1, min(padded(max(splits, 1), 1), held_at_once, SPLIT_BLOCK))
+    split_block = max(1, min(padded(max(partials.splits, 1), 1), held_at_once, SPLIT_BLOCK))
     launch(
         combine_kernel, (heads, -(-rows // row_block)),
         partials.top, partials.mass, partials.weight if weighted else partials.mass, partials.out,
         q, *q.stride(), q if held.lengths is None else held.lengths,
         sink_k, *sink_k.stride(), sink_v, *sink_v.stride(), value_map, offset, layer.v.centre, out,
-        rows, splits, axes, whole, HEADS=heads, QUERIES=queries, DIM=dim, AXES_STEP=math.gcd(axes, 4),
+        rows, partials.splits, axes, partials.whole,
+        HEADS=heads, QUERIES=queries, DIM=dim, AXES_STEP=math.gcd(axes, 4),
         DIM_PAD=padded(dim), AXES_BLOCK=axes_block, AXES_BLOCKS=blocks, MAP_EARLY=axes * dim <= EARLY_MAP,
         SPLIT_BLOCK=split_block, SINKS=held.sinks, ROW_BLOCK=row_block, HAS_LENGTHS=held.lengths is not None,
         HAS_WEIGHT=weighted, EARLY=early, num_warps=4 if axes <= 128 else 8, **early_launch(early),

@@ -28,6 +28,9 @@ RUBBISH = 0xA5
 TIES = 5e-3
 """Share of codes and scales that may differ: a number on the edge of two codes goes either way."""
 
+SCALING = 0.75
+"""Of queries that are turned."""
+
 TOLERANCE = 1e-2
 """Relative error of attention, the query's and the result's rounding to 16 bits included."""
 
@@ -41,7 +44,8 @@ def problem(
 ) -> str | None:
     """What is wrong, or None, with keys, values and queries of `dtype` and so many tokens kept whole.
 
-    `queries`: of each key/value head. `parts`: of projections that steps turn (`operands.Joint`), or None.
+    `queries`: of each key/value head. `parts`: of projections that steps turn (`operands.Joint`), 0 where they are
+    in none; or None.
 
     Of a layer of each shape for which other kernels are compiled, where Triton serves it. Raises
     torch.OutOfMemoryError.
@@ -142,7 +146,7 @@ class KernelRun:
             joint = _joint_of(q, k[:, :, -1:], v[:, :, -1:], parts)
             assert held.rope is not None
             newest = held.rope.rows(slice(TOKENS - 1, TOKENS))
-            q, k = newest.rotate(q).to(dtype), k.clone()
+            q, k = (newest.rotate(q) * SCALING).to(dtype), k.clone()
             k[:, :, -1:] = newest.rotate(k[:, :, -1:]).to(dtype)
         return cls(k, v, held, q, [*_pack(q, k, v, layer, held, joint), *_attend(q, held, layer)])
 
@@ -221,35 +225,50 @@ def _blank_side(spec: SideSpec, tiled: bool) -> Packed:
 
 
 def _joint_of(q: Tensor, k: Tensor, v: Tensor, parts: int) -> Joint:
-    """A projection of q [B, K, Q, d], k and v [B, K, 1, d] before RoPE, in one part, or as a sum that is exact."""
+    """A projection of q [B, K, Q, d], k and v [B, K, 1, d] before RoPE; where `parts`, as an exact sum of them."""
     shared, queries = q.shape[1:3]
     product = torch.cat((q.flatten(1, 2), k[:, :, 0], v[:, :, 0]), 1).flatten(1)[:, None]
-    if parts > 1:
+    if parts:
         shares = [0.5**part for part in range(1, parts)]
-        product = torch.stack([product.float() * share for share in (*shares, shares[-1])])
-    return Joint(product, (shared * queries, shared), 1.0, q.dtype)
+        product = torch.stack([product.float() * share for share in (*shares, 0.5 ** (parts - 1))])
+    return Joint(product, (shared * queries, shared), SCALING, q.dtype)
 
 
 def _pack(q: Tensor, k: Tensor, v: Tensor, layer: PreparedLayer, held: Held, joint: Joint | None) -> list[Tensor]:
     """Attention, after packing in two calls: a prompt's tokens, then one of each sequence as steps do it.
 
-    They do it with that one's projection, where there is `joint`.
+    Where there is `joint`, that one's projection, with it as well, and that is what is left.
     """
     from turboesm_kernels.pack import pack
 
     assert held.lengths is not None
     starts = held.lengths - 1
     pack(k[:, :, :-1], v[:, :, :-1], layer, held, 0)
-    newest = (q, k[:, :, -1:], v[:, :, -1:]) if joint is None else joint.sides
-    if joint is None:
-        found = [dispatch.append_and_attend(*newest, held, layer, starts)]
-    else:
-        found = [dispatch.append_and_attend_joint(joint, held, layer, starts)]
-    if _can_group(q, held, layer):
+    newest = q, k[:, :, -1:], v[:, :, -1:]
+    grouped = _can_group(q, held, layer)
+    found = [dispatch.append_and_attend(*newest, held, layer, starts)]
+    if grouped:
         from turboesm_kernels import ptx_launch
 
-        found.append(ptx_launch.append_and_attend(*newest, held, layer, starts, grouped=True, joint=joint))
+        found.append(ptx_launch.append_and_attend(*newest, held, layer, starts, grouped=True))
+    if joint is not None:
+        _spoil(held)
+        found.append(dispatch.append_and_attend_joint(joint, held, layer, starts))
+    if joint is not None and grouped:
+        from turboesm_kernels import ptx_launch
+
+        _spoil(held)
+        found.append(ptx_launch.append_and_attend(*joint.sides, held, layer, starts, grouped=True, joint=joint))
     return found
+
+
+def _spoil(held: Held) -> None:
+    """Rubbish for the newest token."""
+    held.k.codes[:, :, :, -1:] = RUBBISH
+    held.v.codes[:, :, :, -1:, :, -1:] = RUBBISH
+    for packed in (held.k, held.v):
+        if packed.scales is not None:
+            packed.scales[:, :, -1:] = RUBBISH
 
 
 def _can_group(q: Tensor, held: Held, layer: PreparedLayer) -> bool:

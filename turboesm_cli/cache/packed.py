@@ -62,10 +62,11 @@ class PackedCache(Ragged):
         self, model: Model, spec: CodecSpec, batch: int, capacity: int, backend: dispatch.Backend | None = None
     ) -> None:
         super().__init__(batch, capacity, model.device)
-        self._codec = _prepare(model, spec, forward.joint_parts(model, batch))
+        self._codec = _prepare(model, spec)
+        _check_kernels(model, spec, forward.joint_parts(model, batch))
         self._backend = backend
         self._rope = forward.rope_at(model, 0, _room(capacity, model.device) + ROOM)
-        self._sinks = sinks = min(spec.recipe.sinks, capacity)
+        self._sinks = sinks = min(spec.recipe.sinks, _room(capacity, model.device))
         self._packed_starts = torch.zeros_like(self.starts)
         self._packed_rope = self._rope.rows(slice(sinks, None))
         if model.device.type == "cuda":
@@ -250,7 +251,7 @@ class PackedCache(Ragged):
 
 def rows_apart(model: Model, spec: CodecSpec) -> bool:
     """Whether a step on a CPU gives each sequence the same bits whatever the others of its batch are."""
-    prepared = _prepare(model, spec, None)
+    prepared = _prepare(model, spec)
     if prepared.tokens is not None and not cpu_compiled.attends_tokens(prepared.tokens.k, prepared.tokens):
         return False
     return not any(layer is not None and cpu_compiled.no_loops(layer) for layer in prepared.layers)
@@ -310,17 +311,18 @@ def make_ready(model: Model, spec: CodecSpec, batch: int) -> None:
 
     Raises DeviceError where a kernel is wrong on this device.
     """
-    _prepare(model, spec, forward.joint_parts(model, batch))
+    _check_kernels(model, spec, forward.joint_parts(model, batch))
 
 
 @lru_cache(maxsize=4)
-def _prepare(model: Model, spec: CodecSpec, parts: int | None) -> _Prepared:
+def _prepare(model: Model, spec: CodecSpec) -> _Prepared:
     spec = on_device(spec, model.device)
     layers = [None if layer is None else PreparedLayer.of(layer.k, layer.v) for layer in spec.layers]
     on_cpu = model.device.type == "cpu"
     tokens = model.first_layer_tables() if None in spec.layers else None
-    if model.device.type == "cuda":
-        _check_kernels(model, spec.recipe.sinks, [layer for layer in layers if layer is not None], tokens, parts)
+    if model.device.type == "cuda":  # made now: the kernels read it before they wait for earlier work
+        for side in (side for layer in layers if layer for side in (layer.k, layer.v)):
+            side.ready()
     pairs = [_pair(layer) if layer and on_cpu else None for layer in layers]
     return _Prepared(model, spec, layers, tokens, pairs)
 
@@ -329,18 +331,17 @@ def _pair(layer: PreparedLayer) -> cpu_lookup.Pair | None:
     return cpu_lookup.Pair.of(layer.k, layer.v) if cpu_compiled.no_loops(layer) else None
 
 
-def _check_kernels(
-    model: Model, sinks: int, layers: list[PreparedLayer], tokens: TokenTables | None, parts: int | None
-) -> None:
-    """Raise DeviceError where a kernel is wrong on this device; make what the kernels need of the codec."""
-    for layer in layers:
-        layer.k.ready()
-        layer.v.ready()
-    dtype = model.dtype
+@lru_cache(maxsize=8)
+def _check_kernels(model: Model, spec: CodecSpec, parts: int | None) -> None:
+    """Raise DeviceError where a kernel is wrong on this device; `parts` as in `verify.problem`."""
+    prepared = _prepare(model, spec)
+    if model.device.type != "cuda" or not has_triton():
+        return
+    layers = [layer for layer in prepared.layers if layer is not None]
     queries = model.shape.heads // model.shape.key_value_heads
-    problem = verify.problem(layers, dtype, sinks, queries, parts) if has_triton() else None
-    if tokens is not None and has_triton():
-        problem = problem or verify.token_problem(tokens, dtype, queries)
+    problem = verify.problem(layers, model.dtype, spec.recipe.sinks, queries, parts)
+    if prepared.tokens is not None:
+        problem = problem or verify.token_problem(prepared.tokens, model.dtype, queries)
     if problem:
         raise DeviceError(f"{model.device}: {problem}; install another version of Triton, or use --device cpu")
 

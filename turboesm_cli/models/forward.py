@@ -310,7 +310,7 @@ def _projection(model: Model, rope: Rope) -> Projection:
 
 
 def joint_parts(model: Model, batch: int) -> int | None:
-    """Parts of a step's joint projection on a GPU, where it is turned after it; else None."""
+    """Parts of a step's joint projection on a GPU, 0 where it is in none; None where nothing turns after it."""
     if model.device.type != "cuda" or not has_triton() or not _turns(model):
         return None
     from turboesm_kernels.linear import parts_for

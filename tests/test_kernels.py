@@ -402,6 +402,31 @@ def test_sequence_shorter_than_the_sinks() -> None:
 
 
 @interpreted
+def test_some_rows_may_be_in_one_range(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the fast path leaves them: the first rows whole, the others divided."""
+    from turboesm_kernels import triton_launch
+
+    q, held, layer = make(Case(tokens=700, batch=3, queries=2, ragged=True, sinks=2))
+    seen: list[triton_launch.Partials] = []
+    combine = triton_launch.combine
+    for chunk in (768, 256):
+        with monkeypatch.context() as changed:
+            changed.setattr(triton_launch, "chunk_of", lambda q, tokens, block, own=chunk: own)
+            changed.setattr(triton_launch, "combine", lambda q, held, layer, partials: seen.append(partials))
+            triton_launch.attend(q, held, layer)
+    once, thrice = seen
+    assert (once.splits, thrice.splits) == (1, 3)
+    expected = dispatch.plain_attend(q.double(), held, layer)
+    for whole in (0, 1, 7, 11):
+        parts = (
+            torch.cat((getattr(once, name)[:whole], getattr(thrice, name)[3 * whole :]))
+            for name in ("top", "mass", "out")
+        )
+        found = combine(q, held, layer, triton_launch.Partials(*parts, splits=3, whole=whole))
+        assert relative_error(found, expected) < 1e-3
+
+
+@interpreted
 def test_strided_query() -> None:
     q, held, layer = make(Case(tokens=20, queries=2))
     wide = torch.full((*q.shape[:-1], 2 * q.shape[-1]), torch.nan)
@@ -429,6 +454,26 @@ def test_on_gpu(case: Case, backend: dispatch.Backend) -> None:
     except BackendError:
         pytest.skip("not served by this backend")
     check(case, backend, "cuda")
+
+
+@pytest.mark.skipif(find_spec("triton") is None, reason="needs Triton")
+@pytest.mark.parametrize("grouped", [False, True])
+@pytest.mark.parametrize(
+    ("batch", "heads", "tokens"),
+    [(256, 20, 1024), (64, 20, 1024), (1, 1, 1), (79, 20, 300), (3000, 33, 5000), (1, 20, 40_000)],
+)
+def test_ranges(batch: int, heads: int, tokens: int, grouped: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows that one warp goes over fill the device to the last warp; the others are divided into whole blocks."""
+    from turboesm_kernels import ptx_launch
+
+    monkeypatch.setattr(ptx_launch, "processors", lambda q: 132)
+    q = torch.empty(batch, heads, 1, 64, device="meta")
+    chunk, whole = ptx_launch.ranges_of(q, tokens, grouped)
+    assert chunk % reference.TURN == 0 and 0 < chunk <= ptx_launch.LONGEST * reference.TURN
+    assert whole % (132 * ptx_launch.WARPS) == 0 and whole < batch * heads
+    assert not whole or (chunk > reference.TURN and tokens <= ptx_launch.LONGEST * reference.TURN and not grouped)
+    if (batch, tokens, grouped) == (256, 1024, False):
+        assert (chunk, whole) == (256, 3 * 132 * 12)  # 3.2 waves of warps
 
 
 @pytest.mark.gpu

@@ -158,12 +158,13 @@ class Warp:
         self._copies: list[tuple[Array, Array, Array]] = []  # since the last group: where, what, lanes
         self._groups: list[list[tuple[Array, Array, Array]]] = []
 
-    def hold(self, array: Array, writable: bool = False) -> int:
-        """The address at which the bytes of a dense array are from now on."""
+    def hold(self, array: Array, writable: bool = False, at: int | None = None) -> int:
+        """The address at which the bytes of a dense array are from now on: `at`, or any."""
         flat = array.reshape(-1).view("u1")
         assert np.shares_memory(flat, array)
-        self._global.append((GLOBAL_BASE + GLOBAL_STEP * len(self._global), flat, writable))
-        return self._global[-1][0]
+        own = GLOBAL_BASE + GLOBAL_STEP * len(self._global) if at is None else at
+        self._global.append((own, flat, writable))
+        return own
 
     def run(self, text: str, kinds: str, *inputs: Array | float) -> list[Array]:
         """Run a text whose operands are of these kinds; its outputs, int32 or float32 [32].

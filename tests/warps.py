@@ -2,7 +2,8 @@
 
 Programs run one after another, and a kernel after the one before. That it may begin while that one still runs
 (programmatic dependent launch) is played by what its programs see: until they wait, all bytes that kernels changed
-which need not have ended yet are `POISON`.
+which need not have ended yet are `POISON`. Bytes that were written as they had been are not known; nor is what a
+kernel writes too early.
 """
 
 from __future__ import annotations
@@ -48,7 +49,9 @@ class Device:
     unfinished: list[Change] = field(default_factory=list)
     early: bool = False
     waited: bool = False
+    triggered: bool = False
     orderly: bool = False
+    any_waited: bool = False
     warp: Warp | None = None
 
     def launch(self, kernel: Any, grid: tuple[int, ...], *given: Any, **named: Any) -> None:
@@ -60,8 +63,10 @@ class Device:
                 self.memory[storage.data_ptr()] = torch.empty(0, dtype=torch.uint8).set_(storage).numpy()
         before = {at: memory.copy() for at, memory in self.memory.items()}
         self.early, self.orderly = bool(named.pop("launch_pdl", False)), False
+        self.any_waited = False
         kernel[grid](*operands, **named)
         self.end_program()
+        assert self.any_waited or not self.early, "nobody waited for what was launched before"
         changes = []
         for at, memory in self.memory.items():
             places = np.flatnonzero(memory != before[at])
@@ -72,7 +77,7 @@ class Device:
 
     def begin_program(self) -> None:
         self.end_program()
-        self.waited = not self.early
+        self.waited, self.triggered = not self.early, False
         self.warp = None
         if self.early:
             for change in self.unfinished:
@@ -86,11 +91,13 @@ class Device:
         """`gdc_wait`: what was launched before has ended."""
         for change in self.unfinished:
             change.show()
-        self.waited = True
+        self.waited = self.any_waited = True
 
     def trigger(self) -> None:
-        """`gdc_launch_dependents`: the next kernel begins when all programs have called it."""
-        self.orderly |= self.waited
+        """`gdc_launch_dependents`: the next kernel begins when all programs have called it, for the first time."""
+        if not self.triggered:
+            self.orderly |= self.waited
+        self.triggered = True
 
     def run(self, text: str, kinds: str, inputs: Sequence[Any]) -> list[NDArray[Any]]:
         """Inline PTX by the program's warp."""

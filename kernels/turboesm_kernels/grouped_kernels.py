@@ -96,13 +96,13 @@ def _read(lane, planes, stride, token, end, CODE: tl.constexpr, KINDS: tl.conste
     )
 
 
-@triton.jit(do_not_specialize=["angles", "sinks"])
+@triton.jit(do_not_specialize=["angles", "sinks", "fresh"])
 def fast_attend_group_kernel(
     query, q_b, q_h, q_q, q_d, centre, descriptors, scalars, places,
     group_turns, block_turn, cos, sin, rope_t, angles, lengths,
     k_codes, k_b, k_h, k_word, k_scales, ks_b, ks_h,
     v_codes, v_b, v_h, v_word, v_scales, vs_b, vs_h, k_masks, v_masks,
-    part_max, part_sum, part_weight, part_out, tokens, chunk, sinks,
+    part_max, part_sum, part_weight, part_out, tokens, chunk, sinks, fresh,
     HEADS: tl.constexpr, QUERIES: tl.constexpr, DIM: tl.constexpr, PAIRED_DIM: tl.constexpr,
     K_TABLE: tl.constexpr, K_ROW: tl.constexpr, V_ROW: tl.constexpr, V_ROWS: tl.constexpr,
     K_COUNT: tl.constexpr, V_COUNT: tl.constexpr, SUMS: tl.constexpr,
@@ -114,7 +114,7 @@ def fast_attend_group_kernel(
     SUM_CODE: tl.constexpr, SUM_KINDS: tl.constexpr,
     EMPTY_CODE: tl.constexpr, EMPTY_KINDS: tl.constexpr, EMIT_CODE: tl.constexpr, EMIT_KINDS: tl.constexpr,
     BIAS_CODE: tl.constexpr, BIAS_KINDS: tl.constexpr,
-    HAS_BIAS: tl.constexpr, HAS_LENGTHS: tl.constexpr, FRESH: tl.constexpr, EARLY: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_LENGTHS: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """One range of `chunk` tokens of one sequence, head and group of four of its queries, with one warp.
 
@@ -139,14 +139,15 @@ def fast_attend_group_kernel(
     own_column = tl.minimum(first_query + g // 2, QUERIES - 1)  # the query of its column of a right side
     own = tl.minimum(first_query + t, QUERIES - 1)  # that of its scores
     if EARLY:
-        if not FRESH:
+        if fresh == 0:
             gdc_launch_dependents()
         if end <= begin + BLOCK:  # among the first tokens is the newest, which the kernel before may be packing
             gdc_wait()
     channel = t * (PAIRED_DIM // 8)
     own_query = query + batch * q_b + head * q_h + own_column.to(tl.int64) * q_q
     if HAS_BIAS:
-        if not FRESH:
+        phase = (tl.zeros((32,), tl.float32),) * (PAIRED_DIM // 4)
+        if fresh == 0:
             phase = phase_of(own_query, q_d, centre + head * DIM, channel, DIM, PAIRED_DIM)
         angle = (tl.minimum(begin + g % 2, angles - 1) * rope_t + channel).to(tl.int64) * 4
         turn = tl.inline_asm_elementwise(
@@ -168,11 +169,12 @@ def fast_attend_group_kernel(
     kn = scales_of(k_scale, begin + lane * 4, end)
     vn = scales_of(v_scale, begin + lane * 4, end)
     k_words = _read(lane, k_row, k_word, begin, end, KEYS_CODE, KEYS_KINDS, K_COUNT)
-    if EARLY and FRESH:
-        gdc_wait()
-        gdc_launch_dependents()
+    if EARLY:  # noqa: SIM102  a constant's branch is compiled or not, the other is taken or not
+        if fresh != 0:
+            gdc_wait()
+            gdc_launch_dependents()
     if HAS_BIAS:
-        if FRESH:
+        if fresh != 0:
             phase = phase_of(own_query, q_d, centre + head * DIM, channel, DIM, PAIRED_DIM)
         tl.inline_asm_elementwise(
             TURN_CODE, TURN_KINDS, turn + phase + (place,), dtype=tl.int32, is_pure=False, pack=1
@@ -182,7 +184,7 @@ def fast_attend_group_kernel(
     sums = (tl.zeros((32,), tl.int32),) * SUMS
     weights_to = shared + t * WEIGHTS_ROW + k_own
     weights_at = shared + g // 4 * WEIGHTS_ROW + tl.minimum(g % 4, 2) * DIGIT_ROW + v_own
-    if EARLY and not FRESH:
+    if EARLY:
         gdc_wait()
     digit = (pair * QUERIES + own_column) * 2 + g % 2
     gain = tl.load(scalars + (pair * QUERIES + own) * 2)

@@ -69,11 +69,11 @@ def split(
         q, *q.stride(), layer.k.centre, *projected, places, *angles, q if held.lengths is None else held.lengths,
         k.codes, *k.codes.stride()[:3], k.scales, *k.scales.stride()[:2],
         v.codes, *v.codes.stride()[:3], v.scales, *v.scales.stride()[:2], k_masks, v_masks,
-        partials.top, partials.mass, partials.weight, partials.out, held.tokens, chunk, held.sinks,
+        partials.top, partials.mass, partials.weight, partials.out, held.tokens, chunk, held.sinks, int(fresh),
         HEADS=heads, QUERIES=queries, DIM=dim, HAS_BIAS=centred, HAS_LENGTHS=held.lengths is not None,
         K_TABLE=projected[0].shape[4], V_ROWS=partials.out.shape[1],
         **kernel_code(dim, k_fields.shape, v_fields.shape, centred),
-        FRESH=fresh, EARLY=early, num_warps=1, **early_launch(early),
+        EARLY=early, num_warps=1, **early_launch(early),
     )  # fmt: skip
 
 

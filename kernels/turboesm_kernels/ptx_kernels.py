@@ -276,12 +276,12 @@ def dithers_from(first):
     return d0, d1 - tl.floor(d1), d2 - tl.floor(d2), d3 - tl.floor(d3)
 
 
-@triton.jit(do_not_specialize=["angles", "sinks", "whole", "divided", "splits"])
+@triton.jit(do_not_specialize=["angles", "sinks", "whole", "divided", "splits", "fresh"])
 def fast_attend_split_kernel(
     query, q_b, q_h, q_q, q_d, centre, descriptors, scalars, turns, block_turn, cos, sin, rope_t, angles, lengths,
     k_codes, k_b, k_h, k_word, k_scales, ks_b, ks_h,
     v_codes, v_b, v_h, v_word, v_scales, vs_b, vs_h, k_masks, v_masks,
-    part_max, part_sum, part_weight, part_out, tokens, chunk, whole, divided, splits, sinks, bias, b_r,
+    part_max, part_sum, part_weight, part_out, tokens, chunk, whole, divided, splits, sinks, bias, b_r, fresh,
     HEADS: tl.constexpr, QUERIES: tl.constexpr, DIM: tl.constexpr, K_WORDS: tl.constexpr, V_WORDS: tl.constexpr,
     PAIRED_DIM: tl.constexpr,
     K_TABLE: tl.constexpr, V_TABLE: tl.constexpr, V_ROWS: tl.constexpr, SUMS: tl.constexpr,
@@ -294,7 +294,7 @@ def fast_attend_split_kernel(
     EMPTY_CODE: tl.constexpr, EMPTY_KINDS: tl.constexpr, EMIT_CODE: tl.constexpr, EMIT_KINDS: tl.constexpr,
     BIAS_CODE: tl.constexpr, BIAS_KINDS: tl.constexpr, FOUR_CODE: tl.constexpr, FOUR_KINDS: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_POSITIONS: tl.constexpr, HAS_LENGTHS: tl.constexpr, ONE_BLOCK: tl.constexpr,
-    FRESH: tl.constexpr, EARLY: tl.constexpr,
+    EARLY: tl.constexpr,
 ):  # fmt: skip
     """One range of one sequence, head and query with one warp: all of the first `whole` rows (b, h, q), `chunk`
     tokens of each of the other `divided`, which come last, one range of each after another.
@@ -307,7 +307,7 @@ def fast_attend_split_kernel(
     rope_t apart, of packed token 0 on; codes and scales as in `Packed` with aligned strides, k_masks and v_masks
     as in `Fields`; bias f32 [B, H, Q, T] where HAS_POSITIONS, of `position_scores_kernel`, rows b_r apart;
     part_max, part_sum and part_weight f32 [whole + divided S], S the `splits` of a row side by side, part_out f32
-    [.., V_ROWS]. FRESH: the kernel before makes the query, too. K_WORDS and V_WORDS are words
+    [.., V_ROWS]. `fresh`, not 0: the kernel before makes the query, too. K_WORDS and V_WORDS are words
     of a code, K_TABLE and V_TABLE fields padded to 4, PAIRED_DIM d padded to `PAIRED`; QUERY to V_MASKS as in
     `ptx_text.Shared`.
     """
@@ -329,19 +329,20 @@ def fast_attend_split_kernel(
     g, t = lane // 4, lane % 4
     k_own, v_own = lane * 4, g // 4 * 64 + t * 16  # a lane's first token in a block
     if EARLY:
-        if not FRESH:  # what comes after may read the query, too
+        if fresh == 0:  # what comes after may read the query, too
             gdc_launch_dependents()
         ends = end  # in a register anyway; of ranges of one block only the last has the newest token
         if ONE_BLOCK:
             ends = last
         if ends <= begin + BLOCK:  # among the first tokens is the newest, which the kernel before may be packing
             gdc_wait()
-    # Unless it is FRESH, the query was there before the kernel before began, and other codes do not wait for that
+    # Unless it is fresh, the query was there before the kernel before began, and other codes do not wait for that
     # either. They come last: loads return in order.
     channel = t * (PAIRED_DIM // 8)
     own_query = query + batch * q_b + head * q_h + pair_row % QUERIES * q_q
     if HAS_BIAS:
-        if not FRESH:
+        phase = (tl.zeros((32,), tl.float32),) * (PAIRED_DIM // 4)
+        if fresh == 0:
             phase = phase_of(own_query, q_d, centre + head * DIM, channel, DIM, PAIRED_DIM)
         angle = (tl.minimum(begin + g * 2, angles - 1) * rope_t + channel).to(tl.int64) * 4
         turn = tl.inline_asm_elementwise(
@@ -371,11 +372,12 @@ def fast_attend_split_kernel(
     weights_to, weights_at = shared + k_own, shared + tl.minimum(g % 4, 2) * DIGIT_ROW + g // 4 * 64 + t * 16
     dithers = _dithers(lane)
     b = (tl.zeros((32,), tl.float32),) * 4
-    if EARLY and FRESH:
-        gdc_wait()
-        gdc_launch_dependents()
+    if EARLY:  # noqa: SIM102  a constant's branch is compiled or not, the other is taken or not
+        if fresh != 0:
+            gdc_wait()
+            gdc_launch_dependents()
     if HAS_BIAS:
-        if FRESH:
+        if fresh != 0:
             phase = phase_of(own_query, q_d, centre + head * DIM, channel, DIM, PAIRED_DIM)
         if ONE_BLOCK:
             state = tl.inline_asm_elementwise(
@@ -394,7 +396,7 @@ def fast_attend_split_kernel(
                 TURN_CODE, TURN_KINDS, turn + phase + (place,),
                 dtype=tl.int32, is_pure=False, pack=1,
             )  # fmt: skip
-    if EARLY and not FRESH:
+    if EARLY:
         gdc_wait()
     row = (descriptors + pair_row * (2 * K_TABLE)).to(tl.int64, bitcast=True)
     gain = tl.load(scalars + pair_row * 2)

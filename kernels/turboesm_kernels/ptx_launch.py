@@ -326,12 +326,12 @@ def _split(
         k.codes, *k.codes.stride()[:3], k.scales, *k.scales.stride()[:2],
         v.codes, *v.codes.stride()[:3], v.scales, *v.scales.stride()[:2], k_fields.masks, v_fields.masks,
         partials.top, partials.mass, partials.weight, partials.out, held.tokens, chunk, whole, divided, splits,
-        held.sinks, *_scores(folded, bias),
+        held.sinks, *_scores(folded, bias), int(fresh),
         HEADS=heads, QUERIES=queries, DIM=dim, K_WORDS=k.codes.shape[2], V_WORDS=v.codes.shape[2],
         HAS_BIAS=_turned(layer), HAS_POSITIONS=bias is not None, HAS_LENGTHS=held.lengths is not None,
         ONE_BLOCK=chunk == TURN,
         **kernel_code(dim, k_fields.shape, v_fields.shape, _turned(layer), chunk == TURN),
-        FRESH=fresh, EARLY=early, num_warps=1, **early_launch(early),
+        EARLY=early, num_warps=1, **early_launch(early),
     )  # fmt: skip
 
 

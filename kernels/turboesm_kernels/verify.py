@@ -251,14 +251,15 @@ def _pack(q: Tensor, k: Tensor, v: Tensor, layer: PreparedLayer, held: Held, joi
         from turboesm_kernels import ptx_launch
 
         found.append(ptx_launch.append_and_attend(*newest, held, layer, starts, grouped=True))
-    if joint is not None:
-        _spoil(held)
-        found.append(dispatch.append_and_attend_joint(joint, held, layer, starts))
-    if joint is not None and grouped:
-        from turboesm_kernels import ptx_launch
+    if joint is None:
+        return found
+    from turboesm_kernels import ptx_launch
 
-        _spoil(held)
-        found.append(ptx_launch.append_and_attend(*joint.sides, held, layer, starts, grouped=True, joint=joint))
+    for together in (False, True) if grouped else (False,):
+        for chunk in (TURN, TOKENS):
+            _spoil(held)
+            own = chunk, together
+            found.append(ptx_launch.append_and_attend(*joint.sides, held, layer, starts, *own, joint=joint))
     return found
 
 

@@ -331,7 +331,7 @@ def _pair(layer: PreparedLayer) -> cpu_lookup.Pair | None:
     return cpu_lookup.Pair.of(layer.k, layer.v) if cpu_compiled.no_loops(layer) else None
 
 
-@lru_cache(maxsize=8)
+@lru_cache(maxsize=4)
 def _check_kernels(model: Model, spec: CodecSpec, parts: int | None) -> None:
     """Raise DeviceError where a kernel is wrong on this device; `parts` as in `verify.problem`."""
     prepared = _prepare(model, spec)

@@ -922,7 +922,7 @@ def test_before_the_codes_are_read(case: Case, monkeypatch: pytest.MonkeyPatch) 
 
 
 def joint_of(case: Case, parts: int, device: str) -> Joint:
-    """A projection of 5 query heads or so, for each key/value head `case.queries`; `parts` 0: not in parts."""
+    """A projection of `case.queries` heads for each key/value head; `parts` 0: in none."""
     generator = torch.Generator().manual_seed(7)
     width = (case.queries + 2) * case.heads * case.dim
     shape = (max(parts, 1), case.batch, 1, width)

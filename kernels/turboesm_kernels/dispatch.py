@@ -76,6 +76,8 @@ def append(
 
         pack(k, v, layer, held, start)
         return
+    if held.v.tiled and not (isinstance(start, int) and start + k.shape[2] <= held.sinks):
+        raise BackendError("values in tiles are packed by the kernel for GPUs alone")
     if isinstance(start, int) and start < held.sinks:
         kept = min(held.sinks - start, k.shape[2])
         for x, sinks in ((k, held.sink_k), (v, held.sink_v)):
@@ -84,8 +86,6 @@ def append(
         k, v, start = k[:, :, kept:], v[:, :, kept:], start + kept
         if not k.shape[2]:
             return
-    if held.v.tiled:
-        raise BackendError("values in tiles are packed by the kernel for GPUs alone")
     if backend in (None, "compiled") and cpu_compiled.packs(layer, held):
         cpu_compiled.append(k, v, layer, held, start)
         return

@@ -45,7 +45,7 @@ class Joint:
 
     @property
     def parts(self) -> int:
-        """S."""
+        """S, or 1 where the product is whole."""
         return len(self.product) if self.product.dim() == 4 else 1
 
     @property

@@ -19,7 +19,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from turboesm_kernels import layout
 from turboesm_kernels.launch import early_launch, is_roomy, launch, launches_early
 from turboesm_kernels.operands import Held, PreparedLayer
-from turboesm_kernels.parts import summed, swapped
+from turboesm_kernels.parts import angles_at, summed, swapped, turned_sum
 from turboesm_kernels.prepared import PreparedSide, dims_at_once, padded
 from turboesm_kernels.reference import SCALE_STEPS_PER_OCTAVE, SCALE_ZERO, Packed
 
@@ -111,14 +111,6 @@ def _turns(analysis, head, dim, axis, HEADS: tl.constexpr, DIM: tl.constexpr, AX
 
 
 @triton.jit
-def _angles(cos, sin, rope_t, rope_d, place, live, dim, DIM: tl.constexpr):
-    """Cosines and sines of rows' places, for some channels."""
-    inside = live[:, None] & (dim < DIM)[None, :]
-    angle = (place.to(tl.int64) * rope_t)[:, None] + dim[None, :] * rope_d
-    return tl.load(cos + angle, mask=inside, other=0.0), tl.load(sin + angle, mask=inside, other=0.0)
-
-
-@triton.jit
 def pack_rows(
     x, x_b, x_h, x_t, x_d, x_s, like, starts, first_token, batches, tokens, head, block,
     centre, analysis, factors, coded_norm, grid, widths, table_start, levels, thresholds, deviation, picks,
@@ -166,7 +158,7 @@ def pack_rows(
     cosine = 0.0
     sine = 0.0
     if TURNED or ROTATED:
-        cosine, sine = _angles(cos, sin, rope_t, rope_d, turn if PARTS else place, live, own_dim, DIM)
+        cosine, sine = angles_at(cos, sin, rope_t, rope_d, turn if PARTS else place, live, own_dim, DIM)
     if EARLY and PARTS:
         gdc_wait()
         gdc_launch_dependents()
@@ -176,21 +168,19 @@ def pack_rows(
         partner, sign = swapped(dim, DIM)
         if first > 0:
             if TURNED or ROTATED:
-                cosine, sine = _angles(cos, sin, rope_t, rope_d, turn if PARTS else place, live, dim, DIM)
+                cosine, sine = angles_at(cos, sin, rope_t, rope_d, turn if PARTS else place, live, dim, DIM)
             turns = _turns(analysis, head, dim, axis, HEADS, DIM, AXES)
             constant = tl.load(centre + head * DIM + dim, mask=dim < DIM, other=0.0)
         inside = live[:, None] & (dim < DIM)[None, :]
         if HAS_SINKS:
             inside = (live | kept)[:, None] & (dim < DIM)[None, :]
-        at = x + (batch * x_b + head * x_h + token.to(tl.int64) * x_t)[:, None] + dim[None, :] * x_d
-        if PARTS:
-            value = summed(at, inside, x_s, PARTS)
-            if ROTATED:
-                other = summed(at + ((partner - dim) * x_d)[None, :], inside, x_s, PARTS)
-                value = value * cosine + other * sign[None, :] * sine
-            value = value.to(like.dtype.element_ty).to(tl.float32)
+        rows = x + (batch * x_b + head * x_h + token.to(tl.int64) * x_t)
+        if ROTATED:
+            value = turned_sum(rows, x_d, dim, inside, x_s, cosine, sine, DIM, PARTS)
         else:
-            value = tl.load(at, mask=inside, other=0.0).to(tl.float32)
+            value = summed(rows[:, None] + dim[None, :] * x_d, inside, x_s, PARTS)
+        if PARTS:
+            value = value.to(like.dtype.element_ty).to(tl.float32)
         if HAS_SINKS:
             into = (batch * w_b + head * w_h + (place + sinks) * w_t)[:, None] + dim[None, :] * w_d
             whole = kept[:, None] & (dim < DIM)[None, :]
@@ -284,7 +274,8 @@ def pack_kernel(
     [T, d] of packed token 0 on, centre_at f16 [H, `positions`, d], for packed token j at j + `sinks` (`SideSpec`;
     a model that has it turns nothing). `first_token` is the first packed token's number, or what to subtract from
     `starts` int [B]. Codes' words are WORDS at most, `k_words` or `v_words` of them stored.
-    Where HAS_SINKS, rows before packed token 0 go as they are into sink_k, sink_v, any float [B, H, `sinks`, d].
+    Values go into tiles where V_TILED. Where HAS_SINKS, rows before packed token 0 go as they are into sink_k and
+    sink_v, any float [B, H, `sinks`, d].
     Program (h, r, s): the r-th block of rows (b, token) of head h, keys where s is 0.
     """
     head, block = tl.program_id(0), tl.program_id(1)

@@ -28,7 +28,7 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from turboesm_kernels import layout
-from turboesm_kernels.parts import summed, swapped
+from turboesm_kernels.parts import angles_at, turned_sum
 from turboesm_kernels.reference import TURN
 from turboesm_kernels.triton_kernels import LOG2E, NEGATIVE, STEPS, ZERO
 
@@ -162,13 +162,9 @@ def fold_rows(
             weights = _map_rows(key_map, head, dim, column, words, HEADS, DIM)
         asked = live[:, None] & (dim < DIM)[None, :]
         if PARTS:
-            partner, sign = swapped(dim, DIM)
-            angle = (turn.to(tl.int64) * rope_t)[:, None] + dim[None, :] * rope_d
-            cosine = tl.load(cos + angle, mask=asked, other=0.0)
-            sine = tl.load(sin + angle, mask=asked, other=0.0)
-            q = summed(query + q_at[:, None] + dim[None, :] * q_d, asked, x_s, PARTS)
-            other = summed(query + q_at[:, None] + partner[None, :] * q_d, asked, x_s, PARTS)
-            q = ((q * cosine + other * sign[None, :] * sine) * scaling).to(turned.dtype.element_ty)
+            cosine, sine = angles_at(cos, sin, rope_t, rope_d, turn, live, dim, DIM)
+            q = turned_sum(query + q_at, q_d, dim, asked, x_s, cosine, sine, DIM, PARTS)
+            q = (q * scaling).to(turned.dtype.element_ty)
             tl.store(turned + row[:, None] * DIM + dim[None, :], q, mask=asked)
             q = q.to(tl.float32)
         else:

@@ -40,7 +40,7 @@ LONGEST = 256
 """Blocks of a range at most: 32,768 tokens of weight 255 and byte 255 are what 32 bits hold."""
 
 LARGEST_STRIDE = 1 << 29
-"""Bytes between words' tokens at most: offsets of tokens are 32-bit numbers."""
+"""Bytes from one word of all tokens to the next, at most: offsets within are 32-bit numbers."""
 
 
 def unserved_reason(layer: PreparedLayer) -> str | None:
@@ -76,7 +76,7 @@ def _misaligned(name: str, packed: Packed, within: tuple[int, ...]) -> str | Non
     steps = (codes.data_ptr(), *codes.stride()[:3])
     words = (scales.data_ptr(), *scales.stride()[:2])
     if codes.stride(2) >= LARGEST_STRIDE:
-        return f"planes of packed {name} lie {LARGEST_STRIDE} bytes apart or more"
+        return f"words of packed {name} lie {LARGEST_STRIDE} bytes apart or more"
     if packed.tiled and codes.stride(2) % (WIDE * ROOM):
         return f"there must be room for a multiple of {ROOM} packed {name}"
     if dense and not any(s % ALIGNMENT for s in steps) and not any(s % FIELD_LANES for s in words):

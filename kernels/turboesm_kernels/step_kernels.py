@@ -45,8 +45,8 @@ def append_and_project_kernel(
     Operands as theirs; key_map and map_factors are the second's. Where PARTS, k, v and query lie side by side in a
     product before RoPE, or in as many parts of it, x_s apart: sums are turned, queries scaled, and rounded as
     `turned` [B, H, Q, d] is, where queries go for attention; angles of sinks are those before packed token 0's.
-    Program (h, r, s): block r of head h, of keys
-    where s is 0, values 1, queries 2, and where POSITIONED of the scores of tokens (s - 3) TOKEN_BLOCK on.
+    Program (h, r, s): block r of head h, of keys where s is 0, values 1, queries 2, and where POSITIONED of the
+    scores of tokens (s - 3) TOKEN_BLOCK on.
     """
     head, block, part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     if (part == 0) & (block * BLOCK < batches):

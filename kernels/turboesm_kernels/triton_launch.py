@@ -30,7 +30,7 @@ FINISH_TILE, SPLIT_BLOCK = 8192, 64
 EARLY_MAP = 8192
 """Numbers of a head's value map up to which `combine` reads it before it waits for the ranges."""
 
-TILE = 4096
+CODES_AT_ONCE = 4096
 """Codes that a program takes apart at once, on a GPU."""
 
 WAVES = 8
@@ -65,7 +65,7 @@ def attend(q: Tensor, held: Held, layer: PreparedLayer) -> Tensor:
     """`dispatch.attend` with the portable kernels; the inputs are validated already."""
     folded, bias = project_query(q, held, layer)
     # The interpreter pays by the operation, a GPU by the register.
-    block = max(16, TILE // padded(layer.k.axes)) if q.is_cuda else 256
+    block = max(16, CODES_AT_ONCE // padded(layer.k.axes)) if q.is_cuda else 256
     chunk = chunk_of(q, held.tokens, block)
     partials = Partials.empty(q, -(-held.tokens // chunk), layer.v.axes)
     if held.tokens:

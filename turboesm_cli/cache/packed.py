@@ -402,7 +402,7 @@ class _LayerStore:
         return _LayerStore(
             {name: tensor.narrow(upto[kind][0], 0, min(upto[kind][1], tensor.shape[upto[kind][0]]))
              for name, tensor in self.tensors.items()
-             for kind in ["tiles" if tensor.dim() == 6 else name.split(".")[-1]]}
+             for kind in ["tiles" if Packed(tensor, None).tiled else name.split(".")[-1]]}
         )  # fmt: skip
 
     def in_planes(self) -> _LayerStore:

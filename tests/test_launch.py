@@ -107,8 +107,8 @@ def test_fixed_tensors_are_launched_by_address(stub: Stub) -> None:
     kept = [Fixed(pair) for pair in pairs]
     for fixed in kept:
         launch(stub, (1,), 5, fixed, 6, SIZE=32)
-    assert [args for _, args, _ in stub.looked_up] == [(5, *kept[i].tensors, 6) for i in (0, 2, 3, 4)]
-    found = [(5, *(own.data_ptr() for own in fixed.tensors), 6, 32) for fixed in (kept[1], kept[5])]
+    assert [args for _, args, _ in stub.looked_up] == [(5, *kept[i].values, 6) for i in (0, 2, 3, 4)]
+    found = [(5, *(own.data_ptr() for own in fixed.values), 6, 32) for fixed in (kept[1], kept[5])]
     assert stub.launched == [(1, (1, 1, 1), args) for args in found]
 
 

@@ -20,28 +20,29 @@ _unused = count()
 
 @dataclass(frozen=True, eq=False)
 class Fixed:
-    """Tensors that a kernel is given one after another each time, and that stay where they are: looked at once."""
+    """Tensors and numbers that a kernel is given one after another each time, and that stay: looked at once."""
 
-    tensors: tuple[Tensor, ...]
+    values: tuple[Tensor | int, ...]
 
     @cached_property
     def number(self) -> int:
         """The same for the same kinds on the same devices: Triton looks at the first of each."""
-        return _numbers.setdefault(tuple((kind(x), x.device) for x in self.tensors), next(_unused))
+        kinds = tuple((kind(x), x.device if isinstance(x, Tensor) else None) for x in self.values)
+        return _numbers.setdefault(kinds, next(_unused))
 
     @cached_property
     def addresses(self) -> tuple[int, ...]:
-        """What Triton would ask of each tensor, and then of the driver."""
-        return tuple(x.data_ptr() for x in self.tensors)
+        """What Triton would ask of each tensor, and then of the driver; numbers as they are."""
+        return tuple(x.data_ptr() if isinstance(x, Tensor) else x for x in self.values)
 
     def __reduce__(self) -> tuple[Any, ...]:
         """A copy is of copied tensors, elsewhere."""
-        return Fixed, (self.tensors,)
+        return Fixed, (self.values,)
 
 
 def spread(args: Iterable[Any]) -> list[Any]:
-    """Arguments with the tensors of each `Fixed` in its place."""
-    return [y for x in args for y in (x.tensors if type(x) is Fixed else (x,))]
+    """Arguments with the values of each `Fixed` in its place."""
+    return [y for x in args for y in (x.values if type(x) is Fixed else (x,))]
 
 
 def kind(x: object) -> Hashable:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from functools import cache
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
@@ -21,6 +21,9 @@ from turboesm_kernels import cpu_compiled, cpu_lookup, reference
 from turboesm_kernels.available import capability, has_triton, on_nvidia
 from turboesm_kernels.operands import IN_TILES, Held, Joint, PreparedLayer
 from turboesm_kernels.reference import Packed, Rope, SideSpec
+
+if TYPE_CHECKING:
+    from turboesm_kernels.pack import Target
 
 Backend = Literal["ptx", "triton", "compiled", "lookup", "torch"]
 MAX_QUERIES = 16
@@ -66,16 +69,13 @@ def append(
     packs with the plain reference, "lookup" without compiled loops. Raises ValueError where tokens, or the
     sinks that they go into, do not fit.
     """
-    if isinstance(start, int) and not 0 <= start <= held.sinks + held.tokens - k.shape[2]:
-        raise ValueError(f"{k.shape[2]} tokens from {start} on do not fit in {held.sinks} and {held.tokens}")
+    held.check_room(start, k.shape[2])
+    if (place := target(layer, held, backend)) is not None:
+        place.put(k, v, start)
+        return
     if isinstance(start, int) and start < held.sinks:
         batch, heads, _, dim = k.shape
-        _check_sinks(held, batch, heads, dim)
-    if _packs_with_triton(k, layer, backend) and held.tokens:
-        from turboesm_kernels.pack import pack
-
-        pack(k, v, layer, held, start)
-        return
+        held.check_sinks(batch, heads, dim)
     if held.v.tiled and not (isinstance(start, int) and start + k.shape[2] <= held.sinks):
         raise BackendError("values in tiles are packed by the kernel for GPUs alone")
     if isinstance(start, int) and start < held.sinks:
@@ -101,6 +101,15 @@ def append(
         put(into.codes, found.codes, start, 3)
         if into.scales is not None and found.scales is not None:
             put(into.scales, found.scales, start, 2)
+
+
+def target(layer: PreparedLayer, held: Held, backend: Backend | None = None) -> Target | None:
+    """What `append` puts tokens into where the kernel for GPUs packs, which serves while buffers stay; or None."""
+    if not held.tokens or not _packs_with_triton(held.k.codes, layer, backend):
+        return None
+    from turboesm_kernels.pack import Target
+
+    return Target.of(layer, held)
 
 
 def append_and_attend(
@@ -310,7 +319,7 @@ def _validate(q: Tensor, held: Held, layer: PreparedLayer) -> None:
         raise ValueError(f"{queries} query tokens of head_dim {dim}: at most {MAX_QUERIES} of 8 to 256 are served")
     _check_codes("key", held.k, layer.k.spec, batch, held.tokens)
     _check_codes("value", held.v, layer.v.spec, batch, held.tokens)
-    _check_sinks(held, batch, heads, dim)
+    held.check_sinks(batch, heads, dim)
     if held.lengths is not None and (held.lengths.shape != (batch,) or held.lengths.is_floating_point()):
         raise ValueError(f"lengths must be integers [{batch}], not {held.lengths.dtype} {held.lengths.shape}")
     if layer.k.centred and (held.rope is None or held.rope.cos.shape[0] < held.tokens):
@@ -328,12 +337,3 @@ def _check_codes(name: str, packed: Packed, spec: SideSpec, batch: int, tokens: 
         raise ValueError(f"{name} scales are {'missing' if packed.scales is None else 'not in this codec'}")
     if packed.scales is not None and packed.scales.shape != (batch, spec.heads, tokens):
         raise ValueError(f"{name} scales must be uint8 {(batch, spec.heads, tokens)}, not {packed.scales.shape}")
-
-
-def _check_sinks(held: Held, batch: int, heads: int, dim: int) -> None:
-    if (held.sink_k is None) != (held.sink_v is None):
-        raise ValueError("give the sinks' keys and values, or neither")
-    if held.sink_k is not None and held.sink_v is not None:
-        shape = (batch, heads, held.sinks, dim)
-        if held.sink_k.shape != shape or held.sink_v.shape != shape:
-            raise ValueError(f"sinks must be {shape}, not {held.sink_k.shape} and {held.sink_v.shape}")

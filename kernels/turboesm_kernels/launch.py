@@ -22,16 +22,16 @@ ROOMY = (9, 10)
 FUSED = {"enable_fp_fusion": True}
 """Products are added to sums in one rounding, as all kernels were measured; Triton 3.10 will not by default."""
 
-compiled_kernels: dict[Hashable, tuple[Any, list[str]]] = {}
-"""By kernel, device and kinds of arguments: what Triton compiled, and the names of its constants."""
+compiled_kernels: dict[Hashable, tuple[Any, list[Any]]] = {}
+"""By kernel, device, kinds of arguments and constants: what Triton compiled, and those constants in its order."""
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **named: Any) -> None:
     """`kernel[grid](*args, **named)`: `named` are options and all constexprs, which come last.
 
-    Tensors may be given as `Fixed`. A kernel that was launched before for arguments of the same kinds is launched
-    directly. Then Triton looks at nothing again: neither its settings nor globals that the kernel uses, which must
-    stay as they were.
+    Arguments may be given as `Fixed`. A kernel that was launched before for arguments of the same kinds is
+    launched directly. Then Triton looks at nothing again: neither its settings nor globals that the kernel uses,
+    which must stay as they were.
     """
     if not isinstance(kernel, triton.JITFunction):  # the interpreter's
         kernel[grid](*spread(args), **named)
@@ -44,11 +44,11 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **named: Any) -> None
     if (found := compiled_kernels.get(key)) is None:
         given = spread(args)
         if (compiled := kernel[grid](*given, **named, **FUSED)) is not None:
-            compiled_kernels[key] = compiled, kernel.arg_names[len(given) :]
+            compiled_kernels[key] = compiled, [named[name] for name in kernel.arg_names[len(given) :]]
         return
     compiled, constants = found
     pointers = [y for x in args for y in (x.addresses if type(x) is Fixed else (x,))]
-    compiled[(*grid, 1, 1)[:3]](*pointers, *[named[name] for name in constants])
+    compiled[(*grid, 1, 1)[:3]](*pointers, *constants)
 
 
 def processors(q: Tensor) -> int:

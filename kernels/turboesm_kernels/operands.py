@@ -87,3 +87,17 @@ class Held:
     def sinks(self) -> int:
         """Tokens kept whole, s."""
         return 0 if self.sink_k is None else self.sink_k.shape[2]
+
+    def check_room(self, start: int | Tensor, count: int) -> None:
+        """Raise ValueError where `count` tokens from `start` on, the same for all sequences, do not fit."""
+        if isinstance(start, int) and not 0 <= start <= self.sinks + self.tokens - count:
+            raise ValueError(f"{count} tokens from {start} on do not fit in {self.sinks} and {self.tokens}")
+
+    def check_sinks(self, batch: int, heads: int, dim: int) -> None:
+        """Raise ValueError where sinks are not those of B sequences of H heads of d."""
+        if (self.sink_k is None) != (self.sink_v is None):
+            raise ValueError("give the sinks' keys and values, or neither")
+        if self.sink_k is not None and self.sink_v is not None:
+            shape = (batch, heads, self.sinks, dim)
+            if self.sink_k.shape != shape or self.sink_v.shape != shape:
+                raise ValueError(f"sinks must be {shape}, not {self.sink_k.shape} and {self.sink_v.shape}")

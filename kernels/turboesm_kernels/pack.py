@@ -8,6 +8,7 @@ computed, else looked for in the tables of thresholds.
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from turboesm_kernels import layout
+from turboesm_kernels.arguments import Fixed
 from turboesm_kernels.launch import early_launch, is_roomy, launch, launches_early
 from turboesm_kernels.operands import Held, PreparedLayer
 from turboesm_kernels.parts import angles_at, summed, swapped, turned_sum
@@ -303,57 +305,89 @@ def pack_kernel(
         )  # fmt: skip
 
 
-def pack(k: Tensor, v: Tensor, layer: PreparedLayer, held: Held, start: int | Tensor) -> None:
-    """Compress k (after RoPE) and v float [B, H, n, d], any strides, into `held`: `dispatch.append` in one launch.
+@dataclass(frozen=True, eq=False)
+class Target:
+    """Where a layer's keys and values go, checked and looked at once: the cache's buffers have to stay.
 
-    Copies nothing, waits for nothing. Raises ValueError where shapes do not agree.
+    operands   what the kernels take from `cos` on: angles, centres of positions, codes and scales
+    sinks      and of sinks
+    constants  what they are compiled for, without a call's own
+    calls      with them, by kind of call
     """
-    batch, heads, tokens, dim = k.shape
-    given, constants = pack_operands(k, v, layer, held, start)
-    block = STEP_ROWS if tokens == 1 else PROMPT_ROWS
-    early = launches_early(k)
-    keeps = isinstance(start, int) and start < held.sinks
-    whole = (held.sink_k, held.sink_v) if held.sink_k is not None and held.sink_v is not None else (k, v)
-    launch(
-        pack_kernel, (heads, -(-batch * tokens // block), 2),
-        *given, whole[0], *whole[0].stride(), whole[1], *whole[1].stride(),
-        **constants, HAS_SINKS=keeps, BLOCK=block, EARLY=early, num_warps=warps_for(dim), **early_launch(early),
-    )  # fmt: skip
+
+    layer: PreparedLayer
+    held: Held
+    operands: Fixed
+    sinks: Fixed
+    constants: dict[str, Any]
+    calls: dict[tuple[bool, ...], dict[str, Any]] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, layer: PreparedLayer, held: Held, turns: bool = False) -> Target:
+        """`turns`: with RoPE's angles even where the keys' centre is 0. Raises ValueError where nothing fits."""
+        _validate(layer, held)
+        centre_at, nothing, dim = layer.k.spec.centre_at, layer.k.centre, layer.k.head_dim
+        turned = layer.k.centred and centre_at is None
+        needed = (turned or turns) and held.rope is not None
+        cos, sin = (held.rope.cos, held.rope.sin) if needed and held.rope is not None else (nothing,) * 2
+        positions = (nothing, 0) if centre_at is None else (centre_at, centre_at.shape[1])
+        operands = Fixed((
+            cos, sin, cos.stride(-2), cos.stride(-1), *positions, held.sinks,
+            *_target(held.k, layer.k), *_target(held.v, layer.v),
+        ))  # fmt: skip
+        sink_k, sink_v = (nothing[:, None, None] if x is None else x for x in (held.sink_k, held.sink_v))
+        constants = {
+            "HEADS": layer.k.spec.heads, "DIM": dim, "DIM_PAD": padded(dim),
+            "DIM_BLOCK": dims_at_once(dim, is_roomy(held.k.codes)),
+            **layer.k.pack_constants, **layer.v.pack_constants,
+            "TURNED": turned, "POSITIONED": centre_at is not None, "V_TILED": held.v.tiled,
+        }  # fmt: skip
+        sinks = Fixed((sink_k, *sink_k.stride(), sink_v, *sink_v.stride()))
+        return cls(layer, held, operands, sinks, constants)
+
+    def given(self, k: Tensor, v: Tensor, start: int | Tensor) -> tuple[Any, ...]:
+        """What the kernels take of keys and values, all but sinks. Raises ValueError where they do not fit."""
+        batch, heads, tokens, dim = k.shape
+        spec, held = self.layer.k.spec, self.held
+        if k.shape != v.shape or (heads, dim) != (spec.heads, spec.head_dim) or batch != len(held.k.codes):
+            own = f"the codec has {spec.heads} heads of {spec.head_dim}, the cache {len(held.k.codes)} sequences"
+            raise ValueError(f"keys {tuple(k.shape)}, values {tuple(v.shape)}: {own}")
+        even = isinstance(start, int)
+        return (
+            k, *k.stride(), v, *v.stride(), self.layer.k.centre if even else start,
+            start - held.sinks if even else held.sinks, batch, tokens,
+            self.layer.k.pack_tables, self.layer.v.pack_tables, self.operands,
+        )  # fmt: skip
+
+    def put(self, k: Tensor, v: Tensor, start: int | Tensor) -> None:
+        """Compress k (after RoPE) and v float [B, H, n, d], any strides: `dispatch.append` in one launch.
+
+        Copies nothing, waits for nothing. Raises ValueError where they do not fit.
+        """
+        batch, heads, tokens, dim = k.shape
+        held = self.held
+        held.check_room(start, tokens)
+        keeps = isinstance(start, int) and start < held.sinks
+        kind = not isinstance(start, int), tokens == 1, keeps, launches_early(k)
+        if (named := self.calls.get(kind)) is None:
+            given_by = dict(zip(("HAS_STARTS", "ONE_TOKEN", "HAS_SINKS", "EARLY"), kind, strict=True))
+            block = STEP_ROWS if tokens == 1 else PROMPT_ROWS
+            options = {"num_warps": warps_for(dim), **early_launch(kind[-1])}
+            named = self.calls[kind] = {**self.constants, **given_by, "BLOCK": block, **options}
+        launch(
+            pack_kernel, (heads, -(-batch * tokens // named["BLOCK"]), 2),
+            *self.given(k, v, start), self.sinks, **named,
+        )  # fmt: skip
+
+
+def pack(k: Tensor, v: Tensor, layer: PreparedLayer, held: Held, start: int | Tensor) -> None:
+    """`Target.put` into what is looked at for this once. Raises ValueError where shapes do not agree."""
+    Target.of(layer, held).put(k, v, start)
 
 
 def warps_for(dim: int) -> int:
     """Warps of a program that multiplies rows of head_dim d by a square matrix."""
     return 4 if dim <= 64 else 8
-
-
-def pack_operands(
-    k: Tensor, v: Tensor, layer: PreparedLayer, held: Held, start: int | Tensor, turns: bool = False
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """What `pack_kernel` takes for `pack`: operands but sinks, constants but HAS_SINKS, BLOCK and EARLY.
-
-    `turns`: with RoPE's angles even where the keys' centre is 0. Raises ValueError.
-    """
-    _validate(k, v, layer, held)
-    batch, heads, tokens, dim = k.shape
-    centre_at = layer.k.spec.centre_at
-    turned = layer.k.centred and centre_at is None
-    needed = (turned or turns) and held.rope is not None
-    cos, sin = (held.rope.cos, held.rope.sin) if needed and held.rope is not None else (layer.k.centre,) * 2
-    starts = start if isinstance(start, Tensor) else None
-    given = (
-        k, *k.stride(), v, *v.stride(), layer.k.centre if starts is None else starts,
-        held.sinks if isinstance(start, Tensor) else start - held.sinks, batch, tokens,
-        layer.k.pack_tables, layer.v.pack_tables, cos, sin, cos.stride(-2), cos.stride(-1),
-        *((cos, 0) if centre_at is None else (centre_at, centre_at.shape[1])), held.sinks,
-        *_target(held.k, layer.k), *_target(held.v, layer.v),
-    )  # fmt: skip
-    constants = {
-        "HEADS": heads, "DIM": dim, "DIM_PAD": padded(dim), "DIM_BLOCK": dims_at_once(dim, is_roomy(k)),
-        **layer.k.pack_constants, **layer.v.pack_constants,
-        "HAS_STARTS": starts is not None, "ONE_TOKEN": tokens == 1, "TURNED": turned,
-        "POSITIONED": centre_at is not None, "V_TILED": held.v.tiled,
-    }  # fmt: skip
-    return given, constants
 
 
 def _target(packed: Packed, side: PreparedSide) -> tuple[Tensor | int, ...]:
@@ -363,16 +397,11 @@ def _target(packed: Packed, side: PreparedSide) -> tuple[Tensor | int, ...]:
     return packed.codes, *packed.codes.stride()[:4], words, scales, *scales.stride()[:2]
 
 
-def _validate(k: Tensor, v: Tensor, layer: PreparedLayer, held: Held) -> None:
-    batch, heads, _, dim = k.shape
-    own = (layer.k.spec.heads, layer.k.head_dim)
-    if k.shape != v.shape or (heads, dim) != own:
-        raise ValueError(
-            f"keys {tuple(k.shape)}, values {tuple(v.shape)}: the codec has {own[0]} heads of {own[1]}"
-        )
+def _validate(layer: PreparedLayer, held: Held) -> None:
+    held.check_sinks(len(held.k.codes), layer.k.spec.heads, layer.k.head_dim)
     for side, into in ((layer.k, held.k), (layer.v, held.v)):
         spec = side.spec
-        shape = spec.codes_shape(batch, held.tokens, into.tiled and spec.can_tile)
+        shape = spec.codes_shape(len(held.k.codes), held.tokens, into.tiled and spec.can_tile)
         if into.codes.dtype != torch.uint8 or into.codes.shape != shape:
             raise ValueError(f"codes must be uint8 {shape}, not {tuple(into.codes.shape)}")
         if into.tiled and into.codes.stride()[3:] != (spec.lanes * layout.TILE, layout.TILE, 1):

@@ -12,7 +12,7 @@ from turboesm_kernels import grouped_launch, ptx_kernels, ptx_text, triton_launc
 from turboesm_kernels.launch import early_launch, is_roomy, launch, launches_early, processors
 from turboesm_kernels.layout import ROOM, TILE, WIDE
 from turboesm_kernels.operands import Held, Joint, PreparedLayer
-from turboesm_kernels.pack import STEP_ROWS, pack_operands, warps_for
+from turboesm_kernels.pack import STEP_ROWS, Target, warps_for
 from turboesm_kernels.prepared import FIELD_LANES, Fields, dims_at_once, padded
 from turboesm_kernels.reference import PAIRED, TURN, Packed, Rope
 from turboesm_kernels.step_kernels import append_and_project_kernel
@@ -201,7 +201,7 @@ def append_and_attend(
     rows, positioned = batch * queries, layer.k.spec.centre_at is not None
     folded = Folded.empty(q, layer.k.fields)
     bias = triton_launch.empty_scores(q, held.tokens, SCORES) if positioned else None
-    given, constants = pack_operands(k, v, layer, held, starts, turns=joint is not None)
+    target = Target.of(layer, held, turns=joint is not None)
     fold_block = _fold_block(rows, heads)
     row_block, token_block = triton_launch.position_blocks(rows if positioned else 1)  # else one kernel serves all
     turned, parts, part_stride, scaling = q, 0, 0, 1.0
@@ -211,12 +211,12 @@ def append_and_attend(
     groups = max(-(-batch // STEP_ROWS), -(-rows // fold_block))  # rows of a tile are no fewer
     launch(
         append_and_project_kernel, (heads, groups, 3 + positioned * -(-held.tokens // token_block)),
-        *given, q, *q.stride(), part_stride, turned, scaling,
+        *target.given(k, v, starts), q, *q.stride(), part_stride, turned, scaling,
         *layer.k.fields.halves, layer.k.fields.middle, folded.descriptors, folded.scalars, rows, folded.words,
         *_scores(folded, bias), held.tokens,
-        **constants, QUERIES=queries, FOLD_PAD=padded(folded.words), FOLD_BLOCK=fold_block,
-        PARTS=parts, EXACT=q.dtype.itemsize == 2, ROW_BLOCK=row_block, TOKEN_BLOCK=token_block, BLOCK=STEP_ROWS,
-        EARLY=early, num_warps=warps_for(dim), **early_launch(early),
+        **target.constants, HAS_STARTS=True, ONE_TOKEN=True, BLOCK=STEP_ROWS, QUERIES=queries,
+        FOLD_PAD=padded(folded.words), FOLD_BLOCK=fold_block, PARTS=parts, EXACT=q.dtype.itemsize == 2,
+        ROW_BLOCK=row_block, TOKEN_BLOCK=token_block, EARLY=early, num_warps=warps_for(dim), **early_launch(early),
     )  # fmt: skip
     return attend_projected(turned, held, layer, folded, bias, chunk, early, grouped, whole, joint is not None)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 import torch
 from torch import Tensor
@@ -28,6 +28,9 @@ from turboesm_cli.errors import DeviceError
 from turboesm_cli.models import forward
 from turboesm_cli.models.alphabet import Alphabet
 from turboesm_cli.models.protocol import Model
+
+if TYPE_CHECKING:
+    from turboesm_kernels.pack import Target
 
 SINK_DTYPE = torch.float16
 
@@ -82,10 +85,11 @@ class PackedCache(Ragged):
             for layer in range(len(spec.layers))
         ]
         self._steps: dict[int, cpu_compiled.Step | None] = {}
+        self._targets: dict[int, Target | None] = {}
 
     def __getstate__(self) -> dict[str, object]:
-        """What a copy has: its steps are those of its own buffers."""
-        return self.__dict__ | {"_steps": {}}
+        """What a copy has: its steps and targets are those of its own buffers."""
+        return self.__dict__ | {"_steps": {}, "_targets": {}}
 
     def _keeps_tiles(self, layer: int) -> bool:
         prepared = self._codec.layers[layer]
@@ -164,7 +168,10 @@ class PackedCache(Ragged):
             put(store.tokens, tokens.to(store.tokens.dtype), start, 1)
             return
         if isinstance(start, int):
-            dispatch.append(k, v, prepared, self._held_by(layer), start, self._backend)
+            if (target := self._target(layer)) is not None:
+                target.put(k, v, start)
+            else:
+                dispatch.append(k, v, prepared, self._held_by(layer), start, self._backend)
             return
         if self.shortest < store.sinks:
             store.put_sinks(k, v, start)
@@ -239,6 +246,14 @@ class PackedCache(Ragged):
                 found = cpu_compiled.Step.of(prepared, self._held_by(layer))
             self._steps[layer] = found
         return self._steps[layer]
+
+    def _target(self, layer: int) -> Target | None:
+        """What a GPU puts prompts into, looked at once: the host would take longer than short prompts do."""
+        if layer not in self._targets:
+            prepared = self._codec.layers[layer]
+            assert prepared is not None
+            self._targets[layer] = dispatch.target(prepared, self._held_by(layer), self._backend)
+        return self._targets[layer]
 
     def _held_by(self, layer: int, reach: int | None = None, lengths: Tensor | None = None) -> Held:
         """What a layer holds of the first `reach` tokens, for the kernels."""

@@ -203,6 +203,16 @@ def test_what_is_wiped_is_zero(form: str, tiny: EsmModel, calibration_proteins: 
     assert any(left)
 
 
+def test_a_step_that_is_wiped_leaves_nothing(models: dict[int, EsmModel], statistics: dict[int, object]) -> None:
+    """What is made of a sink goes to packed token 0 until a token comes that belongs there."""
+    spec = fit(models[16], statistics[16], replace(RECIPES["flat"], sinks=4))  # type: ignore[arg-type]
+    cache = PackedCache(models[16], spec, 2, 9)
+    forward.step(models[16], torch.tensor([5, 6]), cache)
+    assert cache.leading(5)["layers.1.v.codes"].any()
+    cache.wipe(1)
+    assert not any(tensor.float().any() for name, tensor in cache.leading(9).items() if name != "unmasked")
+
+
 def test_a_full_cache_says_so(models: dict[int, EsmModel], statistics: dict[int, object]) -> None:
     spec = fit(models[16], statistics[16], RECIPES["flat"])  # type: ignore[arg-type]
     cache, _ = filled(models[16], spec, 4, [4])

@@ -31,7 +31,10 @@ from turboesm_kernels.prepared import grid_steps
 from turboesm_kernels.reference import Packed, Rope, Side
 from turboesm_kernels.token_tables import TokenTables
 
+from turboesm_cli.cache.packed import PackedCache
+from turboesm_cli.codec.fit import CodecSpec
 from turboesm_cli.codec.sizes import token_dtype
+from turboesm_cli.models.esm2 import EsmModel
 from turboesm_cli.models.esm2_alphabet import ESM2_ALPHABET
 from turboesm_cli.models.loading import load_model
 from turboesm_cli.sequences.fasta import Protein
@@ -787,6 +790,43 @@ def test_pack_from_sinks(case: Case, tiled: bool, start: int) -> None:
     from turboesm_kernels.pack import pack  # needs Triton
 
     check_sinks(case, pack, start, tiled=tiled)
+
+
+@interpreted
+def test_a_cache_looks_at_where_prompts_go_once(
+    tiny: EsmModel, specs: dict[str, CodecSpec], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whole, some of its sequences, and a copy: each into its own buffers, as the plain reference packs."""
+    from turboesm_kernels.pack import Target
+
+    def target(layer: PreparedLayer, held: Held, backend: dispatch.Backend | None = None) -> Target | None:
+        if backend == "torch":
+            return None
+        made.append(layer)
+        return Target.of(layer, held)
+
+    def prompt(cache: PackedCache, count: int) -> None:
+        cache.begin(count)
+        for layer in range(2):
+            k, v = torch.randn(2, cache.batch, 2, count, 16, generator=torch.Generator().manual_seed(count))
+            cache.append(layer, k, v, torch.zeros(cache.batch, count, dtype=torch.int64))
+
+    made: list[PreparedLayer] = []
+    monkeypatch.setattr(dispatch, "target", target)
+    plain, cache = (PackedCache(tiny, specs["flat"], 3, 40, backend) for backend in ("torch", None))
+    assert specs["flat"].recipe.sinks == 1
+    for own in (plain, cache):
+        prompt(own, 9)
+        prompt(own, 7)
+        one = own.rows(1, 2)
+        prompt(one, 4)
+        prompt(one, 2)
+    assert len(made) == 2 * 2
+    before = {name: tensor.clone() for name, tensor in cache.tensors.items()}
+    prompt(copy.deepcopy(cache).rows(2, 3), 5)
+    for name, tensor in cache.tensors.items():
+        assert torch.equal(tensor, before[name])
+        assert (tensor != plain.tensors[name]).float().mean() < 0.01, name
 
 
 @pytest.mark.parametrize("start", [0, 2])

@@ -123,6 +123,10 @@ class PackedCache(Ragged):
         stored = sum(tensor.nbytes for store in self._layers for tensor in store.tensors.values())
         return stored + self.unmasked.nbytes
 
+    def wipe(self, length: int) -> None:
+        """See `Ragged`; packed token 0 as well, where a step puts what is made of a sink."""
+        super().wipe(max(length, self._sinks + 1))
+
     def rows(self, start: int, stop: int) -> Self:
         """Sequences start..stop - 1: a view of the same memory."""
         part = super().rows(start, stop)

@@ -829,6 +829,26 @@ def test_a_cache_looks_at_where_prompts_go_once(
         assert (tensor != plain.tensors[name]).float().mean() < 0.01, name
 
 
+@interpreted
+def test_what_does_not_fit_its_target_is_refused() -> None:
+    """A kernel writes wherever addresses say."""
+    from turboesm_kernels.pack import Target
+
+    _, held, layer = make(Case(dim=16, tokens=8, sinks=2))
+    k = torch.randn(len(held.k.codes), layer.k.spec.heads, 4, 16)
+    target, before = Target.of(layer, held), held.k.codes.clone()
+    others = (k[:1].repeat(9, 1, 1, 1), k[:, :1], k[..., :8], k[:, :, :2], k.to("meta"))
+    for keys, values, start in (
+        *((x, x, 0) for x in others[:3]),
+        *((k, x, 0) for x in others),
+        (k, k, 7),
+        (k, k, -1),
+    ):
+        with pytest.raises(ValueError, match=r"the c|do not fit"):
+            target.put(keys, values, start)
+    assert torch.equal(held.k.codes, before)
+
+
 @pytest.mark.parametrize("start", [0, 2])
 @pytest.mark.parametrize("backend", ["lookup", "torch", pytest.param("compiled", marks=compiled)])
 @pytest.mark.parametrize("case", FROM_SINKS, ids=str)

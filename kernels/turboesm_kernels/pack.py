@@ -310,9 +310,9 @@ class Target:
     """Where a layer's keys and values go, checked and looked at once: the cache's buffers have to stay.
 
     operands   what the kernels take from `cos` on: angles, centres of positions, codes and scales
-    sinks      and of sinks
-    constants  what they are compiled for, without a call's own
-    calls      with them, by kind of call
+    sinks      keys and values of the sinks, which `pack_kernel` takes last
+    constants  what the kernels are compiled for, but for what depends on the call
+    calls      all that `pack_kernel` is compiled for, by kind of call
     """
 
     layer: PreparedLayer
@@ -352,6 +352,8 @@ class Target:
         if k.shape != v.shape or (heads, dim) != (spec.heads, spec.head_dim) or batch != len(held.k.codes):
             own = f"the codec has {spec.heads} heads of {spec.head_dim}, the cache {len(held.k.codes)} sequences"
             raise ValueError(f"keys {tuple(k.shape)}, values {tuple(v.shape)}: {own}")
+        if not k.device == v.device == held.k.codes.device:
+            raise ValueError(f"keys on {k.device}, values on {v.device}, the cache on {held.k.codes.device}")
         even = isinstance(start, int)
         return (
             k, *k.stride(), v, *v.stride(), self.layer.k.centre if even else start,

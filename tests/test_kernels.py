@@ -837,6 +837,11 @@ def test_what_does_not_fit_its_target_is_refused() -> None:
     _, held, layer = make(Case(dim=16, tokens=8, sinks=2))
     k = torch.randn(len(held.k.codes), layer.k.spec.heads, 4, 16)
     target, before = Target.of(layer, held), held.k.codes.clone()
+    starts = torch.zeros(len(k), dtype=torch.int32)
+    one = k[:, :, :1]
+    for x, start in ((k[:, :, :2], starts), (one, starts[0]), (one, starts[:-1]), (one, starts.float())):
+        with pytest.raises(ValueError, match="one token"):
+            target.put(x, x, start)
     others = (k[:1].repeat(9, 1, 1, 1), k[:, :1], k[..., :8], k[:, :, :2], k.to("meta"))
     for keys, values, start in (
         *((x, x, 0) for x in others[:3]),

@@ -354,6 +354,11 @@ class Target:
             raise ValueError(f"keys {tuple(k.shape)}, values {tuple(v.shape)}: {own}")
         if not k.device == v.device == held.k.codes.device:
             raise ValueError(f"keys on {k.device}, values on {v.device}, the cache on {held.k.codes.device}")
+        if isinstance(start, Tensor) and (tokens != 1 or start.shape != (batch,) or start.is_floating_point()):
+            raise ValueError(
+                f"{tokens} tokens from {start.dtype} {list(start.shape)} on: sequences that start apart get "
+                f"one token each, and starts are integers [{batch}]"
+            )
         even = isinstance(start, int)
         return (
             k, *k.stride(), v, *v.stride(), self.layer.k.centre if even else start,

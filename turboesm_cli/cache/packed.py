@@ -252,7 +252,7 @@ class PackedCache(Ragged):
         return self._steps[layer]
 
     def _target(self, layer: int) -> Target | None:
-        """What a GPU puts prompts into, looked at once: the host would take longer than short prompts do."""
+        """What a GPU puts prompts into, looked at once for these sequences: short prompts wait for the host."""
         if layer not in self._targets:
             prepared = self._codec.layers[layer]
             assert prepared is not None

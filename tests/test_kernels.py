@@ -837,6 +837,12 @@ def test_what_does_not_fit_its_target_is_refused() -> None:
     _, held, layer = make(Case(dim=16, tokens=8, sinks=2))
     k = torch.randn(len(held.k.codes), layer.k.spec.heads, 4, 16)
     target, before = Target.of(layer, held), held.k.codes.clone()
+    assert held.v.scales is not None and held.rope is not None
+    for scales in (held.v.scales[:1], held.v.scales[:, :, :4], held.v.scales.int()):
+        with pytest.raises(ValueError, match="scales must be"):
+            Target.of(layer, replace(held, v=replace(held.v, scales=scales)))
+    with pytest.raises(ValueError, match="sines"):
+        Target.of(layer, replace(held, rope=Rope(held.rope.cos, held.rope.sin[:4])))
     starts = torch.zeros(len(k), dtype=torch.int32)
     one = k[:, :, :1]
     for x, start in ((k[:, :, :2], starts), (one, starts[0]), (one, starts[:-1]), (one, starts.float())):

@@ -419,7 +419,12 @@ def _validate(layer: PreparedLayer, held: Held) -> None:
             raise ValueError("residual axes are coded by the plain reference only")
         if (into.scales is None) != (spec.scale == "none"):
             raise ValueError("the cache's scales and the codec's do not agree")
+        room = (len(held.k.codes), spec.heads, held.tokens)
+        if into.scales is not None and (into.scales.dtype != torch.uint8 or into.scales.shape != room):
+            raise ValueError(f"scales must be uint8 {room}, not {into.scales.dtype} {tuple(into.scales.shape)}")
         if into.scales is not None and into.scales.stride(2) != 1:
             raise ValueError("the scales of a sequence's tokens must lie beside each other")
+    if held.rope is not None and held.rope.cos.shape != held.rope.sin.shape:
+        raise ValueError(f"cosines are {tuple(held.rope.cos.shape)}, sines {tuple(held.rope.sin.shape)}")
     if layer.k.centred and (held.rope is None or held.rope.cos.shape[0] < held.tokens):
         raise ValueError(f"keys with a centre need RoPE's angles at the {held.tokens} packed tokens' positions")
